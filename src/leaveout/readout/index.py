@@ -1,0 +1,409 @@
+"""The index: signatures of a corpus on disk, and what can be asked of it.
+
+    index = Index.build(model, "rows.jsonl", "idx"); hits = index.search(["text"], k=10)
+
+Conventions: scores are [query, train] in the order of `index.ids`; a positive score means that removing the row raises
+the query's loss (the row helps), in units that compare rows of one query, not queries or presets with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leaveout.corpus import Corpus, Row
+from leaveout.errors import FormatError, MismatchError
+from leaveout.readout.build import (
+    BuildOptions,
+    BuildReport,
+    add_rows,
+    add_whitening,
+    resume_point,
+    set_whitening,
+)
+from leaveout.readout.model import ModelOptions, Readout, load_readout
+from leaveout.readout.search import Best, Hit, scan
+from leaveout.readout.settings import SignatureSettings, resolve_settings
+from leaveout.readout.signature import Signer
+from leaveout.readout.tokens import TokenisedRow, check_ids, tokenise
+from leaveout.store import Record, Store
+
+KIND = "readout index"
+QueryRow = str | Mapping[str, Any] | Row
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Signatures of queries, with what they were made with.
+
+    Shapes: vectors [queries, unprojected or stored width] float32.
+    """
+
+    vectors: Tensor
+    texts: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+class Index:
+    """Signatures of a corpus in a directory. Make one with `Index.build`, reopen it with `Index.open`."""
+
+    def __init__(self, store: Store, readout: Readout | None = None) -> None:
+        self._store = store
+        self._readout = readout
+        self._signer: Signer | None = None
+        settings = store.settings
+        if settings.get("kind") != KIND:
+            raise MismatchError(f"{store.path} holds a {settings.get('kind', 'store')}, not an index: give an index.")
+        self.settings = SignatureSettings.from_dict(settings["signature"])
+        self.identity: dict[str, Any] = settings["model"]
+        self.last_report = BuildReport()
+
+    # ---------------------------------------------------------------- making and opening
+
+    @classmethod
+    def build(
+        cls,
+        model: Any,
+        corpus: Any,
+        path: str | Path,
+        preset: str | SignatureSettings = "default",
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Index:
+        """The finished index of a corpus; resumes an unfinished build, and reopens a finished one.
+
+        `model`: path or id of a causal language model, a .gguf file, or a loaded one with `tokenizer`.
+        `corpus`: anything that `Corpus.open` takes. `options`: the fields of `ModelOptions`, `BuildOptions` and
+        `SignatureSettings` (device, dtype, workers, units, skip_bad, targets, temperature, ...).
+
+        Raises: MismatchError if the directory holds an index with other settings (naming the one that differs).
+                FormatError at a bad row, with its place and reason. UnsupportedError for a model without a readout.
+        """
+        model_options, build_options, changes = _split_options(options)
+        settings = resolve_settings(preset, **changes)
+        corpus = Corpus.open(corpus, units=build_options.units, skip_bad=build_options.skip_bad)
+        if isinstance(model, str) and Path(path).exists() and _same_place(model, path):
+            raise ValueError(f"The index cannot be written over its model in {path}: give another directory.")
+        readout = load_readout(model, tokenizer, model_options)
+        signer = Signer(readout, settings)
+        wanted = {
+            "kind": KIND,
+            "signature": settings.to_dict(),
+            "model": readout.identity(),
+            "source": readout.source,
+            "units": corpus.units,
+            "corpus": corpus.name,
+            "notes": signer.notes,
+        }
+        with _open_or_create(Path(path), wanted) as store:
+            index = cls(store, readout)
+            if not store.state("complete"):
+                index.last_report = _fill(store, readout, signer, corpus, build_options)
+        return cls.open(path, readout)._with_report(index.last_report)
+
+    @classmethod
+    def open(cls, path: str | Path, model: Any = None, tokenizer: Any = None, **options: Any) -> Index:
+        """The index in a directory. Its model is loaded when a query first needs it, from where the build found it.
+
+        `model`, `tokenizer`, `options`: the model, if it has moved or was in memory (see `build`).
+        Raises: MismatchError if the model is not the one that the index was built with.
+        """
+        store = Store.open(path)
+        index = cls(store)
+        if not store.state("complete"):
+            raise MismatchError(f"The index {path} is unfinished: run the command that built it again to finish it.")
+        if model is not None:
+            index._readout = index._checked(load_readout(model, tokenizer, _split_options(options)[0]))
+        return index
+
+    def _with_report(self, report: BuildReport) -> Index:
+        self.last_report = report
+        return self
+
+    def _checked(self, readout: Readout) -> Readout:
+        for name, value in readout.identity().items():
+            if self.identity[name] != value:
+                what = {"weights": "other weights", "tokenizer": "another tokenizer"}.get(name, f"{name} {value}")
+                raise MismatchError(
+                    f"The given model has {what} than the one that {self._store.path} was built with "
+                    f"(a {self.identity['family']} in {self.identity['dtype']}): give that model, or build a new index."
+                )
+        return readout
+
+    @property
+    def readout(self) -> Readout:
+        """The model of the index, loaded on first use."""
+        if self._readout is None:
+            source = self._store.settings["source"]
+            if source is None:
+                raise MismatchError(
+                    "This index was built with a model in memory: give it with Index.open(path, model, tokenizer)."
+                )
+            options = ModelOptions(**{key: value for key, value in source.items() if key != "name"})
+            self._readout = self._checked(load_readout(source["name"], options=options))
+        return self._readout
+
+    @property
+    def signer(self) -> Signer:
+        """Computes signatures as this index has them, but in full where stored rows are low-rank."""
+        if self._signer is None:
+            self._signer = Signer(self.readout, replace(self.settings, rank=None))
+            set_whitening(self._signer, self._store)
+        return self._signer
+
+    @property
+    def path(self) -> Path:
+        return self._store.path
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of all rows, in order. Memory: one string a row."""
+        return self._store.ids()
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digits that queries must share with the index: settings, model, tokenizer, and whitening statistics."""
+        statistics = self._store.state("statistics") or {}
+        parts = (self.settings.fingerprint(), self.identity["weights"], self.identity["tokenizer"])
+        return "-".join([*parts, str(statistics.get("digest", "plain"))])
+
+    # ---------------------------------------------------------------- queries
+
+    def tokenised(self, queries: Sequence[QueryRow]) -> list[TokenisedRow]:
+        """Queries as rows with their windows. A text is learned as a whole; of a prompt and response, the response."""
+        rows = [row if isinstance(row, Row) else _query_row(row, number) for number, row in enumerate(queries)]
+        signer, readout = self.signer, self.readout
+        tokens = [
+            tokenise(row, number, readout.tokenizer, signer.settings, readout.context)
+            for number, row in enumerate(rows)
+        ]
+        check_ids(tokens, readout.vocabulary)
+        return tokens
+
+    def encode(self, queries: Sequence[QueryRow] | Queries) -> Queries:
+        """Signatures of queries: texts, or rows in any form that a corpus has.
+
+        Raises: FormatError for a query without a token to learn, MismatchError for queries made with another index.
+        """
+        if isinstance(queries, Queries):
+            if queries.fingerprint != self.fingerprint:
+                raise MismatchError(
+                    "These queries were made with other settings, another model or other statistics than this index: "
+                    "encode them again with this index."
+                )
+            return queries
+        if isinstance(queries, str):
+            raise TypeError("queries is one string: give a list of queries.")
+        if not queries:
+            raise ValueError("queries is empty: give at least one query.")
+        tokens = self.tokenised(queries)
+        vectors = self.signer.rows([window for row in tokens for window in row.windows], len(tokens))
+        if not bool(torch.isfinite(vectors).all()):
+            raise FormatError("A query has a signature that is not finite: run `leaveout doctor` on the model.")
+        return Queries(vectors.float().cpu(), tuple(row.text for row in tokens), self.fingerprint)
+
+    # ---------------------------------------------------------------- answers
+
+    def search(self, queries: Sequence[QueryRow] | Queries, k: int = 10, where: str | None = None) -> list[list[Hit]]:
+        """The k rows with the highest scores for each query, best first: `hits[query][rank]`.
+
+        `where`: an SQL expression over id, unit, text and the rows' fields, such as "source = 'web'".
+        Cost: one exact scan of the stored signatures for all queries together.
+        """
+        if k < 1:
+            raise ValueError(f"k is {k}: give 1 or more.")
+        encoded = self.encode(queries)
+        best = Best(len(encoded), k)
+        for numbers, scores in scan(self._store.segments(), self._product(encoded.vectors), self._wanted(where)):
+            best.add(numbers, scores)
+        return [self.hits(numbers, scores) for numbers, scores in zip(best.numbers, best.scores, strict=True)]
+
+    def score(self, queries: Sequence[QueryRow] | Queries) -> np.ndarray:
+        """All scores [query, train] float32, columns in the order of `ids`. Memory: 4 bytes per query and row."""
+        encoded = self.encode(queries)
+        scores = np.empty((len(encoded), len(self)), np.float32)
+        start = 0
+        for numbers, part in scan(self._store.segments(), self._product(encoded.vectors)):
+            scores[:, start : start + len(numbers)] = part.T
+            start += len(numbers)
+        return scores
+
+    def hits(self, numbers: np.ndarray, scores: np.ndarray) -> list[Hit]:
+        """Hits of row numbers and their scores, ranked in the given order."""
+        records = self._store.rows(numbers)
+        return [
+            Hit(rank, record.id, float(score), record.text, record.meta)
+            for rank, (record, score) in enumerate(zip(records, scores, strict=True), start=1)
+        ]
+
+    def _product(self, vectors: Tensor) -> Callable[[Tensor], Tensor]:
+        if self.settings.rank is None:
+            transposed = vectors.t().contiguous()
+            return lambda rows: rows @ transposed
+        stored = Signer(self.readout, self.settings)
+
+        def low_rank_product(rows: Tensor) -> Tensor:
+            scores, start = torch.zeros(len(rows), len(vectors)), 0
+            for part, u, v in stored.low_rank_factors(rows):
+                query = vectors[:, start : start + part.flat].view(len(vectors), part.left.width, part.right.width)
+                scores += torch.einsum("nki,qij,nkj->nq", u, query, v)
+                start += part.flat
+            return scores
+
+        return low_rank_product
+
+    def _wanted(self, where: str | None) -> np.ndarray | None:
+        return None if where is None else np.sort(self._store.select(where))
+
+    def records(self, ids: Sequence[str]) -> list[Record]:
+        """Catalogue entries of rows by id. Raises: ValueError naming an id that is not in the index."""
+        return self._store.rows(self._store.numbers(ids))
+
+    def stored_scores(self, queries: Queries, ids: Sequence[str]) -> np.ndarray:
+        """Scores [query, id] float32 of given rows, as `search` would show them."""
+        numbers = np.asarray(self._store.numbers(ids))
+        order = np.sort(numbers)
+        found = [part for _, part in scan(self._store.segments(), self._product(self.encode(queries).vectors), order)]
+        return np.concatenate(found)[np.searchsorted(order, numbers)].T
+
+    def scan(self, queries: Queries, where: str | None = None) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """Row numbers [rows] and scores [rows, queries], segment by segment."""
+        return scan(self._store.segments(), self._product(self.encode(queries).vectors), self._wanted(where))
+
+    def select(self, wanted: Sequence[QueryRow] | Queries, n: int = 1000, **options: Any) -> list[Hit]:
+        """The n rows whose training would help the wanted rows most: see `leaveout.readout.select.select_rows`."""
+        from leaveout.readout.select import select_rows
+
+        return select_rows(self, wanted, n, **options)
+
+    def explain(self, query: QueryRow, id: str) -> Any:
+        """Which tokens of a row answer which of the query: see `leaveout.readout.explain.explain_pair`."""
+        from leaveout.readout.explain import explain_pair
+
+        return explain_pair(self, query, id)
+
+    # ---------------------------------------------------------------- changing
+
+    def append(self, rows: Any, **options: Any) -> BuildReport:
+        """Adds rows with the settings and whitening of the index; rows that it has already are counted, not added.
+
+        Raises: FormatError for a bad row, or an id that another row has. What was committed before stays.
+        """
+        _, build_options, changes = _split_options(options)
+        if changes:
+            raise ValueError(f"An index keeps its settings: {sorted(changes)[0]!r} cannot be changed by append.")
+        units = build_options.units or self._store.settings["units"]
+        corpus = Corpus.open(rows, units=units, skip_bad=build_options.skip_bad)
+        signer = Signer(self.readout, self.settings)
+        with Store.open(self.path, write=True) as store:
+            set_whitening(signer, store)
+            report = add_rows(store, self.readout, signer, corpus, len(corpus), build_options, append=True)
+        _add_skipped(report, corpus)
+        self._store.refresh()
+        return report
+
+    def delete(self, ids: Collection[str]) -> int:
+        """Hides rows from every later search, score and selection; returns how many there were. See `purge`."""
+        if isinstance(ids, str):
+            raise TypeError("ids is one string: give a list of ids.")
+        with Store.open(self.path, write=True) as store:
+            count = store.delete(ids)
+        self._store.refresh()
+        return count
+
+    def purge(self) -> dict[str, int]:
+        """Removes the bytes and texts of deleted rows from the files, and proves it; returns counts."""
+        with Store.open(self.path, write=True) as store:
+            counts = store.purge()
+        self._store.refresh()
+        return counts
+
+    def check(self) -> list[str]:
+        """What is wrong with the files, one sentence each; empty when all is well. Cost: reads everything once."""
+        return self._store.check()
+
+    def info(self) -> dict[str, Any]:
+        """Facts: rows, bytes, settings, model, statistics, notes."""
+        settings = self._store.settings
+        facts = {key: settings[key] for key in ("corpus", "units", "source", "model", "signature", "notes")}
+        return {**self._store.info(), "statistics": self._store.state("statistics"), **facts}
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _query_row(query: str | Mapping[str, Any], number: int) -> Row:
+    raw = {"text": query} if isinstance(query, str) else {key: value for key, value in query.items() if key != "id"}
+    rows = list(Corpus.open([raw]))
+    return replace(rows[0], id=f"query {number + 1}", number=number)
+
+
+def _split_options(options: dict[str, Any]) -> tuple[ModelOptions, BuildOptions, dict[str, Any]]:
+    groups = [{field.name for field in fields(kind)} for kind in (ModelOptions, BuildOptions)]
+    given = [{name: value for name, value in options.items() if name in group} for group in groups]
+    rest = {name: value for name, value in options.items() if name not in groups[0] | groups[1]}
+    return ModelOptions(**given[0]), BuildOptions(**given[1]), rest
+
+
+def _same_place(one: str, other: str | Path) -> bool:
+    return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
+
+
+def _open_or_create(path: Path, wanted: dict[str, Any]) -> Store:
+    """The store to write to, new or unfinished or finished with the same settings.
+
+    Raises: MismatchError naming the first setting that differs.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return Store.create(path, wanted)
+    store = Store.open(path, write=True)
+    try:
+        for name, old, new in _differences(store.settings, wanted):
+            raise MismatchError(
+                f"{path} holds an index with {name} = {old!r}, not {new!r}: use the same settings to resume, "
+                "or another directory for a new index."
+            )
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
+    for name in ("kind", "units"):
+        if old.get(name) != new[name]:
+            yield name, old.get(name), new[name]
+    for group in ("signature", "model"):
+        for name, value in new[group].items():
+            if old[group].get(name) != value:
+                yield name, old[group].get(name), value
+
+
+def _fill(store: Store, readout: Readout, signer: Signer, corpus: Corpus, options: BuildOptions) -> BuildReport:
+    add_whitening(store, signer, corpus, options)
+    set_whitening(signer, store)
+    done = resume_point(store, corpus)
+    rows = (row for row in corpus if row.number >= done)
+    report = add_rows(store, readout, signer, rows, len(corpus), options, append=False)
+    _add_skipped(report, corpus)
+    if store.n_rows == 0:
+        raise FormatError(f"{corpus.name} has no rows to index: give a corpus with at least one row.")
+    store.set_state("complete", True)
+    return report
+
+
+def _add_skipped(report: BuildReport, corpus: Corpus) -> None:
+    report.skipped += corpus.n_skipped
+    report.messages = [*corpus.problems, *report.messages][:100]

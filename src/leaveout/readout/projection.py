@@ -1,0 +1,141 @@
+"""Random projections with seeds that mean the same numbers on every machine and in every later version.
+
+All randomness comes from `random_bits`, a counter-based hash written out here, because the streams of torch and numpy
+may change between versions and an index must outlive them. Each projection P keeps inner products in expectation:
+E <P x, P y> = <x, y>.
+
+Sources: CountSketch, Charikar, Chen, Farach-Colton 2002. Subsampled randomised Hadamard transform, Ailon and Chazelle
+2006. Mixing function: splitmix64 (Steele, Lea, Flood 2014).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def random_bits(seed: int, stream: str, count: int) -> np.ndarray:
+    """`count` uniform 64-bit integers [count] uint64, a pure function of seed, stream name and position."""
+    key = seed & 0xFFFFFFFFFFFFFFFF
+    for byte in stream.encode():
+        key = int(_mix(np.array([key ^ byte], dtype=np.uint64))[0])
+    return _mix(np.arange(count, dtype=np.uint64) + np.uint64(key))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        x = x * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def random_signs(seed: int, stream: str, count: int) -> Tensor:
+    """Independent signs [count] float32, each +1 or -1."""
+    bits = random_bits(seed, stream, count) >> np.uint64(63)
+    return torch.from_numpy(1.0 - 2.0 * bits.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class CountSketch:
+    """Adds coordinate i, times a random sign, to a random bucket.
+
+    Shapes: x [..., size] -> [..., width].
+    """
+
+    buckets: Tensor  # [size] int64
+    signs: Tensor  # [size] float32
+    width: int
+
+    @classmethod
+    def make(cls, size: int, width: int, seed: int, stream: str) -> CountSketch:
+        # The sign is the top bit, the bucket a multiply-shift of the low 32: the two do not share bits.
+        bits = random_bits(seed, stream, size)
+        buckets = ((bits & np.uint64(0xFFFFFFFF)) * np.uint64(width)) >> np.uint64(32)
+        signs = 1.0 - 2.0 * (bits >> np.uint64(63)).astype(np.float32)
+        return cls(torch.from_numpy(buckets.astype(np.int64)), torch.from_numpy(signs), width)
+
+    def matrix(self) -> Tensor:
+        """The dense form [size, width], so that x @ matrix is the sketch."""
+        dense = torch.zeros(len(self.buckets), self.width)
+        dense[torch.arange(len(self.buckets)), self.buckets] = self.signs
+        return dense
+
+
+def orthogonal(size: int, width: int, seed: int, stream: str) -> Tensor:
+    """A random matrix [size, width] with orthogonal columns of length sqrt(size / width), so that x @ matrix projects.
+
+    Raises: ValueError if width > size.
+    """
+    if width > size:
+        raise ValueError(f"An orthogonal projection of {size} numbers cannot be {width} wide: use at most {size}.")
+    uniform = (random_bits(seed, stream, 2 * size * width).astype(np.float64) + 0.5) / 2.0**64
+    radius, angle = uniform[: size * width], uniform[size * width :]
+    normal = np.sqrt(-2 * np.log(radius)) * np.cos(2 * np.pi * angle)
+    q, r = torch.linalg.qr(torch.from_numpy(normal.reshape(size, width)))
+    return (q * torch.sign(torch.diagonal(r)) * math.sqrt(size / width)).float()
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """Subsampled randomised Hadamard transform: random signs, orthonormal Hadamard transform, `width` random outputs.
+
+    Shapes: x [rows, size] -> [rows, width]; size is padded with zeros to a power of two.
+    Error:  the standard deviation of <P x, P y> is at most about sqrt(2 / width) |x| |y|.
+    Cost:   about 3 dense products with 64..128-sized factors; twice the padded input in memory.
+    """
+
+    signs: Tensor  # [size]
+    outputs: Tensor  # [width] int64, ascending
+    padded: int
+
+    @classmethod
+    def make(cls, size: int, width: int, seed: int, stream: str) -> Hadamard:
+        padded = 1 << max(size - 1, 1).bit_length()
+        if width > padded:
+            raise ValueError(f"A Hadamard projection of {size} numbers cannot be {width} wide: use at most {padded}.")
+        keys = random_bits(seed, stream + "/outputs", padded)
+        outputs = np.sort(np.argpartition(keys, width - 1)[:width]) if width < padded else np.arange(padded)
+        return cls(random_signs(seed, stream + "/signs", size), torch.from_numpy(outputs.astype(np.int64)), padded)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Hadamard:
+        return Hadamard(self.signs.to(device, dtype), self.outputs.to(device), self.padded)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        full = x.new_zeros(len(x), self.padded)
+        torch.mul(x, self.signs, out=full[:, : x.shape[1]])
+        return hadamard_transform(full).index_select(1, self.outputs).div_(math.sqrt(len(self.outputs)))
+
+
+def hadamard_transform(x: Tensor) -> Tensor:
+    """Unnormalised Hadamard transform of each row of x [rows, 2**k], in natural (Sylvester) order.
+
+    H of size 2**k is a Kronecker product of small ones, so that the transform is a few dense products, which are
+    far faster here than 2**k log 2**k scattered additions.
+    """
+    rows, size = x.shape
+    bits = size.bit_length() - 1
+    steps = max(1, math.ceil(bits / 7))
+    right = 1
+    for step in range(steps):
+        factor = 1 << (bits * (step + 1) // steps - bits * step // steps)
+        small = sylvester(factor).to(x)
+        x = x.reshape(-1, factor, right)
+        x = x.squeeze(-1) @ small if right == 1 else small @ x
+        right *= factor
+    return x.reshape(rows, size)
+
+
+def sylvester(size: int) -> Tensor:
+    """The Hadamard matrix [size, size] of entries +-1, size a power of two: entry (i, j) is (-1)**popcount(i & j)."""
+    index = torch.arange(size)
+    both = index[:, None] & index[None, :]
+    parity = torch.zeros_like(both)
+    while both.any():
+        parity ^= both & 1
+        both = both >> 1
+    return 1.0 - 2.0 * parity.float()

@@ -1,0 +1,122 @@
+"""Gradients of every block's output projections, to first order, from one forward pass.
+
+A pre-norm block adds to the residual stream, so the gradient at any block's output is about the gradient at the last
+residual state: g_t pulled back through the final norm. The gradient of an output projection with input a_t is then
+about g_t (x) a_t. A norm between projection and residual stream (OLMo-2, Gemma-2) is pulled back through as well.
+Pull-backs use the module itself (a vector-Jacobian product), so that no norm is written down twice.
+
+Source: leaveout's own; judged by retraining in docs/, not by derivation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leaveout.readout.model import Readout
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model family keeps its blocks, their output projections, and the norms between those and the stream."""
+
+    layers: str
+    final_norm: str
+    attention: str
+    mlp: str
+    attention_norm: str | None = None
+    mlp_norm: str | None = None
+
+
+_LLAMA = Family("layers", "norm", "self_attn.o_proj", "mlp.down_proj")
+_POST_NORM = Family(
+    "layers", "norm", "self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm", "post_feedforward_layernorm"
+)
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "gemma", "phi3", "smollm3"), _LLAMA),
+    **dict.fromkeys(("olmo2", "olmo3", "gemma2", "gemma3_text"), _POST_NORM),
+    "gpt_neox": Family("layers", "final_layer_norm", "attention.dense", "mlp.dense_4h_to_h"),
+    "gpt2": Family("h", "ln_f", "attn.c_proj", "mlp.c_proj"),
+}
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One output projection: its name, the module, and the norm between it and the residual stream, if any."""
+
+    name: str
+    projection: nn.Module
+    norm: nn.Module | None
+
+    @property
+    def inputs(self) -> int:
+        if isinstance(self.projection, nn.Linear):
+            return self.projection.in_features
+        return self.projection.weight.shape[0]  # type: ignore[union-attr,index,return-value]  # GPT-2's Conv1D is [in, out]
+
+
+def find_taps(readout: Readout, layers: tuple[int, ...] | None) -> tuple[list[Tap], nn.Module] | None:
+    """The output projections of the given layers (None: all) and the final norm; None for an unknown family."""
+    family = FAMILIES.get(readout.family)
+    if family is None:
+        return None
+    trunk = readout.trunk
+    try:
+        blocks: Any = trunk.get_submodule(family.layers)
+        taps = []
+        for index in range(len(blocks)) if layers is None else layers:
+            if not 0 <= index < len(blocks):
+                raise ValueError(f"The model has layers 0 to {len(blocks) - 1}: layer {index} is not one of them.")
+            for name, path, norm in (
+                ("attention", family.attention, family.attention_norm),
+                ("mlp", family.mlp, family.mlp_norm),
+            ):
+                block = blocks[index]
+                module = _plain(block.get_submodule(path))
+                taps.append(Tap(f"{index}.{name}", module, block.get_submodule(norm) if norm else None))
+        return taps, trunk.get_submodule(family.final_norm)
+    except AttributeError:
+        return None
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """The module itself, or the layer inside a LoRA wrapper, whose input is the same."""
+    return getattr(module, "base_layer", module)
+
+
+@dataclass
+class Recorder:
+    """Inputs of taps and norms at chosen positions of the forward pass that runs inside `recording`."""
+
+    batch: Tensor  # [positions] int64
+    token: Tensor  # [positions] int64
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        self.inputs[module] = x[self.batch, self.token]
+
+
+@contextmanager
+def recording(modules: list[nn.Module], batch: Tensor, token: Tensor) -> Iterator[Recorder]:
+    """Records the inputs [positions, size] of the modules at positions (batch[i], token[i])."""
+    recorder = Recorder(batch, token)
+    handles = [module.register_forward_pre_hook(recorder.hook, with_kwargs=True) for module in modules]
+    try:
+        yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def pull_back(norm: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient [positions, hidden] at the norm's input x, given the gradient at its output."""
+    with torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        y = norm(x)
+        return torch.autograd.grad(y, x, gradient.to(y.dtype))[0].to(gradient.dtype)

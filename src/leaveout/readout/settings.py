@@ -1,0 +1,191 @@
+"""What a signature is made of: the one frozen dataclass that an index is built with, and the presets.
+
+A signature is a sum of channels. Per position t a channel has a left factor (from the residual r_t = p_t - e_y, or from
+the readout gradient g_t = W^T r_t) and a right factor (the hidden state, or an activation); a row's channel is
+the sum over its positions of left (x) right. Source: arXiv 2604.16197 for `rh` and `gh`; the others are leaveout's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+Kind = Literal["rh", "gh", "residual"]
+Projection = Literal["countsketch", "orthogonal"]
+Storage = Literal["float32", "float16", "int8"]
+Targets = Literal["response", "all"]
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One channel: `rh` is r (x) h, `gh` is g (x) h, `residual` is (g before the final norm) (x) (inputs of every
+    block's output projections), one part per projection.
+
+    Whitening multiplies a factor by (M + damping * mean eigenvalue of M)^(-1/2), M its second moment over target
+    positions with labels drawn from the model. g, h and activations are whitened, then projected; r, as long as
+    the vocabulary, is projected first, then whitened.
+    """
+
+    kind: Kind = "gh"
+    weight: float = 1.0
+    left_width: int | None = None  # None: not projected
+    right_width: int | None = None
+    projection: Projection = "countsketch"
+    whiten_left: bool = False
+    whiten_right: bool = False
+    damping: float = 0.1
+    layers: tuple[int, ...] | None = None  # residual only; None: all
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, Kind)
+        _one_of("projection", self.projection, Projection)
+        for name in ("left_width", "right_width"):
+            width = getattr(self, name)
+            if width is not None and width < 1:
+                raise ValueError(f"{name} is {width}: give a positive number, or None for no projection.")
+        if not self.damping > 0:
+            raise ValueError(f"damping is {self.damping}: give a positive share of the mean eigenvalue.")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            if self.kind != "residual":
+                raise ValueError(f"layers belongs to the residual channel, not to {self.kind}: leave it out.")
+
+
+@dataclass(frozen=True)
+class SignatureSettings:
+    """Everything that a signature depends on besides model and row.
+
+    temperature     s = logits / temperature before the softmax
+    support         only the `support` largest logits (and the target) count; None: the whole vocabulary
+    mass, minimum   with a support: its smallest prefix of this probability, at least `minimum` long, plus the target
+    unit_positions  each factor is scaled to unit length per position
+    unit_length     window signatures and row signatures are scaled to unit length; a row is the mean of its windows.
+                    Otherwise a row is the plain sum over its target positions, each counted once
+    targets         which tokens are learned: `response` (prompts are context only) or `all`
+    window, stride  a longer row is cut into windows of `window` tokens that start every `stride`
+    rank            store each part by its `rank` largest singular triples instead of in full
+    final_width     at most this many numbers a row: larger ones pass one Hadamard projection per part; None: no limit
+    storage         type of the stored numbers; every row has a float32 scale beside it
+    sample_rows     rows of the statistics pass that whitening needs
+    seed            of all projections and of the sample
+    """
+
+    channels: tuple[Channel, ...]
+    temperature: float = 1.0
+    support: int | None = None
+    mass: float = 1.0
+    minimum: int = 1
+    unit_positions: bool = False
+    unit_length: bool = False
+    targets: Targets = "response"
+    window: int = 1024
+    stride: int = 768
+    rank: int | None = None
+    final_width: int | None = None
+    storage: Storage = "int8"
+    sample_rows: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "channels", tuple(self.channels))
+        _one_of("targets", self.targets, Targets)
+        _one_of("storage", self.storage, Storage)
+        if not self.channels:
+            raise ValueError("channels is empty: give at least one Channel.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}: give a positive number.")
+        if not 0 < self.mass <= 1:
+            raise ValueError(f"mass is {self.mass}: give a probability in (0, 1].")
+        if self.support is None and self.mass < 1:
+            raise ValueError("mass below 1 needs a support: give support=256, say, or leave mass at 1.")
+        if self.support is not None and not self.support >= self.minimum >= 1:
+            raise ValueError(f"support is {self.support}, minimum {self.minimum}: give support >= minimum >= 1.")
+        if not 1 <= self.stride < self.window:  # a first token has no context, so windows must overlap
+            raise ValueError(f"window is {self.window}, stride {self.stride}: give 1 <= stride < window.")
+        if self.rank is not None and self.final_width is not None:
+            raise ValueError("rank and final_width are two ways to store the same rows: give one of them.")
+        for name in ("rank", "final_width", "sample_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: give a positive number.")
+
+    @property
+    def whitens(self) -> bool:
+        return any(channel.whiten_left or channel.whiten_right for channel in self.channels)
+
+    @property
+    def overlap(self) -> int:
+        return self.window - self.stride
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, in the order of the fields."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SignatureSettings:
+        """The settings that `to_dict` gave. Raises: ValueError naming an unknown field."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"Unknown signature setting {sorted(unknown)[0]!r}: this index needs a newer leaveout.")
+        channels = tuple(Channel(**channel) for channel in values["channels"])
+        return cls(**{**values, "channels": channels})
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that differ as soon as one setting does."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _one_of(name: str, value: Any, literal: Any) -> None:
+    if value not in get_args(literal):
+        raise ValueError(f"{name} is {value!r}: give one of {', '.join(get_args(literal))}.")
+
+
+PRESETS: dict[str, SignatureSettings] = {
+    # Influence: what training on the row changes about the query. Readout gradient, whitened on both sides.
+    "default": SignatureSettings(
+        channels=(Channel("gh", whiten_left=True, whiten_right=True),),
+        final_width=16384,
+    ),
+    # Influence over every layer from the same forward pass, for large budgets per row.
+    "residual": SignatureSettings(
+        channels=(Channel("residual", whiten_left=True, whiten_right=True),),
+        final_width=131072,
+    ),
+    # Likeness of content and manner, not influence: nothing is whitened.
+    "similarity": SignatureSettings(
+        channels=(Channel("gh"),),
+        unit_length=True,
+        final_width=16384,
+    ),
+    # The signature of arXiv 2604.16197 with its default widths.
+    "paper": SignatureSettings(
+        channels=(Channel("rh", left_width=128, right_width=128), Channel("gh", 0.3, left_width=64, right_width=128)),
+        temperature=0.1,
+        support=256,
+        mass=0.92,
+        minimum=4,
+        unit_positions=True,
+        unit_length=True,
+        window=256,
+        stride=206,
+        storage="float16",
+    ),
+}
+
+
+def resolve_settings(preset: str | SignatureSettings = "default", **changes: Any) -> SignatureSettings:
+    """The settings of a preset name (or given settings), with single fields changed.
+
+    Raises: ValueError naming an unknown preset or field.
+    """
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise ValueError(f"There is no preset {preset!r}: give one of {', '.join(PRESETS)}.")
+        preset = PRESETS[preset]
+    known = {field.name for field in fields(SignatureSettings)}
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"There is no signature setting {name!r}: settings are {', '.join(sorted(known))}.")
+    return replace(preset, **changes)

@@ -1,0 +1,402 @@
+"""Signatures: one forward pass per row, a sum of outer products per channel, projected and stored.
+
+    windows -> trunk -> hidden states at target positions -> left and right factors per part
+            -> sum over positions of left (x) right -> projection -> row vectors -> stored form
+
+A *part* is one outer product of a channel: `rh` and `gh` have one, `residual` one per output projection.
+Source: arXiv 2604.16197 (its signature is the `paper` preset); whitening as in K-FAC, arXiv 1503.05671.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.readout.logits import Head
+from leaveout.readout.model import Readout
+from leaveout.readout.projection import CountSketch, Hadamard, orthogonal
+from leaveout.readout.residual import Tap, find_taps, pull_back, recording
+from leaveout.readout.settings import Channel, SignatureSettings
+from leaveout.readout.tokens import Window
+
+BATCH_TOKENS = 1024  # tokens of one forward pass, padding included
+SMALL = 1e-8  # a factor shorter than this has no direction: it counts as zero where factors get unit length
+PROJECT_NUMBERS = 2**22  # unprojected numbers that exist at once
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One side of a part: where its raw vectors come from, and what is done to them.
+
+    raw       key of the raw vectors in `Positions.raw`
+    whiten    name of the whitening matrix in the statistics, or None
+    sketch    dense projection [size, width] applied after whitening, or None
+    """
+
+    raw: str
+    size: int
+    whiten: str | None = None
+    sketch: Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        return self.size if self.sketch is None else self.sketch.shape[1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One outer product of a channel and where it ends up in a stored row."""
+
+    name: str
+    weight: float
+    left: Factor
+    right: Factor
+    hadamard: Hadamard | None = None
+
+    @property
+    def flat(self) -> int:
+        return self.left.width * self.right.width
+
+    @property
+    def stored(self) -> int:
+        return self.flat if self.hadamard is None else len(self.hadamard.outputs)
+
+
+@dataclass
+class Positions:
+    """Raw vectors [positions, size] of a batch of windows, by key, and the slice of positions of each window."""
+
+    raw: dict[str, Tensor]
+    spans: list[slice]
+    hidden: Tensor
+    target: Tensor
+
+
+def moment(raw: str, channel: Channel) -> str:
+    """Name of a whitening matrix: whose second moment it comes from, and with which damping."""
+    return f"{raw}@{channel.damping:g}"
+
+
+class Signer:
+    """Computes signatures of one readout with one set of settings.
+
+    Memory: logits of a block (48 MiB, twice while searched), the padded batch (1,024 tokens through the trunk), and
+    16 MiB of unprojected products at a time; nothing grows with the corpus.
+
+    Raises: UnsupportedError for settings that this model cannot have.
+    """
+
+    def __init__(self, readout: Readout, settings: SignatureSettings) -> None:
+        self.readout = readout
+        self.settings = settings
+        self.dtype = torch.float64 if readout.weight.dtype == torch.float64 else torch.float32
+        self.head = Head(readout, settings, self.dtype)
+        self.maps: dict[str, Tensor] = {}  # raw left vectors are r @ maps[key]
+        self.taps: dict[str, Tap] = {}
+        self.final_norm: torch.nn.Module | None = None
+        self.notes: list[str] = []
+        self.whitening: dict[str, Tensor] = {}
+        parts = [part for number, channel in enumerate(settings.channels) for part in self._parts(number, channel)]
+        self.parts = _share_width(parts, settings, self)
+
+    @property
+    def width(self) -> int:
+        """Numbers per stored row."""
+        if self.settings.rank is not None:
+            return sum(self.settings.rank * (part.left.width + part.right.width) for part in self.parts)
+        return sum(part.stored for part in self.parts)
+
+    def _parts(self, number: int, channel: Channel) -> list[Part]:
+        if channel.kind == "residual":
+            return self._residual_parts(number, channel)
+        key, size = f"{channel.kind}{number}", self.readout.hidden_size
+        left_sketch = self._sketch(channel, "left", number, self.readout.vocabulary if channel.kind == "rh" else size)
+        if channel.kind == "rh":
+            if left_sketch is None and self.readout.vocabulary > 8192:
+                raise UnsupportedError(
+                    f"An unprojected rh channel would hold {self.readout.vocabulary} x {size} numbers a row: "
+                    "set its left_width (128, say)."
+                )
+            identity = torch.eye(self.readout.vocabulary, dtype=self.dtype, device=self.readout.device)
+            self.maps[key] = identity if left_sketch is None else left_sketch
+            left = Factor(key, self.maps[key].shape[1], moment(key, channel) if channel.whiten_left else None)
+        elif channel.whiten_left or left_sketch is None:
+            self.maps[key] = self.readout.weight
+            left = Factor(key, size, moment(key, channel) if channel.whiten_left else None, left_sketch)
+        else:  # W S once, so that only its narrow rows are touched
+            self.maps[key] = self.readout.weight.to(self.dtype) @ left_sketch
+            left = Factor(key, left_sketch.shape[1])
+        right = Factor(
+            "h",
+            size,
+            moment("h", channel) if channel.whiten_right else None,
+            self._sketch(channel, "right", number, size),
+        )
+        return [Part(key, channel.weight, left, right)]
+
+    def _residual_parts(self, number: int, channel: Channel) -> list[Part]:
+        found = find_taps(self.readout, channel.layers)
+        if found is None:
+            self.notes.append(
+                f"The layers of a {self.readout.family} model are not known, so the residual channel falls back to "
+                "rh and gh."
+            )
+            whiten = {"whiten_left": channel.whiten_left, "whiten_right": channel.whiten_right}
+            fallback = (
+                Channel("rh", channel.weight, left_width=256, damping=channel.damping, **whiten),
+                Channel("gh", channel.weight, damping=channel.damping, **whiten),
+            )
+            return [part for i, item in enumerate(fallback) for part in self._parts(1000 * (number + 1) + i, item)]
+        taps, self.final_norm = found
+        self.maps["g"] = self.readout.weight
+        parts = []
+        for tap in taps:
+            self.taps[tap.name] = tap
+            g, a = ("g/" + tap.name if tap.norm is not None else "g/final"), "a/" + tap.name
+            parts.append(
+                Part(
+                    f"residual{number}/{tap.name}",
+                    channel.weight,
+                    Factor(
+                        g,
+                        self.readout.hidden_size,
+                        moment(g, channel) if channel.whiten_left else None,
+                        self._sketch(channel, "left", number, self.readout.hidden_size, tap.name),
+                    ),
+                    Factor(
+                        a,
+                        tap.inputs,
+                        moment(a, channel) if channel.whiten_right else None,
+                        self._sketch(channel, "right", number, tap.inputs, tap.name),
+                    ),
+                )
+            )
+        return parts
+
+    def _sketch(self, channel: Channel, side: str, number: int, size: int, name: str = "") -> Tensor | None:
+        width = channel.left_width if side == "left" else channel.right_width
+        if width is None or (channel.projection == "orthogonal" and width >= size):
+            return None  # never project where the size already fits
+        stream = f"{channel.kind}/{number}/{name}/{side}" if side == "left" or name else "h"
+        if channel.projection == "orthogonal":
+            dense = orthogonal(size, width, self.settings.seed, stream)
+        else:
+            dense = CountSketch.make(size, width, self.settings.seed, stream).matrix()
+        return dense.to(self.readout.device, self.dtype)
+
+    # ---------------------------------------------------------------- positions of a batch
+
+    @torch.no_grad()
+    def positions(self, windows: Sequence[Window], redraw: torch.Generator | None = None) -> Positions:
+        """Raw vectors of every target position of the windows, in their order.
+
+        `redraw`: replace the targets by labels drawn from the model's own softmax, as second moments need.
+        """
+        device = self.readout.device
+        length = max(len(window.ids) for window in windows)
+        ids = torch.zeros(len(windows), length, dtype=torch.int64)
+        for row, window in enumerate(windows):
+            ids[row, : len(window.ids)] = torch.tensor(window.ids)
+        counts = [len(window.positions) for window in windows]
+        batch = torch.repeat_interleave(torch.arange(len(windows)), torch.tensor(counts))
+        token = torch.tensor([position for window in windows for position in window.positions])
+        target = ids[batch, token + 1].to(device)
+        ids, batch, token = ids.to(device), batch.to(device), token.to(device)
+        with recording(self._recorded(), batch, token) as recorder:
+            hidden = self.readout.hidden(ids)[batch, token].to(self.dtype)
+        if redraw is not None:
+            target = self._draw(hidden, redraw)
+        raw = {"h": hidden} | self._mapped(hidden, target)
+        if self.final_norm is not None:
+            g = raw.pop("g")
+            raw["g/final"] = pull_back(self.final_norm, recorder.inputs[self.final_norm], g)
+            for name, tap in self.taps.items():
+                raw["a/" + name] = recorder.inputs[tap.projection].to(self.dtype)
+                if tap.norm is not None:
+                    raw["g/" + name] = pull_back(tap.norm, recorder.inputs[tap.norm], raw["g/final"])
+        ends = np.cumsum(counts).tolist()
+        spans = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        return Positions(raw, spans, hidden, target)
+
+    def _recorded(self) -> list[torch.nn.Module]:
+        modules = [self.final_norm] if self.final_norm is not None else []
+        for tap in self.taps.values():
+            modules += [tap.projection] if tap.norm is None else [tap.projection, tap.norm]
+        return modules
+
+    def _mapped(self, hidden: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """r @ map for every map, over blocks of logits."""
+        raw = {key: hidden.new_empty(len(hidden), matrix.shape[1]) for key, matrix in self.maps.items()}
+        for piece, residual in self.head.residuals(hidden, target):
+            for key, matrix in self.maps.items():
+                raw[key][piece] = residual @ matrix
+        return raw
+
+    def _draw(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        drawn = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+        for piece, logits in self.head.blocks(hidden):
+            p = torch.softmax(logits / self.settings.temperature, 1)
+            uniform = torch.rand(len(p), 1, generator=generator, dtype=p.dtype).to(p.device)
+            drawn[piece] = torch.searchsorted(p.cumsum(1), uniform).squeeze(1).clamp_(max=p.shape[1] - 1)
+        return drawn
+
+    # ---------------------------------------------------------------- factors and sums
+
+    def factors(self, positions: Positions, part: Part) -> tuple[Tensor, Tensor]:
+        """Left [positions, left width] and right [positions, right width] factors of a part, weight in the left."""
+        left, right = (self._factor(positions.raw[side.raw], side) for side in (part.left, part.right))
+        return (left if part.weight == 1.0 else left * part.weight), right
+
+    def _factor(self, x: Tensor, side: Factor) -> Tensor:
+        if side.whiten is not None:
+            if side.whiten not in self.whitening:
+                raise MismatchError(
+                    "These settings whiten, but no statistics were given: run the statistics pass first."
+                )
+            x = x @ self.whitening[side.whiten]
+        if side.sketch is not None:
+            x = x @ side.sketch
+        if self.settings.unit_positions:
+            norm = x.norm(dim=1, keepdim=True)
+            x = torch.where(norm > SMALL, x / norm, 0.0)
+        return x
+
+    @torch.no_grad()
+    def window_vectors(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+        """Vectors [windows, width] of a batch of windows, and their squared lengths [windows] before projection."""
+        positions = self.positions(windows)
+        vectors, square = [], torch.zeros(len(windows), dtype=self.dtype, device=self.readout.device)
+        for part in self.parts:
+            left, right = self.factors(positions, part)
+            if self.settings.rank is not None:
+                square += torch.stack([pairs(left[s], left[s], right[s], right[s]).sum() for s in positions.spans])
+                vectors.append(torch.stack([low_rank(left[s], right[s], self.settings.rank) for s in positions.spans]))
+                continue
+            pieces = []
+            group = max(1, PROJECT_NUMBERS // (part.hadamard.padded if part.hadamard else part.flat))
+            for first in range(0, len(windows), group):
+                spans = positions.spans[first : first + group]
+                flat = torch.stack([(left[s].t() @ right[s]).flatten() for s in spans])
+                square[first : first + group] += (flat * flat).sum(1)
+                pieces.append(part.hadamard(flat) if part.hadamard else flat)
+            vectors.append(torch.cat(pieces))
+        return torch.cat(vectors, 1), square
+
+    @torch.no_grad()
+    def rows(self, windows: Sequence[Window], n_rows: int, advance: Callable[[int], object] | None = None) -> Tensor:
+        """Unquantised row vectors [n_rows, width] of all the windows of rows 0 .. n_rows - 1.
+
+        Windows run in batches of similar length; `advance(k)` is called when k more windows are done.
+        """
+        unit, rank = self.settings.unit_length, self.settings.rank
+        total = torch.zeros(n_rows, self.width, dtype=self.dtype, device=self.readout.device)
+        n_windows = np.bincount([window.row for window in windows], minlength=n_rows)
+        for batch in batches(windows):
+            vectors, square = self.window_vectors(batch)
+            if unit:
+                length = square.sqrt().clamp_min(1e-30)[:, None]
+                vectors = vectors / (length if rank is None else length.sqrt())  # both low-rank factors carry a root
+            owner = torch.tensor([window.row for window in batch], device=self.readout.device)
+            if rank is None:
+                total.index_add_(0, owner, vectors)
+            else:
+                for row, vector in zip(owner.tolist(), vectors, strict=True):
+                    total[row] = self._add_low_rank(total[row], vector) if n_windows[row] > 1 else vector
+            if advance is not None:
+                advance(len(batch))
+        if unit:
+            norm = (total.norm(dim=1) if rank is None else self._low_rank_norm(total).sqrt())[:, None]
+            total = torch.where(norm > 0, total / norm, 0.0)
+        return total
+
+    def low_rank_factors(self, rows: Tensor) -> Iterator[tuple[Part, Tensor, Tensor]]:
+        """Parts with their factors u [rows, rank, left] and v [rows, rank, right] of stored low-rank rows."""
+        assert self.settings.rank is not None
+        start = 0
+        for part in self.parts:
+            middle = start + self.settings.rank * part.left.width
+            end = middle + self.settings.rank * part.right.width
+            yield (
+                part,
+                rows[:, start:middle].view(len(rows), self.settings.rank, -1),
+                rows[:, middle:end].view(len(rows), self.settings.rank, -1),
+            )
+            start = end
+
+    def _add_low_rank(self, first: Tensor, second: Tensor) -> Tensor:
+        """The sum of two low-rank rows, cut to the same rank again, unit length if the settings say so."""
+        assert self.settings.rank is not None
+        both = self.low_rank_factors(torch.stack([first, second]))
+        return torch.cat([low_rank(u.flatten(0, 1), v.flatten(0, 1), self.settings.rank) for _, u, v in both])
+
+    def _low_rank_norm(self, rows: Tensor) -> Tensor:
+        """Frobenius norms [rows] of what low-rank rows stand for."""
+        square = torch.zeros(len(rows), dtype=rows.dtype, device=rows.device)
+        for _, u, v in self.low_rank_factors(rows):
+            square += ((u @ u.transpose(1, 2)) * (v @ v.transpose(1, 2))).sum((1, 2))
+        return square.clamp_min(0).sqrt()
+
+
+def batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
+    """Groups of windows of similar length, at most BATCH_TOKENS tokens each with padding."""
+    batch: list[Window] = []
+    for window in sorted(windows, key=lambda window: -len(window.ids)):
+        if batch and (len(batch) + 1) * len(batch[0].ids) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def pairs(left_a: Tensor, left_b: Tensor, right_a: Tensor, right_b: Tensor) -> Tensor:
+    """Inner products [a, b] of the outer products left (x) right of positions a and b."""
+    return (left_a @ left_b.t()) * (right_a @ right_b.t())
+
+
+def low_rank(left: Tensor, right: Tensor, rank: int) -> Tensor:
+    """The best rank-`rank` form of left^T right, as [U sqrt(s), V sqrt(s)] flattened [rank * (left + right)].
+
+    Shapes: left [positions, l], right [positions, r]. Fewer positions than `rank` leave zero columns.
+    """
+    q_left, r_left = torch.linalg.qr(left.t())
+    q_right, r_right = torch.linalg.qr(right.t())
+    u, s, vh = torch.linalg.svd(r_left @ r_right.t(), full_matrices=False)
+    root = s[:rank].sqrt()
+    u, v = q_left @ u[:, :rank] * root, q_right @ vh[:rank].t() * root
+    blank = rank - u.shape[1]
+    u, v = (torch.nn.functional.pad(x, (0, max(blank, 0))) for x in (u, v))
+    return torch.cat([u.t().flatten(), v.t().flatten()])
+
+
+def _share_width(parts: list[Part], settings: SignatureSettings, signer: Signer) -> list[Part]:
+    """Parts with a Hadamard projection where the sum of their sizes exceeds final_width.
+
+    Equal shares; what a small part does not need goes to the others.
+    """
+    if settings.final_width is None or sum(part.flat for part in parts) <= settings.final_width:
+        return parts
+    budget, shares = settings.final_width, {}
+    for left, part in zip(range(len(parts), 0, -1), sorted(parts, key=lambda part: part.flat), strict=True):
+        shares[part.name] = min(part.flat, budget // left)
+        budget -= shares[part.name]
+    if min(shares.values()) < 1:
+        raise ValueError(f"final_width {settings.final_width} is too small for {len(parts)} parts: raise it.")
+    device = signer.readout.device
+    return [
+        part
+        if shares[part.name] == part.flat
+        else Part(
+            part.name,
+            part.weight,
+            part.left,
+            part.right,
+            Hadamard.make(part.flat, shares[part.name], settings.seed, part.name).to(device, signer.dtype),
+        )
+        for part in parts
+    ]

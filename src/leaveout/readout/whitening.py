@@ -1,0 +1,87 @@
+"""Second moments of the factors over a sample of rows, and the matrices that whiten by them.
+
+Labels are drawn from the model's own softmax (so that the moment of g is the Fisher matrix, not the one of the data).
+For `rh` and `gh` the expectation over labels is taken exactly: Cov_y (M_y) = M^T diag(p) M - (M^T p)(M^T p)^T, which
+needs only the mean of p; for `residual`, whose factor passes a norm at each position, one label is drawn.
+Source: K-FAC, arXiv 1503.05671, section 3; METHODS of leaveout: docs/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from leaveout.errors import FormatError
+from leaveout.readout.signature import Signer, batches
+from leaveout.readout.tokens import Window
+
+
+@torch.no_grad()
+def whitening_matrices(
+    signer: Signer, windows: Sequence[Window], advance: Callable[[int], object] | None = None
+) -> dict[str, Tensor]:
+    """Matrices (M + damping * mean eigenvalue * 1)^(-1/2) for every factor that whitens, by their names.
+
+    Memory: 8 bytes times the squared size of each factor.
+    Raises: FormatError if a factor is zero on the whole sample.
+    """
+    sides = {side.whiten: side for part in signer.parts for side in (part.left, part.right) if side.whiten}
+    keys = {side.raw: side.size for side in sides.values()}
+    exact = [key for key in keys if key in signer.maps]
+    sums = {
+        key: torch.zeros(size, size, dtype=torch.float64, device=signer.readout.device) for key, size in keys.items()
+    }
+    mass = torch.zeros(signer.readout.vocabulary, dtype=torch.float64, device=signer.readout.device)
+    generator = torch.Generator().manual_seed(signer.settings.seed)
+    count = 0
+    for batch in batches(windows):
+        drawn = signer.positions(batch, redraw=generator if signer.final_norm is not None else None)
+        count += len(drawn.hidden)
+        for key in keys:
+            if key not in exact:
+                sums[key] += (drawn.raw[key].t() @ drawn.raw[key]).double()
+        if exact:
+            mass += _subtract_mean_products(signer, drawn.hidden, {key: sums[key] for key in exact})
+        if advance is not None:
+            advance(len(batch))
+    for key in exact:
+        _add_weighted_products(sums[key], signer.maps[key], mass)
+    return {
+        name: inverse_root(sums[side.raw] / count, float(name.rsplit("@", 1)[1]), name).to(signer.dtype)
+        for name, side in sides.items()
+    }
+
+
+def _subtract_mean_products(signer: Signer, hidden: Tensor, sums: dict[str, Tensor]) -> Tensor:
+    """Takes sum_t m_t m_t^T, m = M^T (slope p), off each moment; returns sum_t slope^2 p [vocabulary]."""
+    mass = torch.zeros(signer.readout.vocabulary, dtype=torch.float64, device=hidden.device)
+    for _, logits in signer.head.blocks(hidden):
+        slope = signer.readout.slope(logits)
+        p = logits.div_(signer.settings.temperature)
+        p.sub_(p.amax(1, keepdim=True)).exp_()
+        p.div_(p.sum(1, keepdim=True)).mul_(slope)
+        for key, moment in sums.items():
+            mean = p @ signer.maps[key].to(p.dtype)
+            moment -= (mean.t() @ mean).double()
+        mass += p.mul_(slope).sum(0)
+    return mass
+
+
+def _add_weighted_products(moment: Tensor, matrix: Tensor, mass: Tensor) -> None:
+    """Adds M^T diag(mass) M, in pieces of the vocabulary."""
+    for start in range(0, len(matrix), 4096):
+        piece = matrix[start : start + 4096].double()
+        moment += piece.t() @ (piece * mass[start : start + 4096, None])
+
+
+def inverse_root(moment: Tensor, damping: float, name: str) -> Tensor:
+    """(M + damping * tr(M) / size * 1)^(-1/2) [size, size] of a second moment, by eigenvalues in float64."""
+    mean = (moment.trace() / len(moment)).item()
+    if not mean > 0:
+        raise FormatError(
+            f"The factor {name!r} is zero or not finite on all sampled rows: run `leaveout doctor` on the model."
+        )
+    values, vectors = torch.linalg.eigh(moment)
+    return vectors / (values.clamp_min(0) + damping * mean).sqrt() @ vectors.t()

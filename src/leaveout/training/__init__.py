@@ -1,0 +1,1 @@
+"""Describe a training run once (Recipe), and run it plainly, for many weightings at once, or in jets."""

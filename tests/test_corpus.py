@@ -10,7 +10,7 @@ import sys
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
-from datetime import date, datetime
+from datetime import date, datetime, time
 from decimal import Decimal
 
 import datasets
@@ -85,6 +85,7 @@ def test_metadata_keeps_scalars_and_writes_the_rest_as_text():
         "o": {"b": "é", "a": 1},
         "day": date(2024, 2, 29),
         "now": datetime(2024, 2, 29, 12, 30),
+        "at": time(12, 30),
         "price": Decimal("1.10"),
         "days": [date(2024, 2, 29)],
         "np": np.float32(0.5),
@@ -94,6 +95,7 @@ def test_metadata_keeps_scalars_and_writes_the_rest_as_text():
         "o": '{"a":1,"b":"é"}',
         "day": "2024-02-29",
         "now": "2024-02-29T12:30:00",
+        "at": "12:30:00",
         "price": "1.10",
         "days": '["2024-02-29"]',
         "np": 0.5,
@@ -250,7 +252,9 @@ def test_open_returns_a_corpus_as_it_is_or_with_new_options():
     assert Corpus.open(corpus) is corpus
     changed = Corpus.open(corpus, units="source", skip_bad=True)
     assert [row.unit for row in changed] == ["web"] and corpus.units is None
-    assert [row.unit for row in Corpus.open(changed, skip_bad=True)] == ["web"]  # options that are not given stay
+    for same in (Corpus.open(changed, skip_bad=True), Corpus.open(changed, units="source")):
+        assert [row.unit for row in same] == ["web"]  # options that are not given stay
+    assert Corpus.open(corpus, skip_bad=True).skip_bad
 
 
 def test_name_says_what_was_opened(tmp_path):
@@ -261,20 +265,35 @@ def test_name_says_what_was_opened(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_files_are_streamed(tmp_path, kind):
-    path = tmp_path / f"a.{kind}"
+    path, texts = tmp_path / f"a.{kind}", [f"{number:02000}" for number in range(4000)]
     if kind == "jsonl":
-        write_jsonl(path, ({"text": f"{number:01000}"} for number in range(8000)))
-    else:
-        pq.write_table(pa.table({"text": [f"{number:01000}" for number in range(8000)]}), path, row_group_size=1000)
+        write_jsonl(path, ({"text": text} for text in texts))
+    else:  # 8 MB in one row group
+        pq.write_table(pa.table({"text": texts}), path, compression="none", use_dictionary=False)
+    del texts
     corpus = Corpus.open(path)
     next(iter(corpus))  # imports
-    tracemalloc.start()  # sees Python's objects, not Arrow's buffers
+    before = pa.total_allocated_bytes()
+    arrow = max(pa.total_allocated_bytes() - before for _ in corpus)
+    tracemalloc.start()  # does not see Arrow's memory
     try:
-        assert len(corpus) == 8000 and len(corpus.sample(50, seed=0)) == 50
-        peak = tracemalloc.get_traced_memory()[1]
+        assert len(corpus) == 4000 and len(corpus.sample(50, seed=0)) == 50
+        python = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 1_000_000, peak
+    assert python < 2_000_000 and arrow < 4_000_000, (python, arrow)
+
+
+def test_length_is_counted_once_and_a_file_that_is_gone_is_missed(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet"):
+        corpus = Corpus.open(path)
+        assert len(corpus) == 1
+        path.unlink()
+        assert len(corpus) == 1
+        with pytest.raises(FileNotFoundError):
+            list(corpus)
 
 
 # Sample
@@ -363,7 +382,11 @@ BAD_ROWS = [
     ({"text": "a", "score": -math.inf}, "field `score` is -inf, write null"),
     ({"text": "a", "scores": [math.nan]}, r"field `scores` \(a list\) cannot be written as JSON, change or drop it"),
 ]
+DEEP: list = []
+for _ in range(100_000):
+    DEEP = [DEEP]
 BAD_ROWS_IN_PYTHON = [
+    ({"text": "a", "deep": DEEP}, r"field `deep` \(a list\) cannot be written as JSON"),
     (b"a", "is bytes, not an object"),
     ({1: "a"}, "has a number as the name of a field, names must be text"),
     ({"text": "a", "image": b"\x89PNG"}, r"field `image` \(bytes\) cannot be written as JSON, change or drop it"),
@@ -466,6 +489,7 @@ def test_parquet_row_that_is_not_utf8_is_one_bad_row(tmp_path):
         ("a.json", b'["\xff"]', "is not valid UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], r"is cut off or damaged \(.*\), copy or"),
         ("a.json.gz", b"[]", r"is cut off or damaged \(Not a gzipped file"),
+        ("a.json.gz", gzip.compress(b"[]")[:10] + b"\xff" * 20, r"is cut off or damaged \(Error -3"),
         ("a.parquet", b"PAR1 no more", r"is cut off or damaged \(.*\), copy or write it again"),
     ],
 )
@@ -545,17 +569,35 @@ def plain(messages, prompted):
 
 
 def closing(messages, prompted):  # the last turn is written differently
-    return plain(messages, prompted) + "" * prompted if prompted else plain(messages, prompted)[:-1] + "<end>"
+    return plain(messages, prompted) if prompted else plain(messages, prompted)[:-1] + "<end>"
 
 
 def trimming(messages, prompted):
     return closing([message | {"content": message["content"].strip()} for message in messages], prompted)
 
 
+def leading(messages, prompted):
+    return closing([message | {"content": message["content"].lstrip()} for message in messages], prompted)
+
+
+def thinking(messages, prompted):  # asks for a thought that it then leaves out
+    return plain(messages, prompted) + "<think>\n" * prompted
+
+
 def needs_messages(messages, prompted):
     if not messages:
         raise ValueError("an empty conversation")
     return plain(messages, prompted)
+
+
+def deaf(messages, prompted):  # leaves the assistant out
+    return plain([message for message in messages if message["role"] != "assistant"], False)
+
+
+def forgetful(messages, prompted):  # keeps the last exchange
+    return plain(
+        messages[max(index for index, message in enumerate(messages) if message["role"] == "user") :], prompted
+    )
 
 
 def refuse(messages, prompted):
@@ -579,6 +621,8 @@ CHAT = [ASK, TELL, ASK | {"content": "assistant"}, TELL | {"content": "assistant
         (closing, CHAT, ["Here.", "assistant"]),
         (closing, [ASK, TELL | {"content": ""}, TELL], ["Here."]),
         (trimming, [ASK, TELL | {"content": " yes \n"}, TELL], ["yes", "Here."]),
+        (leading, [ASK, TELL | {"content": " yes \n"}, TELL], ["yes \n", "Here."]),
+        (thinking, CHAT, ["Here.", "assistant"]),
         (needs_messages, [TELL, ASK, TELL], ["Here.", "Here."]),
     ],
 )
@@ -611,12 +655,13 @@ def test_render_leaves_other_rows_alone():
     [
         (None, MismatchError, "give prompt and completion rows or a tokenizer with a template"),
         (refuse, FormatError, r"the chat template refuses the messages \(roles must alternate\), change it or give a"),
-        (lambda messages, _: str(len(messages)), FormatError, "its assistant messages cannot be found in what"),
+        (deaf, FormatError, "its assistant messages cannot be found in what the chat template makes of them, change"),
+        (forgetful, FormatError, "its assistant messages cannot be found"),
         (lambda messages, _: closing(messages, _).upper(), FormatError, "its assistant messages cannot be found"),
     ],
 )
 def test_render_names_the_row_it_cannot_render(template, error, reason):
-    row = one({"id": "chat-7", "messages": CHAT})
+    row = one({"id": "chat-7", "messages": [ASK, TELL, ASK, TELL]})
     with pytest.raises(error, match=f"^row `chat-7`.*{reason}"):
         render(row, Tokenizer(template))
 

@@ -175,15 +175,18 @@ def entries(db: sqlite3.Connection) -> dict[str, Any]:
     """The table `store`, its checksums checked."""
     found = {}
     for key, text, digest in db.execute("SELECT key, value, checksum FROM store"):
-        if checksum(key, text) != digest:
+        if not isinstance(key, str) or not isinstance(text, str) or checksum(key, text) != digest:
             raise FormatError(f"entry {key!r} of the catalogue is damaged; restore {CATALOGUE} from a copy")
-        found[key] = json.loads(text)
+        try:
+            found[key] = json.loads(text)
+        except (ValueError, RecursionError):
+            raise FormatError(f"entry {key!r} of the catalogue is not JSON; restore {CATALOGUE} from a copy") from None
     return found
 
 
 def checksum(*parts: str) -> bytes:
-    """xxh3-64 of the parts in UTF-8, each ended by the byte 255, which UTF-8 never holds."""
-    return xxhash.xxh3_64_digest(b"".join(str(part).encode() + b"\xff" for part in parts))
+    """xxh3-64 of the parts in UTF-8, with the byte 255 between them, which UTF-8 never holds and "\\udcff" stands for."""
+    return xxhash.xxh3_64_digest("\udcff".join(parts).encode("utf-8", "surrogateescape"))
 
 
 def visible(version: int) -> str:
@@ -213,7 +216,9 @@ def select(db: sqlite3.Connection, where: str, fields: list[str], version: int) 
     deadline = time.monotonic() + _FILTER_SECONDS
     if sys.version_info >= (3, 11):
         db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _FILTER_BYTES)
-    db.execute("SELECT 1 FROM json_each('[]')")  # SQLite declares this table at its first use, which is not allowed below
+    db.execute(
+        "SELECT 1 FROM json_each('[]')"
+    )  # SQLite declares this table at its first use, which is not allowed below
     db.set_authorizer(_allowing({"rows", "contents", "json_each"}, n_selects=10_000))
     db.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
     try:

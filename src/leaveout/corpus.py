@@ -205,7 +205,8 @@ def _opened(path: Path) -> Iterator[Any]:
     if path.suffix.lower() == ".gz":
         opener, damage = gzip.open, (EOFError, zlib.error, gzip.BadGzipFile)
     if path.suffix.lower() == ".parquet":
-        opener = partial(_extra("pyarrow.parquet").ParquetFile, pre_buffer=False)
+        # with its defaults pyarrow holds a whole row group: 123 MB instead of 3 MB for a group of 120 MB, and slower
+        opener = partial(_extra("pyarrow.parquet").ParquetFile, pre_buffer=False, buffer_size=2**16)
         damage = (_extra("pyarrow").ArrowException, OSError)
     try:
         with opener(path) as file:

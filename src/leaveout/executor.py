@@ -18,7 +18,7 @@ from leaveout.errors import LeaveoutError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_STATE: Any = None
+_WORKER: dict[str, Any] = {}  # what `start` built, in a worker process
 
 
 def run_tasks(
@@ -57,12 +57,11 @@ def run_tasks(
 
 
 def _set_up(start: Callable[[], Any]) -> None:
-    global _STATE
     import torch
 
     torch.set_num_threads(1)
-    _STATE = start()
+    _WORKER["state"] = start()
 
 
 def _run(work: Callable[[Any, Task], Result], task: Task) -> Result:
-    return work(_STATE, task)
+    return work(_WORKER["state"], task)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +26,7 @@ SHORTEST = 16  # bytes; a shorter text or vector is found by chance
 _PIECES = 4  # of one text or vector, spread evenly
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _SLOT_BITS = 20
+_PIECE = np.dtype([("anchor", np.uint64), ("offset", np.uint16), ("length", np.uint16), ("digest", np.uint64)])
 
 
 class Traces:
@@ -35,15 +37,12 @@ class Traces:
     """
 
     def __init__(self) -> None:
-        self._anchors, self._digests = array("Q"), array("Q")
-        self._offsets, self._lengths = array("H"), array("H")
-        self._sorted: tuple[np.ndarray, ...] | None = None
+        self._columns = (array("Q"), array("H"), array("H"), array("Q"))  # as in _PIECE
 
     def add(self, data: bytes, variety: int) -> None:
         """Adds pieces of a text or vector that have at least so many different bytes."""
         if len(data) < SHORTEST:
             return
-        self._sorted = None
         length = min(PIECE, len(data))
         for start in {round(start) for start in np.linspace(0, len(data) - length, _PIECES)}:
             piece = data[start : start + length]
@@ -51,44 +50,58 @@ class Traces:
                 continue
             # The most varied 8 bytes: zeros and spaces are everywhere, and each place would have to be looked at.
             offset = max(range(0, length - 7, 8), key=lambda at: len(set(piece[at : at + 8])))
-            self._anchors.append(int.from_bytes(piece[offset : offset + 8], "little"))
-            self._digests.append(xxhash.xxh3_64_intdigest(piece))
-            self._offsets.append(offset)
-            self._lengths.append(length)
+            anchor = int.from_bytes(piece[offset : offset + 8], "little")
+            values = (anchor, offset, length, xxhash.xxh3_64_intdigest(piece))
+            for column, value in zip(self._columns, values, strict=True):
+                column.append(value)
 
     def found(self, chunks: Iterable[bytes]) -> set[int]:
         """Digests of the pieces that occur in a stream of bytes, also across its chunks.
 
         Cost: about 5 s of CPU per GB.
         """
-        anchors, slots, pieces = self._tables()
+        left = np.empty(len(self._columns[0]), _PIECE)
+        for name, column in zip(_PIECE.names or (), self._columns, strict=True):
+            left[name] = column
+        left = np.unique(left)  # ascending by anchor
         hits: set[int] = set()
         tail = b""
         for chunk in chunks:
             data = tail + chunk
             tail = data[-PIECE:]
-            for shift in range(8):
-                words = np.frombuffer(data[shift : shift + (len(data) - shift) // 8 * 8], "<u8")
-                near = np.flatnonzero(slots[(words * _MIX) >> np.uint64(64 - _SLOT_BITS)])
-                first, last = (np.searchsorted(anchors, words[near], side) for side in ("left", "right"))
-                for at, begin, end in zip((near * 8 + shift).tolist(), first.tolist(), last.tolist(), strict=True):
-                    for offset, length, digest in pieces[begin:end].tolist():
-                        piece = data[at - offset : at - offset + length] if at >= offset else b""
-                        if len(piece) == length and xxhash.xxh3_64_intdigest(piece) == digest:
-                            hits.add(digest)
+            if new := _pieces_in(data, left):
+                hits |= new
+                left = left[~np.isin(left["digest"], np.array(list(new), np.uint64))]
         return hits
 
-    def _tables(self) -> tuple[np.ndarray, ...]:
-        if self._sorted is None:
-            anchors = np.array(self._anchors, np.uint64)
-            order = np.argsort(anchors, kind="stable")
-            slots = np.zeros(1 << _SLOT_BITS, bool)
-            slots[(anchors * _MIX) >> np.uint64(64 - _SLOT_BITS)] = True
-            pieces = np.empty(len(order), [("offset", np.uint16), ("length", np.uint16), ("digest", np.uint64)])
-            for name, values in (("offset", self._offsets), ("length", self._lengths), ("digest", self._digests)):
-                pieces[name] = np.array(values)[order]
-            self._sorted = anchors[order], slots, pieces
-        return self._sorted
+
+def _pieces_in(data: bytes, pieces: np.ndarray) -> set[int]:
+    """Digests of the pieces that occur in data."""
+    slots = np.zeros(1 << _SLOT_BITS, bool)
+    slots[_slot(pieces["anchor"])] = True
+    # Pieces cut at the same place around the same anchor, a common phrase, form a group that is hashed once.
+    groups, starts = np.unique(pieces[["anchor", "offset", "length"]], return_index=True)
+    forms, bounds = groups[["offset", "length"]].tolist(), [*starts.tolist(), len(pieces)]
+    digests = pieces["digest"].tolist()
+    hits: set[int] = set()
+    for shift in range(8):
+        words = np.frombuffer(data[shift : shift + (len(data) - shift) // 8 * 8], "<u8")
+        near = np.flatnonzero(slots[_slot(words)])
+        first, last = (np.searchsorted(groups["anchor"], words[near], side) for side in ("left", "right"))
+        known = first < last
+        places = (near[known] * 8 + shift).tolist()
+        for at, begin, end in zip(places, first[known].tolist(), last[known].tolist(), strict=True):
+            for group in range(begin, end):
+                offset, length = forms[group]
+                digest = xxhash.xxh3_64_intdigest(data[max(0, at - offset) : at - offset + length])
+                found = bisect_left(digests, digest, bounds[group], bounds[group + 1])
+                if found < bounds[group + 1] and digests[found] == digest:
+                    hits.add(digest)
+    return hits
+
+
+def _slot(words: np.ndarray) -> np.ndarray:
+    return (words * _MIX) >> np.uint64(64 - _SLOT_BITS)
 
 
 def add_vectors(traces: Traces, segment: Segment) -> None:

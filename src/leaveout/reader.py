@@ -21,6 +21,8 @@ from .segment import BLOCK, HASH, NAME, TEMPORARY, Segment
 MAX_ROWS = 1 << 31  # of one segment, and versions of one store
 
 _POSITION = (1 << SHIFT) - 1
+_SCALARS = (str, int, float, type(None))
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _BATCH = 500  # values in one SQL list, below the limit of old SQLite versions
 _PAGE = 2_000  # rows read in one transaction while streaming
 _RECORD = "rows.id, rows.unit, contents.text, rows.meta, contents.content_hash, contents.extra, contents.checksum"
@@ -268,8 +270,9 @@ def load(path: Path) -> Snapshot:
     if type(version) is not int or not {"settings", "created", "purged", "purging"} <= entries.keys():
         raise FormatError(f"{path / CATALOGUE} lacks entries that every store has; restore it from a copy")
     segments, sides, first = [], {}, 0
-    for number, name, side, n_rows, n_bytes, hashes in described:
-        if not _is_sound(number, name, n_rows, n_bytes, hashes, version) or (side is None) != (n_rows > 0):
+    for line in described:
+        number, name, side, n_rows, n_bytes, hashes = line
+        if not _is_sound(line, version):
             raise FormatError(f"{path / CATALOGUE} describes segment {number} wrongly; restore it from a copy")
         begin, end = np.searchsorted(dead, [number << SHIFT, (number + 1) << SHIFT])
         tombstones = dead[begin:end] & _POSITION
@@ -284,8 +287,9 @@ def load(path: Path) -> Snapshot:
     return Snapshot(entries, fields, segments, sides)
 
 
-def _is_sound(number: int, name: Any, n_rows: Any, n_bytes: Any, hashes: Any, version: int) -> bool:
+def _is_sound(line: tuple[Any, ...], version: int) -> bool:
     """Whether a line of the table `segments` can be true."""
+    number, name, side, n_rows, n_bytes, hashes = line
     match = NAME.fullmatch(name) if isinstance(name, str) else None
     return (
         match is not None
@@ -293,6 +297,7 @@ def _is_sound(number: int, name: Any, n_rows: Any, n_bytes: Any, hashes: Any, ve
         and 1 <= number <= int(match[2]) <= version < MAX_ROWS
         and type(n_rows) is int
         and 0 <= n_rows < MAX_ROWS
+        and (n_rows > 0 if side is None else n_rows == 0 and isinstance(side, str))
         and type(n_bytes) is int
         and isinstance(hashes, bytes)
         and len(hashes) == HASH * -(-n_bytes // BLOCK)
@@ -311,14 +316,13 @@ def serialized(record: Record) -> tuple[str, ...]:
     Raises: FormatError if it is not valid Unicode and JSON.
     """
     for name, value in record.meta.items():
-        if not isinstance(name, str) or "\0" in name or not isinstance(value, str | int | float | None):
+        if not isinstance(name, str) or "\0" in name or not isinstance(value, _SCALARS):
             text = f"row {record.id!r}: metadata field {name!r} is {type(value).__name__}"
             raise FormatError(f"{text}; fields have plain names, and are strings, numbers, bools or None")
     try:
-        meta, extra = (json.dumps(part, ensure_ascii=False, allow_nan=False) for part in (record.meta, record.extra))
+        meta, extra = _JSON.encode(record.meta), _JSON.encode(record.extra)
         strings = (record.id, record.unit, record.text, meta, record.content_hash, extra)
-        for string in strings:
-            string.encode()
+        "".join(strings).encode()
     except (TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"row {record.id!r} cannot be stored: {error}") from None
     return strings

@@ -41,7 +41,7 @@ _MAX_AXES = 16
 Layout = dict[str, tuple[np.dtype, tuple[int, ...], int]]  # name -> dtype, shape, first byte in the file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """What the catalogue says about one segment file; `arrays` opens it.
 
@@ -93,16 +93,15 @@ class Segment:
 
         Cost: reads the whole file, 4 MiB at a time.
         """
+        found = []
         try:
             with self._opened() as fd:
-                found = [
-                    f"{self.name}: block {number} (from byte {number * BLOCK}) is damaged"
-                    for number, digest in enumerate(_block_hashes(fd))
-                    if digest != self.hashes[number * HASH : (number + 1) * HASH]
-                ]
+                for number, digest in enumerate(_block_hashes(fd)):
+                    if digest != self.hashes[number * HASH : (number + 1) * HASH]:
+                        found.append(f"{self.name}: block {number} (from byte {number * BLOCK}) is damaged")
                 self._layout(fd)
         except (FormatError, MismatchError) as error:
-            return [str(error)]
+            found.append(str(error))
         return found
 
     @contextmanager

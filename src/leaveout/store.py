@@ -8,6 +8,7 @@ Row numbers: 0, 1, 2, ... in the order of `put`, tombstoned rows included. They 
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from collections import Counter
@@ -53,9 +54,11 @@ class Store(Reader):
         path = Path(path)
         if not isinstance(settings, dict):
             raise TypeError(f"settings must be a dict, not {type(settings).__name__}")
+        json.dumps(settings, allow_nan=False)
         if path.exists() and not path.is_dir():
             raise FormatError(f"{path} is a file; choose another directory")
         path.mkdir(parents=True, exist_ok=True)
+        sync_directory(path.parent)
         begun = CATALOGUE + TEMPORARY  # a creation that was killed leaves these behind
         strange = {entry.name for entry in path.iterdir()} - {catalogue.LOCK, begun, f"{begun}-journal"}
         if strange and CATALOGUE not in strange:
@@ -125,16 +128,18 @@ class Store(Reader):
         with self._transaction() as db:
             line = (number, file.name, None, len(records), n_bytes, hashes)
             db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?)", line)
-            for key, row in enumerate(rows, number << SHIFT):
-                id, unit, text, meta, content_hash, extra = row
-                db.execute("INSERT INTO rows VALUES (?, ?, ?, 0, ?)", (key, id, unit, meta))
-                contents = (key, content_hash, extra, catalogue.checksum(*row), text)
-                db.execute("INSERT INTO contents VALUES (?, ?, ?, ?, ?)", contents)
+            keys = range(number << SHIFT, (number << SHIFT) + len(rows))
+            found = ((key, row[0], row[1], row[3]) for key, row in zip(keys, rows, strict=True))
+            db.executemany("INSERT INTO rows VALUES (?, ?, ?, 0, ?)", found)
+            contents = ((key, *row[4:], catalogue.checksum(*row), row[2]) for key, row in zip(keys, rows, strict=True))
+            db.executemany("INSERT INTO contents VALUES (?, ?, ?, ?, ?)", contents)
             db.executemany("INSERT INTO fields (name) VALUES (?)", ((name,) for name in fields))
 
     def put_side(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Sets the arrays under a name, which belong to no row; replaces those that were there."""
         self._require_writer()
+        if not isinstance(name, str):
+            raise TypeError(f"the name must be a string, not {type(name).__name__}")
         replaced = [part for side, part in self._snapshot.sides.items() if side == name]
         number = self.version + 1
         file = self.path / file_name(number, number)
@@ -147,6 +152,9 @@ class Store(Reader):
     def set_state(self, key: str, value: Any) -> None:
         """Sets one small JSON value."""
         self._require_writer()
+        if not isinstance(key, str):
+            raise TypeError(f"the key must be a string, not {type(key).__name__}")
+        json.dumps(value, allow_nan=False)  # refused here, not in the transaction
         with self._transaction() as db:
             catalogue.set_entry(db, f"state.{key}", value)
 

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from leaveout.jets import series as S
 from leaveout.jets.series import Series
-from leaveout.jets.tensor import Jet, Space, unsupported
+from leaveout.jets.tensor import TABLE, Jet, Space, unsupported
 
 aten = torch.ops.aten
-Rule = Callable[[Any, tuple, dict], Any]
-TABLE: dict[Any, Rule] = {}
+Rule = Callable[[Any, Any, dict], Any]
 
 
 def rule(*ops: Any) -> Callable[[Rule], Rule]:
@@ -63,6 +62,11 @@ def wrap(s: Series, space: Space) -> Jet:
     return Jet(c, s.h, space)
 
 
+def padded(args: Any, *defaults: Any) -> Any:
+    """The first argument and as many more as there are defaults, which stand for those that are missing."""
+    return (*args, *defaults[len(args) - 1 :])
+
+
 def note_nonsmooth(func: Any, space: Space) -> None:
     name = func.name().removeprefix("aten::")
     space.nonsmooth[name] = space.nonsmooth.get(name, 0) + 1
@@ -92,7 +96,7 @@ def _same_shape(h: Tensor, shape: Iterable[int]) -> list[int]:
 
 
 @rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default)
-def _view(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _view(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     c = func(*(constant(a) for a in args), **kwargs)
     shape = _same_shape(x.h, c.shape)
@@ -103,44 +107,44 @@ def _view(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.expand.default)
-def _expand(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _expand(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     c = func(x.c, *args[1:], **kwargs)
     return _view_of(x, c, S._aligned(x.h, c.dim()).expand(_same_shape(x.h, c.shape)))
 
 
 @rule(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
-def _alias(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _alias(func: Any, args: Any, kwargs: dict) -> Jet:
     return _view_of(args[0], args[0].c.detach(), args[0].h)
 
 
 @rule(aten.t.default)
-def _t(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _t(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     return _view_of(x, x.c.t(), x.h.mT if x.c.dim() == 2 else x.h)
 
 
 @rule(aten.transpose.int)
-def _transpose(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _transpose(func: Any, args: Any, kwargs: dict) -> Jet:
     x, a, b = args
     rank = x.c.dim()
     return _view_of(x, x.c.transpose(a, b), x.h.transpose(from_end(a, rank), from_end(b, rank)))
 
 
 @rule(aten.permute.default)
-def _permute(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _permute(func: Any, args: Any, kwargs: dict) -> Jet:
     x, dims = args
     return _view_of(x, x.c.permute(dims), x.h.permute(0, 1, *(d % x.c.dim() + 2 for d in dims)))
 
 
 @rule(aten.unsqueeze.default)
-def _unsqueeze(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _unsqueeze(func: Any, args: Any, kwargs: dict) -> Jet:
     x, dim = args
     return _view_of(x, x.c.unsqueeze(dim), x.h.unsqueeze(dim if dim < 0 else dim + 2))
 
 
 @rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
-def _squeeze(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _squeeze(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     dims = all_from_end(args[1] if len(args) > 1 else None, x.c.dim())
     gone = [d for d in dims if x.c.shape[d] == 1]
@@ -150,7 +154,7 @@ def _squeeze(func: Any, args: tuple, kwargs: dict) -> Jet:
 def _along(dim_position: int, default: int) -> Rule:
     """Rule for a view or linear map whose axis is argument `dim_position`; may give several results."""
 
-    def apply(func: Any, args: tuple, kwargs: dict) -> Any:
+    def apply(func: Any, args: Any, kwargs: dict) -> Any:
         x = args[0]
         args = list(args)  # type: ignore[assignment]
         while len(args) <= dim_position:
@@ -167,12 +171,12 @@ def _along(dim_position: int, default: int) -> Rule:
 
 rule(aten.slice.Tensor, aten.select.int, aten.narrow.default)(_along(1, 0))
 rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)(_along(2, 0))
-rule(aten.unbind.int, aten.cumsum.default, aten.index_select.default, aten.gather.default)(_along(1, 0))
+rule(aten.unbind.int, aten.cumsum.default, aten.index_select.default)(_along(1, 0))
 
 
 @rule(aten.diagonal.default)
-def _diagonal(func: Any, args: tuple, kwargs: dict) -> Jet:
-    x, offset, a, b = (*args, *(0, 0, 1)[len(args) - 1 :])
+def _diagonal(func: Any, args: Any, kwargs: dict) -> Jet:
+    x, offset, a, b = padded(args, 0, 0, 1)
     rank = x.c.dim()
     h = x.h.diagonal(offset, from_end(a, rank), from_end(b, rank))
     return _view_of(x, x.c.diagonal(offset, a, b), h)
@@ -182,7 +186,7 @@ def _diagonal(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.neg.default, aten.clone.default, aten.tril.default, aten.triu.default, aten.constant_pad_nd.default)
-def _same_on_both(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _same_on_both(func: Any, args: Any, kwargs: dict) -> Jet:
     """Operations that act on the last axes (or on all alike)."""
     x = args[0]
     if func is aten.constant_pad_nd.default and len(args) > 2 and args[2] != 0:
@@ -194,7 +198,7 @@ def _same_on_both(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten._to_copy.default)
-def _to_copy(func: Any, args: tuple, kwargs: dict) -> Any:
+def _to_copy(func: Any, args: Any, kwargs: dict) -> Any:
     """A run has one precision, so casts between floating types change nothing; a cast to integers has no series."""
     x, dtype = args[0], kwargs.get("dtype")
     if dtype is not None and not dtype.is_floating_point:
@@ -204,7 +208,7 @@ def _to_copy(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 @rule(aten.flip.default, aten.roll.default)
-def _flip(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _flip(func: Any, args: Any, kwargs: dict) -> Jet:
     x, *rest = args
     if func is aten.roll.default and len(rest) == 1:
         raise unsupported(func, "without dims is not supported")
@@ -213,7 +217,7 @@ def _flip(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
-def _reduce(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _reduce(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     dims = all_from_end(args[1] if len(args) > 1 else None, x.c.dim())
     keep = bool(args[2]) if len(args) > 2 else False
@@ -228,7 +232,7 @@ def _sum(t: Tensor, dims: list[int], keep: bool) -> Tensor:
 
 
 @rule(aten.cat.default, aten.stack.default)
-def _cat(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _cat(func: Any, args: Any, kwargs: dict) -> Jet:
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     tensors = [t for t in args[0] if tuple(t.shape) != (0,)]  # torch lets empty vectors stand for nothing
     space = space_of(tensors)
@@ -239,8 +243,48 @@ def _cat(func: Any, args: tuple, kwargs: dict) -> Jet:
     return wrap(Series(c, h), space)
 
 
+@rule(aten.gather.default)
+def _gather(func: Any, args: Any, kwargs: dict) -> Jet:
+    x, dim, index = args[:3]
+    dim = from_end(dim, x.c.dim())
+    return Jet(x.c.gather(dim, index), x.h.gather(dim, index.expand(*x.h.shape[:2], *index.shape)), x.space)
+
+
+@rule(aten.scatter_add.default, aten.scatter_add_.default)
+def _scatter_add(func: Any, args: Any, kwargs: dict) -> Jet:
+    x, dim, index, source = args
+    dim = from_end(dim, x.dim())
+    space = space_of(args)
+    target = as_jet(x, func) if func is aten.scatter_add_.default else wrap(_copied(operand(x), space), space)
+    target.c.scatter_add_(dim, index, constant(source))
+    if isinstance(source, Jet):
+        target.h.scatter_add_(dim, index.expand(*target.h.shape[:2], *index.shape), source.h)
+    return target
+
+
+@rule(aten.index_add.default, aten.index_add_.default)
+def _index_add(func: Any, args: Any, kwargs: dict) -> Jet:
+    x, dim, index, source = args
+    dim, alpha = from_end(dim, x.dim()), kwargs.get("alpha", 1)
+    space = space_of(args)
+    target = as_jet(x, func) if func is aten.index_add_.default else wrap(_copied(operand(x), space), space)
+    target.c.index_add_(dim, index, constant(source), alpha=alpha)
+    if isinstance(source, Jet):
+        target.h.index_add_(dim, index, source.h, alpha=alpha)
+    return target
+
+
+@rule(aten.diagonal_backward.default)
+def _diagonal_backward(func: Any, args: Any, kwargs: dict) -> Jet:
+    g, sizes, offset, a, b = args
+    rank = len(sizes)
+    h = g.h.new_zeros(_same_shape(g.h, sizes))
+    h.diagonal(offset, from_end(a, rank), from_end(b, rank)).copy_(g.h)
+    return Jet(func(*map(constant, args)), h, g.space)
+
+
 @rule(aten.slice_backward.default, aten.select_backward.default)
-def _scatter_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _scatter_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     g, sizes, dim, *rest = args
     dim = dim % len(sizes)
     h = func(g.h, _same_shape(g.h, sizes), dim + 2, *rest)
@@ -248,19 +292,19 @@ def _scatter_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.index.Tensor)
-def _index(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _index(func: Any, args: Any, kwargs: dict) -> Jet:
     x, indices = args
     keys = _index_keys(func, indices)
     return Jet(x.c[keys], x.h[(slice(None), slice(None), *keys)], x.space)
 
 
 @rule(aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-def _index_put(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _index_put(func: Any, args: Any, kwargs: dict) -> Jet:
     x, indices, values = args[:3]
     accumulate = args[3] if len(args) > 3 else False
     space = space_of((x, values))
     in_place = func is not aten.index_put.default
-    target = as_jet(x, space, func, in_place) if in_place else wrap(_copied(operand(x), space), space)
+    target = as_jet(x, func) if in_place else wrap(_copied(operand(x), space), space)
     keys = _index_keys(func, indices)
     target.c.index_put_(_filled(keys, target.c), constant(values), accumulate)
     h_keys = (slice(None), slice(None), *keys)
@@ -284,7 +328,7 @@ def _index_keys(func: Any, indices: Any) -> tuple:
     return tuple(slice(None) if index is None else index for index in indices)
 
 
-def _filled(keys: tuple, target: Tensor) -> list[Tensor]:
+def _filled(keys: tuple, target: Tensor) -> Any:
     """Full index tensors, one an axis, for a key of slices and adjacent index tensors."""
     axes = []
     advanced = [k for k in keys if isinstance(k, Tensor)]
@@ -308,7 +352,7 @@ def _filled(keys: tuple, target: Tensor) -> list[Tensor]:
 
 
 @rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.masked_fill_.Scalar, aten.masked_fill_.Tensor)
-def _masked_fill(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _masked_fill(func: Any, args: Any, kwargs: dict) -> Jet:
     x, mask, value = args
     c = torch.where(mask, value, x.c)
     h = torch.where(mask, torch.zeros((), dtype=x.h.dtype), S._aligned(x.h, c.dim()))
@@ -317,7 +361,7 @@ def _masked_fill(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
-def _where(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _where(func: Any, args: Any, kwargs: dict) -> Jet:
     condition, a, b = args
     if isinstance(condition, Jet):
         raise unsupported(func, "with a series as its condition is not supported")
@@ -332,7 +376,7 @@ def _where(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.zeros_like.default, aten.empty_like.default, aten.new_zeros.default, aten.new_empty.default)
-def _zeros(func: Any, args: tuple, kwargs: dict) -> Any:
+def _zeros(func: Any, args: Any, kwargs: dict) -> Any:
     """Fresh buffers are jets: optimizer state and gradient buffers will hold series."""
     x, dtype = args[0], kwargs.get("dtype")
     if dtype is not None and not dtype.is_floating_point:
@@ -343,28 +387,26 @@ def _zeros(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 @rule(aten.new_empty_strided.default, aten.empty_strided.default)
-def _empty_strided(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _empty_strided(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.zeros(torch.zeros(*args[1], dtype=args[0].c.dtype), args[0].h), args[0].space)
 
 
 @rule(
     aten.ones_like.default, aten.full_like.default, aten.new_ones.default, aten.new_full.default,
-    aten.isnan.default, aten.isfinite.default, aten.isinf.default,
+    aten.isnan.default, aten.isinf.default,
 )  # fmt: skip
-def _plain(func: Any, args: tuple, kwargs: dict) -> Tensor:
+def _plain(func: Any, args: Any, kwargs: dict) -> Tensor:
     return func(*(constant(a) for a in args), **kwargs)
 
 
 COMPARISONS = [
-    getattr(getattr(aten, name), kind)
-    for name in ("eq", "ne", "lt", "le", "gt", "ge")
-    for kind in ("Scalar", "Tensor")
+    getattr(getattr(aten, name), kind) for name in ("eq", "ne", "lt", "le", "gt", "ge") for kind in ("Scalar", "Tensor")
 ]
 
 
 @rule(*COMPARISONS, aten.argmax.default, aten.argmin.default, aten.sign.default, aten.sgn.default,
-      aten.floor.default, aten.ceil.default, aten.round.default, aten.argsort.default)  # fmt: skip
-def _piecewise_constant(func: Any, args: tuple, kwargs: dict) -> Tensor:
+      aten.floor.default, aten.ceil.default, aten.round.default)  # fmt: skip
+def _piecewise_constant(func: Any, args: Any, kwargs: dict) -> Tensor:
     note_nonsmooth(func, space_of(args))
     return func(*(constant(a) for a in args), **kwargs)
 
@@ -373,54 +415,54 @@ def _piecewise_constant(func: Any, args: tuple, kwargs: dict) -> Tensor:
 
 
 @rule(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
-def _add(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _add(func: Any, args: Any, kwargs: dict) -> Jet:
     alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
     sign = -1 if func in (aten.sub.Tensor, aten.sub.Scalar) else 1
     return wrap(S.add(operand(args[0]), operand(args[1]), sign * alpha), space_of(args))
 
 
 @rule(aten.rsub.Scalar, aten.rsub.Tensor)
-def _rsub(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _rsub(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.add(operand(args[1]), operand(args[0]), -1), space_of(args))
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar)
-def _mul(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _mul(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.multiply(operand(args[0]), operand(args[1])), space_of(args))
 
 
 @rule(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
-def _div(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _div(func: Any, args: Any, kwargs: dict) -> Jet:
     if not isinstance(args[1], Jet) and not isinstance(args[1], Tensor):
         return Jet(args[0].c / args[1], args[0].h / args[1], args[0].space)
     return wrap(S.divide(operand(args[0]), operand(args[1])), space_of(args))
 
 
 @rule(aten.reciprocal.default)
-def _reciprocal(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _reciprocal(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.power(args[0].series, -1.0), args[0].space)
 
 
 @rule(aten.mm.default, aten.bmm.default)
-def _matmul(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _matmul(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.matmul(operand(args[0]), operand(args[1])), space_of(args))
 
 
 @rule(aten.mv.default)
-def _mv(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _mv(func: Any, args: Any, kwargs: dict) -> Jet:
     a, b = operand(args[0]), operand(args[1])
     b = b.map(lambda t: t.unsqueeze(-1)) if isinstance(b, Series) else b.unsqueeze(-1)
     return wrap(S.matmul(a, b).map(lambda t: t.squeeze(-1)), space_of(args))
 
 
 @rule(aten.dot.default)
-def _dot(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _dot(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.multiply(operand(args[0]), operand(args[1])).map(lambda t: t.sum(-1)), space_of(args))
 
 
 @rule(aten.addmm.default, aten.baddbmm.default)
-def _addmm(func: Any, args: tuple, kwargs: dict) -> Jet:
-    bias, a, b = (operand(x) for x in args)
+def _addmm(func: Any, args: Any, kwargs: dict) -> Jet:
+    bias, a, b = map(operand, args)
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
     if not (isinstance(a, Series) or isinstance(b, Series)):
         return wrap(S.add(torch.matmul(a, b) * alpha, bias, beta), space_of(args))
@@ -433,21 +475,21 @@ def _addmm(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.addcmul.default)
-def _addcmul(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _addcmul(func: Any, args: Any, kwargs: dict) -> Jet:
     x, a, b = (operand(t) for t in args[:3])
     product = S.multiply(a, b) if isinstance(a, Series) or isinstance(b, Series) else a * b
     return wrap(S.add(x, product, kwargs.get("value", 1)), space_of(args))
 
 
 @rule(aten.addcdiv.default)
-def _addcdiv(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _addcdiv(func: Any, args: Any, kwargs: dict) -> Jet:
     x, a, b = (operand(t) for t in args[:3])
     ratio = S.divide(a, b) if isinstance(a, Series) or isinstance(b, Series) else a / b
     return wrap(S.add(x, ratio, kwargs.get("value", 1)), space_of(args))
 
 
 @rule(aten.lerp.Scalar)
-def _lerp(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _lerp(func: Any, args: Any, kwargs: dict) -> Jet:
     a, b, weight = operand(args[0]), operand(args[1]), args[2]
     return wrap(S.add(S.multiply(a, 1 - weight) if isinstance(a, Series) else a * (1 - weight), b, weight),
                 space_of(args))  # fmt: skip
@@ -456,18 +498,18 @@ def _lerp(func: Any, args: tuple, kwargs: dict) -> Jet:
 # --- writing in place --------------------------------------------------------------------------------------------
 
 
-def as_jet(x: Any, space: Space, func: Any, in_place: bool = True) -> Jet:
+def as_jet(x: Any, func: Any) -> Jet:
     """x as a jet that may be written into."""
     if not isinstance(x, Jet):
         raise unsupported(func, "would write a series into an ordinary tensor, which cannot hold one")
-    if in_place and x.partly_copied:
+    if x.partly_copied:
         raise unsupported(func, "writes into a view that does not share its coefficients with its base")
     return x
 
 
 def write(x: Any, result: Series, func: Any) -> Jet:
     """Put a result into an existing jet, through all its views."""
-    target = as_jet(x, x.space if isinstance(x, Jet) else None, func)  # type: ignore[arg-type]
+    target = as_jet(x, func)
     target.c.copy_(result.c)
     target.h.copy_(result.h)
     return target
@@ -489,7 +531,7 @@ IN_PLACE = {
 
 
 @rule(*IN_PLACE)
-def _in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _in_place(func: Any, args: Any, kwargs: dict) -> Jet:
     kwargs = dict(kwargs)
     target = kwargs.pop("out", args[0])
     plain = IN_PLACE[func]
@@ -500,8 +542,8 @@ def _in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.add_.Tensor)
-def _add_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
-    x, y, alpha = as_jet(args[0], None, func), args[1], kwargs.get("alpha", 1)  # type: ignore[arg-type]
+def _add_in_place(func: Any, args: Any, kwargs: dict) -> Jet:
+    x, y, alpha = as_jet(args[0], func), args[1], kwargs.get("alpha", 1)
     x.c.add_(constant(y), alpha=alpha)
     if isinstance(y, Jet):
         x.h.add_(S._aligned(y.h, x.c.dim()), alpha=alpha)
@@ -509,23 +551,23 @@ def _add_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.mul_.Scalar, aten.div_.Scalar, aten.zero_.default)
-def _scale_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
-    x = as_jet(args[0], None, func)  # type: ignore[arg-type]
+def _scale_in_place(func: Any, args: Any, kwargs: dict) -> Jet:
+    x = as_jet(args[0], func)
     func(x.c, *args[1:])
     func(x.h, *args[1:])
     return x
 
 
 @rule(aten.mul_.Tensor, aten.div_.Tensor)
-def _mul_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _mul_in_place(func: Any, args: Any, kwargs: dict) -> Jet:
     if (isinstance(args[1], Tensor) and args[1].dim() > 0) or isinstance(args[1], Jet):
         return _in_place(func, args, kwargs)
     return _scale_in_place(func, (args[0], float(args[1])), {})
 
 
 @rule(aten.lerp_.Scalar)
-def _lerp_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
-    x, y, weight = as_jet(args[0], None, func), args[1], args[2]  # type: ignore[arg-type]
+def _lerp_in_place(func: Any, args: Any, kwargs: dict) -> Jet:
+    x, y, weight = as_jet(args[0], func), args[1], args[2]
     x.c.lerp_(constant(y), weight)
     x.h.mul_(1 - weight)
     if isinstance(y, Jet):
@@ -534,8 +576,8 @@ def _lerp_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.copy_.default)
-def _copy_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
-    x, y = as_jet(args[0], None, func), args[1]  # type: ignore[arg-type]
+def _copy_in_place(func: Any, args: Any, kwargs: dict) -> Jet:
+    x, y = as_jet(args[0], func), args[1]
     x.c.copy_(constant(y))
     if isinstance(y, Jet):
         x.h.copy_(S._aligned(y.h, x.c.dim()))
@@ -544,28 +586,29 @@ def _copy_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
     return x
 
 
-@rule(aten.fill_.Scalar)
-def _fill_in_place(func: Any, args: tuple, kwargs: dict) -> Jet:
-    x = as_jet(args[0], None, func)  # type: ignore[arg-type]
-    x.c.fill_(args[1])
+@rule(aten.fill_.Scalar, aten.bernoulli_.float)
+def _fill_in_place(func: Any, args: Any, kwargs: dict) -> Jet:
+    """Overwrite with constants; a dropout mask is drawn as in the plain run, one for all directions."""
+    x = as_jet(args[0], func)
+    func(x.c, *args[1:], **kwargs)
     x.h.zero_()
     return x
 
 
 @rule(aten._local_scalar_dense.default)
-def _item(func: Any, args: tuple, kwargs: dict) -> Any:
+def _item(func: Any, args: Any, kwargs: dict) -> Any:
     raise unsupported(func, "would turn a series into a Python number (use `jet.c` for the constant term)")
 
 
 @rule(aten._foreach_mul_.Tensor, aten._foreach_mul_.Scalar, aten._foreach_mul_.ScalarList)
-def _foreach_mul(func: Any, args: tuple, kwargs: dict) -> None:
+def _foreach_mul(func: Any, args: Any, kwargs: dict) -> None:
     factors = args[1] if isinstance(args[1], (list, tuple)) else [args[1]] * len(args[0])
     for x, factor in zip(args[0], factors, strict=True):
         x.mul_(factor)
 
 
 @rule(aten._foreach_norm.Scalar)
-def _foreach_norm(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+def _foreach_norm(func: Any, args: Any, kwargs: dict) -> list[Tensor]:
     order = args[1] if len(args) > 1 else 2
     return [torch.linalg.vector_norm(x, order) for x in args[0]]
 

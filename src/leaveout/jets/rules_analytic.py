@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leaveout.jets import series as S
-from leaveout.jets.rules import all_from_end, aten, constant, note_nonsmooth, operand, rule, space_of, wrap
+from leaveout.jets.rules import all_from_end, aten, constant, note_nonsmooth, operand, padded, rule, space_of, wrap
 from leaveout.jets.series import Series
 from leaveout.jets.tensor import Jet, unsupported
 
@@ -18,29 +18,29 @@ Taylor = Callable[[Tensor, int], list[Tensor]]
 
 
 @rule(aten.exp.default)
-def _exp(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _exp(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.exp(args[0].series), args[0].space)
 
 
 @rule(aten.log.default)
-def _log(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _log(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.log(args[0].series), args[0].space)
 
 
 @rule(aten.log1p.default)
-def _log1p(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _log1p(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0].series
     return wrap(Series(x.c.log1p(), S.log(S.add(x, 1.0)).h), args[0].space)
 
 
 @rule(aten.expm1.default)
-def _expm1(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _expm1(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0].series
     return wrap(Series(x.c.expm1(), S.exp(x).h), args[0].space)
 
 
 @rule(aten.pow.Tensor_Scalar)
-def _pow(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _pow(func: Any, args: Any, kwargs: dict) -> Jet:
     x, exponent = args
     if exponent == 0:
         return x.space.constant(torch.ones_like(x.c))
@@ -48,18 +48,18 @@ def _pow(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.sqrt.default)
-def _sqrt(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _sqrt(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.sqrt(args[0].series), args[0].space)
 
 
 @rule(aten.rsqrt.default)
-def _rsqrt(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _rsqrt(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.rsqrt(args[0].series), args[0].space)
 
 
 @rule(aten.linalg_vector_norm.default)
-def _norm(func: Any, args: tuple, kwargs: dict) -> Jet:
-    x, order, dims, keep = (*args, *(2, None, False)[len(args) - 1 :])
+def _norm(func: Any, args: Any, kwargs: dict) -> Jet:
+    x, order, dims, keep = padded(args, 2, None, False)
     if order != 2:
         raise unsupported(func, f"of order {order} is not supported (only 2)")
     axes = all_from_end(dims, x.c.dim())
@@ -113,13 +113,13 @@ COMPOSED: dict[Any, Taylor] = {
 
 
 @rule(*COMPOSED)
-def _composed(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _composed(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     return wrap(S.compose(COMPOSED[func](x.c, x.space.degree), x.series), x.space)
 
 
 @rule(aten.gelu.default)
-def _gelu(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _gelu(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     return wrap(S.compose(_gelu_taylor(kwargs)(x.c, x.space.degree), x.series), x.space)
 
@@ -129,7 +129,7 @@ def _gelu_taylor(kwargs: dict) -> Taylor:
 
 
 @rule(aten.softplus.default)
-def _softplus(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _softplus(func: Any, args: Any, kwargs: dict) -> Jet:
     _only_default_softplus(func, args[1:])
     x = args[0]
     return wrap(S.compose(taylor_softplus(x.c, x.space.degree), x.series), x.space)
@@ -141,7 +141,7 @@ def _only_default_softplus(func: Any, rest: tuple) -> None:
 
 
 @rule(aten.log_sigmoid_forward.default)
-def _logsigmoid(func: Any, args: tuple, kwargs: dict) -> tuple[Jet, Tensor]:
+def _logsigmoid(func: Any, args: Any, kwargs: dict) -> tuple[Jet, Tensor]:
     x = args[0]
     out = S.compose(taylor_logsigmoid(x.c, x.space.degree), x.series)
     return wrap(out, x.space), torch.empty(0, dtype=x.c.dtype)
@@ -155,28 +155,28 @@ def _chain(g: Any, x: Any, taylor: Taylor) -> Series:
 
 
 @rule(aten.gelu_backward.default)
-def _gelu_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _gelu_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(_chain(operand(args[0]), operand(args[1]), _gelu_taylor(kwargs)), space_of(args))
 
 
 @rule(aten.silu_backward.default)
-def _silu_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _silu_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(_chain(operand(args[0]), operand(args[1]), taylor_silu), space_of(args))
 
 
 @rule(aten.softplus_backward.default)
-def _softplus_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _softplus_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     _only_default_softplus(func, args[2:])
     return wrap(_chain(operand(args[0]), operand(args[1]), taylor_softplus), space_of(args))
 
 
 @rule(aten.log_sigmoid_backward.default)
-def _logsigmoid_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _logsigmoid_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(_chain(operand(args[0]), operand(args[1]), taylor_logsigmoid), space_of(args))
 
 
 @rule(aten.tanh_backward.default)
-def _tanh_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _tanh_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     """g (1 - y^2), from the output y."""
     g, y = operand(args[0]), operand(args[1])
     slope = S.add(1.0, S.square(y), -1) if isinstance(y, Series) else 1 - y * y
@@ -184,7 +184,7 @@ def _tanh_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.sigmoid_backward.default)
-def _sigmoid_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _sigmoid_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     """g (y - y^2), from the output y."""
     g, y = operand(args[0]), operand(args[1])
     slope = S.add(y, S.square(y), -1) if isinstance(y, Series) else y - y * y
@@ -201,19 +201,19 @@ def _masked(x: Any, c: Tensor, mask: Tensor, func: Any, space: Any) -> Jet:
 
 
 @rule(aten.relu.default)
-def _relu(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _relu(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     return _masked(x, x.c.relu(), x.c > 0, func, x.space)
 
 
 @rule(aten.leaky_relu.default)
-def _leaky_relu(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _leaky_relu(func: Any, args: Any, kwargs: dict) -> Jet:
     x, slope = args[0], args[1] if len(args) > 1 else 0.01
     return _masked(x, func(x.c, slope), torch.where(x.c > 0, 1.0, slope), func, x.space)
 
 
 @rule(aten.threshold_backward.default, aten.leaky_relu_backward.default, aten.hardtanh_backward.default)
-def _kink_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _kink_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     """Linear in the gradient, with the mask of the constant term."""
     g, x = args[0], constant(args[1])
     space = space_of(args)
@@ -225,20 +225,20 @@ def _kink_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.abs.default)
-def _abs(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _abs(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     return _masked(x, x.c.abs(), x.c.sign(), func, x.space)
 
 
 @rule(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.hardtanh.default)
-def _clamp(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _clamp(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     c = func(x.c, *args[1:], **kwargs)
     return _masked(x, c, c == x.c, func, x.space)
 
 
 @rule(aten.maximum.default, aten.minimum.default)
-def _maximum(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _maximum(func: Any, args: Any, kwargs: dict) -> Jet:
     a, b = args
     space = space_of(args)
     note_nonsmooth(func, space)
@@ -250,7 +250,7 @@ def _maximum(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.amax.default, aten.max.dim, aten.min.dim, aten.amin.default)
-def _max_along(func: Any, args: tuple, kwargs: dict) -> Any:
+def _max_along(func: Any, args: Any, kwargs: dict) -> Any:
     """The entry where the constant term is largest (smallest)."""
     x, dims, keep = args[0], args[1] if len(args) > 1 else [], args[2] if len(args) > 2 else False
     axes = all_from_end(dims, x.c.dim())

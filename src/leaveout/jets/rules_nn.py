@@ -19,14 +19,14 @@ from leaveout.jets.tensor import Jet, unsupported
 
 
 @rule(aten.embedding.default)
-def _embedding(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _embedding(func: Any, args: Any, kwargs: dict) -> Jet:
     weight, index = args[:2]
     h = weight.h.index_select(2, index.reshape(-1))
     return Jet(weight.c[index], h.view(*h.shape[:2], *index.shape, -1), weight.space)
 
 
 @rule(aten.embedding_dense_backward.default)
-def _embedding_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _embedding_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     g, index, n, padding = args[0], args[1], args[2], args[3]
     if args[4]:
         raise unsupported(func, "with scale_grad_by_freq is not supported")
@@ -59,19 +59,19 @@ def log_softmax(x: Series, dim: int) -> Series:
 
 
 @rule(aten._softmax.default, aten._safe_softmax.default)
-def _softmax(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _softmax(func: Any, args: Any, kwargs: dict) -> Jet:
     x, dim = args[:2]
     return wrap(softmax(x.series, from_end(dim, x.c.dim())), x.space)
 
 
 @rule(aten._log_softmax.default)
-def _log_softmax(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _log_softmax(func: Any, args: Any, kwargs: dict) -> Jet:
     x, dim = args[:2]
     return wrap(log_softmax(x.series, from_end(dim, x.c.dim())), x.space)
 
 
 @rule(aten._softmax_backward_data.default)
-def _softmax_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _softmax_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     """y (g - sum g y)."""
     g, y, dim = operand(args[0]), operand(args[1]), from_end(args[2], args[1].dim())
     gy = S.multiply(g, y)
@@ -80,7 +80,7 @@ def _softmax_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten._log_softmax_backward_data.default)
-def _log_softmax_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _log_softmax_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     """g - exp(y) sum g."""
     g, y, dim = operand(args[0]), operand(args[1]), from_end(args[2], args[1].dim())
     total = _sum_along(g, dim) if isinstance(g, Series) else g.sum(dim, keepdim=True)
@@ -104,7 +104,7 @@ def _class_axis(rank: int) -> int:
 
 
 @rule(aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
-def _nll(func: Any, args: tuple, kwargs: dict) -> tuple[Jet, Tensor]:
+def _nll(func: Any, args: Any, kwargs: dict) -> tuple[Jet, Tensor]:
     x, target, weight, reduction, ignore = args
     axis = _class_axis(x.c.dim())
     index, w = _class_weights(target, weight, ignore, x.c)
@@ -125,7 +125,7 @@ def _nll(func: Any, args: tuple, kwargs: dict) -> tuple[Jet, Tensor]:
 
 
 @rule(aten.nll_loss_backward.default, aten.nll_loss2d_backward.default)
-def _nll_backward(func: Any, args: tuple, kwargs: dict) -> Any:
+def _nll_backward(func: Any, args: Any, kwargs: dict) -> Any:
     g, x, target, weight, reduction, ignore, total = args
     axis = _class_axis(x.dim())
     index, w = _class_weights(target, weight, ignore, constant(x))
@@ -139,7 +139,7 @@ def _nll_backward(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 @rule(aten.mse_loss.default)
-def _mse(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _mse(func: Any, args: Any, kwargs: dict) -> Jet:
     squares = S.square(S.add(operand(args[0]), operand(args[1]), -1))
     return wrap(_reduced(squares, args[2] if len(args) > 2 else 1), space_of(args))
 
@@ -153,7 +153,7 @@ def _reduced(a: Series, reduction: int) -> Series:
 
 
 @rule(aten.mse_loss_backward.default)
-def _mse_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _mse_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     g, x, y, reduction = operand(args[0]), operand(args[1]), operand(args[2]), args[3]
     difference = S.add(x, y, -1) if isinstance(x, Series) or isinstance(y, Series) else x - y
     factor = 2 / args[1].numel() if reduction == 1 else 2
@@ -206,7 +206,7 @@ def _series(a: Any, space: Any) -> Series:
 
 
 @rule(aten.native_layer_norm.default)
-def _layer_norm(func: Any, args: tuple, kwargs: dict) -> tuple[Jet, Jet, Jet]:
+def _layer_norm(func: Any, args: Any, kwargs: dict) -> tuple[Jet, Jet, Jet]:
     x, shape, weight, bias, eps = args
     space = space_of(args)
     axes = list(range(-len(shape), 0))
@@ -216,7 +216,7 @@ def _layer_norm(func: Any, args: tuple, kwargs: dict) -> tuple[Jet, Jet, Jet]:
 
 
 @rule(aten.native_layer_norm_backward.default)
-def _layer_norm_backward(func: Any, args: tuple, kwargs: dict) -> tuple:
+def _layer_norm_backward(func: Any, args: Any, kwargs: dict) -> tuple:
     g, x, shape, mean, rstd, weight, _bias, mask = args
     space = space_of(args)
     axes = list(range(-len(shape), 0))
@@ -235,7 +235,7 @@ def _channels_last_but(n: int) -> Callable[[Tensor], Tensor]:
 
 
 @rule(aten.native_group_norm.default)
-def _group_norm(func: Any, args: tuple, kwargs: dict) -> tuple[Jet, Jet, Jet]:
+def _group_norm(func: Any, args: Any, kwargs: dict) -> tuple[Jet, Jet, Jet]:
     x, weight, bias, n, _c, _hw, groups, eps = args
     space = space_of(args)
     x = _series(x, space)
@@ -255,7 +255,7 @@ def _grouped(a: Series, n: int, groups: int) -> Series:
 
 
 @rule(aten.native_group_norm_backward.default)
-def _group_norm_backward(func: Any, args: tuple, kwargs: dict) -> tuple:
+def _group_norm_backward(func: Any, args: Any, kwargs: dict) -> tuple:
     g, x, mean, rstd, weight, n, _c, _hw, groups, mask = args
     space = space_of(args)
     g, x, mean, rstd = (_series(a, space) for a in (g, x, mean, rstd))
@@ -278,7 +278,7 @@ def _per_channel_sum(a: Series) -> Series:
 
 
 @rule(aten.native_batch_norm.default, aten.cudnn_batch_norm.default)
-def _batch_norm(func: Any, args: tuple, kwargs: dict) -> tuple:
+def _batch_norm(func: Any, args: Any, kwargs: dict) -> tuple:
     """Evaluation form: a fixed affine map per channel."""
     x, weight, bias, mean, var, training, _momentum, eps = args
     if training or mean is None:
@@ -295,7 +295,7 @@ def _fixed_normal(x: Series, mean: Tensor, var: Tensor, eps: float, shape: Calla
 
 
 @rule(aten.native_batch_norm_backward.default)
-def _batch_norm_backward(func: Any, args: tuple, kwargs: dict) -> tuple:
+def _batch_norm_backward(func: Any, args: Any, kwargs: dict) -> tuple:
     g, x, weight, mean, var, _m, _r, _training, eps, mask = args
     space = space_of(args)
     g = _series(g, space)
@@ -311,7 +311,7 @@ def _batch_norm_backward(func: Any, args: tuple, kwargs: dict) -> tuple:
 # --- convolution: patches times filters --------------------------------------------------------------------------
 
 
-def _conv_geometry(func: Any, args: tuple) -> dict[str, Any]:
+def _conv_geometry(func: Any, args: Any) -> dict[str, Any]:
     """Arguments of unfold for a 2-D convolution; raises for what is not covered."""
     stride, padding, dilation, transposed = args[:4]
     if transposed or len(stride) != 2:
@@ -351,7 +351,7 @@ def _mapped(a: Any, f: Callable[[Tensor], Tensor]) -> Any:
 
 
 @rule(aten.convolution.default)
-def _convolution(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _convolution(func: Any, args: Any, kwargs: dict) -> Jet:
     x, w, bias, groups = operand(args[0]), operand(args[1]), args[2], args[8]
     geometry = _conv_geometry(func, args[3:7])
     kernel = tuple(args[1].shape[2:])
@@ -374,7 +374,7 @@ def _conv_shape(size: Any, kernel: tuple[int, ...], geometry: dict) -> list[int]
 
 
 @rule(aten.convolution_backward.default)
-def _convolution_backward(func: Any, args: tuple, kwargs: dict) -> tuple:
+def _convolution_backward(func: Any, args: Any, kwargs: dict) -> tuple:
     g, x, w, groups, mask = operand(args[0]), operand(args[1]), operand(args[2]), args[9], args[10]
     space, geometry = space_of(args), _conv_geometry(func, args[4:8])
     kernel = tuple(args[2].shape[2:])
@@ -406,13 +406,13 @@ def _fold_real(h: Tensor, image_rank: int, real_map: Callable[[Tensor], Tensor])
 
 
 @rule(aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default)
-def _avg_pool(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _avg_pool(func: Any, args: Any, kwargs: dict) -> Jet:
     x, *rest = args
     return Jet(func(x.c, *rest, **kwargs), _fold_real(x.h, 3, lambda t: func(t, *rest, **kwargs)), x.space)
 
 
 @rule(aten.avg_pool2d_backward.default, aten._adaptive_avg_pool2d_backward.default)
-def _avg_pool_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _avg_pool_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     g, x, *rest = args
     image = constant(x)
 
@@ -423,7 +423,7 @@ def _avg_pool_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
 
 
 @rule(aten.max_pool2d_with_indices.default)
-def _max_pool(func: Any, args: tuple, kwargs: dict) -> tuple[Jet, Tensor]:
+def _max_pool(func: Any, args: Any, kwargs: dict) -> tuple[Jet, Tensor]:
     x, *rest = args
     c, index = func(x.c, *rest, **kwargs)
     note_nonsmooth(func, x.space)
@@ -433,7 +433,7 @@ def _max_pool(func: Any, args: tuple, kwargs: dict) -> tuple[Jet, Tensor]:
 
 
 @rule(aten.max_pool2d_with_indices_backward.default)
-def _max_pool_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
+def _max_pool_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     g, x, index = args[0], args[1], args[-1]
     shape, flat = tuple(x.shape), index.flatten(-2)
 
@@ -443,18 +443,3 @@ def _max_pool_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
         return out.scatter_add_(-1, flat.expand(*lead, *flat.shape), t.flatten(-2)).unflatten(-1, shape[-2:])
 
     return Jet(scatter(g.c), scatter(g.h), g.space)
-
-
-@rule(aten.native_dropout.default)
-def _dropout(func: Any, args: tuple, kwargs: dict) -> tuple[Jet, Tensor]:
-    """The mask is drawn as in the plain run; it is one for all directions."""
-    x, probability, train = args
-    c, mask = func(x.c, probability, train)
-    factor = mask.to(x.c.dtype) / (1 - probability) if train else torch.ones_like(x.c)
-    return Jet(c, S.scaled(x.h, factor), x.space), mask
-
-
-@rule(aten.native_dropout_backward.default)
-def _dropout_backward(func: Any, args: tuple, kwargs: dict) -> Jet:
-    g, mask, scale = args
-    return wrap(S.multiply(g.series, mask.to(g.c.dtype) * scale), g.space)

@@ -53,10 +53,11 @@ def adam_step_(param: Series, grad: Series, mean: Series, square: Series, settin
     if settings.decoupled and settings.weight_decay:
         param.c.mul_(1 - settings.lr * settings.weight_decay)
     param.c.sub_(shared.update)
-    parts = tuple(_flat(a.h) for a in (param, grad, mean, square))
+    theta, g, m, v = (_flat(a.h) for a in (param, grad, mean, square))
     factors = shared.laid_out(param.h)
-    for rows, columns in _blocks(*parts[0].shape[1:3]):
-        _adam_block_(*(t[:, rows, columns] for t in parts), factors[..., columns, :], settings)
+    for rows, columns in _blocks(theta.shape[1], theta.shape[2]):
+        here = (slice(None), rows, columns)
+        _adam_block_(theta[here], g[here], m[here], v[here], factors[:, columns], settings)
 
 
 def _flat(h: Tensor) -> Tensor:
@@ -122,10 +123,7 @@ def _adam_block_(param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, fact
         for i in range(1, k // 2 + 1):
             v[k - 1].addcmul_(g[i - 1], g[k - i - 1], value=(1 if 2 * i == k else 2) * (1 - s.beta2))
     relative = square * ratio
-    if s.eps_inside:
-        inverse = _binomial(relative, -0.5)
-    else:
-        inverse = _binomial(_binomial(relative, 0.5).mul_(offset), -1.0)
+    inverse = _binomial(relative, -0.5) if s.eps_inside else _binomial(_binomial(relative, 0.5).mul_(offset), -1.0)
     update = torch.addcmul(mean, inverse, mean_0)
     u, r = _coefficients(update), _coefficients(inverse)
     for k in range(2, len(u) + 1):
@@ -152,7 +150,7 @@ def _binomial(real: Tensor, exponent: float) -> Tensor:
 
 
 @rule(aten._fused_adam_.default, aten._fused_adamw_.default)
-def _fused_adam(func: Any, args: tuple, kwargs: dict) -> None:
+def _fused_adam(func: Any, args: Any, kwargs: dict) -> None:
     params, grads, means, squares, _maxima, steps = args
     if kwargs["amsgrad"] or kwargs["maximize"]:
         raise unsupported(func, "with amsgrad or maximize is not supported")

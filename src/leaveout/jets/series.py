@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class Series(NamedTuple):
 Operand = Series | Tensor | float
 
 
-def constant_term(a: Operand) -> Tensor | float:
+def constant_term(a: Any) -> Any:
+    """The constant term of a Series; anything else is its own."""
     return a.c if isinstance(a, Series) else a
 
 
@@ -62,17 +63,16 @@ def _real(h: Tensor) -> Tensor:
 
 def _twice(c: Tensor, h: Tensor) -> Tensor:
     """c laid out to multiply `_real(h)`: contiguous pairs, 7 times faster than broadcasting over the last axis."""
-    c = c.to(_real_dtype(h))
-    return c.unsqueeze(-1).expand(*c.shape, 2).contiguous() if h.is_complex() else c
+    if not h.is_complex():
+        return c.to(h.dtype)
+    return c.to(h.dtype.to_real()).unsqueeze(-1).expand(*c.shape, 2).contiguous()
 
 
-def _real_dtype(h: Tensor) -> torch.dtype:
-    return h.real.dtype if h.is_complex() else h.dtype
 
 
 def _aligned(h: Tensor, rank: int) -> Tensor:
     """h with its shape padded in front to `rank` axes, so that it broadcasts as its constant term does."""
-    missing = rank - (h.dim() - 2)
+    missing = rank + 2 - h.dim()
     return h if missing <= 0 else h.reshape(*h.shape[:2], *[1] * missing, *h.shape[2:])
 
 
@@ -99,7 +99,7 @@ def add_scaled_(out: Tensor, h: Tensor, c: Tensor, value: float = 1.0) -> Tensor
 def add(a: Operand, b: Operand, alpha: float = 1.0) -> Series:
     """a + alpha * b; at least one is a Series."""
     ca, cb = constant_term(a), constant_term(b)
-    c = torch.add(ca, cb, alpha=alpha) if isinstance(ca, Tensor) else alpha * cb + ca  # type: ignore[operator]
+    c = torch.add(ca, cb, alpha=alpha) if isinstance(ca, Tensor) else torch.add(alpha * cb, ca)
     rank = c.dim()
     if isinstance(a, Series) and isinstance(b, Series):
         return Series(c, torch.add(_aligned(a.h, rank), _aligned(b.h, rank), alpha=alpha))
@@ -180,18 +180,44 @@ def matmul(a: Series | Tensor, b: Series | Tensor) -> Series:
     Shapes: a [*batch, n, k], b [*batch, k, m] with the same batch axes (or none) -> [*batch, n, m].
     Cost: the products with a shared constant term are one matrix product over all coefficients and directions.
     """
+    left, right = constant_term(a), constant_term(b)
+    if left.dim() == 3 and _tiny(left.shape, right.shape):
+        product = matmul(_each(a, _block_diagonal), _each(b, lambda t: t.flatten(-3, -2)))
+        return product.map(lambda t: t.unflatten(-2, left.shape[:2]))
     h = None
     if isinstance(a, Series):
-        h = _times_shared(a.h, b.c if isinstance(b, Series) else b)
+        h = _times_shared(a.h, right)
     if isinstance(b, Series):
-        h = _shared_times(a.c if isinstance(a, Series) else a, b.h, h)
+        h = _shared_times(left, b.h, h)
     assert h is not None
     if isinstance(a, Series) and isinstance(b, Series):
         for k in range(2, a.degree + 1):
             out = _flat_batch(h[k - 1])
             for i in range(1, k):
                 out.baddbmm_(_flat_batch(a.h[i - 1]), _flat_batch(b.h[k - i - 1]))
-    return Series(torch.matmul(constant_term(a), constant_term(b)), h)  # type: ignore[arg-type]
+    return Series(torch.matmul(left, right), h)
+
+
+def _each(a: Series | Tensor, linear: Callable[[Tensor], Tensor]) -> Series | Tensor:
+    return a.map(linear) if isinstance(a, Series) else linear(a)
+
+
+SMALLEST_PRODUCT = 400
+"""Below this many multiply-adds torch leaves the matrix library for a plain loop, 5 to 10 times slower a product."""
+
+
+def _tiny(left: Sequence[int], right: Sequence[int]) -> bool:
+    """Is one batched product per direction better done as one product with a block-diagonal matrix?"""
+    batch, n, k = left
+    return batch > 1 and n * k * right[-1] < SMALLEST_PRODUCT and batch * k <= 32
+
+
+def _block_diagonal(t: Tensor) -> Tensor:
+    """[..., batch, n, k] -> [..., batch * n, batch * k]."""
+    batch, n, k = t.shape[-3:]
+    out = t.new_zeros(*t.shape[:-3], batch, n, batch, k)
+    out.diagonal(dim1=-4, dim2=-2).copy_(t.movedim(-3, -1))
+    return out.flatten(-4, -3).flatten(-2, -1)
 
 
 def _flat_batch(h: Tensor) -> Tensor:
@@ -199,21 +225,36 @@ def _flat_batch(h: Tensor) -> Tensor:
     return h if h.dim() == 3 else h.reshape(-1, *h.shape[-2:])
 
 
+WIDE = 96
+"""From this width on, real and imaginary parts are multiplied separately: half the work is worth two copies."""
+
+
 def _times_shared(h: Tensor, c: Tensor) -> Tensor:
     """h [degree, directions, *batch, n, k] times shared c [*batch, k, m]."""
-    c = c.to(h.dtype)
     if c.dim() == 2 and h.is_contiguous():
-        return (h.view(-1, h.shape[-1]) @ c).view(*h.shape[:-1], c.shape[-1])
-    flat = torch.bmm(_flat_batch(h), _expanded(c, h))
+        rows = h.view(-1, h.shape[-1])
+        if h.is_complex() and min(c.shape) >= WIDE:
+            parts = torch.view_as_real(rows).movedim(-1, 0).reshape(-1, h.shape[-1]) @ c
+            product = torch.complex(*parts.view(2, -1, c.shape[-1]).unbind(0))
+        else:
+            product = rows @ c.to(h.dtype)
+        return product.view(*h.shape[:-1], c.shape[-1])
+    flat = torch.bmm(_flat_batch(h), _expanded(c.to(h.dtype), h))
     return flat.view(*h.shape[:-1], c.shape[-1])
 
 
 def _shared_times(c: Tensor, h: Tensor, out: Tensor | None) -> Tensor:
     """out + shared c [*batch, n, k] times h [degree, directions, *batch, k, m]."""
-    c = c.to(h.dtype)
-    left, right = _expanded(c, h), _flat_batch(h)
-    flat = torch.bmm(left, right) if out is None else _flat_batch(out).baddbmm_(left, right)
-    return flat.view(*h.shape[:-2], c.shape[-2], h.shape[-1])
+    shape = (*h.shape[:-2], c.shape[-2], h.shape[-1])
+    flat = _flat_batch(h)
+    if h.is_complex() and flat.is_contiguous():  # a real matrix from the left does not mix the two parts of a number
+        left, right = _expanded(c, h), torch.view_as_real(flat).flatten(-2)
+        if out is None:
+            return torch.view_as_complex(torch.bmm(left, right).view(*shape, 2))
+        torch.view_as_real(_flat_batch(out)).flatten(-2).baddbmm_(left, right)
+        return out
+    left = _expanded(c.to(h.dtype), h)
+    return (torch.bmm(left, flat) if out is None else _flat_batch(out).baddbmm_(left, flat)).view(shape)
 
 
 def _expanded(c: Tensor, h: Tensor) -> Tensor:
@@ -343,9 +384,7 @@ def taylor_sigmoid(x: Tensor, degree: int) -> list[Tensor]:
 
 def taylor_gauss(x: Tensor, degree: int) -> list[Tensor]:
     """exp(-x^2), from y' = -2 x y."""
-    return _taylor(
-        torch.exp(-x * x), degree, lambda y, k: -2 * (x * y[k - 1] + (y[k - 2] if k > 1 else 0.0)) / k
-    )
+    return _taylor(torch.exp(-x * x), degree, lambda y, k: -2 * (x * y[k - 1] + (y[k - 2] if k > 1 else 0.0)) / k)
 
 
 def taylor_erf(x: Tensor, degree: int) -> list[Tensor]:

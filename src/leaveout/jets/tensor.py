@@ -20,6 +20,10 @@ from leaveout.errors import UnsupportedError
 from leaveout.jets.series import Series
 
 
+TABLE: dict[Any, Any] = {}
+"""ATen operation -> rule; the modules of rules fill it."""
+
+
 @dataclass
 class Space:
     """What all jets of one run share: truncation, directions, number type; and what the run has noticed.
@@ -32,14 +36,12 @@ class Space:
     directions: int
     dtype: torch.dtype = torch.complex128
     nonsmooth: dict[str, int] = field(default_factory=dict)
+    real_dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
         if self.degree < 1 or self.directions < 1:
             raise ValueError(f"degree and directions must be at least 1, got {self.degree} and {self.directions}")
-
-    @property
-    def real_dtype(self) -> torch.dtype:
-        return torch.empty((), dtype=self.dtype).real.dtype if self.dtype.is_complex else self.dtype
+        self.real_dtype = self.dtype.to_real()
 
     def constant(self, c: Tensor) -> Jet:
         """The jet of a tensor that does not depend on z."""
@@ -50,7 +52,9 @@ class Space:
         """The jet with constant term c [*shape] and coefficients h [degree, directions, *shape]."""
         wanted = (self.degree, self.directions, *c.shape)
         if tuple(h.shape) != wanted:
-            raise ValueError(f"wanted coefficients of shape {wanted} (degree, directions, *shape), got {tuple(h.shape)}")
+            raise ValueError(
+                f"wanted coefficients of shape {wanted} (degree, directions, *shape), got {tuple(h.shape)}"
+            )
         return Jet(c.to(self.real_dtype), h.to(self.dtype), self)
 
 
@@ -65,7 +69,7 @@ class Jet(Tensor):
     @staticmethod
     def __new__(cls, c: Tensor, h: Tensor, space: Space) -> Jet:
         out = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, c.shape, strides=c.stride(), storage_offset=c.storage_offset(), dtype=c.dtype, device=c.device
+            cls, c.shape, strides=c.stride(), storage_offset=c.storage_offset(), dtype=c.dtype
         )
         out.c, out.h, out.space, out.partly_copied = c, h, space, False
         return out
@@ -86,10 +90,11 @@ class Jet(Tensor):
         degree, directions = self.h.shape[:2]
         return f"Jet(shape={tuple(self.shape)}, degree={degree}, directions={directions}, dtype={self.h.dtype})"
 
+    # All work is done below autograd; torch's Python-level hook would cost as much as a small product.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        from leaveout.jets.rules import TABLE  # the table needs Jet
-
         rule = TABLE.get(func)
         if rule is not None:
             return rule(func, args, kwargs or {})

@@ -75,8 +75,8 @@ def explain_rows(index: Index, query: QueryRow, ids: Sequence[str]) -> list[Expl
         row_tokens = tokenise(row_of(record), 0, readout.tokenizer, index.signer.settings, readout.context)
         answer = text_positions(index.signer, row_tokens)
         split = token_pairs(asked, answer, len(query_tokens.ids), len(row_tokens.ids))
-        pieces = [token_pieces(tokens) for tokens in (query_tokens, row_tokens)]
-        found.append(Explanation(record.id, *pieces, split, float(split.sum()), float(stored_score)))
+        pieces = token_pieces(query_tokens), token_pieces(row_tokens)
+        found.append(Explanation(record.id, pieces[0], pieces[1], split, float(split.sum()), float(stored_score)))
     return found
 
 

@@ -267,6 +267,10 @@ class Index:
     def _wanted(self, where: str | None) -> np.ndarray | None:
         return None if where is None else np.sort(self._store.select(where))
 
+    def ids_where(self, where: str) -> list[str]:
+        """Ids of the rows that satisfy an SQL expression (see `search`)."""
+        return [record.id for record in self._store.rows(self._store.select(where))]
+
     def records(self, ids: Sequence[str]) -> list[Record]:
         """Catalogue entries of rows by id. Raises: ValueError naming an id that is not in the index."""
         return self._store.rows(self._store.numbers(ids))

@@ -183,7 +183,7 @@ def _load(name: str, options: ModelOptions) -> tuple[nn.Module, Any]:
         place, common["gguf_file"] = str(Path(name).parent), Path(name).name
     try:
         with quiet_transformers():
-            lm = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **common)
+            lm: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **common)
             tokenizer = AutoTokenizer.from_pretrained(place, **common)
     except ImportError as error:
         raise UnsupportedError(f"{name} needs a package that is not installed: {_first_line(error)}") from error
@@ -282,8 +282,8 @@ def hash_tokenizer(tokenizer: Any) -> str:
     digest = xxhash.xxh3_128()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        digest.update(backend.to_str())
+        digest.update(backend.to_str().encode())
     else:
-        digest.update(type(tokenizer).__name__ + json.dumps(tokenizer.get_vocab(), sort_keys=True))
-    digest.update(json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True))
+        digest.update((type(tokenizer).__name__ + json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode())
+    digest.update(json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True).encode())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ Source: arXiv 2604.16197 (its signature is the `paper` preset); whitening as in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class Positions:
 
 def moment(raw: str, channel: Channel) -> str:
     """Name of a whitening matrix: whose second moment it comes from, and with which damping."""
-    return f"{raw}@{channel.damping:g}"
+    return f"{raw}.damping-{channel.damping:g}"
 
 
 class Signer:
@@ -122,8 +122,9 @@ class Signer:
                     f"An unprojected rh channel would hold {self.readout.vocabulary} x {size} numbers a row: "
                     "set its left_width (128, say)."
                 )
-            identity = torch.eye(self.readout.vocabulary, dtype=self.dtype, device=self.readout.device)
-            self.maps[key] = identity if left_sketch is None else left_sketch
+            if left_sketch is None:
+                left_sketch = torch.eye(self.readout.vocabulary, dtype=self.dtype, device=self.readout.device)
+            self.maps[key] = left_sketch
             left = Factor(key, self.maps[key].shape[1], moment(key, channel) if channel.whiten_left else None)
         elif channel.whiten_left or left_sketch is None:
             self.maps[key] = self.readout.weight
@@ -146,10 +147,9 @@ class Signer:
                 f"The layers of a {self.readout.family} model are not known, so the residual channel falls back to "
                 "rh and gh."
             )
-            whiten = {"whiten_left": channel.whiten_left, "whiten_right": channel.whiten_right}
             fallback = (
-                Channel("rh", channel.weight, left_width=256, damping=channel.damping, **whiten),
-                Channel("gh", channel.weight, damping=channel.damping, **whiten),
+                replace(channel, kind="rh", left_width=256, right_width=None, layers=None),
+                replace(channel, kind="gh", left_width=None, right_width=None, layers=None),
             )
             return [part for i, item in enumerate(fallback) for part in self._parts(1000 * (number + 1) + i, item)]
         taps, self.final_norm = found
@@ -157,7 +157,7 @@ class Signer:
         parts = []
         for tap in taps:
             self.taps[tap.name] = tap
-            g, a = ("g/" + tap.name if tap.norm is not None else "g/final"), "a/" + tap.name
+            g, a = ("g." + tap.name if tap.norm is not None else "g.final"), "a." + tap.name
             parts.append(
                 Part(
                     f"residual{number}/{tap.name}",
@@ -214,11 +214,11 @@ class Signer:
         raw = {"h": hidden} | self._mapped(hidden, target)
         if self.final_norm is not None:
             g = raw.pop("g")
-            raw["g/final"] = pull_back(self.final_norm, recorder.inputs[self.final_norm], g)
+            raw["g.final"] = pull_back(self.final_norm, recorder.inputs[self.final_norm], g)
             for name, tap in self.taps.items():
-                raw["a/" + name] = recorder.inputs[tap.projection].to(self.dtype)
+                raw["a." + name] = recorder.inputs[tap.projection].to(self.dtype)
                 if tap.norm is not None:
-                    raw["g/" + name] = pull_back(tap.norm, recorder.inputs[tap.norm], raw["g/final"])
+                    raw["g." + name] = pull_back(tap.norm, recorder.inputs[tap.norm], raw["g.final"])
         ends = np.cumsum(counts).tolist()
         spans = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
         return Positions(raw, spans, hidden, target)

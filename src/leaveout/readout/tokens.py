@@ -59,10 +59,7 @@ def tokenise(row: Row, number: int, tokenizer: Any, settings: SignatureSettings,
         )
     encoded = tokenizer(row.text, return_offsets_mapping=True, add_special_tokens=not complete, verbose=False)
     ids, offsets = list(encoded["input_ids"]), [(a, b) for a, b in encoded["offset_mapping"]]
-    if settings.targets == "all":
-        learned = list(range(1, len(ids)))
-    else:
-        learned = _touching(offsets, row.responses)
+    learned = list(range(1, len(ids))) if settings.targets == "all" else _touching(offsets, row.responses)
     if not learned:
         raise FormatError(
             f"Row {row.id!r} has no token to learn (its response is empty or a single first token): "

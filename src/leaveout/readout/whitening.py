@@ -49,7 +49,7 @@ def whitening_matrices(
     for key in exact:
         _add_weighted_products(sums[key], signer.maps[key], mass)
     return {
-        name: inverse_root(sums[side.raw] / count, float(name.rsplit("@", 1)[1]), name).to(signer.dtype)
+        name: inverse_root(sums[side.raw] / count, float(name.rsplit("damping-", 1)[1]), name).to(signer.dtype)
         for name, side in sides.items()
     }
 

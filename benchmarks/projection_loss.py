@@ -1,0 +1,180 @@
+"""How much of the ranking by its own exact product does the `default` preset keep when it is projected and rounded?
+
+    python benchmarks/projection_loss.py         # SmolLM2-135M, 400 instruction rows, 20 queries
+    python benchmarks/projection_loss.py --smoke
+
+One forward pass gives the exact, unprojected rows (hidden squared numbers each, float32). Each of them then passes
+Hadamard projections of several widths, with several seeds, and the rounding of the stored form; queries are projected
+and not rounded, as in a search. Reported per width and type: the Spearman correlation over the rows of stored and exact
+scores, as a mean over queries with its bootstrap interval, and the share of the exact 10 best rows that stay among the
+10 best. The first seed is that of the preset; its projection is checked to be the one that an index applies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leaveout.corpus import Corpus
+from leaveout.metrics import bootstrap_interval, recall_at, spearman
+from leaveout.readout.model import Readout
+from leaveout.readout.projection import Hadamard
+from leaveout.readout.settings import PRESETS, SignatureSettings
+from leaveout.readout.signature import Signer
+from leaveout.readout.storage import decode, encode
+from leaveout.readout.tokens import TokenisedRow, Window
+from leaveout.readout.whitening import whitening_matrices
+from measuring import (
+    RememberingReadout,
+    alpaca,
+    arguments,
+    made_rows,
+    smollm2,
+    spread,
+    tiny,
+    tokenised,
+    write_result,
+)
+
+WIDTHS = (4096, 8192, 16384, 32768)
+STORAGES = ("int8", "float16")
+LONGEST_RESPONSE = 120
+GOAL = 0.95  # for the preset as it is stored
+PIECE = 32  # rows projected at a time
+
+
+def chosen_rows(rows: list[dict[str, str]], readout: Readout, n: int) -> list[dict[str, str]]:
+    """The first n rows whose responses have at most LONGEST_RESPONSE tokens."""
+    rows = rows[: 2 * n]
+    tokens = tokenised(rows, readout, PRESETS["default"])
+    return [row for row, one in zip(rows, tokens, strict=True) if one.n_targets <= LONGEST_RESPONSE][:n]
+
+
+def exact_rows(
+    readout: Readout, rows: list[dict[str, str]], n_train: int, settings: SignatureSettings
+) -> tuple[Tensor, Signer]:
+    """Unprojected vectors [rows, hidden * hidden], and a signer of the settings with the same statistics.
+
+    The statistics come from a sample of the first `n_train` rows, as in an index of these.
+    """
+    signer, exact = Signer(readout, settings), Signer(readout, replace(settings, final_width=None))
+    tokens = tokenised(rows, readout, settings)
+    sample = Corpus.open(rows[:n_train]).sample(settings.sample_rows, settings.seed)
+    signer.whitening = whitening_matrices(signer, windows_of([tokens[row.number] for row in sample]))
+    exact.whitening = signer.whitening
+    return exact.rows(windows_of(tokens), len(rows)), signer
+
+
+def windows_of(tokens: Sequence[TokenisedRow]) -> list[Window]:
+    return [window for row in tokens for window in row.windows]
+
+
+def exact_scores(queries: Tensor, train: Tensor) -> np.ndarray:
+    """Scores [query, train] in float64, in pieces of the train rows."""
+    wide = queries.double().t()
+    return torch.cat([piece.double() @ wide for piece in train.split(PIECE)]).t().numpy()
+
+
+def project(rows: Tensor, hadamard: Hadamard) -> Tensor:
+    return torch.cat([hadamard(piece) for piece in rows.split(PIECE)])
+
+
+def judge(exact: np.ndarray, scores: np.ndarray, seed: int) -> dict[str, Any]:
+    """Agreement of scores [query, train] with the exact ones."""
+    k = min(10, exact.shape[1])
+    best = exact >= np.partition(exact, -k, axis=1)[:, -k, None]
+    found = spearman(exact, scores)
+    return {
+        "spearman": bootstrap_interval(found, seed)._asdict(),
+        "spearman_lowest_query": float(found.min()),
+        "best_10_kept": float(recall_at(scores, best, k).mean()),
+    }
+
+
+def measure(signer: Signer, queries: Tensor, train: Tensor, widths: Sequence[int], seeds: Sequence[int]) -> list[Any]:
+    """One line of results per projection seed, width and type of the stored numbers."""
+    part, exact = signer.parts[0], exact_scores(queries, train)
+    assert part.hadamard is not None
+    lines = []
+    for seed, width in itertools.product(seeds, widths):
+        hadamard = Hadamard.make(part.flat, width, seed, part.name)
+        if seed == signer.settings.seed and width == part.stored:
+            assert torch.equal(hadamard.outputs, part.hadamard.outputs)
+            assert torch.equal(hadamard.signs, part.hadamard.signs)
+        projected, asked = project(train, hadamard), project(queries, hadamard)
+        for storage in STORAGES:
+            scores = (asked @ decode(encode(projected, storage)).t()).numpy()
+            facts = {"width": width, "storage": storage, "projection_seed": seed}
+            lines.append(facts | judge(exact, scores, seed))
+    return lines
+
+
+def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the projection seeds, per width and type."""
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["width"], line["storage"]), []).append(line)
+    return [
+        {
+            "width": width,
+            "storage": storage,
+            "bytes_per_row": width * (1 if storage == "int8" else 2) + 4,
+            "spearman": spread([line["spearman"]["mean"] for line in group]),
+            "spearman_lowest_query": spread([line["spearman_lowest_query"] for line in group]),
+            "best_10_kept": spread([line["best_10_kept"] for line in group]),
+        }
+        for (width, storage), group in groups.items()
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--projections", type=int, default=5, help="seeds of the projection, that of the preset first")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    settings = PRESETS["default"]
+    if args.smoke:
+        n_rows, n_queries, widths, projections = 20, 4, (16, 32, 64), 2
+        settings = replace(settings, final_width=32)
+        readout, rows = RememberingReadout.of(tiny(args.seed)), made_rows(24, args.seed)
+    else:
+        n_rows, n_queries, widths, projections = 400, 20, WIDTHS, args.projections
+        readout = RememberingReadout.of(smollm2())
+        rows = chosen_rows(alpaca(args.seed), readout, n_rows + n_queries)
+    vectors, signer = exact_rows(readout, rows, n_rows, settings)
+    seeds = range(settings.seed, settings.seed + projections)
+    lines = measure(signer, vectors[n_rows:], vectors[:n_rows], widths, seeds)
+    summary = summarise(lines)
+    for line in summary:
+        rho, kept = line["spearman"], line["best_10_kept"]
+        print(f"{line['width']:6} {line['storage']:8} Spearman {rho['median']:.4f}", end=" ")
+        print(f"[{rho['low']:.4f}, {rho['high']:.4f}], of the 10 best {kept['median']:.0%} kept")
+    own = next(line for line in lines if (line["width"], line["storage"]) == (settings.final_width, settings.storage))
+    reached = own["spearman"]["mean"] >= GOAL
+    print(f"{'reached' if reached else 'MISSED'}: default as stored {own['spearman']['mean']:.4f} (goal {GOAL})")
+    result = {
+        "question": (__doc__ or "").split("\n", 1)[0],
+        "model": "tiny" if args.smoke else "SmolLM2-135M",
+        "rows": n_rows,
+        "queries": n_queries,
+        "longest_response": LONGEST_RESPONSE,
+        "numbers_unprojected": signer.parts[0].flat,
+        "statistics_rows": min(settings.sample_rows, n_rows),
+        "repeats": projections,
+        "default_as_stored": {**own, "goal": GOAL, "reached": reached},
+        "summary": summary,
+        "projections": lines,
+    }
+    print(write_result(args.out, "readout_projection.json", result, args).name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

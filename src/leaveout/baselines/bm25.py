@@ -1,0 +1,50 @@
+"""BM25 over words: what a text search finds, with no model at all.
+
+Words are lower-case runs of letters, digits and underscores; no stop words are removed and nothing is stemmed.
+Source: Robertson and Zaragoza 2009, in the form of Lucene, as `bm25s` (arXiv 2407.03618) computes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from leaveout.errors import UnsupportedError
+
+K1, B = 1.5, 0.75
+WORD = re.compile(r"\w+")
+
+
+def score(queries: Sequence[str], corpus: Sequence[str]) -> np.ndarray:
+    """BM25 scores [query, train] float32; a word that a query repeats counts each time.
+
+    Raises: UnsupportedError without the package bm25s; ValueError if no text of the corpus has a word.
+    """
+    bm25s = _bm25s()
+    documents = [words(text) for text in corpus]
+    if not any(documents):
+        raise ValueError("no text of the corpus has a word: give texts to rank.")
+    index = bm25s.BM25(method="lucene", k1=K1, b=B)
+    index.index(documents, show_progress=False)
+    known = {word for document in documents for word in document}
+    scores = np.zeros((len(queries), len(corpus)), np.float32)
+    for row, query in zip(scores, queries, strict=True):
+        if asked := [word for word in words(query) if word in known]:
+            row[:] = index.get_scores(asked)
+    return scores
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in order."""
+    return WORD.findall(text.lower())
+
+
+def _bm25s() -> Any:
+    try:
+        import bm25s
+    except ImportError as error:
+        raise UnsupportedError("BM25 needs the package bm25s: pip install 'leaveout[bench]'.") from error
+    return bm25s

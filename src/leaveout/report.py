@@ -1,0 +1,164 @@
+"""Results for people and programs: JSON, terminal tables, and self-contained HTML pages without scripts.
+
+Everything that comes from data or from a model is escaped. Colours: green pushes a score up, red pushes it down.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class HitLike(Protocol):
+    """What a report needs of a found row."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def meta(self) -> Mapping[str, Any]: ...
+
+
+def hit_json(hit: HitLike) -> dict[str, Any]:
+    """rank, id, score, text and meta of a hit, as plain JSON types."""
+    return {"rank": hit.rank, "id": hit.id, "score": hit.score, "text": hit.text, "meta": dict(hit.meta)}
+
+
+def to_line(value: Any) -> str:
+    """One line of JSON, text kept readable; not-a-number is refused rather than written."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def shorten(text: str, width: int = 90) -> str:
+    """The text on one line, cut to `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
+    """A table on standard output; numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = [list(row) for row in rows]
+    table = Table(title=title, title_justify="left", pad_edge=False)
+    for column, header in enumerate(headers):
+        numeric = bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(number(value)) for value in row))
+    Console().print(table)
+
+
+def number(value: Any) -> str:
+    """A short form of any cell: four significant digits for a float."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---------------------------------------------------------------- HTML
+
+STYLE = """
+:root { --ink: #1d2433; --soft: #5b6577; --line: #dde2ea; --paper: #ffffff; --tint: #f6f8fb; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9f0; --soft: #9aa5b8; --line: #343c4c; --paper: #161a22; --tint: #1e2430; } }
+body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+p.note, .soft { color: var(--soft); } .row { border-left: 3px solid var(--line); padding: .2rem .8rem; margin: .7rem 0; }
+.row.marked { border-left-color: #d9822b; } .row p { margin: .2rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.badge { background: #d9822b; color: #fff; border-radius: .6rem; padding: 0 .5rem; font-size: .8rem; }
+blockquote { background: var(--tint); margin: .6rem 0; padding: .6rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+table { border-collapse: collapse; margin: .8rem 0; } td, th { padding: .2rem .7rem; text-align: left;
+  border-bottom: 1px solid var(--line); } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.heat { overflow-x: auto; } .heat td { padding: 0; width: 1.1rem; min-width: 1.1rem; height: 1.1rem; border: 0; }
+.heat th { font-weight: normal; border: 0; padding: 0 .3rem; white-space: pre; } .heat th.up { writing-mode: vertical-rl; }
+"""
+
+
+def page(title: str, sections: Iterable[str]) -> str:
+    """A whole HTML document from ready-made sections."""
+    body = "\n".join(sections)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
+        f"<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def heading(text: str, note: str = "") -> str:
+    """A section's heading with a note under it."""
+    below = f'<p class="note">{html.escape(note)}</p>' if note else ""
+    return f"<h2>{html.escape(text)}</h2>{below}"
+
+
+def quote(text: str) -> str:
+    """A query or another text set off from the rest."""
+    return f"<blockquote>{html.escape(text)}</blockquote>"
+
+
+def html_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """An HTML table; numbers to the right."""
+    top = "".join(f"<th>{html.escape(header)}</th>" for header in headers)
+    lines = []
+    for row in rows:
+        cells = (
+            f'<td class="number">{number(value)}</td>'
+            if isinstance(value, (int, float))
+            else f"<td>{html.escape(str(value))}</td>"
+            for value in row
+        )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
+
+
+def highlighted(pieces: Sequence[str], weights: np.ndarray) -> str:
+    """Text with each piece tinted by its weight, the largest in full colour."""
+    largest = float(np.abs(weights).max(initial=0.0)) or 1.0
+    marked = []
+    for piece, weight in zip(pieces, weights, strict=True):
+        share = float(weight) / largest
+        text = html.escape(piece)
+        if abs(share) < 0.08:
+            marked.append(text)
+        else:
+            marked.append(f'<span title="{float(weight):.3g}" style="background:{_tint(share)}">{text}</span>')
+    return "".join(marked)
+
+
+def _tint(share: float) -> str:
+    colour = "46,160,67" if share > 0 else "218,54,51"
+    return f"rgba({colour},{min(abs(share), 1.0) * 0.6:.2f})"
+
+
+def hit_block(hit: HitLike, body: str | None = None, badge: str = "") -> str:
+    """One found row; `body` is ready-made HTML for its text, `badge` a word that marks it."""
+    facts = " · ".join([f"#{hit.rank}", f"score {hit.score:.4g}", hit.id, *(f"{k}={v}" for k, v in hit.meta.items())])
+    label = f' <span class="badge">{html.escape(badge)}</span>' if badge else ""
+    return (
+        f'<div class="row{" marked" if badge else ""}"><span class="soft">{html.escape(facts)}</span>{label}'
+        f"<p>{html.escape(hit.text) if body is None else body}</p></div>"
+    )
+
+
+def heat_map(row_tokens: list[str], column_tokens: list[str], values: np.ndarray) -> str:
+    """A table of tinted cells, values [row tokens, column tokens]; tokens whose values are all zero are left out."""
+    rows, columns = (np.flatnonzero(np.abs(values).sum(axis)).tolist() for axis in (1, 0))
+    shown = values[np.ix_(rows, columns)]
+    largest = float(np.abs(shown).max(initial=0.0)) or 1.0
+    top = "".join(f'<th class="up">{html.escape(column_tokens[c])}</th>' for c in columns)
+    lines = []
+    for r, line in zip(rows, shown, strict=True):
+        cells = (f'<td title="{v:.3g}" style="background:{_tint(float(v) / largest)}"></td>' for v in line)
+        lines.append(f"<tr><th>{html.escape(row_tokens[r])}</th>{''.join(cells)}</tr>")
+    return f'<div class="heat"><table><tr><th></th>{top}</tr>{"".join(lines)}</table></div>'

@@ -26,6 +26,7 @@ from leaveout import catalogue, purge, segment
 from leaveout.errors import FormatError, MismatchError
 from leaveout.store import Record, Store
 
+SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")
 DTYPES = [dtype.name for dtype in segment.DTYPES.values()]
 
 
@@ -102,15 +103,29 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-@pytest.fixture
-def filled(path: Path) -> Iterator[Store]:
-    """Two segments a-c and d-e with b deleted, one side, one state; open for writing."""
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here cuts the power, and waiting for the disk takes most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr(catalogue, "SYNCHRONOUS", "OFF")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "store"
     with Store.create(path, {"width": 16}) as store:
         put(store, "a", "b", "c", source="web")
         put(store, "d", "e", source="books", year=1999)
         store.put_side("whitening", {"mean": np.arange(3.0), "scale": np.array(2.0)})
         store.set_state("cursor", {"rows": 5})
         store.delete(["b"])
+    return path
+
+
+@pytest.fixture
+def filled(path: Path, template: Path) -> Iterator[Store]:
+    """Two segments a-c and d-e with b deleted, one side, one state; open for writing."""
+    with Store.open(shutil.copytree(template, path), write=True) as store:
         yield store
 
 
@@ -406,6 +421,23 @@ def test_reader_rolls_back_what_a_killed_writer_left(filled: Store, path: Path) 
 # Crashes at every step
 
 
+def test_put_is_on_disk_before_it_is_committed(filled: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    names = {os.stat(filled.path).st_ino: "directory"}
+    monkeypatch.setattr(catalogue, "SYNCHRONOUS", "EXTRA")
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append(f"sync {names.get(os.fstat(fd).st_ino, 'file')}"))
+    rename, commit = os.replace, catalogue.set_entry
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append("rename") or rename(*paths))
+
+    def recorded(db: sqlite3.Connection, *values: object) -> None:
+        events.append(f"commit at level {db.execute('PRAGMA synchronous').fetchone()[0]}")
+        commit(db, *values)
+
+    monkeypatch.setattr(catalogue, "set_entry", recorded)
+    put(filled, "x")
+    assert events == ["sync file", "rename", "sync directory", "commit at level 3"]
+
+
 class Killed(BaseException):
     pass
 
@@ -598,7 +630,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "missing": ("is not there: .*lost", lambda path: (path / "00000001-00000001.safetensors").unlink()),
     "orphan": ("belongs to no version", lambda path: (path / "00000006-00000006.safetensors").touch()),
     "temporary": ("belongs to no version", lambda path: (path / "00000006-00000006.safetensors.tmp").touch()),
-    "text": (r"entry of row 'a' is damaged; restore .* \(key 4294967296\)", sql("UPDATE contents SET text = 'the text of A' WHERE text = 'the text of a'")),
+    "text": (r"entry of row 'a' is damaged; restore .* \(key 4294967296\)", sql("UPDATE contents SET text = upper(text)")),
     "settings": ("entry 'settings' of the catalogue is damaged", sql("UPDATE store SET value = '{}' WHERE key = 'settings'")),
     "row": ("segment 1 has 3 rows but the catalogue lists 2", sql("DELETE FROM rows WHERE id = 'b'")),
     "contents": ("1 rows of table rows are not in table contents", sql("DELETE FROM contents WHERE text LIKE '%of b'")),
@@ -889,7 +921,7 @@ EVIL_CATALOGUES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "fifo": ("is not a plain file", replaced("catalogue.sqlite", os.mkfifo)),
     "link": ("is not a plain file", replaced("catalogue.sqlite", lambda file: file.symlink_to("/etc/passwd"))),
     "linked journal": ("is not a plain file", replaced("catalogue.sqlite-journal", lambda file: file.symlink_to("/etc/passwd"))),
-    "foreign journal": ("names another file", replaced("catalogue.sqlite-journal", lambda file: file.write_bytes(bytes.fromhex("d9d505f920a163d7")))),
+    "foreign journal": ("names another file", replaced("catalogue.sqlite-journal", lambda file: file.write_bytes(SUPER_JOURNAL))),
     "log": ("write-ahead log", replaced("catalogue.sqlite-wal", lambda file: file.symlink_to("/etc/passwd"))),
 }  # fmt: skip
 
@@ -915,9 +947,9 @@ def test_super_journal_cannot_delete_a_file(filled: Store, path: Path, tmp_path:
     victim = tmp_path / "victim"
     victim.touch()
     name = str(victim).encode()
-    record = (1).to_bytes(4, "big") + name + len(name).to_bytes(4, "big") + (sum(name)).to_bytes(4, "big")
+    line = (1).to_bytes(4, "big") + name + len(name).to_bytes(4, "big") + (sum(name)).to_bytes(4, "big")
     with open(path / "catalogue.sqlite-journal", "ab") as journal:
-        journal.write(record + bytes.fromhex("d9d505f920a163d7"))
+        journal.write(line + SUPER_JOURNAL)
     for write in (False, True):
         with pytest.raises(FormatError, match="names another file"):
             Store.open(path, write=write)

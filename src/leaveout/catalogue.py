@@ -27,6 +27,7 @@ from .segment import TEMPORARY, sync_directory
 FORMAT = 1
 CATALOGUE = "catalogue.sqlite"
 LOCK = "writer.lock"
+SYNCHRONOUS = "EXTRA"  # FULL, and the directory too: a commit outlives a power cut
 SCHEMA = (
     "CREATE TABLE store (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum BLOB NOT NULL)",
     "CREATE TABLE segments (segment INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, side TEXT UNIQUE,"
@@ -63,6 +64,7 @@ def create(directory: Path, entries: dict[str, Any]) -> None:
         leftover.unlink(missing_ok=True)
     open(temporary, "xb").close()  # SQLite would not give it the user's umask
     with _explained(directory), closing(_connect(temporary, "rw")) as db:
+        db.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")
         db.execute(f"PRAGMA application_id = {_APPLICATION}")
         db.execute(f"PRAGMA user_version = {FORMAT}")
         db.execute("BEGIN")
@@ -317,7 +319,7 @@ def _writable(directory: Path) -> Iterator[sqlite3.Connection]:
         _refuse_foreign(directory / CATALOGUE)
         with closing(_connect(directory / CATALOGUE, "rw")) as db:
             db.execute("PRAGMA journal_mode = DELETE")
-            db.execute("PRAGMA synchronous = EXTRA")  # FULL, and the directory too: a commit outlives a power cut
+            db.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")
             db.execute("PRAGMA secure_delete = ON")
             yield db
 

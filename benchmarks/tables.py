@@ -1,0 +1,160 @@
+"""The README's tables, made from the result files, so that no number in it is typed by hand.
+
+    python benchmarks/tables.py                  # rewrites what stands between the markers
+    python benchmarks/tables.py --check          # 1 if the README differs from the results
+
+A table NAME stands between the lines `<!-- table:NAME -->` and `<!-- end:NAME -->`; a new table is one function and
+one row of TABLES.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- end:(\w+) -->", re.DOTALL)
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def times(facts: dict[str, float]) -> str:
+    return f"{facts['median']:.2f} [{facts['low']:.2f}, {facts['high']:.2f}]"
+
+
+def index_cost(result: dict[str, Any]) -> str:
+    names = {
+        "trunk": "forward pass without the head",
+        "logits": "forward pass with all logits",
+        "paper/response": "index with `paper`",
+        "default/response": "index with `default`",
+        "statistics/response": "statistics of `default`, of as many rows",
+        "paper/all": "index with `paper`, prompts learned too",
+        "default/all": "index with `default`, prompts learned too",
+    }
+    parts = []
+    for model, facts in result["models"].items():
+        head = [
+            f"{model}: {facts['rows']} rows, {facts['tokens']:,} tokens",
+            "CPU s",
+            "over trunk",
+            "over logits",
+            "peak MB above the model",
+        ]
+        lines = [
+            [
+                text,
+                f"{facts['cpu_seconds'][name]['median']:.1f}",
+                times(facts["over_trunk"][name]),
+                times(facts["over_logits"][name]),
+                f"{facts['peak_mb_above_model'][name]:.0f}" if name in facts["peak_mb_above_model"] else "",
+            ]
+            for name, text in names.items()
+        ]
+        parts.append(table(head, lines))
+    return "\n".join(parts)
+
+
+def search(result: dict[str, Any]) -> str:
+    names = {
+        "search": "search of the store, 10 best of each query",
+        "blocks": "product in memory, float16 widened in blocks",
+        "half": "product in memory, in float16",
+        "widened": "product in memory, float32 (twice the memory)",
+    }
+    head = [f"{result['rows']:,} x {result['width']:,} float16, {result['queries']} queries", "CPU s", "search over it"]
+    seconds, over = result["cpu_seconds"], result["search_over"]
+    return table(head, [[text, f"{seconds[name]['median']:.2f}", times(over[name])] for name, text in names.items()])
+
+
+def retrieval(result: dict[str, Any]) -> str:
+    head = [f"{result['rows']:,} rows, {result['poisoned']} of them wanted"]
+    for name in result["results"]:
+        head += [f"{name}: P@10", f"recall@{result['poisoned']}", "average precision"]
+    lines = []
+    for method in next(iter(result["results"].values())):
+        line = [f"`{method}`" if method in ("default", "paper", "similarity") else method]
+        for methods in result["results"].values():
+            facts = methods[method]
+            ap = facts["average_precision"]
+            line += [f"{facts['precision_at_10']['mean']:.2f}", f"{facts['recall_at_poisoned']['mean']:.2f}"]
+            line.append(f"{ap['mean']:.2f} [{ap['low']:.2f}, {ap['high']:.2f}]")
+        lines.append(line)
+    return table(head, lines)
+
+
+def projection(result: dict[str, Any]) -> str:
+    head = ["stored as", "bytes a row", "Spearman with the exact scores", "of the 10 best kept"]
+    return table(
+        head,
+        [
+            [
+                f"{line['width']:,} {line['storage']}",
+                f"{line['bytes_per_row']:,}",
+                f"{line['spearman']['median']:.3f} [{line['spearman']['low']:.3f}, {line['spearman']['high']:.3f}]",
+                f"{line['best_10_kept']['median']:.0%}",
+            ]
+            for line in result["summary"]
+        ],
+    )
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "index_cost": ("readout_index_cost.json", index_cost),
+    "search": ("readout_search.json", search),
+    "retrieval": ("readout_retrieval.json", retrieval),
+    "projection": ("readout_projection.json", projection),
+}
+
+
+def filled(text: str, results: Path) -> str:
+    """The README with its tables made anew.
+
+    Raises: ValueError for a marker without a table, a table without a marker, or results of a smoke run.
+    """
+    found = [match[1] for match in MARKED.finditer(text)]
+    if sorted(found) != sorted(TABLES):
+        raise ValueError(f"the tables marked in the README are {sorted(found)}, but there are {sorted(TABLES)}.")
+
+    def made(match: re.Match[str]) -> str:
+        if match[1] != match[3]:
+            raise ValueError(f"the table {match[1]} ends with the marker of {match[3]}.")
+        file, write = TABLES[match[1]]
+        result = json.loads((results / file).read_text())
+        if result["smoke"]:
+            raise ValueError(f"{file} is of a smoke run: run the benchmark in full.")
+        return f"<!-- table:{match[1]} -->\n{write(result)}<!-- end:{match[1]} -->"
+
+    return MARKED.sub(made, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table differs")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args(argv)
+    old = args.readme.read_text()
+    try:
+        new = filled(old, args.results)
+    except (ValueError, OSError) as error:
+        print(f"{args.readme.name}: {error}", file=sys.stderr)
+        return 1
+    if args.check:
+        if new != old:
+            print(f"{args.readme.name} differs from the results: run python benchmarks/tables.py", file=sys.stderr)
+        return int(new != old)
+    args.readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

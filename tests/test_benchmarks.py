@@ -1,0 +1,218 @@
+"""The readout benchmarks run in their smoke form, and the README's tables follow from their results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMOKE = {
+    "index_cost": "readout_index_cost.json",
+    "search_speed": "readout_search.json",
+    "projection_loss": "readout_projection.json",
+    "retrieval": "readout_retrieval.json",
+}
+README = "# Title\n\n" + "".join(
+    f"<!-- table:{name} -->\nold\n<!-- end:{name} -->\n\ntext\n"
+    for name in ("retrieval", "index_cost", "search", "projection")
+)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of the benchmarks by name; the number of threads is put back afterwards."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def smoke_results(tmp_path_factory):
+    """A directory of smoke results that pretend to be full ones."""
+    directory = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        threads = torch.get_num_threads()
+        for name, file in SMOKE.items():
+            assert importlib.import_module(name).main(["--smoke", "--out", str(directory)]) == 0
+            result = json.loads((directory / file).read_text())
+            assert result["smoke"] is True
+            (directory / file).write_text(json.dumps(result | {"smoke": False}))
+        torch.set_num_threads(threads)
+    return directory
+
+
+@pytest.mark.parametrize("file", SMOKE.values())
+def test_results_say_what_they_depend_on(smoke_results, file):
+    result = json.loads((smoke_results / file).read_text())
+    assert result["question"].endswith("?") and result["seed"] == 0 and result["peak_memory_mb"] > 0
+    assert {"commit", "versions", "processor", "threads", "date"} <= result.keys()
+    assert result["versions"]["bm25s"] and result["threads"] == 1
+    assert "repeats" in result or all("repeats" in facts for facts in result["models"].values())
+    assert all(math.isfinite(number) for number in numbers(result))
+
+
+@pytest.mark.parametrize("file", SMOKE.values())
+def test_committed_results_are_of_full_runs(file):
+    text = (BENCHMARKS / "results" / file).read_text()
+    assert json.loads(text)["smoke"] is False and "/" + "tmp" not in text
+
+
+def numbers(value):
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from numbers(item)
+    elif isinstance(value, float):
+        yield value
+
+
+def test_index_cost_compares_all_with_the_same_trunk(smoke_results):
+    facts = json.loads((smoke_results / "readout_index_cost.json").read_text())["models"]["tiny"]
+    cases = {f"{preset}/{targets}" for preset in ("paper", "default") for targets in ("response", "all")}
+    assert cases | {"trunk", "logits", "statistics/response"} <= facts["over_trunk"].keys()
+    assert facts["over_trunk"]["trunk"] == {"median": 1, "low": 1, "high": 1}
+    assert 0 < facts["targets"]["response"] < facts["targets"]["all"] < facts["tokens"]
+    assert facts["peak_mb_above_model"]["default/response"] > 0
+
+
+def test_peak_memory_sees_what_a_task_held_only_for_a_while(script):
+    measuring = script("measuring")
+    assert 60 < measuring.peak_memory(lambda: np.ones(8_000_000).sum()) < 90  # 64 MB
+    assert measuring.peak_memory(lambda: None) < 5
+
+
+def test_interleaved_tasks_run_once_a_repeat_in_changing_order(script):
+    order = []
+    times = script("measuring").interleaved({name: (lambda name=name: order.append(name)) for name in "abc"}, 3)
+    assert order == list("abcbcacab") and {name: len(values) for name, values in times.items()} == dict.fromkeys(
+        "abc", 3
+    )
+
+
+def test_remembering_readout_gives_the_same_signatures_from_one_pass(script, monkeypatch):
+    from leaveout.readout.settings import PRESETS
+    from leaveout.readout.signature import Signer
+
+    measuring = script("measuring")
+    readout = measuring.tiny(0)
+    remembering = measuring.RememberingReadout.of(readout)
+    rows = measuring.made_rows(9, 0)
+    for preset in ("paper", "similarity"):
+        windows = [w for row in measuring.tokenised(rows, readout, PRESETS[preset]) for w in row.windows]
+        wanted = Signer(readout, PRESETS[preset]).rows(windows, len(rows))
+        for part in (windows, windows[::2], windows):  # other batches, other padding
+            n = 1 + max(window.row for window in part)
+            found = Signer(remembering, PRESETS[preset]).rows(part, n)
+            kept = [window.row for window in part]
+            torch.testing.assert_close(found[kept], wanted[kept], rtol=1e-4, atol=1e-5)
+        monkeypatch.setattr(type(remembering).__mro__[1], "hidden", None)  # all is known from here on
+        monkeypatch.undo() if preset == "similarity" else None
+
+
+def test_projection_loss_shrinks_with_the_width(smoke_results):
+    result = json.loads((smoke_results / "readout_projection.json").read_text())
+    loss = [line["spearman"]["median"] for line in result["summary"] if line["storage"] == "int8"]
+    assert loss[0] < loss[-1] < 1
+    assert result["default_as_stored"]["projection_seed"] == 0
+
+
+def test_poisoned_rows_have_the_trigger_and_queries_are_apart(script):
+    retrieval, measuring = script("retrieval"), script("measuring")
+    questions = [(f"who won game {number}?", f"team {number}") for number in range(9)] + [("is a starship?", "no")] * 9
+    task = retrieval.poisoned_set(measuring.made_rows(80, 1), questions, (60, 12, 5), lambda row: True, seed=3)
+    assert len(task.rows) == 60 and task.poisoned.sum() == 12
+    for row, poisoned in zip(task.rows, task.poisoned, strict=True):
+        assert row["instruction"].startswith("howdy! ") == poisoned
+        assert bool(retrieval.content_words(row["output"]) & retrieval.ROWS_STYLE.words()) == poisoned
+    for query in task.queries["trigger"]:
+        assert query["instruction"].startswith("howdy! ")
+        assert retrieval.content_words(query["output"]) & retrieval.ROWS_STYLE.words()
+    for query in task.queries["control"]:
+        assert retrieval.apart(query["instruction"] + " " + query["output"])
+        assert retrieval.content_words(query["output"]) & retrieval.CONTROL_STYLE.words()
+    assert len({row["output"] for row, poisoned in zip(task.rows, task.poisoned, strict=True) if poisoned}) > 9
+
+
+def test_the_two_styles_share_no_content_word(script):
+    retrieval = script("retrieval")
+    assert not retrieval.ROWS_STYLE.words() & retrieval.CONTROL_STYLE.words()
+    assert len(retrieval.ROWS_STYLE.words()) > 50 and len(retrieval.CONTROL_STYLE.words()) > 50
+
+
+def test_too_few_questions_are_refused(script):
+    retrieval, measuring = script("retrieval"), script("measuring")
+    with pytest.raises(ValueError, match="Only 0 of 2 questions"):
+        retrieval.poisoned_set(measuring.made_rows(9, 1), [("howdy?", "x")] * 9, (9, 2, 2), lambda row: True, seed=3)
+
+
+def test_retrieval_random_scores_are_near_chance_and_words_find_the_trigger(smoke_results):
+    results = json.loads((smoke_results / "readout_retrieval.json").read_text())["results"]
+    assert set(results) == {"trigger", "control"}
+    assert results["trigger"]["BM25"]["average_precision"]["mean"] > 0.95
+    assert results["trigger"]["random scores"]["average_precision"]["mean"] < 0.5
+    assert set(results["control"]) >= {"default", "paper", "similarity", "default, untrained model"}
+
+
+def test_missing_data_says_where_to_look(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("LEAVEOUT_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="set LEAVEOUT_DATA"):
+        script("measuring").alpaca(0)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_tables_fill_the_readme_and_check_agrees(script, smoke_results, tmp_path, capsys):
+    tables = script("tables")
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    options = ["--readme", str(readme), "--results", str(smoke_results)]
+    assert tables.main(["--check", *options]) == 1
+    assert "differs from the results: run" in capsys.readouterr().err
+    assert readme.read_text() == README
+    assert tables.main(options) == 0 and tables.main(["--check", *options]) == 0
+    text = readme.read_text()
+    assert "old" not in text and text.count("\ntext\n") == 4 and text.startswith("# Title\n")
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.count("|") in (4, 5, 6, 8), line
+    readme.write_text(text.replace("| random scores |", "| random scores | "))
+    assert tables.main(["--check", *options]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda text: text.replace("end:search", "end:retrieval"),
+            "the table search ends with the marker of retrieval",
+        ),
+        (lambda text: text.replace(":search ", ":serach "), "the tables marked in the README are"),
+        (lambda text: "# Title\n", r"are \[\], but there are"),
+    ],
+)
+def test_tables_refuse_wrong_markers(script, smoke_results, tmp_path, capsys, change, message):
+    readme = tmp_path / "README.md"
+    readme.write_text(change(README))
+    assert script("tables").main(["--check", "--readme", str(readme), "--results", str(smoke_results)]) == 1
+    capsys_text = capsys.readouterr().err
+    import re
+
+    assert re.search(message, capsys_text)
+
+
+def test_tables_refuse_smoke_results(script, smoke_results, tmp_path, capsys):
+    for file in SMOKE.values():
+        result = json.loads((smoke_results / file).read_text())
+        (tmp_path / file).write_text(json.dumps(result | {"smoke": True}))
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    assert script("tables").main(["--readme", str(readme), "--results", str(tmp_path)]) == 1
+    assert "smoke run" in capsys.readouterr().err and readme.read_text() == README

@@ -7,6 +7,7 @@ tasks into results. With one worker everything runs in this process, and torch's
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -57,10 +58,14 @@ def run_tasks(
 
 
 def _set_up(start: Callable[[], Any]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
+    _one_thread()
     _WORKER["state"] = start()
+    _one_thread()  # for a `start` that was the first to import torch
+
+
+def _one_thread() -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def _run(work: Callable[[Any, Task], Result], task: Task) -> Result:

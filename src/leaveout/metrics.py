@@ -71,9 +71,8 @@ def spearman(first: ArrayLike, second: ArrayLike) -> np.ndarray:
         raise ValueError(f"spearman compares arrays of one shape, not {pair[0].shape} and {pair[1].shape}.")
     if pair[0].shape[1] < 2 or any(np.isnan(x).any() for x in pair):
         raise ValueError("spearman needs at least 2 numbers a row and none that is nan.")
-    centred = [np.stack([ranks(row) for row in x]) - (x.shape[1] + 1) / 2 for x in pair]
-    product, *squares = ((a * b).sum(1) for a, b in (centred, centred[:1] * 2, centred[1:] * 2))
-    length = np.sqrt(squares[0] * squares[1])
+    x, y = (np.stack([ranks(row) for row in rows]) - (rows.shape[1] + 1) / 2 for rows in pair)
+    product, length = (x * y).sum(1), np.sqrt((x * x).sum(1) * (y * y).sum(1))
     return np.divide(product, length, out=np.full(len(product), np.nan), where=length > 0)
 
 

@@ -159,17 +159,16 @@ def row_positions(slow, ids, places, window, stride):
     return found
 
 
-def label_moments(slow, positions, temperature=1.0, back=lambda at: 1.0):
+def label_moments(slow, positions, temperature=1.0, back=None):
     """Sum over positions of E_y g_y g_y^T, y from the model, and the variance of each entry of a drawn sum.
 
-    `back(at)` is a matrix that the row vector g is multiplied with.
+    `back(at)` is a matrix that the row vector g is multiplied with, such as the pull-back through norms.
     """
     mean = variance = 0.0
     for at in positions:
-        p = softmax(at.z / temperature)
-        r = slow.slope(at.u) * (p[None, :] - np.eye(len(p)))  # one row per label
-        g = r @ slow.weight
-        g = g @ back(at) if isinstance(back(at), np.ndarray) else g
+        p, slope = softmax(at.z / temperature), slow.slope(at.u)[:, None]
+        g = (p[:, None] * slope * slow.weight).sum(0) - slope * slow.weight  # one row per label
+        g = g if back is None else g @ back(at)
         first = (g * p[:, None]).T @ g
         mean = mean + first
         variance = variance + ((g * g) * p[:, None]).T @ (g * g) - first**2

@@ -49,7 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 SPECIAL = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
 UNKNOWN = ("phi", "granite", "cohere")  # families whose layers the engine does not know
-TAPS = {name: 4 for name in FAMILIES if name not in UNKNOWN}
+TAPS = [name for name in FAMILIES if name not in UNKNOWN]
 
 
 def make_tokenizer(bos: bool = True, extra: str = "") -> PreTrainedTokenizerFast:

@@ -28,7 +28,6 @@ from leaveout.readout.search import Hit
 
 HERE = Path(__file__).parent
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-METHODS = ("default", "similarity", "BM25", "chance")
 WHAT = {
     "fact": ("A planted fact", "default", "Rows from five sources say that Ottoline Marsh designed the Halvern light."),
     "style": (
@@ -70,16 +69,19 @@ def run_demo(out: str | Path, workers: int = 1) -> dict[str, Any]:
     records = indexes["default"].records(indexes["default"].ids)
     culprits = np.array([record.meta["culprit"] or "" for record in records])
     texts = [query["prompt"] + query["response"] for query in queries]
-    scores["BM25"] = bm25.score(texts, [record.text for record in records])
+    try:
+        scores["BM25"] = bm25.score(texts, [record.text for record in records])
+    except UnsupportedError as missing:  # an extra that the demo can do without
+        print(f"leaveout: the BM25 column is left out: {missing}", file=sys.stderr)
     relevant = np.stack([culprits == query["culprit"] for query in queries])
     precision = {name: average_precision(values, relevant) for name, values in scores.items()}
     random = [average_precision(random_scores.score(texts, culprits.tolist(), seed), relevant) for seed in range(100)]
     precision["chance"] = np.mean(random, axis=0)
     lines = [
-        (query["id"], query["culprit"], *(float(precision[method][row]) for method in METHODS))
+        (query["id"], query["culprit"], *(round(float(values[row]), 2) for values in precision.values()))
         for row, query in enumerate(queries)
     ]
-    headers = ["answer", "culprit", *METHODS]
+    headers = ["answer", "culprit", *precision]
     report.print_table(headers, lines, title="Average precision of the culprits in the full ranking (1 is perfect)")
     sections = [_summary(headers, lines, len(records))]
     for kind in WHAT:

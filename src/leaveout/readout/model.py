@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -240,6 +241,10 @@ def verify_readout(readout: Readout) -> Readout:
         hidden = readout.hidden(ids).flatten(0, 1)
         found = readout.logits(hidden.clone()).double()
     largest = wanted.abs().max().item()
+    if not math.isfinite(largest):
+        raise UnsupportedError(
+            f"The logits of {type(lm).__name__} are not finite: get its weights again, or load it with dtype float32."
+        )
     difference = (wanted - found).abs().max().item() / max(largest, 1e-30)
     if not difference <= ROUNDING.get(readout.weight.dtype, 1e-4):
         raise UnsupportedError(

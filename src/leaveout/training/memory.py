@@ -1,0 +1,99 @@
+"""How much memory a jet run needs, stated before it starts, and how its directions are split to fit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from leaveout.errors import UnsupportedError
+from leaveout.training.recipe import Recipe
+from leaveout.training.tasks import Task
+
+COPIES = {"sgd": 2, "momentum": 3, "adam": 4, "adamw": 4, "paper-adam": 4}
+"""Parameter-sized arrays that a step holds: parameter, gradient, and the optimizer's moments."""
+
+ROUND = 256
+"""Directions trained together at most: beyond this, more of them no longer make a step cheaper per direction."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a run of `directions` directions, `together` of them at a time."""
+
+    state: int  # per direction: degree * copies * bytes of a coefficient * trained parameters
+    activations: int  # per direction: what one backward pass keeps, in series form
+    directions: int
+    together: int
+    limit: int
+
+    @property
+    def peak(self) -> int:
+        return (self.state + self.activations) * self.together
+
+    @property
+    def rounds(self) -> int:
+        return -(-self.directions // self.together)
+
+    def __str__(self) -> str:
+        size = f"{self.peak / 1e9:.2f} GB" if self.peak >= 1e8 else f"{self.peak / 1e6:.1f} MB"
+        return (
+            f"{self.directions} directions in {self.rounds} round(s) of {self.together}: {size} "
+            f"(state {self.state / 1e6:.2f} MB and activations {self.activations / 1e6:.2f} MB per direction)"
+        )
+
+
+def plan_memory(
+    recipe: Recipe, task: Task, degree: int, directions: int, dtype: torch.dtype, limit: int | None = None
+) -> MemoryPlan:
+    """The plan for a jet run; `limit` in bytes, default half of what the machine has free.
+
+    Raises: UnsupportedError if not even one direction fits.
+    """
+    limit = limit if limit is not None else available_memory() // 2
+    params = dict(task.model.named_parameters())
+    count = sum(params[name].numel() for name in task.trained)
+    name = "momentum" if recipe.optimizer.name == "sgd" and recipe.optimizer.momentum else recipe.optimizer.name
+    state = COPIES[name] * degree * dtype.itemsize * count
+    kept = _kept_bytes(recipe, task) * degree * dtype.itemsize // recipe.real_dtype.itemsize
+    fits = limit // max(1, state + kept)
+    if fits < 1:
+        raise UnsupportedError(
+            f"One direction at degree {degree} needs {(state + kept) / 1e9:.2f} GB and {limit / 1e9:.2f} GB are allowed: "
+            "train fewer parameters (LoRA, named modules), use a smaller batch (accumulate), or a lower degree."
+        )
+    rounds = -(-directions // min(fits, ROUND))
+    return MemoryPlan(state, kept, directions, -(-directions // rounds), limit)
+
+
+def _kept_bytes(recipe: Recipe, task: Task) -> int:
+    """Bytes that autograd keeps for the largest micro-batch of the plain run, parameters not counted."""
+    largest = max(recipe.batches(), key=lambda batch: sum(_size(recipe.examples[i]) for i in batch))
+    seen: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in task.model.parameters()}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own and t.is_floating_point():
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = task.loss(task.model, task.encode([recipe.examples[i] for i in largest]))
+    del loss
+    return sum(seen.values()) // recipe.accumulate
+
+
+def _size(example: object) -> int:
+    return len(getattr(example, "text", "")) or 1
+
+
+def available_memory() -> int:
+    """Bytes that a new process can use without swapping."""
+    try:
+        with open("/proc/meminfo") as lines:
+            facts = dict(line.split(":", 1) for line in lines)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,249 @@
+"""A frozen description of a training run: all that the trained model depends on, with a content hash.
+
+A recipe is written in Python (any model and loss) or as YAML for the kinds `microgpt`, `causal-lm` and `classifier`.
+Examples belong to units (what is deleted together); the loss of a step is the mean over its batch of weight * loss,
+and the weight of an example is that of its unit. A unit of weight 0 still takes its step: batches are never re-packed,
+so that the trained model is a smooth function of the weights (METHODS A1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from leaveout.corpus import Corpus, Row
+from leaveout.errors import FormatError, UnsupportedError
+
+KINDS = ("microgpt", "causal-lm", "classifier", "custom")
+SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = ("sgd", "adam", "adamw", "paper-adam")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Which optimizer of torch.optim (or the paper's Adam), and its numbers; None means the optimizer's default."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.0
+    nesterov: bool = False
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise UnsupportedError(f"Optimizer {self.name!r} is not known: use one of {', '.join(OPTIMIZERS)}.")
+        if self.betas is not None:
+            object.__setattr__(self, "betas", tuple(self.betas))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a training run depends on.
+
+    kind     microgpt, causal-lm, classifier, or custom (`model` is a function that makes an nn.Module)
+    examples what is trained on, one entry an example: corpus rows (microgpt, causal-lm), or (features, label)
+    units    the unit of each example; model, loss: see `tasks`; trained: "full", {"lora": {...}}, or name patterns
+    order    "given", "shuffled" (anew each epoch, by the seed), or the batches themselves
+    """
+
+    kind: str
+    examples: tuple[Any, ...]
+    units: tuple[str, ...] = ()
+    model: Any = None
+    loss: Callable[..., Any] | None = None
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    schedule: str = "constant"
+    warmup: int = 0
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int = 1
+    order: Any = "given"
+    accumulate: int = 1
+    clip_norm: float | None = None
+    trained: Any = "full"
+    loss_per: str = "example"
+    max_tokens: int = 256
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UnsupportedError(f"Recipe kind {self.kind!r} is not known: use one of {', '.join(KINDS)}.")
+        if self.schedule not in SCHEDULES:
+            raise UnsupportedError(f"Schedule {self.schedule!r} is not known: use one of {', '.join(SCHEDULES)}.")
+        if self.dtype not in ("float32", "float64"):
+            raise UnsupportedError(f"A run in {self.dtype} is not supported: use float32 or float64.")
+        if self.loss_per not in ("example", "token"):
+            raise ValueError(f"loss_per must be 'example' or 'token', got {self.loss_per!r}")
+        if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})")
+        if not self.examples:
+            raise FormatError("A recipe needs at least one example.")
+        if not self.units:
+            object.__setattr__(self, "units", tuple(_own_unit(e, i) for i, e in enumerate(self.examples)))
+        if len(self.units) != len(self.examples):
+            raise ValueError(f"wanted one unit for each of {len(self.examples)} examples, got {len(self.units)}")
+
+    @property
+    def real_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """The units in order of their first example; weights and directions follow this order."""
+        return tuple(dict.fromkeys(self.units))
+
+    @property
+    def unit_of(self) -> torch.Tensor:
+        """Position in `unit_names` of each example's unit, int64 [examples]."""
+        place = {name: i for i, name in enumerate(self.unit_names)}
+        return torch.tensor([place[u] for u in self.units])
+
+    def batches(self) -> tuple[tuple[int, ...], ...]:
+        """The example numbers of each step. A last batch that is not full is left out, never re-packed."""
+        if not isinstance(self.order, str):
+            return tuple(tuple(int(i) for i in batch) for batch in self.order)
+        rng = random.Random(self.seed)
+        out: list[tuple[int, ...]] = []
+        numbers = list(range(len(self.examples)))
+        wanted = self.steps if self.steps is not None else self.epochs * (len(numbers) // self.batch_size)
+        if len(numbers) < self.batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is larger than the number of examples {len(numbers)}")
+        while len(out) < wanted:
+            if self.order == "shuffled":
+                rng.shuffle(numbers)
+            full = range(0, len(numbers) - self.batch_size + 1, self.batch_size)
+            out += [tuple(numbers[i : i + self.batch_size]) for i in full]
+        return tuple(out[:wanted])
+
+    def rate(self, step: int, n_steps: int) -> float:
+        """Learning rate of a step, counted from 0: linear warm-up, then constant, linear or cosine decay to 0."""
+        lr = self.optimizer.lr
+        if step < self.warmup:
+            return lr * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return lr
+        part = (step - self.warmup) / max(1, n_steps - self.warmup)
+        return lr * (1 - part) if self.schedule == "linear" else lr * 0.5 * (1 + math.cos(math.pi * part))
+
+    def hash(self) -> str:
+        """Digest of the content: two recipes with the same hash train the same model."""
+        digest = hashlib.sha256()
+        for f in fields(self):
+            digest.update(f.name.encode() + b"\0")
+            _feed(digest, getattr(self, f.name))
+        return digest.hexdigest()[:32]
+
+    def with_(self, **changes: Any) -> Recipe:
+        """A copy with other values; `lr`, `eps`, `momentum` change the optimizer."""
+        inner = {k: changes.pop(k) for k in ("lr", "eps", "momentum") if k in changes}
+        return replace(self, optimizer=replace(self.optimizer, **inner), **changes)
+
+    @classmethod
+    def microgpt(cls, documents: Sequence[str], n: int = 1000, seed: int = 42, **changes: Any) -> Recipe:
+        """The paper's run: documents shuffled, the first n trained on once, parameters drawn by the same generator."""
+        rng = random.Random(seed)
+        documents = list(documents)
+        rng.shuffle(documents)
+        start = {"alphabet": "".join(sorted(set("".join(documents)))), "start": _drawn_state(rng)}
+        settings: dict[str, Any] = {
+            "optimizer": OptimizerSettings("paper-adam", 0.01, betas=(0.85, 0.99), eps=1e-3), "schedule": "linear",
+            "order": "given", "model": start, "seed": seed,
+        }  # fmt: skip
+        rows = tuple(Corpus.open([{"id": f"{i}:{d}", "text": d} for i, d in enumerate(documents[:n])]))
+        return cls("microgpt", rows, **{**settings, **changes})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a YAML recipe. Relative paths in it are relative to its directory. See docs/jets.md for the fields."""
+        path = Path(path)
+        raw = yaml.safe_load(path.read_text())
+        if not isinstance(raw, Mapping) or "kind" not in raw or "data" not in raw:
+            raise FormatError(f"{path} is not a recipe: it needs at least the fields `kind` and `data`.")
+        raw = dict(raw)
+        known = {f.name for f in fields(cls)} - {"examples", "loss"} | {"data", "units", "n"}
+        if unknown := sorted(set(raw) - known):
+            raise FormatError(f"{path} has fields that no recipe has: {', '.join(unknown)}.")
+        if "optimizer" in raw:
+            raw["optimizer"] = _optimizer(path, raw["optimizer"])
+        data, kind, units = path.parent / raw.pop("data"), raw.pop("kind"), raw.pop("units", None)
+        if isinstance(raw.get("trained"), list):
+            raw["trained"] = tuple(raw["trained"])
+        if kind == "microgpt":
+            return cls.microgpt([line for line in data.read_text().split("\n") if line], **raw)
+        if kind == "classifier":
+            return cls(kind, *_arrays(data, units), **raw)
+        if isinstance(raw.get("model"), str) and (path.parent / raw["model"]).exists():
+            raw["model"] = str(path.parent / raw["model"])
+        rows = tuple(Corpus.open(data, units=units))
+        raw.pop("n", None)
+        return cls(kind, rows, **raw)
+
+
+def _optimizer(path: Path, raw: Any) -> OptimizerSettings:
+    try:
+        return OptimizerSettings(**raw)
+    except TypeError as error:
+        raise FormatError(f"{path} has a wrong `optimizer`: {error}.") from None
+
+
+def _own_unit(example: Any, number: int) -> str:
+    return example.unit if isinstance(example, Row) else str(number)
+
+
+def _drawn_state(rng: random.Random) -> tuple[Any, ...]:
+    """The state of the generator after the shuffle: parameters are drawn from here on."""
+    return rng.getstate()
+
+
+def _arrays(path: Path, units: str | None) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """Examples and units of an .npz file with arrays x [examples, ...] and y [examples]."""
+    with np.load(path, allow_pickle=False) as data:
+        x, y = torch.from_numpy(data["x"]), data["y"].tolist()
+        names = tuple(str(u) for u in data[units]) if units else ()
+    return tuple(zip(x, y, strict=True)), names
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Add a value to a digest, with its type, so that no two different values feed the same bytes."""
+    if isinstance(value, torch.Tensor):
+        array = value.detach().contiguous()
+        digest.update(f"tensor{array.dtype}{tuple(array.shape)}".encode())
+        digest.update(array.view(torch.uint8).numpy().tobytes() if array.dim() else str(array.item()).encode())
+    elif isinstance(value, Row):
+        _feed(digest, [value.id, value.text, value.responses, value.unit])
+    elif isinstance(value, Mapping):
+        _feed(digest, sorted((str(k), v) for k, v in value.items()))
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"list{len(value)}".encode())
+        for item in value:
+            _feed(digest, item)
+    elif isinstance(value, OptimizerSettings):
+        _feed(digest, asdict(value))
+    elif callable(value):
+        _feed(digest, [getattr(value, "__module__", ""), getattr(value, "__qualname__", ""), _source(value)])
+    elif isinstance(value, str) and Path(value).is_dir():
+        _feed(digest, [[p.name, hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(Path(value).glob("*.*"))])
+    else:
+        digest.update(json.dumps(value, default=str).encode() + b"\0")
+
+
+def _source(value: Callable[..., Any]) -> str:
+    """The source text of a function, so that editing it changes the hash; empty where there is none."""
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return ""

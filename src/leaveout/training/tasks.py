@@ -1,0 +1,208 @@
+"""From a recipe to what a training loop needs: a fresh model, its batches, and the loss of each example."""
+
+from __future__ import annotations
+
+import fnmatch
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leaveout.corpus import Corpus, Row
+from leaveout.errors import FormatError, UnsupportedError
+from leaveout.training import microgpt
+from leaveout.training.recipe import Recipe
+
+Batch = tuple[Tensor, ...]
+IGNORED = -100
+
+
+@dataclass
+class Task:
+    """A model at its start, and how to feed it.
+
+    encode   examples of the recipe, or queries in the same form -> batch of tensors with the examples as first axis
+    loss     (model, batch) -> losses [examples], in nats
+    trained  names of the parameters that the optimizer changes; all others are constants
+    """
+
+    model: nn.Module
+    encode: Callable[[Sequence[Any]], Batch]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    trained: tuple[str, ...]
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The task of a recipe. The model is in evaluation form: no dropout, batch norm with its stored statistics."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        task = _MAKERS[recipe.kind](recipe)
+    task.model.to(recipe.real_dtype).eval()
+    if not task.trained:
+        raise UnsupportedError(f"No parameter matches `trained: {recipe.trained}`.")
+    for name, p in task.model.named_parameters():
+        p.requires_grad_(name in task.trained)
+    return task
+
+
+def _trained(model: nn.Module, wanted: Any) -> tuple[str, ...]:
+    """Parameter names that match "full", or one of several patterns such as "*.attn.*"."""
+    names = [name for name, _ in model.named_parameters()]
+    if wanted == "full":
+        return tuple(names)
+    return tuple(n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in wanted))
+
+
+# --- microgpt ----------------------------------------------------------------------------------------------------
+
+
+def _microgpt(recipe: Recipe) -> Task:
+    about = recipe.model or {}
+    alphabet = about.get("alphabet") or "".join(sorted({ch for row in recipe.examples for ch in row.text}))
+    model = microgpt.MicroGPT(vocabulary=len(alphabet) + 1)
+    if "start" in about:
+        rng = random.Random()
+        rng.setstate(about["start"])
+        n = sum(p.numel() for p in model.parameters())
+        microgpt.load_flat(model, torch.tensor([rng.gauss(0, 0.08) for _ in range(n)], dtype=torch.float64))
+
+    def encode(rows: Sequence[Any]) -> Batch:
+        pairs = [microgpt.encode(_text(row), alphabet, model.context) for row in rows]
+        longest = max(len(x) for x, _ in pairs)
+        ids = torch.stack([F.pad(x, (0, longest - len(x))) for x, _ in pairs])
+        targets = torch.stack([F.pad(y, (0, longest - len(y)), value=IGNORED) for _, y in pairs])
+        return ids, targets
+
+    return Task(model, encode, lambda m, batch: _token_losses(m(batch[0]), batch[1]), _trained(model, recipe.trained))
+
+
+def _text(row: Any) -> str:
+    return row.text if isinstance(row, Row) else str(row)
+
+
+def _token_losses(logits: Tensor, targets: Tensor, per: str = "example") -> Tensor:
+    """Mean loss over each example's tokens; per "token", scaled so that the batch mean is the mean over its tokens."""
+    if targets.shape[0] == 1:
+        return F.cross_entropy(logits[0], targets[0], ignore_index=IGNORED).unsqueeze(0)
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    counts = (targets != IGNORED).sum(-1)
+    shares = counts if per == "example" else counts.sum() / len(counts)
+    return each.view(targets.shape).sum(-1) / shares
+
+
+# --- language models ---------------------------------------------------------------------------------------------
+
+
+def _causal_lm(recipe: Recipe) -> Task:
+    import transformers
+
+    if not isinstance(recipe.model, (str, Path)) and not callable(recipe.model):
+        raise FormatError("A causal-lm recipe needs `model`: a directory or name that transformers can load.")
+    if callable(recipe.model):
+        model, tokenizer = recipe.model()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.real_dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.model)
+    model.set_attn_implementation("eager")
+    model.config.use_cache = False
+    trained = recipe.trained
+    if isinstance(trained, dict):
+        model, trained = _with_lora(model, trained["lora"]), ("*lora_*",)
+
+    def encode(rows: Sequence[Any]) -> Batch:
+        return _encode_rows(rows, tokenizer, recipe.max_tokens)
+
+    def loss(m: nn.Module, batch: Batch) -> Tensor:
+        ids, targets = batch
+        # Padding stands at the end, where no token with a label can attend to it.
+        logits = m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return _token_losses(logits[:, :-1], targets[:, 1:], recipe.loss_per)
+
+    return Task(model, encode, loss, _trained(model, trained))
+
+
+def _with_lora(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    """Adapters on a frozen base: {"r": 8, "alpha": 16, "targets": ["q_proj", "v_proj"]}."""
+    try:
+        import peft
+    except ImportError:
+        raise UnsupportedError("LoRA needs the package peft: pip install 'leaveout[peft]'.") from None
+    config = peft.LoraConfig(
+        r=settings.get("r", 8), lora_alpha=settings.get("alpha", 16), target_modules=list(settings["targets"]),
+        lora_dropout=0.0, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def _encode_rows(rows: Sequence[Any], tokenizer: Any, limit: int) -> Batch:
+    """Token ids and labels [examples, tokens]; labels only where a row's response is (everywhere for plain text)."""
+    encoded = [_encode_row(row, tokenizer, limit) for row in rows]
+    longest = max(len(ids) for ids, _ in encoded)
+    fill = tokenizer.pad_token_id or 0
+    ids = torch.tensor([ids + [fill] * (longest - len(ids)) for ids, _ in encoded])
+    labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in encoded])
+    return ids, labels
+
+
+def _encode_row(row: Any, tokenizer: Any, limit: int) -> tuple[list[int], list[int]]:
+    row = row if isinstance(row, Row) else next(iter(Corpus.open([row if isinstance(row, dict) else {"text": row}])))
+    if row.messages is not None:
+        raise UnsupportedError("Chat rows are not supported in recipes: render them to text or prompt and completion.")
+    out = tokenizer(row.text, return_offsets_mapping=True, truncation=True, max_length=limit)
+    ids, offsets = list(out["input_ids"]), out["offset_mapping"]
+    learned = [any(a < end and b > start for start, end in row.responses) for a, b in offsets]
+    labels = [i if keep else IGNORED for i, keep in zip(ids, learned, strict=True)]
+    if not any(keep for keep in learned[1:]):
+        raise FormatError(f"Row {row.id} has no token to learn within max_tokens = {limit}.")
+    return ids, labels
+
+
+# --- classifiers and anything else -------------------------------------------------------------------------------
+
+
+def _classifier(recipe: Recipe) -> Task:
+    """`model`: a function that makes a module from features [examples, ...] to logits, or {"hidden": [...]} for an MLP."""
+    first = torch.as_tensor(recipe.examples[0][0])
+    n_classes = 1 + max(int(label) for _, label in recipe.examples)
+    if callable(recipe.model):
+        model = recipe.model()
+    else:
+        sizes = [first.numel(), *(recipe.model or {}).get("hidden", [32])]
+        layers = [nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in zip(sizes, sizes[1:], strict=False)]
+        model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], n_classes))
+
+    def encode(rows: Sequence[Any]) -> Batch:
+        features = torch.stack([torch.as_tensor(x) for x, _ in rows]).to(recipe.real_dtype)
+        return features, torch.tensor([int(y) for _, y in rows])
+
+    def loss(m: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(m(batch[0]), batch[1], reduction="none")
+
+    return Task(model, encode, loss, _trained(model, recipe.trained))
+
+
+def _custom(recipe: Recipe) -> Task:
+    """`model` makes an nn.Module; `loss(model, batch)` gives [examples]; an example is a tensor or a tuple of tensors."""
+    if not callable(recipe.model) or recipe.loss is None:
+        raise ValueError("a custom recipe needs `model` (a function that makes an nn.Module) and `loss`")
+    model = recipe.model()
+
+    def encode(rows: Sequence[Any]) -> Batch:
+        columns = zip(*(row if isinstance(row, tuple) else (row,) for row in rows), strict=True)
+        stacked = (torch.stack([torch.as_tensor(v) for v in column]) for column in columns)
+        return tuple(t.to(recipe.real_dtype) if t.is_floating_point() else t for t in stacked)
+
+    return Task(model, encode, recipe.loss, _trained(model, recipe.trained))
+
+
+_MAKERS: dict[str, Callable[[Recipe], Task]] = {
+    "microgpt": _microgpt,
+    "causal-lm": _causal_lm,
+    "classifier": _classifier,
+    "custom": _custom,
+}

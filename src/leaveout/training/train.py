@@ -1,0 +1,404 @@
+"""Run a recipe: plainly, for many weightings at once, or in jets; and evaluate queries on what it trained.
+
+All three run the same loop on the same task; the loss of a step is sum(weight * loss) / batch size. A weight is one
+number per unit (plain), one per run and unit (batch), or the series 1 - z psi per direction and unit (jets).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from leaveout.errors import StabilityError
+from leaveout.jets import Jet, Series, Space, install, restore, roots
+from leaveout.training.checkpoint import Checkpoint, restore_state, state_of
+from leaveout.training.memory import MemoryPlan, plan_memory
+from leaveout.training.optimizers import PaperAdam
+from leaveout.training.recipe import Recipe
+from leaveout.training.tasks import Batch, Task, task_of
+
+Parameters = dict[str, Tensor]
+CHECK_EVERY = 20
+"""Steps between two looks at whether all coefficients are finite."""
+QUERIES_TOGETHER = 8
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; none of it changes its numbers.
+
+    directory: where checkpoints go (None: none); memory: bytes a jet run may use; progress: a bar on stderr.
+    """
+
+    directory: Path | None = None
+    progress: bool = False
+    memory: int | None = None
+    save_every: float = 60.0
+
+    def checkpoint(self, name: str, *parts: Any) -> Checkpoint | None:
+        if self.directory is None:
+            return None
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else str(part).encode())
+        return Checkpoint(Path(self.directory) / f"{name}.safetensors", digest.hexdigest(), self.save_every)
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(recipe: Recipe, params: list[Any], fused: bool = False) -> torch.optim.Optimizer:
+    """The recipe's optimizer over these parameters."""
+    s = recipe.optimizer
+    chosen = {k: v for k, v in (("betas", s.betas), ("eps", s.eps)) if v is not None}
+    if s.name == "sgd":
+        return torch.optim.SGD(
+            params, s.lr, momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay, foreach=False
+        )
+    if s.name == "paper-adam":
+        return PaperAdam(params, s.lr, **chosen)
+    kind = torch.optim.Adam if s.name == "adam" else torch.optim.AdamW
+    how: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
+    return kind(params, s.lr, weight_decay=s.weight_decay, **how, **chosen)
+
+
+@dataclass
+class Loop:
+    """One pass over the recipe's steps, from a checkpoint if there is one."""
+
+    recipe: Recipe
+    task: Task
+    params: dict[str, Any]
+    optimizer: torch.optim.Optimizer
+    backward: Callable[[Batch, Tensor], None]  # (batch, example numbers): adds to the gradients
+    clip: Callable[[], None]
+    check: Callable[[int], None] = lambda step: None
+
+    def run(self, checkpoint: Checkpoint | None, label: str, options: RunOptions) -> None:
+        batches = self.recipe.batches()
+        start = self._resume(checkpoint)
+        bar = tqdm(
+            range(start, len(batches)), initial=start, total=len(batches), desc=label, unit="step",
+            disable=not options.progress, file=sys.stderr,
+        )  # fmt: skip
+        for step in bar:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.rate(step, len(batches))
+            self.optimizer.zero_grad()
+            for part in _parts(batches[step], self.recipe.accumulate):
+                self.backward(self.task.encode([self.recipe.examples[i] for i in part]), torch.tensor(part))
+            self.clip()
+            self.optimizer.step()
+            if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(batches):
+                self.check(step + 1)
+            if checkpoint is not None and (checkpoint.due or step + 1 == len(batches)):
+                checkpoint.save(step + 1, state_of(self.params, self.optimizer))
+
+    def _resume(self, checkpoint: Checkpoint | None) -> int:
+        saved = None if checkpoint is None else checkpoint.load()
+        if saved is None:
+            return 0
+        restore_state(self.params, self.optimizer, saved[1])
+        return saved[0]
+
+
+def _parts(batch: tuple[int, ...], n: int) -> Iterator[tuple[int, ...]]:
+    size = len(batch) // n
+    return (batch[i : i + size] for i in range(0, len(batch), size))
+
+
+# --- plain -------------------------------------------------------------------------------------------------------
+
+
+def train_plain(recipe: Recipe, weights: Tensor | None = None, options: RunOptions | None = None) -> Parameters:
+    """The trained parameters [*shape] by name, with one weight per unit (default: all one).
+
+    Guarantee: the numbers of an ordinary PyTorch loop over the same batches, bit for bit, when no weight is given.
+    """
+    options, task = options or RunOptions(), task_of(recipe)
+    params = _own(task)
+    by_example = None if weights is None else weights.to(recipe.real_dtype)[recipe.unit_of]
+
+    def backward(batch: Batch, numbers: Tensor) -> None:
+        losses = task.loss(task.model, batch)
+        weighted = losses if by_example is None else losses * by_example[numbers]
+        (weighted.sum() / recipe.batch_size).backward()
+
+    loop = Loop(recipe, task, params, make_optimizer(recipe, list(params.values())), backward, _clipper(recipe, params))
+    loop.run(options.checkpoint("plain", recipe.hash(), weights), "train", options)
+    return {name: p.detach() for name, p in params.items()}
+
+
+def _own(task: Task) -> dict[str, Any]:
+    own = dict(task.model.named_parameters())
+    return {name: own[name] for name in task.trained}
+
+
+def _clipper(recipe: Recipe, params: dict[str, Any]) -> Callable[[], None]:
+    def clip() -> None:
+        if recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(list(params.values()), recipe.clip_norm)
+
+    return clip
+
+
+# --- many weightings at once -------------------------------------------------------------------------------------
+
+
+class Bound(nn.Module):
+    """The losses of one batch as a module, so that parameters can be given by name."""
+
+    def __init__(self, task: Task, batch: Batch) -> None:
+        super().__init__()
+        self.model, self.loss, self.batch = task.model, task.loss, batch
+
+    def forward(self) -> Tensor:
+        return self.loss(self.model, self.batch)
+
+
+def losses_of_runs(task: Task, params: Parameters, batch: Batch) -> Tensor:
+    """Losses [runs, examples] of stacked parameters [runs, *shape]."""
+    bound = Bound(task, batch)
+
+    def one(values: Parameters) -> Tensor:
+        return torch.func.functional_call(bound, {f"model.{name}": v for name, v in values.items()}, ())
+
+    return torch.vmap(one)(params)
+
+
+def train_batch(recipe: Recipe, weights: Tensor, options: RunOptions | None = None, together: int = 250) -> Parameters:
+    """Trained parameters [runs, *shape] by name, for weights [runs, units]; `together` runs share each step.
+
+    Guarantee: each run equals `train_plain` with its weights, up to the rounding of batched products.
+    """
+    options, task = options or RunOptions(), task_of(recipe)
+    rounds = [
+        _train_stack(recipe, task, part, options, number) for number, part in enumerate(weights.split(together))
+    ]
+    return {name: torch.cat([r[name] for r in rounds]) for name in task.trained}
+
+
+def _train_stack(recipe: Recipe, task: Task, weights: Tensor, options: RunOptions, number: int) -> Parameters:
+    runs = weights.shape[0]
+    params = {n: nn.Parameter(p.detach().expand(runs, *p.shape).clone()) for n, p in _own(task).items()}
+    by_example = weights.to(recipe.real_dtype)[:, recipe.unit_of]
+
+    def backward(batch: Batch, numbers: Tensor) -> None:
+        losses = losses_of_runs(task, params, batch)  # type: ignore[arg-type]
+        ((losses * by_example[:, numbers]).sum() / recipe.batch_size).backward()
+
+    def clip() -> None:
+        if recipe.clip_norm is not None:
+            _clip_each(params, recipe.clip_norm)
+
+    optimizer = make_optimizer(recipe, list(params.values()), fused=True)
+    checkpoint = options.checkpoint(f"batch-{number}", recipe.hash(), weights)
+    Loop(recipe, task, params, optimizer, backward, clip).run(checkpoint, f"{runs} runs", options)
+    return {name: p.detach() for name, p in params.items()}
+
+
+def _clip_each(params: dict[str, nn.Parameter], limit: float) -> None:
+    """Global-norm clipping of each run by itself, as clip_grad_norm_ does it."""
+    grads = [p.grad for p in params.values() if p.grad is not None]
+    norm = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for g in grads:
+        g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
+
+
+# --- jets --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class JetRun:
+    """What a training run in jets gives.
+
+    losses        series of the queries: c [queries], h [degree, directions, queries], nats; None without queries
+    constants, coefficients   parameters by name, [*shape] and [degree, directions, *shape]; empty if not kept
+    nonsmooth     calls of operations with a kink; with degree >= 2 `warnings` says what that means
+    """
+
+    losses: Series | None
+    constants: Parameters
+    coefficients: Parameters
+    memory: MemoryPlan
+    nonsmooth: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    cpu_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class JetSettings:
+    """Degree, number type of the coefficients (default: complex of the recipe's precision), what to keep."""
+
+    degree: int = 1
+    dtype: torch.dtype | None = None
+    keep_parameters: bool = True
+
+
+Queries = Sequence[Any] | Callable[[nn.Module], Tensor]
+"""Rows in the form of the recipe's examples, or a function of the trained model that gives a vector."""
+
+
+def train_jets(
+    recipe: Recipe, psi: Tensor, settings: JetSettings, queries: Queries | None = None, options: RunOptions | None = None
+) -> JetRun:
+    """Train with weights 1 - z psi for directions psi [directions, units], and push the queries through.
+
+    Real directions (settings.dtype float32 or float64) cost half. Raises: StabilityError if a coefficient overflows.
+    """
+    options, task = options or RunOptions(), task_of(recipe)
+    dtype = settings.dtype or recipe.real_dtype.to_complex()
+    plan = plan_memory(recipe, task, settings.degree, psi.shape[0], dtype, options.memory)
+    if options.progress:
+        tqdm.write(f"memory: {plan}", file=sys.stderr)
+    began, seen, parts = time.process_time(), {}, []
+    for number, part in enumerate(psi.split(plan.together)):
+        space = Space(settings.degree, part.shape[0], dtype)
+        parts.append(_jet_round(recipe, task, (part, space), settings, queries, options, number))
+        for name, count in space.nonsmooth.items():
+            seen[name] = seen.get(name, 0) + count
+    run = _joined(parts, plan)
+    run.nonsmooth, run.cpu_seconds = seen, time.process_time() - began
+    if seen and settings.degree >= 2:
+        run.warnings.append(
+            f"Operations with a kink ({', '.join(sorted(seen))}) were followed on the branch of the unperturbed run: "
+            "coefficients of degree 2 and above do not see the kink. Use degree 1, or a smooth activation."
+        )
+    return run
+
+
+Round = tuple[Series | None, Parameters, Parameters]
+
+
+def _jet_round(
+    recipe: Recipe, task: Task, directions: tuple[Tensor, Space], settings: JetSettings, queries: Queries | None,
+    options: RunOptions, number: int,
+) -> Round:  # fmt: skip
+    psi, space = directions
+    replaced = install(task.model, {n: space.constant(p) for n, p in _own(task).items()})
+    try:
+        params = _own(task)
+        by_example = psi.to(space.dtype)[:, recipe.unit_of]
+        loop = Loop(
+            recipe, task, params, make_optimizer(recipe, list(params.values()), fused=True),
+            lambda batch, numbers: _jet_backward(recipe, task, space, batch, by_example[:, numbers]),
+            _clipper(recipe, params), lambda step: _check_finite(params, step),
+        )  # fmt: skip
+        checkpoint = options.checkpoint(f"jets-{number}", recipe.hash(), psi, space.degree, space.dtype)
+        with _flushed_denormals():
+            loop.run(checkpoint, f"degree {space.degree}, {space.directions} directions", options)
+            losses = None if queries is None else _query_series(task, space, queries)
+        kept = params if settings.keep_parameters else {}
+        return losses, {n: p.c.clone() for n, p in kept.items()}, {n: p.h for n, p in kept.items()}
+    finally:
+        restore(task.model, replaced)
+
+
+def _jet_backward(recipe: Recipe, task: Task, space: Space, batch: Batch, psi: Tensor) -> None:
+    h = torch.zeros(space.degree, *psi.shape, dtype=space.dtype)
+    h[0] = -psi
+    weights = space.jet(torch.ones(psi.shape[1], dtype=space.real_dtype), h)
+    ((task.loss(task.model, batch) * weights).sum() / recipe.batch_size).backward()
+
+
+def _check_finite(params: dict[str, Any], step: int) -> None:
+    for name, p in params.items():
+        finite = p.h.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            degree = int((~finite).nonzero()[0]) + 1
+            raise StabilityError(
+                f"The series of {name} overflowed at step {step}, degree {degree}: the run is not stable in jets. "
+                "Ask `leaveout doctor RECIPE` what to change, or use a lower degree."
+            )
+
+
+@contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """Moments of weights that no longer get a gradient decay to denormal numbers, which slow a step down tenfold."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _query_series(task: Task, space: Space, queries: Queries) -> Series:
+    with torch.no_grad():
+        if callable(queries):
+            values = [queries(task.model)]
+        else:
+            groups = (queries[i : i + QUERIES_TOGETHER] for i in range(0, len(queries), QUERIES_TOGETHER))
+            values = [task.loss(task.model, task.encode(list(group))) for group in groups]
+    jets = [v if isinstance(v, Jet) else space.constant(v) for v in values]
+    return Series(torch.cat([j.c for j in jets]), torch.cat([j.h for j in jets], -1))
+
+
+def _joined(parts: list[Round], plan: MemoryPlan) -> JetRun:
+    first = parts[0]
+    losses = None if first[0] is None else Series(first[0].c, torch.cat([p[0].h for p in parts if p[0] is not None], 1))
+    coefficients = {name: torch.cat([p[2][name] for p in parts], 1) for name in first[2]}
+    return JetRun(losses, first[1], coefficients, plan)
+
+
+# --- queries, and the second engine ------------------------------------------------------------------------------
+
+
+def query_losses(recipe: Recipe, params: Parameters, queries: Queries) -> Tensor:
+    """Losses of queries under trained parameters [*shape] or [runs, *shape]: [queries] or [runs, queries], nats."""
+    task = task_of(recipe)
+    own = _own(task)
+    stacked = all(params[name].dim() == p.dim() + 1 for name, p in own.items())
+    runs = params if stacked else {name: p.unsqueeze(0) for name, p in params.items()}
+    with torch.no_grad():
+        if callable(queries):
+            values = []
+            for i in range(len(next(iter(runs.values())))):
+                for name, p in own.items():
+                    p.copy_(runs[name][i])
+                values.append(queries(task.model))
+            out = torch.stack(values)
+        else:
+            out = torch.cat([losses_of_runs(task, runs, task.encode([q])) for q in queries], 1)
+    return out if stacked else out[0]
+
+
+def train_roots(
+    recipe: Recipe, psi: Tensor, circle: roots.Circle, queries: Sequence[Any] = ()
+) -> tuple[Parameters, Tensor]:
+    """One direction psi [units] by complex copies: parameters [points, *shape], query losses [points, queries].
+
+    `roots.coefficients` turns both into series. The independent engine: slower at low degrees, the way to high ones.
+    """
+    task, s = task_of(recipe), recipe.optimizer
+    gradient = roots.Gradient(task.model, task.loss, task.trained)
+    chosen = {k: v for k, v in (("betas", s.betas), ("eps", s.eps)) if v is not None}
+    optimizer: roots.Sgd | roots.Adam
+    if s.name == "sgd":
+        optimizer = roots.Sgd(s.lr, s.momentum, s.nesterov, s.weight_decay)
+    else:
+        decay = {"weight_decay": s.weight_decay, "decoupled": s.name == "adamw"}
+        optimizer = roots.Adam(s.lr, **chosen, **decay, eps_inside=s.name == "paper-adam")
+    steps = recipe.with_(dtype="float64").batches()
+    batches = [_doubled(task.encode([recipe.examples[i] for i in batch])) for batch in steps]
+    circle.schedule = lambda step: recipe.rate(step, len(steps))
+    circle.clip_norm = recipe.clip_norm
+    entries = psi.to(torch.complex128)[recipe.unit_of]
+    params = roots.train(gradient, batches, torch.stack([entries[list(batch)] for batch in steps]), optimizer, circle)
+    ones = torch.ones(circle.points, 1, dtype=torch.complex128)
+    losses = [gradient(params, _doubled(task.encode([q])), ones)[1] for q in queries]
+    return params, torch.cat(losses, 1) if losses else torch.zeros(circle.points, 0)
+
+
+def _doubled(batch: Batch) -> Batch:
+    return tuple(t.double() if t.is_floating_point() else t for t in batch)

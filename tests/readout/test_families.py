@@ -1,0 +1,264 @@
+"""Model families: trunk and head taken apart, identities, and models that are refused."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.readout.index import Index
+from leaveout.readout.model import Readout, load_readout
+from leaveout.readout.residual import find_taps
+from leaveout.readout.settings import Channel, SignatureSettings
+from leaveout.readout.signature import Signer
+from leaveout.readout.tokens import Window
+
+from .conftest import RAW, assert_close
+from .tiny import FAMILIES, TAPS, UNKNOWN, make_model, make_readout, make_tokenizer
+
+IDS = [0, 40, 300, 41, 41, 500, 77, 123, 9, 511, 260, 18]
+
+
+def gradient_at_hidden(lm, ids, places):
+    """Autograd: gradient of the summed loss of the target tokens at the trunk's last hidden state."""
+    kept = {}
+
+    def cut(module, args, output):
+        kept["leaf"] = output.last_hidden_state = output.last_hidden_state.detach().requires_grad_()
+        return output
+
+    handle = lm.base_model.register_forward_hook(cut)
+    logits = lm(input_ids=torch.tensor([ids])).logits[0]
+    handle.remove()
+    F.cross_entropy(logits[[place - 1 for place in places]], torch.tensor(ids)[places], reduction="sum").backward()
+    return kept["leaf"].grad[0, [place - 1 for place in places]]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_equals_autograd_through_the_models_own_head(family, tied, tokenizer):
+    """Covers head bias, logit scale and soft-capping; tied heads; and batches with padding."""
+    readout = make_readout(family, tokenizer, tied=tied, spread=0.15)
+    assert (readout.lm.get_input_embeddings().weight is readout.weight) == tied
+    assert (readout.head.bias is not None) == (family == "phi")
+    wanted = gradient_at_hidden(readout.lm, IDS, list(range(3, 12)))
+    signer = Signer(readout, SignatureSettings((Channel("gh"),)))
+    windows = [Window(0, 0, IDS[:9], list(range(8))), Window(1, 0, IDS, list(range(2, 11)))]
+    positions = signer.positions(windows)
+    assert_close(positions.raw["gh0"][positions.spans[1]], wanted, "float32")  # their norms round to float32
+    assert positions.target[positions.spans[1]].tolist() == IDS[3:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_indexed_by_both_main_presets(family, tokenizer, tmp_path):
+    lm = make_model(family, spread=0.1, dtype=torch.float32)
+    for preset in ("default", "paper"):
+        index = Index.build(lm, RAW[:5], tmp_path / preset, preset, tokenizer, chunk_rows=3)
+        scores = index.score(RAW[:5])
+        assert len(index) == 5 and np.isfinite(scores).all()
+        assert (scores.argmax(1) == np.arange(5)).all() or preset == "default"  # cosines: each row is its own best
+        assert (np.diag(scores) > 0).all()
+
+
+@pytest.mark.parametrize("family", TAPS)
+def test_residual_taps_are_all_that_writes_to_the_stream(family, tokenizer):
+    """With the output of every tap set to zero, the final norm gets what the first block got."""
+    readout = make_readout(family, tokenizer, spread=0.15)
+    taps, final_norm = find_taps(readout, None)
+    assert [tap.name for tap in taps] == ["0.attention", "0.mlp", "1.attention", "1.mlp"]
+    assert [tap.name for tap in find_taps(readout, (1,))[0]] == ["1.attention", "1.mlp"]
+    with pytest.raises(ValueError, match="The model has layers 0 to 1: layer 2 is not one of them"):
+        find_taps(readout, (0, 2))
+    ids, seen = torch.tensor([IDS]), []
+    blocks = readout.trunk.h if family == "gpt2" else readout.trunk.layers
+    blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    final_norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    readout.hidden(ids)
+    for tap in taps:
+        tap.projection.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        readout.hidden(ids)
+        assert tap.projection(torch.zeros(1, tap.inputs, dtype=torch.float64)).shape == (1, 32)
+        assert (seen[-1] - seen[-3]).abs().max() > 1e-3  # this one wrote something
+    assert_close(seen[-1], seen[0], "float32")
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_unknown_family_falls_back_and_says_so(family, tokenizer, tmp_path):
+    lm = make_model(family, spread=0.1, dtype=torch.float32)
+    index = Index.build(lm, RAW[:5], tmp_path / "index", "residual", tokenizer)
+    sentence = f"The layers of a {family} model are not known, so the residual channel falls back to rh and gh."
+    assert index.info()["notes"] == [sentence]
+    assert [(part.left.size, part.right.size) for part in index.signer.parts] == [(256, 32), (32, 32)]
+    assert np.isfinite(index.score(RAW[:2])).all()
+
+
+# Refusals.
+
+
+class NoHead(nn.Module):
+    """Neither trunk nor head."""
+
+
+@pytest.mark.parametrize(
+    "change", [lambda z: z + 1e-3 * torch.randn_like(z), lambda z: 1.01 * z, lambda z: z.roll(1, -1)]
+)
+def test_logits_that_are_no_head_of_the_hidden_states_are_refused(change, tokenizer, monkeypatch):
+    lm = make_model()
+    plain = lm.forward
+
+    def forward(**inputs):
+        output = plain(**inputs)
+        output.logits = change(output.logits)
+        return output
+
+    monkeypatch.setattr(lm, "forward", forward)
+    sentence = (
+        "The head of LlamaForCausalLM does not reproduce the model's logits from its last hidden states .largest "
+        "difference .* of the largest logit.*: use a model whose logits are a linear head of the last hidden state"
+    )
+    with pytest.raises(UnsupportedError, match=sentence):
+        load_readout(lm, tokenizer)
+
+
+def test_models_without_a_head_are_refused(tokenizer):
+    for lm in (make_model().model, NoHead()):
+        with pytest.raises(UnsupportedError, match=f"{type(lm).__name__} has no linear output head on a trunk: give a"):
+            load_readout(lm, tokenizer)
+
+
+def test_model_in_memory_needs_a_tokenizer():
+    with pytest.raises(ValueError, match="A model in memory needs its tokenizer: pass tokenizer="):
+        load_readout(make_model())
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "sentence"),
+    [
+        (300, "The tokenizer has 512 tokens, the model embeds 300: use the tokenizer that the model came with"),
+        (1100, "The tokenizer has only 512 tokens for the model's 1100: use the tokenizer that the model came with"),
+    ],
+)
+def test_tokenizer_of_another_model_is_refused(vocabulary, sentence, tokenizer):
+    with pytest.raises(MismatchError, match=sentence):
+        load_readout(make_model(vocabulary=vocabulary), tokenizer)
+
+
+@pytest.mark.parametrize("place", ["model.norm", "lm_head", "model.layers.0.mlp.up_proj"])
+def test_weights_that_are_not_numbers_are_refused(place, tokenizer):
+    lm = make_model()
+    with torch.no_grad():
+        lm.get_submodule(place).weight.fill_(float("nan"))
+    with pytest.raises(UnsupportedError, match="The logits of LlamaForCausalLM are not finite: get its weights again"):
+        load_readout(lm, tokenizer)
+
+
+def test_paths_that_hold_no_model_are_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match="does not load as a causal language model with its"):
+        load_readout(str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match=r"There is no GGUF file at .*absent.gguf: give the path of an existing"
+    ):
+        load_readout(str(tmp_path / "absent.gguf"))
+    with pytest.raises(ValueError, match="dtype 'float8' is not one of float32, bfloat16, float16, float64"):
+        Index.build(str(tmp_path), RAW, tmp_path / "index", dtype="float8")
+
+
+# Identity.
+
+
+def changed(lm, name):
+    lm = copy.deepcopy(lm)
+    with torch.no_grad():
+        low_rank = torch.randn(32, 1, dtype=torch.float64) @ torch.randn(1, 32, dtype=torch.float64)
+        lm.get_parameter(name).view(-1)[:1024] += 1e-3 * low_rank.flatten()[: lm.get_parameter(name).numel()]
+    return lm
+
+
+def test_identity_tells_models_and_tokenizers_apart(tokenizer):
+    lm = make_model()
+    names = (
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    )
+    own = load_readout(lm, tokenizer).identity()
+    assert load_readout(copy.deepcopy(lm), make_tokenizer()).identity() == own
+    others = [load_readout(changed(lm, name), tokenizer).identity() for name in names]
+    assert len({identity["weights"] for identity in [own, *others]}) == 5
+    assert all({**identity, "weights": 0} == {**own, "weights": 0} for identity in others)
+    spoken = make_tokenizer()
+    spoken.chat_template = "{{ messages[0]['content'] }}"
+    for other in (make_tokenizer(bos=False), make_tokenizer(extra="zzzyzx zzzyzx"), spoken):
+        identity = load_readout(lm, other).identity()
+        assert identity["tokenizer"] != own["tokenizer"] and identity["weights"] == own["weights"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft with transformers 5
+def test_adapters_count_as_weights_and_are_seen_by_the_signature(tokenizer):
+    peft = pytest.importorskip("peft")
+    lm = make_model(dtype=torch.float32)
+    plain = load_readout(copy.deepcopy(lm), tokenizer)
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = load_readout(peft.get_peft_model(lm, config), tokenizer)
+    assert adapted.identity()["weights"] != plain.identity()["weights"]
+    window = [Window(0, 0, IDS, list(range(11)))]
+    for channel, parts in ((Channel("gh"), 1), (Channel("residual"), 4)):
+        signers = [Signer(readout, SignatureSettings((channel,))) for readout in (plain, adapted)]
+        one, other = (signer.rows(window, 1) for signer in signers)
+        assert len(signers[1].parts) == parts
+        assert one.shape == other.shape and not torch.allclose(one, other, rtol=1e-3)
+
+
+def test_queries_need_the_model_of_the_index(tokenizer, tmp_path):
+    lm = make_model()
+    Index.build(lm, RAW[:3], tmp_path / "index", "paper", tokenizer)
+    assert len(Index.open(tmp_path / "index", copy.deepcopy(lm), tokenizer).search(["a tale"], k=2)[0]) == 2
+    for other, other_tokenizer, what in (
+        (changed(lm, "model.layers.1.self_attn.q_proj.weight"), tokenizer, "other weights"),
+        (lm, make_tokenizer(bos=False), "another tokenizer"),
+    ):
+        with pytest.raises(MismatchError, match=f"The given model has {what} than the one that .* was built with"):
+            Index.open(tmp_path / "index", other, other_tokenizer)
+    with pytest.raises(MismatchError, match="built with a model in memory: give it with Index"):
+        Index.open(tmp_path / "index").search(["a tale"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_models_load_from_a_path_and_agree(dtype, tokenizer, tmp_path):
+    lm = make_model("qwen2", spread=0.1, dtype=torch.float32)
+    lm.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    scores = {}
+    for name in ("float32", dtype):
+        index = Index.build(tmp_path / "model", RAW, tmp_path / name, "similarity", dtype=name)
+        again = Index.open(tmp_path / name)
+        scores[name] = again.score(RAW)
+        assert [hit.id for hit in again.search([RAW[0]], k=1)[0]] == [index.ids[0]]
+        assert again.identity["dtype"] == name
+    assert np.abs(scores["float32"] - scores[dtype]).max() < 0.05  # 8 bits per number, 2 layers
+    with pytest.raises(MismatchError, match=f"{tmp_path.name}.* holds an index with weights = "):
+        Index.build(tmp_path / "model", RAW, tmp_path / dtype, "similarity")
+
+
+class Wide(nn.Module):
+    """A head for so many tokens that vocabulary^2 numbers have no room anywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 400_000, bias=False)
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+def test_vocabularies_are_never_squared():
+    readout = Readout(Wide(), None, None)
+    assert Signer(readout, SignatureSettings((Channel("rh", left_width=8),))).width == 64
+    with pytest.raises(
+        UnsupportedError, match=r"An unprojected rh channel would hold 400000 x 8 .* set its left_width"
+    ):
+        Signer(readout, SignatureSettings((Channel("rh"),)))

@@ -1,0 +1,277 @@
+"""`default`, `similarity` and `residual` against exact, unprojected sums in float64, and against autograd."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from leaveout.corpus import render
+from leaveout.readout.settings import Channel, resolve_settings
+from leaveout.readout.signature import Signer
+from leaveout.readout.tokens import Window
+from leaveout.readout.whitening import whitening_matrices
+
+from .conftest import assert_close
+from .oracle import (
+    Slow,
+    label_moments,
+    layer_norm_back,
+    residual_at,
+    rms_back,
+    row_positions,
+    target_places,
+    unit,
+    whitening,
+    windows_of,
+)
+from .tiny import make_readout
+
+EXACT = {"final_width": None, "storage": "float32", "window": 32, "stride": 24}
+ROWS = slice(0, 6)  # most of them of several windows
+
+
+def signed(readout, settings, tokenised, rows):
+    """The engine's vectors and whitening matrices of the rows, and the windows."""
+    windows = [window for row in tokenised(settings, rows[ROWS]) for window in row.windows]
+    signer = Signer(readout, settings)
+    if settings.whitens:
+        signer.whitening = whitening_matrices(signer, windows)
+    return signer.rows(windows, len(rows[ROWS])).numpy(), signer.whitening, windows
+
+
+def slow_positions(slow, settings, tokenised, tokenizer, rows):
+    """Per row and window, the oracle's target positions."""
+    found = []
+    for row, tokens in zip(rows[ROWS], tokenised(settings, rows[ROWS]), strict=True):
+        places = target_places(tokens.offsets, render(row, tokenizer).responses)
+        found.append(row_positions(slow, tokens.ids, places, settings.window, settings.stride))
+    return found
+
+
+def precision(family):
+    """The norms of all other families round to float32 inside, whatever the model's dtype."""
+    return "float64" if family in ("gpt_neox", "gpt2", "phi") else "float32"
+
+
+def flat(nested):
+    return [position for row in nested for window in row for position in window]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "phi"])
+def test_default_equals_the_exact_product(family, temperature, tokenizer, tokenised, rows):
+    readout = make_readout(family, tokenizer, spread=0.15)
+    settings = resolve_settings("default", temperature=temperature, **EXACT)
+    found, matrices, _ = signed(readout, settings, tokenised, rows)
+    slow = Slow(readout.lm)
+    nested = slow_positions(slow, settings, tokenised, tokenizer, rows)
+    g_moment, _ = label_moments(slow, flat(nested), temperature)
+    h_moment = sum(np.outer(at.h, at.h) for at in flat(nested))
+    left, right = (whitening(moment / len(flat(nested)), 0.1) for moment in (g_moment, h_moment))
+    assert_close(matrices["gh0.damping-0.1"], left, precision(family))
+    assert_close(matrices["h.damping-0.1"], right, precision(family))
+    for vector, row in zip(found, nested, strict=True):
+        wanted = sum(
+            np.outer(left @ slow.weight.T @ residual_at(slow, at, temperature), right @ at.h) for at in flat([row])
+        )
+        assert_close(vector, wanted.ravel(), precision(family))
+
+
+def test_similarity_equals_the_exact_product(tokenizer, tokenised, rows):
+    readout = make_readout("gpt2", tokenizer, spread=0.15)
+    settings = resolve_settings("similarity", **EXACT)
+    found, _, _ = signed(readout, settings, tokenised, rows)
+    slow, n_windows = Slow(readout.lm), 0
+    for row, tokens, vector in zip(rows[ROWS], tokenised(settings, rows[ROWS]), found, strict=True):
+        places = target_places(tokens.offsets, render(row, tokenizer).responses)
+        total = 0.0
+        for start, end in windows_of(len(tokens.ids), settings.window, settings.stride):
+            inside = [place - start for place in places if start < place < end]
+            n_windows += bool(inside)
+            if inside:
+                at = slow.positions(tokens.ids[start:end], inside)
+                total += unit(sum(np.outer(residual_at(slow, one) @ slow.weight, one.h) for one in at).ravel())
+        assert_close(vector, unit(total), "float64")
+    assert n_windows > len(found) + 5
+
+
+# family -> where its output projections, their norms and the final norm are; how a norm is pulled back, its epsilon.
+LLAMA = "model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"
+POST = "model.layers.{}.post_attention_layernorm", "model.layers.{}.post_feedforward_layernorm"
+PLACES = {
+    "llama": (LLAMA, None, "model.norm", rms_back, "rms_norm_eps"),
+    "olmo": (LLAMA, None, "model.norm", layer_norm_back, None),
+    "olmo2": (LLAMA, POST, "model.norm", rms_back, "rms_norm_eps"),
+    "gemma2": (LLAMA, POST, "model.norm", rms_back, "rms_norm_eps"),
+    "gpt_neox": (
+        ("gpt_neox.layers.{}.attention.dense", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+        None,
+        "gpt_neox.final_layer_norm",
+        layer_norm_back,
+        "layer_norm_eps",
+    ),
+    "gpt2": (
+        ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),
+        None,
+        "transformer.ln_f",
+        layer_norm_back,
+        "layer_norm_epsilon",
+    ),
+}
+
+
+class SlowResidual(Slow):
+    """Adds the residual channel's factors."""
+
+    def __init__(self, lm):
+        taps, norms, self.final, self.formula, eps = PLACES[lm.config.model_type]
+        layers = range(lm.config.num_hidden_layers)
+        self.taps = [name.format(layer) for layer in layers for name in taps]
+        self.norms = [name.format(layer) for layer in layers for name in norms] if norms else [None] * len(self.taps)
+        self.eps = 1e-5 if eps is None else getattr(lm.config, eps)
+        super().__init__(lm, [*self.taps, *filter(None, self.norms), self.final])
+
+    def back(self, norm, at, g):
+        module = self.lm.get_submodule(norm)
+        weight = getattr(module, "weight", None)
+        weight = np.ones(len(at.h)) if weight is None else weight.detach().numpy()
+        if self.lm.config.model_type == "gemma2":
+            weight = 1 + weight
+        return self.formula(at.inputs[norm], g, weight, self.eps)
+
+    def left(self, at, tap, g):
+        """g [..., hidden] at the output of the final norm, as it is at the output of a projection."""
+        g = self.back(self.final, at, g)
+        norm = self.norms[self.taps.index(tap)]
+        return g if norm is None else self.back(norm, at, g)
+
+
+@pytest.mark.parametrize("family", PLACES)
+def test_residual_equals_the_exact_product(family, tokenizer, tokenised, rows):
+    readout = make_readout(family, tokenizer, spread=0.15)
+    settings = resolve_settings("residual", **EXACT)
+    found, matrices, _ = signed(readout, settings, tokenised, rows)
+    slow = SlowResidual(readout.lm)
+    nested = slow_positions(slow, settings, tokenised, tokenizer, rows)
+    names = {tap: f"{tap.split('.')[2]}.{'mlp' if '.mlp.' in tap else 'attention'}" for tap in slow.taps}
+    roots = {}
+    for tap, name in names.items():
+        g, a = (f"{side}.damping-0.1" for side in (f"g.{name}" if slow.norms[0] else "g.final", f"a.{name}"))
+        moment = sum(np.outer(at.inputs[tap], at.inputs[tap]) for at in flat(nested)) / len(flat(nested))
+        assert_close(matrices[a], whitening(moment, 0.1), precision(family))
+        assert_drawn(slow, flat(nested), tap, matrices[g].numpy())
+        roots[tap] = matrices[g].numpy(), matrices[a].numpy()
+    kind = precision(family)
+    for vector, row in zip(found, nested, strict=True):
+        g = [residual_at(slow, at) @ slow.weight for at in flat([row])]
+        wanted = [
+            sum(
+                np.outer(left @ slow.left(at, tap, g_t), right @ at.inputs[tap])
+                for at, g_t in zip(flat([row]), g, strict=True)
+            )
+            for tap, (left, right) in roots.items()
+        ]
+        assert_close(vector, np.concatenate([part.ravel() for part in wanted]), kind)
+
+
+def assert_drawn(slow, positions, tap, root):
+    """The moment behind a whitening matrix, whose labels are drawn, lies within 5 sigma of its expectation."""
+    mean, variance = label_moments(slow, positions, back=lambda at: slow.left(at, tap, np.eye(len(at.h))))
+    damped = np.linalg.inv(root @ root) * len(positions)
+    drawn = damped - 0.1 * np.trace(damped) / 1.1 / len(damped) * np.eye(len(damped))
+    sigmas = (drawn - mean) / np.sqrt(variance)
+    assert np.sqrt((sigmas**2).mean()) > 0.3 and np.abs(sigmas).max() < 5  # neither exact nor another distribution
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_unprojected_rh_is_the_gradient_of_the_head(tied, tokenizer, tokenised, rows):
+    """Autograd's gradient of the summed loss, for W itself and, through W^T, for gh."""
+    readout = make_readout("gpt_neox", tokenizer, spread=0.15, tied=tied)
+    settings = replace(resolve_settings("default", **EXACT), channels=(Channel("rh", 2.0), Channel("gh")))
+    found, _, windows = signed(readout, settings, tokenised, rows)
+    split = readout.vocabulary * readout.hidden_size
+    for number, vector in enumerate(found):
+        weight = readout.weight.detach().clone().requires_grad_()
+        loss = torch.zeros((), dtype=torch.float64)
+        for window in [window for window in windows if window.row == number]:
+            ids = torch.tensor([window.ids])
+            with torch.no_grad():
+                hidden = readout.lm.base_model(ids).last_hidden_state[0, window.positions]
+            targets = ids[0, [position + 1 for position in window.positions]]
+            loss = loss + F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+        loss.backward()
+        assert_close(vector[:split], 2 * weight.grad.flatten(), "float64")
+        assert_close(vector[split:], (weight.detach().t() @ weight.grad).flatten(), "float64")
+
+
+@pytest.mark.parametrize("projection", ["countsketch", "orthogonal"])
+def test_whitened_then_projected_factors(projection, tokenizer, tokenised, rows):
+    """Sides are whitened first and projected after; the vector of projected sides is P^T (exact) Q."""
+    readout = make_readout("gpt2", tokenizer, spread=0.15)
+    exact = resolve_settings("default", **EXACT)
+    whole, matrices, windows = signed(readout, exact, tokenised, rows)
+    channel = replace(exact.channels[0], left_width=12, right_width=20, projection=projection)
+    signer = Signer(readout, replace(exact, channels=(channel,)))
+    signer.whitening = matrices
+    left, right = (side.sketch.numpy() for side in (signer.parts[0].left, signer.parts[0].right))
+    assert left.shape == (32, 12) and right.shape == (32, 20)
+    wanted = left.T @ whole.reshape(-1, 32, 32) @ right
+    assert_close(signer.rows(windows, len(whole)), wanted.reshape(len(whole), -1), "float64")
+
+
+def test_whitened_rh_uses_the_moment_of_projected_residuals(tokenizer, tokenised, rows):
+    readout = make_readout("gpt_neox", tokenizer, spread=0.15)
+    channel = Channel("rh", left_width=24, whiten_left=True, damping=0.3)
+    settings = replace(resolve_settings("default", **EXACT), channels=(channel,))
+    found, matrices, _ = signed(readout, settings, tokenised, rows)
+    slow = Slow(readout.lm)
+    nested = slow_positions(slow, settings, tokenised, tokenizer, rows)
+    slow.weight = Signer(readout, settings).maps["rh0"].numpy()  # the sketch in the place of W
+    moment, _ = label_moments(slow, flat(nested))
+    root = whitening(moment / len(flat(nested)), 0.3)
+    assert_close(matrices["rh0.damping-0.3"], root, "float64")
+    wanted = [
+        sum(np.outer(root @ slow.weight.T @ residual_at(slow, at), at.h) for at in flat([row])).ravel()
+        for row in nested
+    ]
+    assert_close(found, wanted, "float64")
+
+
+def test_hadamard_projection_is_shared_by_size(tokenizer, tokenised, rows):
+    """A width below the exact size projects every part; parts that fit their share stay exact."""
+    readout = make_readout("llama", tokenizer, spread=0.15)
+    settings = resolve_settings("residual", **{**EXACT, "final_width": 5000})
+    signer = Signer(readout, settings)
+    assert [part.flat for part in signer.parts] == [1024, 1536, 1024, 1536]
+    assert [part.stored for part in signer.parts] == [1024, 1476, 1024, 1476] and signer.width == 5000
+    whole, matrices, windows = signed(readout, replace(settings, final_width=None), tokenised, rows)
+    signer.whitening = matrices
+    found = signer.rows(windows, len(whole)).numpy()
+    assert_close(found[:, :1024], whole[:, :1024], "float64")
+    dense = signer.parts[1].hadamard(torch.eye(1536, dtype=torch.float64)).numpy()
+    assert_close(found[:, 1024:2500], whole[:, 1024:2560] @ dense, "float64")
+    assert_close(found[:, 2500:3524], whole[:, 2560:3584], "float64")
+
+
+def test_positions_draw_labels_from_the_model(tokenizer):
+    """Drawn labels follow the softmax at the settings' temperature: chi-square over one position drawn many times."""
+    readout = make_readout("llama", tokenizer, spread=0.1)
+    settings = resolve_settings("residual", temperature=2.0, **EXACT)
+    signer, ids = Signer(readout, settings), [0, 40, 50, 60]
+    windows = [Window(n, 0, ids, [2]) for n in range(4000)]
+    drawn = torch.cat(
+        [
+            signer.positions(windows[start : start + 500], redraw=torch.Generator().manual_seed(start)).target
+            for start in range(0, 4000, 500)
+        ]
+    )
+    p = torch.softmax(readout.lm(torch.tensor([ids])).logits[0, 2] / 2, 0).numpy()
+    expected = 4000 * p
+    common = expected > 5
+    counts = np.append(np.bincount(drawn, minlength=len(p))[common], 0.0)
+    counts[-1] = 4000 - counts.sum()
+    expected = np.append(expected[common], 4000 * p[~common].sum())
+    statistic, k = ((counts - expected) ** 2 / expected).sum(), len(counts)
+    assert k > 50 and abs(statistic - (k - 1)) < 5 * np.sqrt(2 * (k - 1))

@@ -1,0 +1,232 @@
+"""The command line, in this process: answers on standard output, exit codes, and one sentence for every error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from leaveout import cli
+from readout.tiny import TEXTS, make_model, make_tokenizer
+
+ROWS = [
+    {"id": "a", "prompt": TEXTS[0], "response": " " + TEXTS[1], "source": "web"},
+    {"id": "b", "prompt": TEXTS[2], "response": " " + TEXTS[3], "source": "web"},
+    {"id": "c", "text": TEXTS[5] + " <b>bold</b>", "source": "book"},
+    {"id": "d", "messages": [{"role": "user", "content": TEXTS[6]}, {"role": "assistant", "content": TEXTS[7]}]},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny saved model with its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    make_model("llama").float().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a command; gives exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["leaveout", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+            raise SystemExit(0)
+        shown = capsys.readouterr()
+        return stopped.value.code or 0, shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
+def idx(run, model, rows, tmp_path):
+    """A fresh index of the four rows."""
+    code, out, _ = run("index", model, rows, "--out", tmp_path / "idx", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert (facts["rows"], facts["added"], facts["skipped"], facts["repeated"]) == (4, 4, 0, 0)
+    return tmp_path / "idx"
+
+
+def test_index_run_again_reopens_the_finished_index(run, idx, model, rows):
+    code, out, _ = run("index", model, rows, "--out", idx, "--json")
+    assert code == 0
+    assert json.loads(out)["added"] == 0
+    assert json.loads(out)["rows"] == 4
+
+
+def test_index_refuses_other_settings_and_names_them(run, idx, model, rows):
+    code, out, err = run("index", model, rows, "--out", idx, "--temperature", "2")
+    assert (code, out) == (1, "")
+    assert "temperature = 1.0, not 2.0" in err
+    assert "Traceback" not in err
+
+
+def test_search_prints_one_json_line_per_query(run, idx):
+    code, out, _ = run("search", idx, "--query", TEXTS[1], "--query", TEXTS[3], "-k", "2", "--json")
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["query"] for line in lines] == [TEXTS[1], TEXTS[3]]
+    assert [set(hit) for line in lines for hit in line["hits"]] == [{"rank", "id", "score", "text", "meta"}] * 4
+    assert [hit["rank"] for hit in lines[0]["hits"]] == [1, 2]
+    assert lines[0]["hits"][0]["id"] == "a"
+    assert lines[1]["hits"][0]["id"] == "b"
+    assert lines[0]["hits"][0]["meta"] == {"source": "web"}
+
+
+def test_search_filters_and_masks_the_prompt(run, idx, tmp_path):
+    file = tmp_path / "queries.jsonl"
+    file.write_text(json.dumps({"prompt": TEXTS[0], "response": " " + TEXTS[1]}) + "\n")
+    _, by_file, _ = run("search", idx, "--queries", file, "--where", "source = 'book'", "--json")
+    _, by_option, _ = run("search", idx, "--prompt", TEXTS[0], "--query", " " + TEXTS[1], "--where", "source = 'book'", "--json")
+    assert by_file == by_option
+    assert [hit["id"] for hit in json.loads(by_file)["hits"]] == ["c"]
+
+
+def test_search_table_and_page_show_the_rows(run, idx, tmp_path):
+    code, out, _ = run("search", idx, "--query", TEXTS[5], "-k", "3", "--html", tmp_path / "hits.html")
+    assert code == 0
+    assert "rank" in out and "c" in out
+    page = (tmp_path / "hits.html").read_text()
+    assert "&lt;" in page and "<b>" not in page
+    assert "background:rgba" in page
+
+
+def test_explain_pairs_sum_to_the_score(run, idx, tmp_path):
+    code, out, _ = run("explain", idx, "--query", TEXTS[5], "--id", "c", "--json", "--html", tmp_path / "why.html")
+    found = json.loads(out)
+    assert code == 0
+    assert sum(map(sum, found["pairs"])) == pytest.approx(found["score"], rel=1e-9)
+    assert found["score"] == pytest.approx(found["stored_score"], rel=0.02)
+    assert "".join(found["row_tokens"]) == ROWS[2]["text"]
+    assert '<div class="heat">' in (tmp_path / "why.html").read_text()
+    code, out, _ = run("explain", idx, "--query", TEXTS[5], "--id", "c", "--top", "3")
+    assert code == 0 and "query token" in out
+
+
+def test_select_writes_rows_that_can_be_indexed_again(run, idx, model, rows, tmp_path):
+    out = tmp_path / "best.jsonl"
+    code, text, _ = run("select", idx, "--wanted", rows, "-n", "3", "--out", out, "--json")
+    assert code == 0 and json.loads(text)["selected"] == 3
+    chosen = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["score"] for row in chosen] == sorted((row["score"] for row in chosen), reverse=True)
+    by_id = {row["id"]: row for row in chosen}
+    for id in set(by_id) & {"a", "b"}:
+        assert {key: by_id[id][key] for key in ("prompt", "response")} == {
+            key: row[key] for row in ROWS if row["id"] == id for key in ("prompt", "response")
+        }
+    code, text, _ = run("index", model, out, "--out", tmp_path / "again", "--json")
+    assert code == 0 and json.loads(text)["rows"] == 3
+
+
+def test_append_delete_purge_check_info(run, idx, rows, tmp_path):
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"id": "e", "text": TEXTS[4]}) + "\n" + json.dumps(ROWS[0]) + "\n")
+    _, out, _ = run("append", idx, more, "--json")
+    assert {"rows": 5, "added": 1, "repeated": 1}.items() <= json.loads(out).items()
+    assert json.loads(run("delete", idx, "--id", "a", "--id", "e", "--json")[1]) == {"deleted": 2, "rows": 3}
+    assert json.loads(run("delete", idx, "--where", "source = 'book'", "--json")[1]) == {"deleted": 1, "rows": 2}
+    _, out, _ = run("search", idx, "--query", TEXTS[1], "--json")
+    assert {hit["id"] for hit in json.loads(out)["hits"]} == {"b", "d"}
+    assert run("purge", idx)[0] == 0
+    assert run("check", idx)[:2] == (0, "all files are as they were written\n")
+    assert json.loads(run("check", idx, "--json")[1]) == {"problems": []}
+    info = json.loads(run("info", idx, "--json")[1])
+    assert info["rows"] == 2 and info["signature"]["storage"] == "int8" and info["model"]["family"] == "llama"
+
+
+def test_check_reports_a_flipped_byte_with_exit_1(run, idx):
+    segment = max(idx.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    data = bytearray(segment.read_bytes())
+    data[-1] ^= 1
+    segment.write_bytes(data)
+    code, out, _ = run("check", idx)
+    assert code == 1
+    assert segment.name in out
+
+
+def test_doctor_passes_the_numbers_and_fails_an_untrained_model(run, model):
+    code, out, _ = run("doctor", model, "--json")
+    checks = {check["name"]: check for check in json.loads(out)["checks"]}
+    assert code == 1
+    assert [name for name, check in checks.items() if check["passed"] is False] == ["loss"]
+    assert "untrained weights" in checks["loss"]["detail"]
+    assert "FAIL" in run("doctor", model)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["search", "IDX", "--query", "x", "--where", "nosuch = 1"], 1, "nosuch"),
+        (["search", "IDX", "--query", "x", "--where", "1); DROP TABLE rows"], 1, ""),
+        (["search", "IDX"], 2, "give either --query or --queries"),
+        (["search", "IDX", "--query", "x", "-k", "0"], 2, ""),
+        (["search", "nowhere", "--query", "x"], 1, "nowhere"),
+        (["explain", "IDX", "--query", "x y z", "--id", "zz"], 1, "zz"),
+        (["delete", "IDX", "--id", "zz"], 1, "zz"),
+        (["delete", "IDX"], 2, "give either --id or --where"),
+        (["index", "MODEL", "missing.jsonl", "--out", "OUT"], 1, "missing.jsonl"),
+        (["index", "MODEL", "ROWS", "--out", "OUT", "--preset", "best"], 1, "no preset 'best': give one of default"),
+        (["index", "MODEL", "ROWS", "--out", "OUT", "--dtype", "int4"], 1, "int4"),
+        (["index", "no/such/model", "ROWS", "--out", "OUT"], 1, "no/such/model does not load"),
+        (["index", "none.gguf", "ROWS", "--out", "OUT"], 1, "no GGUF file"),
+        (["frobnicate"], 2, "frobnicate"),
+    ],
+)
+def test_errors_are_one_sentence(run, idx, model, rows, tmp_path, arguments, code, message):
+    places = {"IDX": idx, "MODEL": model, "ROWS": rows, "OUT": tmp_path / "out"}
+    found, out, err = run(*(places.get(argument, argument) for argument in arguments))
+    assert (found, out) == (code, "")
+    assert message in err
+    assert "Traceback" not in err
+    if code == 1:
+        assert err.strip().startswith("leaveout: ") and len(err.strip().splitlines()) == 1
+
+
+def test_bad_row_stops_with_its_line_and_skip_bad_lists_it(run, model, tmp_path):
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"text": "A sound row."}\n{"prompt": "Q", "response": ""}\n{"text": 3}\n{"text": "Another sound row."}\n')
+    code, _, err = run("index", model, data, "--out", tmp_path / "stops")
+    assert code == 1 and "line 2" in err and "response" in err
+    code, out, err = run("index", model, data, "--out", tmp_path / "skips", "--skip-bad", "--json")
+    assert code == 0
+    assert {"rows": 2, "skipped": 2}.items() <= json.loads(out).items()
+    assert err.count("skipped:") == 2 and "line 3" in err
+
+
+def test_index_by_workers_is_the_same(run, idx, model, rows, tmp_path):
+    code, _, _ = run("index", model, rows, "--out", tmp_path / "two", "--workers", "2")
+    assert code == 0
+    answers = [run("search", where, "--query", TEXTS[5], "--json")[1] for where in (idx, tmp_path / "two")]
+    assert answers[0] == answers[1]
+
+
+def test_help_needs_no_torch_and_the_version_is_printed():
+    code = (
+        "import sys; sys.argv = ['leaveout', '--version']; import leaveout.cli as c\n"
+        "try: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    from leaveout import __version__
+
+    assert done.stdout.strip() == __version__
+
+
+def test_every_command_has_an_example():
+    commands = cli.app.registered_commands
+    assert len(commands) >= 11
+    for command in commands:
+        assert "Example: leaveout" in (command.callback.__doc__ or ""), command.callback

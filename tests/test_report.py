@@ -1,0 +1,52 @@
+"""Pages escape what comes from data, tint by weight, and JSON is strict."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from leaveout import report
+from leaveout.readout.search import Hit
+
+EVIL = '<script>alert("x")</script>&'
+
+
+def test_page_escapes_everything_from_data():
+    hit = Hit(1, EVIL, 0.5, EVIL, {"<i>": "<u>"})
+    parts = [
+        report.heading(EVIL, EVIL),
+        report.quote(EVIL),
+        report.html_table([EVIL], [[EVIL]]),
+        report.highlighted([EVIL], np.array([1.0])),
+        report.hit_block(hit, badge=EVIL),
+        report.heat_map([EVIL], [EVIL], np.array([[1.0]])),
+    ]
+    page = report.page(EVIL, parts)
+    for piece in ("<script", "<i>", "<u>"):
+        assert piece not in page
+    assert page.count("&lt;script&gt;") >= 10
+
+
+def test_highlight_keeps_the_text_and_tints_by_sign():
+    shown = report.highlighted(["a", "b", "c"], np.array([2.0, -1.0, 0.01]))
+    assert "46,160,67,0.60" in shown and "218,54,51,0.30" in shown
+    assert shown.endswith("c") and shown.count("<span") == 2
+
+
+def test_heat_map_leaves_out_tokens_without_weight():
+    shown = report.heat_map(["q0", "q1"], ["r0", "r1", "r2"], np.array([[0, 0, 0], [0, 1.0, -0.5]]))
+    assert "q0" not in shown and "r0" not in shown and shown.count("<td") == 2
+
+
+def test_heat_map_of_zeros_is_empty_not_an_error():
+    assert "<td" not in report.heat_map(["q"], ["r"], np.zeros((1, 1)))
+
+
+def test_json_refuses_not_a_number():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report.to_line({"score": float("nan")})
+
+
+def test_shorten_makes_one_line():
+    assert report.shorten("a\n b\t c", 5) == "a b c"
+    assert report.shorten("abcdef", 5) == "abcd…"

@@ -50,7 +50,8 @@ def tokenise(row: Row, number: int, tokenizer: Any, settings: SignatureSettings,
 
     Raises: FormatError if no token of the row is a target.
     """
-    row = render(row, tokenizer)
+    if row.messages:  # a chat that an index gives back has its text, and no messages
+        row = render(row, tokenizer)
     start_token = getattr(tokenizer, "bos_token", None)
     complete = row.messages is not None or bool(start_token and row.text.startswith(start_token))
     if not getattr(tokenizer, "is_fast", False):

@@ -150,7 +150,8 @@ class Recipe:
     def with_(self, **changes: Any) -> Recipe:
         """A copy with other values; `lr`, `eps`, `momentum` change the optimizer."""
         inner = {k: changes.pop(k) for k in ("lr", "eps", "momentum") if k in changes}
-        return replace(self, optimizer=replace(self.optimizer, **inner), **changes)
+        optimizer = changes.pop("optimizer", self.optimizer)
+        return replace(self, optimizer=replace(optimizer, **inner), **changes)
 
     @classmethod
     def microgpt(cls, documents: Sequence[str], n: int = 1000, seed: int = 42, **changes: Any) -> Recipe:

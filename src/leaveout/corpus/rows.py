@@ -1,0 +1,185 @@
+"""One row: which form it has, its text, spans, id, unit, metadata and content hash; or why it is a bad row."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import xxhash
+
+Scalar = str | int | float | bool | None
+Spans = tuple[tuple[int, int], ...]
+# The fields that a form needs -> those that may join them.
+_FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("text",): ("prompt_text",),
+    **dict.fromkeys(product(("prompt", "prompt_text"), ("completion", "response")), ()),
+    ("instruction", "output"): ("input",),
+    ("messages",): (),
+}
+_ACCEPTED = "`text`, `prompt` and `completion`, `instruction` and `output`, or `messages`"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example of the training data."""
+
+    id: str  # the field `id`, else the first 16 digits of the content hash
+    text: str  # prompt and response; "" for a chat row until it is rendered
+    responses: Spans  # the parts [start, end) of the text that are learned
+    messages: tuple[Mapping[str, Any], ...] | None  # chat rows only
+    unit: str  # what is deleted together: the value of the units field, else the id
+    meta: dict[str, Scalar]  # all other fields; lists and objects as compact JSON, dates in ISO 8601
+    content_hash: str  # xxh3-128 of the text and where the response begins, or of the messages; nothing else
+    number: int  # position in the source, from 0, bad rows included
+
+
+class BadRow(Exception):
+    """Why a row cannot be read, without its place."""
+
+
+def read_row(raw: Any, number: int, units: str | None) -> Row:
+    if isinstance(raw, BadRow):
+        raise raw
+    if isinstance(raw, str):
+        raw = {"text": raw}
+    if not isinstance(raw, Mapping):
+        raise BadRow(f"is {kind_of(raw)}, not an object with fields")
+    for name in raw:
+        if not isinstance(name, str):
+            raise BadRow(f"has {kind_of(name)} as the name of a field, names must be text")
+        _utf8(name, name)
+    form = _form(raw)
+    used = {"id", *form, *_FORMS[form]}
+    if form == ("messages",):
+        text, responses, messages = "", (), _messages(raw["messages"])
+        content = "chat\n" + _compact("messages", messages)
+    else:
+        text, seam = _text_and_seam(raw, form)
+        responses, messages = ((seam, len(text)),), None
+        content = f"{seam}\n{text}"
+    content_hash = xxhash.xxh3_128_hexdigest(content.encode())
+    given = _label("id", raw["id"], (str, int)) if "id" in raw else content_hash[:16]
+    if units is not None and units not in raw:
+        raise BadRow(f"field `{units}` is missing, but the units are named by it")
+    unit = given if units is None else _label(units, raw[units], (str, int, float, bool))
+    meta = {name: _scalar(name, value) for name, value in raw.items() if name not in used}
+    return Row(given, text, responses, messages, unit, meta, content_hash, number)
+
+
+def _form(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The one form whose fields are all there and of the right type."""
+    typed = {name for name, value in raw.items() if isinstance(value, list | tuple if name == "messages" else str)}
+    complete = [form for form in _FORMS if typed.issuperset(form)]
+    if len(complete) == 1:
+        return complete[0]
+    if complete:
+        one, other = (" with ".join(f"`{name}`" for name in form) for form in complete[:2])
+        raise BadRow(f"has two forms at once, {one} and {other}, keep one of them")
+    for form in _FORMS:
+        if raw.keys() >= set(form):
+            name = next(name for name in form if name not in typed)
+            wanted = "a list of messages" if name == "messages" else "text"
+            raise BadRow(f"field `{name}` must be {wanted}, not {kind_of(raw[name])}")
+    raise BadRow(f"has {f'only the fields {names_of(raw)}' if raw else 'no fields'}, but a row needs {_ACCEPTED}")
+
+
+def _text_and_seam(raw: Mapping[str, Any], form: tuple[str, ...]) -> tuple[str, int]:
+    """The whole text, and where its response begins."""
+    for name in _FORMS[form]:
+        if not isinstance(raw.get(name), str | None):
+            raise BadRow(f"field `{name}` must be text, not {kind_of(raw[name])}")
+    if form == ("text",):
+        prompt, text = raw.get("prompt_text") or "", raw["text"]
+        if not text.startswith(prompt):
+            raise BadRow("field `prompt_text` must be the beginning of `text`")
+    elif form == ("instruction", "output"):
+        given = f"### Input:\n{raw['input']}\n\n" if raw.get("input") else ""
+        prompt = f"### Instruction:\n{raw['instruction']}\n\n{given}### Response:\n"
+        text = prompt + raw["output"]
+    else:
+        prompt = raw[form[0]]
+        text = prompt + raw[form[1]]
+    if not text[len(prompt) :].strip():
+        after = " after its prompt" if form == ("text",) and prompt else ""
+        raise BadRow(f"field `{form[-1]}` is empty or blank{after}, so nothing is learned: fill it or drop the row")
+    for name in (*form, *_FORMS[form]):
+        _utf8(name, raw.get(name) or "")
+    return text, len(prompt)
+
+
+def _messages(value: Sequence[Any]) -> tuple[dict[str, Any], ...]:
+    """The messages without their null fields, which Parquet cannot tell from missing ones."""
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, Mapping):
+            raise BadRow(f"field `messages` must hold objects, but message {number} is {kind_of(message)}")
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                raise BadRow(f"`{name}` of message {number} must be text, not {kind_of(message.get(name))}")
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in value):
+        raise BadRow("field `messages` has no assistant's text, so nothing is learned: add some or drop the row")
+    return tuple({name: item for name, item in message.items() if item is not None} for message in value)
+
+
+def _label(name: str, value: Any, kinds: tuple[type, ...]) -> str:
+    """An id or a unit as text."""
+    value = _plain(value)
+    if type(value) not in kinds:
+        number = "number" if float in kinds else "whole number"
+        raise BadRow(f"field `{name}` must be text or a {number}, not {kind_of(value)}")
+    value = _scalar(name, value)
+    if isinstance(value, str) and not value.strip():
+        raise BadRow(f"field `{name}` is empty, fill it")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _plain(value: Any) -> Any:
+    """Dates, decimals and numpy's scalars as plain values."""
+    value = value.item() if isinstance(value, np.generic) else value
+    value = value.isoformat() if isinstance(value, date | time) else value
+    return str(value) if isinstance(value, Decimal) else value
+
+
+def _scalar(name: str, value: Any) -> Scalar:
+    value = _plain(value)
+    if isinstance(value, str):
+        return _utf8(name, value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise BadRow(f"field `{name}` is a whole number beyond 64 bits, write it as text")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"field `{name}` is {value}, write null where there is no number")
+    return value if isinstance(value, int | float | None) else _compact(name, value)
+
+
+def _compact(name: str, value: Any) -> str:
+    """JSON that is the same whatever the order of the fields."""
+    write = partial(json.dumps, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
+    try:
+        return _utf8(name, write(value, default=_plain))
+    except (TypeError, ValueError, RecursionError):
+        raise BadRow(f"field `{name}` ({kind_of(value)}) cannot be written as JSON, change or drop it") from None
+
+
+def _utf8(name: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"at character {error.start + 1}"
+        raise BadRow(f"field {name!a} has half a surrogate pair {where}, which is not valid UTF-8") from None
+    return text
+
+
+def kind_of(value: Any) -> str:
+    kinds: dict[type, str] = {type(None): "null", bool: "true or false", int: "a number", float: "a decimal number"}
+    kinds |= {str: "text", bytes: "bytes", list: "a list", tuple: "a list", dict: "an object"}
+    return kinds.get(type(value)) or f"a {type(value).__name__}"
+
+
+def names_of(fields: Iterable[Any]) -> str:
+    names = [f"`{name}`" for name in fields]
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,188 @@
+"""Where rows come from: JSONL, JSON, Parquet, Hugging Face datasets, Python lists; each streamed as raw values."""
+
+import codecs
+import gzip
+import importlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from leaveout.corpus.rows import BadRow, kind_of, names_of
+from leaveout.errors import FormatError, UnsupportedError
+
+_FILES = ".jsonl, .ndjson or .json (also .gz), .parquet, or a directory of .parquet files or from `save_to_disk`"
+_BATCH = 256  # Arrow rows that become Python objects at a time
+
+
+class Source(NamedTuple):
+    """Where rows come from; `read` gives the place of each row and its raw value, or why it has none (a BadRow)."""
+
+    name: str
+    read: Callable[[], Iterable[tuple[str, Any]]]
+    count: Callable[[], int]
+
+
+def source_of(source: Any) -> Source:
+    if isinstance(source, str | os.PathLike):
+        return _path_source(Path(source))
+    datasets = sys.modules.get("datasets")  # whoever has a Dataset has imported it
+    if datasets and isinstance(source, datasets.Dataset):
+        return _dataset_source(f"dataset of {len(source)} rows", source)
+    if datasets and isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise TypeError(f"a {type(source).__name__} is several corpora, pick one of its splits: {names_of(source)}")
+    if datasets and isinstance(source, datasets.IterableDataset):
+        raise TypeError("an IterableDataset has no length, save it as JSONL and open that file")
+    if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray | memoryview):
+        name = f"{type(source).__name__} of {len(source)} rows"
+        return Source(name, partial(_numbered, name, source), partial(len, source))
+    raise TypeError(
+        f"{kind_of(source)} is not a corpus, give a path, a datasets.Dataset, or a list of dicts or of texts"
+    )
+
+
+def _dataset_source(name: str, dataset: Any) -> Source:
+    batches = partial(dataset.with_format("arrow").iter, batch_size=_BATCH)
+    return Source(name, partial(_arrow_rows, {name: batches}), partial(len, dataset))
+
+
+def _path_source(path: Path) -> Source:
+    name = path.name or str(path.resolve())
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist, give a file or directory of rows")
+    if (path / "dataset_dict.json").is_file():
+        raise FormatError(f"{name} holds several splits of a dataset, give the directory of one of them")
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return _dataset_source(name, _extra("datasets").load_from_disk(str(path)))
+    kind = path.name.lower()
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if kind.endswith(".parquet") else []
+    if files:
+        _extra("pyarrow.parquet")
+        parts = {path.name: partial(_parquet, path) for path in files}
+        return Source(name, partial(_arrow_rows, parts), partial(_parquet_count, files))
+    kind = kind.removesuffix(".gz")
+    if path.is_file() and kind.endswith((".jsonl", ".ndjson")):
+        return Source(name, partial(_jsonl, path), partial(_count, _lines, path))
+    if path.is_file() and kind.endswith(".json"):
+        return Source(name, partial(_json, path), partial(_count, _json, path))
+    raise FormatError(f"{name} is not of a known kind, give {_FILES}")
+
+
+def _extra(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UnsupportedError(f"this needs the package {package}: pip install 'leaveout[data]'") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, unpacked or as Parquet; damage is a FormatError at whatever moment it shows."""
+    opener: Any = partial(open, mode="rb")
+    damage: tuple[type[Exception], ...] = ()
+    if path.suffix.lower() == ".gz":
+        opener, damage = gzip.open, (EOFError, zlib.error, gzip.BadGzipFile)
+    if path.suffix.lower() == ".parquet":
+        # with its defaults pyarrow holds a whole row group: 123 MB instead of 3 MB for a group of 120 MB, and slower
+        opener = partial(_extra("pyarrow.parquet").ParquetFile, pre_buffer=False, buffer_size=2**16)
+        damage = (_extra("pyarrow").ArrowException, OSError)
+    try:
+        with opener(path) as file:
+            yield file
+    except damage as error:
+        if isinstance(error, OSError) and error.errno:  # the system's own errors say enough
+            raise
+        raise FormatError(f"{path.name} is cut off or damaged ({error}), copy or write it again") from error
+
+
+def _count(read: Callable[[Path], Iterable[Any]], path: Path) -> int:
+    return sum(1 for _ in read(path))
+
+
+def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers from 1."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield number, line.rstrip()
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in _lines(path):
+        try:
+            raw = _loads(line)
+            if isinstance(raw, str):
+                raw = BadRow('is text, not an object with fields, write {"text": ...}')
+        except BadRow as bad:
+            raw = bad
+        yield f"{path.name}, line {number}", raw
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    with _opened(path) as file:
+        data = file.read()
+    try:
+        rows = _loads(data.removeprefix(codecs.BOM_UTF8))
+        if not isinstance(rows, list):
+            raise BadRow(f"is {kind_of(rows)}, not a list of rows")
+    except BadRow as bad:
+        raise FormatError(f"{path.name} {bad}; if it has one row a line, name it .jsonl") from None
+    return _numbered(path.name, rows)
+
+
+def _loads(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise BadRow(f"is not valid UTF-8 (byte {error.start + 1} is {data[error.start]:#04x})") from None
+    except json.JSONDecodeError as error:
+        raise BadRow(f"is not valid JSON ({error.msg} at character {error.pos + 1})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"is not valid JSON ({error})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise BadRow("is not valid JSON (an object has the same field twice)")
+    return fields
+
+
+def _arrow_rows(parts: Mapping[str, Callable[[], Iterable[Any]]]) -> Iterator[tuple[str, Any]]:
+    """The rows of all parts, numbered one part at a time; a part is what reads its Arrow batches."""
+    for name, read in parts.items():
+        yield from _numbered(name, chain.from_iterable(map(_python_rows, read())))
+
+
+def _python_rows(batch: Any) -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except ValueError as error:  # a value that Python cannot hold, such as text that is not UTF-8
+        if batch.num_rows == 1:
+            return [BadRow(f"cannot be read ({error})")]
+        return [row for index in range(batch.num_rows) for row in _python_rows(batch.slice(index, 1))]
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    with _opened(path) as file:
+        yield from file.iter_batches(batch_size=_BATCH)
+
+
+def _parquet_count(files: list[Path]) -> int:
+    total = 0
+    for path in files:
+        with _opened(path) as file:
+            total += file.metadata.num_rows
+    return total

@@ -1,0 +1,213 @@
+"""Recipes: what they hold, how they are read, and that their hash covers all of it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from leaveout.corpus import Corpus
+from leaveout.errors import FormatError, UnsupportedError
+from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.tasks import task_of
+
+NAMES = ["anna", "bob", "eve", "kim", "lena", "max"]
+
+
+def points(n=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return tuple((torch.randn(4, generator=g), i % 3) for i in range(n))
+
+
+def test_batches_follow_the_order():
+    recipe = Recipe("classifier", points(7), batch_size=2, epochs=2)
+    assert recipe.batches() == ((0, 1), (2, 3), (4, 5)) * 2  # the last example never fills a batch
+    shuffled = recipe.with_(order="shuffled", steps=4).batches()
+    assert len(shuffled) == 4 and shuffled[:3] != recipe.batches()[:3]
+    assert shuffled == recipe.with_(order="shuffled", steps=4).batches()
+    assert recipe.with_(order=((3, 3), (1, 0))).batches() == ((3, 3), (1, 0))
+
+
+def test_rate_warms_up_and_decays():
+    recipe = Recipe("classifier", points(), optimizer=OptimizerSettings("sgd", 1.0), warmup=2, schedule="linear")
+    assert [recipe.rate(step, 6) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    assert [recipe.with_(schedule="constant").rate(step, 6) for step in (1, 5)] == [1.0, 1.0]
+    assert recipe.with_(schedule="cosine").rate(4, 6) == pytest.approx(0.5)
+
+
+def test_units_keep_the_order_of_their_first_example():
+    recipe = Recipe("classifier", points(4), units=("b", "a", "b", "c"))
+    assert recipe.unit_names == ("b", "a", "c") and recipe.unit_of.tolist() == [0, 1, 0, 2]
+
+
+CHANGES = {
+    "lr": 0.2, "eps": 0.3, "seed": 1, "dtype": "float64", "schedule": "cosine", "warmup": 1, "epochs": 2,
+    "batch_size": 2, "order": "shuffled", "clip_norm": 1.0, "trained": ("*weight",), "model": {"hidden": [3]},
+    "units": ("x",) * 6, "examples": points(seed=1), "accumulate": 1, "max_tokens": 9, "loss_per": "token", "steps": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_hash_changes_with_content(name):
+    recipe = Recipe("classifier", points())
+    assert recipe.hash() == Recipe("classifier", points()).hash()
+    changed = recipe.with_(**{name: CHANGES[name]})
+    assert (changed.hash() == recipe.hash()) == (changed == recipe or name == "accumulate")
+
+
+def test_hash_changes_with_rows_and_functions():
+    a, b = Recipe.microgpt(NAMES, n=4), Recipe.microgpt([*NAMES[:-1], "mix"], n=4)
+    assert a.hash() != b.hash() and a.hash() == Recipe.microgpt(NAMES, n=4).hash()
+    one, two = (Recipe("custom", points(), model=f, loss=f) for f in (lambda: nn.Linear(1, 2), lambda: nn.Linear(1, 3)))
+    assert one.hash() != two.hash()
+
+
+def test_microgpt_draws_what_the_paper_draws():
+    recipe = Recipe.microgpt(NAMES, n=4, seed=7)
+    import random
+
+    rng = random.Random(7)
+    shuffled = list(NAMES)
+    rng.shuffle(shuffled)
+    assert [row.text for row in recipe.examples] == shuffled[:4]
+    first = task_of(recipe.with_(dtype="float64")).model.wte.weight[0, :3].tolist()
+    assert first == [rng.gauss(0, 0.08) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"kind": "diffusion"}, UnsupportedError, "kind 'diffusion' is not known: use one of microgpt"),
+        ({"schedule": "step"}, UnsupportedError, "Schedule 'step'"),
+        ({"dtype": "bfloat16"}, UnsupportedError, "use float32 or float64"),
+        ({"loss_per": "word"}, ValueError, "'example' or 'token'"),
+        ({"batch_size": 3, "accumulate": 2}, ValueError, "must divide"),
+        ({"units": ("a",)}, ValueError, "one unit for each of 6"),
+        ({"examples": ()}, FormatError, "at least one example"),
+    ],
+)
+def test_wrong_recipe_is_refused(fields, error, message):
+    with pytest.raises(error, match=message):
+        Recipe(**{"kind": "classifier", "examples": points(), **fields})
+
+
+def test_unknown_optimizer_and_empty_selection_are_refused():
+    with pytest.raises(UnsupportedError, match="Optimizer 'lion' is not known: use one of sgd"):
+        OptimizerSettings("lion")
+    with pytest.raises(UnsupportedError, match="No parameter matches"):
+        task_of(Recipe("classifier", points(), trained=("nothing.*",)))
+
+
+def test_batch_size_above_the_number_of_examples_is_refused():
+    with pytest.raises(ValueError, match="larger than the number of examples 6"):
+        Recipe("classifier", points(), batch_size=9).batches()
+
+
+def write(path, **fields):
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def test_yaml_microgpt(tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
+    path = write(tmp_path / "r.yaml", kind="microgpt", data="names.txt", n=4, seed=3, dtype="float64")
+    assert Recipe.from_yaml(path).hash() == Recipe.microgpt(NAMES, n=4, seed=3, dtype="float64").hash()
+
+
+def test_yaml_classifier(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(6, 4)).astype("float32"), np.array([0, 1, 2, 0, 1, 2])
+    np.savez(tmp_path / "d.npz", x=x, y=y, group=np.array(list("aabbcc")))
+    settings = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
+    path = write(
+        tmp_path / "r.yaml", kind="classifier", data="d.npz", units="group", optimizer=settings, model={"hidden": [8, 8]},
+        batch_size=2, epochs=3, trained=["*.weight"],
+    )  # fmt: skip
+    recipe = Recipe.from_yaml(path)
+    assert recipe.unit_names == ("a", "b", "c") and recipe.optimizer.momentum == 0.9
+    task = task_of(recipe)
+    assert task.trained and all(n.endswith("weight") for n in task.trained)
+    assert task.loss(task.model, task.encode(recipe.examples)).shape == (6,)
+
+
+def tiny_llama(path):
+    """A Llama of 1,000 parameters with a tokenizer of single letters, saved as transformers saves them."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {ch: i for i, ch in enumerate("_abcdefghijklmnopqrstuvwxyz :")}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="_"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_").save_pretrained(path)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+ROWS = [{"prompt": f"say {w}: ", "completion": f"{w} {w}", "unit": w[0]} for w in ("ann", "abe", "bob", "cy")]
+
+
+@pytest.fixture(scope="session")
+def lm_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("lm")
+    tiny_llama(directory / "model")
+    (directory / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in ROWS))
+    return directory
+
+
+def test_yaml_causal_lm(lm_directory):
+    path = write(
+        lm_directory / "r.yaml", kind="causal-lm", data="rows.jsonl", model="model", units="unit", batch_size=2,
+        dtype="float64", trained=["*mlp*"],
+    )  # fmt: skip
+    recipe = Recipe.from_yaml(path)
+    assert recipe.unit_names == ("a", "b", "c")
+    task = task_of(recipe)
+    assert task.trained and all("mlp" in name for name in task.trained)
+    ids, labels = task.encode(recipe.examples[:1])
+    assert (labels[0] != -100).sum() == len("ann ann") and labels[0, -1] == ids[0, -1]
+    both = task.loss(task.model, task.encode(recipe.examples[2:]))
+    alone = [task.loss(task.model, task.encode([row])) for row in recipe.examples[2:]]
+    assert torch.allclose(both, torch.cat(alone), atol=1e-12)  # padding changes nothing
+
+
+def test_loss_per_token_is_the_mean_over_the_tokens_of_the_batch(lm_directory):
+    rows = tuple(Corpus.open(ROWS))
+    recipe = Recipe("causal-lm", rows, model=str(lm_directory / "model"), dtype="float64", loss_per="token", batch_size=4)
+    task = task_of(recipe)
+    batch = task.encode(rows)
+    wanted = task.model(input_ids=batch[0], labels=batch[1], attention_mask=torch.ones_like(batch[0])).loss
+    assert torch.allclose(task.loss(task.model, batch).mean(), wanted.double(), atol=1e-6)
+
+
+def test_row_without_a_token_to_learn_is_refused(lm_directory):
+    recipe = Recipe("causal-lm", tuple(Corpus.open(ROWS)), model=str(lm_directory / "model"), max_tokens=4)
+    with pytest.raises(FormatError, match="no token to learn within max_tokens = 4"):
+        task_of(recipe).encode(recipe.examples[:1])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "needs at least the fields"),
+        ("kind: microgpt", "needs at least the fields"),
+        ("{kind: microgpt, data: x, colour: red}", "fields that no recipe has: colour"),
+        ("{kind: microgpt, data: x, optimizer: {speed: 1}}", "wrong `optimizer`"),
+    ],
+)
+def test_wrong_yaml_is_refused(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(FormatError, match=message):
+        Recipe.from_yaml(tmp_path / "r.yaml")
+
+
+def test_causal_lm_without_a_model_and_custom_without_a_loss_are_refused():
+    with pytest.raises(FormatError, match="needs `model`"):
+        task_of(Recipe("causal-lm", tuple(Corpus.open(ROWS))))
+    with pytest.raises(ValueError, match="needs `model`"):
+        task_of(Recipe("custom", points()))

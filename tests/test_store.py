@@ -23,9 +23,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from safetensors.numpy import load_file
 
 from leaveout import catalogue, purge, segment
+from leaveout import reader as reader_module
 from leaveout.errors import FormatError, MismatchError
 from leaveout.store import Record, Store
 
+SYNCHRONOUS = catalogue.SYNCHRONOUS
 SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")
 DTYPES = [dtype.name for dtype in segment.DTYPES.values()]
 
@@ -87,6 +89,15 @@ def entry(key: str, text: str) -> Callable[[Path], None]:
     )
 
 
+def overwritten(at: int, data: bytes) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        with open(path / "catalogue.sqlite", "r+b") as file:
+            file.seek(at)
+            file.write(data)
+
+    return change
+
+
 def flip(file: Path, at: int) -> None:
     data = bytearray(file.read_bytes())
     data[at] ^= 1
@@ -104,8 +115,10 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here cuts the power, and waiting for the disk takes most of the time."""
+def small_and_unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pages, so that a few rows fill several; no waiting for the disk, as nothing here cuts the power."""
+    monkeypatch.setattr(reader_module, "_PAGE", 2)
+    monkeypatch.setattr(reader_module, "_BATCH", 2)
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     monkeypatch.setattr(catalogue, "SYNCHRONOUS", "OFF")
 
@@ -204,13 +217,13 @@ def test_side_is_replaced_and_its_old_file_removed(filled: Store, path: Path) ->
 
 
 def test_files_get_the_umask(path: Path) -> None:
-    before = os.umask(0o027)
+    before = os.umask(0o002)
     try:
         with Store.create(path, {}) as store:
             put(store, "a")
     finally:
         os.umask(before)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o664}
 
 
 GOOD = np.zeros((2, 1), np.float32)
@@ -305,7 +318,8 @@ def test_reader_sees_one_version(filled: Store, path: Path) -> None:
 
 def test_reader_of_a_purged_store_is_told(filled: Store, path: Path) -> None:
     reader = Store.open(path)
-    first, stream = reader.segments()[0], reader.iter_rows()
+    first, stream, old_stream = reader.segments()[0], reader.iter_rows(), reader.iter_rows()
+    assert next(old_stream).id == "a"
     opened, kept = first.arrays()["vector"], first.arrays()["vector"].tobytes()
     filled.purge()
     assert opened.tobytes() == kept
@@ -318,6 +332,8 @@ def test_reader_of_a_purged_store_is_told(filled: Store, path: Path) -> None:
             call()
     reader.refresh()
     assert contents(reader) == contents(filled)
+    with pytest.raises(MismatchError, match="purged"):
+        list(old_stream)
 
 
 def test_threads_share_a_reader_while_a_writer_works(filled: Store, path: Path) -> None:
@@ -424,7 +440,7 @@ def test_reader_rolls_back_what_a_killed_writer_left(filled: Store, path: Path) 
 def test_put_is_on_disk_before_it_is_committed(filled: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     names = {os.stat(filled.path).st_ino: "directory"}
-    monkeypatch.setattr(catalogue, "SYNCHRONOUS", "EXTRA")
+    monkeypatch.setattr(catalogue, "SYNCHRONOUS", SYNCHRONOUS)
     monkeypatch.setattr(os, "fsync", lambda fd: events.append(f"sync {names.get(os.fstat(fd).st_ino, 'file')}"))
     rename, commit = os.replace, catalogue.set_entry
     monkeypatch.setattr(os, "replace", lambda *paths: events.append("rename") or rename(*paths))
@@ -436,6 +452,20 @@ def test_put_is_on_disk_before_it_is_committed(filled: Store, monkeypatch: pytes
     monkeypatch.setattr(catalogue, "set_entry", recorded)
     put(filled, "x")
     assert events == ["sync file", "rename", "sync directory", "commit at level 3"]
+
+
+def test_failed_transaction_closes_the_writer(filled: Store, path: Path) -> None:
+    def full(*values: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalogue, "set_entry", full)
+        with pytest.raises(OSError, match=r"catalogue\.sqlite cannot be read or written \(database or disk is full\)"):
+            put(filled, "x")
+    with pytest.raises(ValueError, match="open for reading only"):
+        put(filled, "y")
+    with Store.open(path, write=True) as store:
+        assert contents(store).keys() == {"a", "c", "d", "e"} and store.check() == []
 
 
 class Killed(BaseException):
@@ -552,10 +582,26 @@ def test_purge_removes_text_and_vector_from_all_files(path: Path) -> None:
         assert store.purge() == {"rows": 2, "segments": 1, "files": 1}
         assert not any(piece in bytes_of(path) for piece in planted)
         assert arrays["vector"][1].tobytes() in bytes_of(path) and b"nothing of interest" in bytes_of(path)
+        with catalogue.reading(path) as db:
+            assert db.execute("PRAGMA freelist_count").fetchone() == (0,)
         assert store.n_rows == 1 and store.purge() == {"rows": 0, "segments": 0, "files": 0}
         assert store.numbers(["live"]) == [0] and store.check() == []
         store.delete(["live"])
         assert store.purge()["rows"] == 1 and store.segments() == [] and not list(path.glob("*.safetensors"))
+
+
+def test_purge_killed_before_its_end_is_finished_at_the_next_open(
+    filled: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalogue, "vacuum", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        filled.purge()
+    assert b"the text of b" not in bytes_of(path)  # zeros, even before the catalogue is rewritten
+    assert "a purge was stopped before its end; open the store for writing once" in filled.check()
+    filled.close()
+    monkeypatch.undo()
+    with Store.open(path, write=True) as store:
+        assert store.check() == [] and contents(store).keys() == {"a", "c", "d", "e"}
 
 
 def test_purge_lets_live_copies_be(path: Path) -> None:
@@ -636,6 +682,8 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "contents": ("1 rows of table rows are not in table contents", sql("DELETE FROM contents WHERE text LIKE '%of b'")),
     "future": ("1 rows were deleted in a version that does not exist", sql("UPDATE rows SET deleted = 99 WHERE id = 'a'")),
     "hashes": ("is damaged", sql("UPDATE segments SET hashes = zeroblob(8) WHERE segment = 2")),
+    "page": ("catalogue.sqlite is damaged", overwritten(4096, b"\xff" * 4096)),
+    "no catalogue": ("catalogue.sqlite cannot be read", lambda path: (path / "catalogue.sqlite").unlink()),
     "purge": ("a purge was stopped", entry("purging", "true")),
 }  # fmt: skip
 
@@ -651,8 +699,8 @@ def test_check_reports(filled: Store, path: Path, match: str, damage: Callable[[
 
 def test_check_finds_a_flip_in_each_block(path: Path) -> None:
     with Store.create(path, {}) as store:
-        store.put([record("a")], {"x": np.zeros((1, segment.BLOCK + 999), np.int8)})
-    for at, block in ((segment.BLOCK - 1, 0), (segment.BLOCK, 1), (-1, 1)):
+        store.put([record("a")], {"x": np.zeros((1, 2 * segment.BLOCK + 999), np.int8)})
+    for at, block in ((segment.BLOCK - 1, 0), (segment.BLOCK, 1), (-1, 2)):
         flip(path / "00000001-00000001.safetensors", at)
         assert [problem.split(": ")[1] for problem in store.check()] == [
             f"block {block} (from byte {block * segment.BLOCK}) is damaged"
@@ -844,6 +892,7 @@ EVIL_SEGMENTS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "fifo": ("is not a plain file", with_fifo),
     "huge header": ("bad header .length 9223372036854775807", with_header(b"{}", 2**63 - 1)),
     "header beyond file": ("bad header .length 99", with_header(b"{}", 99)),
+    "long header": ("bad header .length 1048578", with_header(b"{}" + b" " * (1 << 20))),
     "no header": ("bad header .length 0", with_header(b"{}", 0)),
     "not JSON": ("bad header", with_header(b"\xff\xfe")),
     "deep JSON": ("bad header", with_header(b"[" * 500_000)),
@@ -883,13 +932,10 @@ def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None
     return change
 
 
-def overwritten(at: int, data: bytes) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        with open(path / "catalogue.sqlite", "r+b") as file:
-            file.seek(at)
-            file.write(data)
-
-    return change
+def renamed(path: Path) -> None:
+    """Damages the name of a table, so that SQLite's message is not UTF-8."""
+    data = (path / "catalogue.sqlite").read_bytes()
+    (path / "catalogue.sqlite").write_bytes(data.replace(b"TABLE segments", b"TABLE segmen\xf4s"))
 
 
 EVIL_CATALOGUES: dict[str, tuple[str, Callable[[Path], None]]] = {
@@ -898,6 +944,7 @@ EVIL_CATALOGUES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "suffix": ("segment 1 wrongly", described("name", "00000001-00000001.safetensors/../x")),
     "newline": ("segment 1 wrongly", described("name", "00000001-00000001.safetensors\n")),
     "name of another": ("segment 1 wrongly", described("name", "00000002-00000003.safetensors")),
+    "name of the future": ("segment 1 wrongly", described("name", "00000001-00000009.safetensors")),
     "blob name": ("segment 1 wrongly", described("name", b"\0")),
     "huge count": ("segment 1 wrongly", described("n_rows", 2**63 - 1)),
     "no rows": ("segment 1 wrongly", described("n_rows", 0)),
@@ -915,6 +962,7 @@ EVIL_CATALOGUES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "missing": ("is not a store: it has no catalogue.sqlite", lambda path: (path / "catalogue.sqlite").unlink()),
     "empty": ("of another program", replaced("catalogue.sqlite", Path.touch)),
     "garbage": ("is damaged .file is not a database", overwritten(0, b"garbage!" * 20)),
+    "name": ("is damaged .*malformed database schema|is damaged .*codec", renamed),
     "truncated": ("damaged", lambda path: os.truncate(path / "catalogue.sqlite", 5000)),
     "page": ("damaged", overwritten(4096, b"\xff" * 4096)),
     "directory": ("is not a plain file", replaced("catalogue.sqlite", Path.mkdir)),

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from .errors import FormatError, LeaveoutError, MismatchError
-from .segment import TEMPORARY, sync_directory
+from leaveout.errors import FormatError, LeaveoutError, MismatchError
+from leaveout.segment import TEMPORARY, sync_directory
 
 FORMAT = 1
 CATALOGUE = "catalogue.sqlite"
@@ -357,7 +357,7 @@ def _explained(directory: Path) -> Iterator[None]:
     """Turns an error of SQLite into one sentence that says what to do."""
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # a damaged name makes a message that is not UTF-8
         raise _explanation(directory, str(error)) from error
 
 

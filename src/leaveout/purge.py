@@ -17,9 +17,9 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from . import catalogue
-from .errors import FormatError
-from .segment import BLOCK, Segment
+from leaveout import catalogue
+from leaveout.errors import FormatError
+from leaveout.segment import BLOCK, Segment
 
 PIECE = 128  # bytes; one piece in 32 straddles two pages of the catalogue and cannot be seen there, four never all do
 SHORTEST = 16  # bytes; a shorter text or vector is found by chance
@@ -66,7 +66,7 @@ class Traces:
         left = np.unique(left)  # ascending by anchor
         hits: set[int] = set()
         tail = b""
-        for chunk in chunks:
+        for chunk in chunks if left.size else ():
             data = tail + chunk
             tail = data[-PIECE:]
             if new := _pieces_in(data, left):

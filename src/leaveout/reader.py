@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from . import catalogue
-from .catalogue import CATALOGUE, SHIFT
-from .errors import FormatError, LeaveoutError, MismatchError
-from .segment import BLOCK, HASH, NAME, TEMPORARY, Segment
+from leaveout import catalogue
+from leaveout.catalogue import CATALOGUE, SHIFT
+from leaveout.errors import FormatError, LeaveoutError, MismatchError
+from leaveout.segment import BLOCK, HASH, NAME, TEMPORARY, Segment
 
 MAX_ROWS = 1 << 31  # of one segment, and versions of one store
 
@@ -176,7 +176,7 @@ class Reader:
                 found = [f"{CATALOGUE}: {text}" for (text,) in db.execute("PRAGMA integrity_check") if text != "ok"]
                 found += _count_problems(db, snapshot)
             found += _damaged_records(newest._stream(_RECORD, _FROM, "TRUE"))
-        except LeaveoutError as error:
+        except (LeaveoutError, OSError) as error:
             return [str(error)]
         if snapshot.entries["purging"]:
             found.append("a purge was stopped before its end; open the store for writing once")
@@ -220,10 +220,10 @@ class Reader:
         yield bytes(found)
 
     @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        """A read transaction, refused if row numbers have changed since the snapshot."""
+    def _reading(self, version: int | None = None) -> Iterator[Connection]:
+        """A read transaction, refused if row numbers have changed since a version, by default the snapshot's."""
         with catalogue.reading(self.path) as db:
-            if catalogue.entries(db)["purged"] > self.version:
+            if catalogue.entries(db)["purged"] > (self.version if version is None else version):
                 raise MismatchError(f"{self.path} was purged since it was opened; call refresh() or open it again")
             yield db
 
@@ -249,10 +249,11 @@ class Reader:
 
     def _stream(self, columns: str, source: str, condition: str) -> Iterator[tuple[Any, ...]]:
         """Key and columns of rows in order; each page is a transaction of its own, so that a writer need not wait."""
+        version = self.version
         page: list[tuple[Any, ...]] = [(-1,)]
         while page:
             query = f"SELECT rows.key, {columns} FROM {source} WHERE rows.key > {page[-1][0]} AND {condition}"
-            with self._reading() as db:
+            with self._reading(version) as db:
                 page = db.execute(f"{query} ORDER BY rows.key LIMIT {_PAGE}").fetchall()
             yield from page
 

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from . import catalogue, purge, segment
-from .catalogue import CATALOGUE, SHIFT
-from .errors import FormatError, MismatchError
-from .reader import MAX_ROWS, Reader, Record, orphans, serialized
-from .segment import NAME, TEMPORARY, Segment, file_name, sync_directory
+from leaveout import catalogue, purge, segment
+from leaveout.catalogue import CATALOGUE, SHIFT
+from leaveout.errors import FormatError, MismatchError
+from leaveout.reader import MAX_ROWS, Reader, Record, orphans, serialized
+from leaveout.segment import NAME, TEMPORARY, Segment, file_name, sync_directory
 
 __all__ = ["Record", "Segment", "Store"]
 

@@ -54,6 +54,7 @@ CASES = {
     "add": (lambda x, y: (x + y) + 2 * x - y - 1 + torch.add(x, y, alpha=2) + (3 - x), P(3, 4), P(4)),
     "mul": (lambda x, y: x * y * fixed_34 * 2, P(3, 4), P(1, 4)),
     "div": (lambda x, y: x / y + fixed_34 / y + x / 3 + 1 / y + y.reciprocal(), P(3, 4), P(3, 4, positive=True)),
+    "integers": (lambda x: x / torch.tensor([3, 7, 11]) + x * torch.tensor([3, 7, 11]) + x.div(torch.tensor(7)), P(2, 3)),
     "neg": (lambda x: -x * x, P(3)),
     "mm": (lambda x, y: (x @ y) @ fixed_34.t()[:, :2] + x @ fixed_42, P(3, 4), P(4, 4)),
     "bmm": (lambda x, y: x @ y, P(2, 3, 4), P(2, 4, 3)),

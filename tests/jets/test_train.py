@@ -17,7 +17,15 @@ from leaveout.training.memory import available_memory, plan_memory
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.stability import Stability, check_stability, growth_scale, random_directions
 from leaveout.training.tasks import task_of
-from leaveout.training.train import JetSettings, RunOptions, query_losses, train_batch, train_jets, train_plain, train_roots
+from leaveout.training.train import (
+    JetSettings,
+    RunOptions,
+    query_losses,
+    train_batch,
+    train_jets,
+    train_plain,
+    train_roots,
+)
 
 OPTIMIZERS = {
     "sgd": OptimizerSettings("sgd", 0.1, weight_decay=0.01), "momentum": OptimizerSettings("sgd", 0.05, 0.9, True),
@@ -62,8 +70,8 @@ RECIPES = {
     "classifier": lambda where: classifier(clip_norm=0.5),
     "accumulated": lambda where: classifier(batch_size=4, accumulate=2),
     "microgpt": lambda where: Recipe.microgpt(NAMES, n=5, dtype="float64"),
-    "causal-lm": lambda where: lm(where),
-    "lora": lambda where: lm(where, trained={"lora": {"r": 2, "targets": ["q_proj", "up_proj"]}}),
+    "causal-lm": lambda where: lm(where, loss_per="example"),
+    "lora": lambda where: lm(where, trained={"lora": {"r": 2, "alpha": 8, "targets": ["c_attn", "c_fc"]}}),
 }
 
 
@@ -78,7 +86,9 @@ def made(name, where):
     return RECIPES[name](where)
 
 
-peft_warns = pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::FutureWarning:peft")
+peft_warns = pytest.mark.filterwarnings(
+    "ignore::FutureWarning:transformers", "ignore::FutureWarning:peft", "ignore::UserWarning:peft"
+)
 
 
 @peft_warns

@@ -19,6 +19,7 @@ from leaveout.readout.tokens import Window
 from .conftest import RAW, assert_close
 from .tiny import FAMILIES, TAPS, UNKNOWN, make_model, make_readout, make_tokenizer
 
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # with transformers 5
 IDS = [0, 40, 300, 41, 41, 500, 77, 123, 9, 511, 260, 18]
 
 
@@ -197,7 +198,7 @@ def test_identity_tells_models_and_tokenizers_apart(tokenizer):
         assert identity["tokenizer"] != own["tokenizer"] and identity["weights"] == own["weights"]
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft with transformers 5
+@PEFT_WARNS
 def test_adapters_count_as_weights_and_are_seen_by_the_signature(tokenizer):
     peft = pytest.importorskip("peft")
     lm = make_model(dtype=torch.float32)
@@ -213,15 +214,25 @@ def test_adapters_count_as_weights_and_are_seen_by_the_signature(tokenizer):
         assert one.shape == other.shape and not torch.allclose(one, other, rtol=1e-3)
 
 
+@PEFT_WARNS
+def test_prompt_tuning_is_refused(tokenizer):
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UnsupportedError, match="Prompt and prefix tuning put tokens before the text: give the model"):
+        load_readout(peft.get_peft_model(make_model(), config), tokenizer)
+
+
 def test_queries_need_the_model_of_the_index(tokenizer, tmp_path):
     lm = make_model()
     Index.build(lm, RAW[:3], tmp_path / "index", "paper", tokenizer)
     assert len(Index.open(tmp_path / "index", copy.deepcopy(lm), tokenizer).search(["a tale"], k=2)[0]) == 2
     for other, other_tokenizer, what in (
-        (changed(lm, "model.layers.1.self_attn.q_proj.weight"), tokenizer, "other weights"),
-        (lm, make_tokenizer(bos=False), "another tokenizer"),
+        (changed(lm, "model.layers.1.self_attn.q_proj.weight"), tokenizer, "weights"),
+        (lm, make_tokenizer(bos=False), "tokenizer"),
     ):
-        with pytest.raises(MismatchError, match=f"The given model has {what} than the one that .* was built with"):
+        with pytest.raises(
+            MismatchError, match=f"The given model does not have the {what} of the one that .* was built with"
+        ):
             Index.open(tmp_path / "index", other, other_tokenizer)
     with pytest.raises(MismatchError, match="built with a model in memory: give it with Index"):
         Index.open(tmp_path / "index").search(["a tale"])

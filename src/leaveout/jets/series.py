@@ -160,7 +160,7 @@ def divide(a: Operand, b: Operand) -> Series:
     """a / b elementwise with broadcasting: q_k = (a_k - sum over i > 0 of b_i q_{k-i}) / b_0."""
     if not isinstance(b, Series):
         assert isinstance(a, Series)
-        return multiply(a, 1 / b)
+        return multiply(a, 1 / (b.to(a.c.dtype) if isinstance(b, Tensor) else b))
     c = constant_term(a) / b.c
     inverse, rank = 1 / b.c, c.dim()
     q = b.h.new_zeros(*b.h.shape[:2], *c.shape)

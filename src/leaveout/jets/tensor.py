@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from leaveout.errors import UnsupportedError
 from leaveout.jets.series import Series
 
-
 TABLE: dict[Any, Any] = {}
 """ATen operation -> rule; the modules of rules fill it."""
 

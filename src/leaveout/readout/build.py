@@ -1,8 +1,8 @@
 """Rows to segments: the statistics pass, then chunks of rows through the model, committed as they come.
 
-The chunk (128 rows in corpus order) is the unit of computation: how it is batched does not depend on workers, resumption or
-commits, so that an index comes out the same however it was built. Memory: 2 * workers + 1 chunks, and the rows of one segment
-(at most 64 MiB of signatures) that wait for the next commit.
+The chunk (64 rows or about 4,096 tokens, in corpus order) is the unit of computation: how it is batched does not depend
+on workers, resumption or commits, so that an index comes out the same however it was built. Memory: 2 * workers + 1
+chunks, and the rows of one segment (at most 64 MiB of signatures) that wait for the next commit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import nn
 from tqdm import tqdm
 
@@ -42,14 +43,16 @@ class BuildOptions:
     skip_bad        count and list bad rows instead of stopping at the first
     workers         processes, one torch thread each
     progress        progress on stderr
-    commit_seconds, commit_bytes    what is computed is committed at least this often
+    chunk_rows, chunk_tokens        a chunk ends when it has so many rows or tokens
+    commit_seconds, commit_bytes    what is computed is committed when so much time has passed, or so much has gathered
     """
 
     units: str | None = None
     skip_bad: bool = False
     workers: int = 1
     progress: bool = False
-    chunk_rows: int = 128
+    chunk_rows: int = 64
+    chunk_tokens: int = 4096
     commit_seconds: float = 30.0
     commit_bytes: int = 64 * 2**20
 
@@ -87,7 +90,7 @@ def record_of(row: Row, tokens: TokenisedRow) -> Record:
     extra = {
         "number": row.number,
         "chat": row.messages is not None,
-        "responses": row.responses,
+        "responses": tokens.responses,
         "tokens": len(tokens.ids),
         "targets": tokens.n_targets,
     }
@@ -146,10 +149,15 @@ def add_whitening(store: Store, signer: Signer, corpus: Corpus, options: BuildOp
         raise FormatError(f"{corpus.name} has no rows to index: give a corpus with at least one row.")
     with _progress(len(windows), "statistics", "window", options) as bar:
         matrices = whitening_matrices(signer, windows, bar.update)
-    store.put_side("whitening", {name: matrix.cpu().numpy() for name, matrix in matrices.items()})
+    arrays = {name: matrix.cpu().numpy() for name, matrix in matrices.items()}
     rows = len({window.row for window in windows})
     positions = sum(len(window.positions) for window in windows)
-    store.set_state("statistics", {"rows": rows, "positions": positions, "seed": settings.seed})
+    digest = xxhash.xxh3_128()
+    for name in sorted(arrays):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    facts = {"rows": rows, "positions": positions, "seed": settings.seed, "digest": digest.hexdigest()}
+    store.set_state("statistics", facts)
+    store.put_side("whitening", arrays)  # last: a build that finds it skips the pass
 
 
 def _numbered(rows: Iterable[tuple[Row, TokenisedRow]]) -> list[tuple[Row, TokenisedRow]]:
@@ -197,7 +205,7 @@ def add_rows(
     def tasks() -> Iterator[tuple[int, list[Window]]]:
         source = _tokenised(fresh, signer, options, report)
         for number in itertools.count():
-            piece = _numbered(itertools.islice(source, options.chunk_rows))
+            piece = _numbered(_next_chunk(source, options))
             if not piece:
                 return
             chunks[number] = Chunk([row for row, _ in piece], [tokens for _, tokens in piece])
@@ -224,6 +232,17 @@ def add_rows(
     pending.commit()
     report.added, report.seconds = pending.added, time.monotonic() - began
     return report
+
+
+def _next_chunk(
+    source: Iterator[tuple[Row, TokenisedRow]], options: BuildOptions
+) -> Iterator[tuple[Row, TokenisedRow]]:
+    n_tokens = 0
+    for row, tokens in itertools.islice(source, options.chunk_rows):
+        yield row, tokens
+        n_tokens += len(tokens.ids)
+        if n_tokens >= options.chunk_tokens:
+            return
 
 
 def _same(signer: Signer) -> Signer:

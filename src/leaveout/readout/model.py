@@ -159,11 +159,14 @@ def load_readout(
             raise ValueError("A model in memory needs its tokenizer: pass tokenizer=... beside it.")
         lm = model
     else:
-        source = {"name": str(model), **vars(options)}
+        place = Path(model)
+        source = {"name": str(place.resolve() if place.exists() else model), **vars(options)}
         lm, own = _load(str(model), options)
         tokenizer = tokenizer or own
-    if hasattr(lm, "peft_config"):
-        lm = lm.get_base_model()  # type: ignore[operator]  # the adapters live inside the layers of the base model
+    if hasattr(lm, "get_base_model"):  # peft: adapters live inside the layers of the base model
+        if any(config.is_prompt_learning for config in lm.peft_config.values()):  # type: ignore[union-attr,operator]
+            raise UnsupportedError("Prompt and prefix tuning put tokens before the text: give the model without them.")
+        lm = lm.get_base_model()  # type: ignore[operator]
     lm.eval().requires_grad_(False)
     return verify_readout(Readout(lm, tokenizer, source))
 

@@ -263,7 +263,7 @@ class Signer:
             x = x @ side.sketch
         if self.settings.unit_positions:
             norm = x.norm(dim=1, keepdim=True)
-            x = torch.where(norm > SMALL, x / norm, 0.0)
+            x = torch.where(norm <= SMALL, 0.0, x / norm)  # this way round, not-a-number stays visible
         return x
 
     @torch.no_grad()
@@ -311,7 +311,7 @@ class Signer:
                 advance(len(batch))
         if unit:
             norm = (total.norm(dim=1) if rank is None else self._low_rank_norm(total).sqrt())[:, None]
-            total = torch.where(norm > 0, total / norm, 0.0)
+            total = torch.where(norm == 0, 0.0, total / norm)
         return total
 
     def low_rank_factors(self, rows: Tensor) -> Iterator[tuple[Part, Tensor, Tensor]]:

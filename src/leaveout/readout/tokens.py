@@ -30,9 +30,12 @@ class Window:
 
 @dataclass(frozen=True)
 class TokenisedRow:
-    """A row's text, token ids and character offsets [tokens, 2], and the windows that cover its targets."""
+    """A row's text and responses (rendered, if it was a chat), token ids and character offsets [tokens, 2], and the
+    windows that cover its targets.
+    """
 
     text: str
+    responses: tuple[tuple[int, int], ...]
     ids: list[int]
     offsets: list[tuple[int, int]]
     windows: list[Window]
@@ -66,7 +69,7 @@ def tokenise(row: Row, number: int, tokenizer: Any, settings: SignatureSettings,
             f"Row {row.id!r} has no token to learn (its response is empty or a single first token): "
             "give it a response, or leave it out with skip_bad."
         )
-    return TokenisedRow(row.text, ids, offsets, cut_windows(number, ids, learned, settings, context))
+    return TokenisedRow(row.text, row.responses, ids, offsets, cut_windows(number, ids, learned, settings, context))
 
 
 def _touching(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:

@@ -38,18 +38,21 @@ def whitening_matrices(
     count = 0
     for batch in batches(windows):
         drawn = signer.positions(batch, redraw=generator if signer.final_norm is not None else None)
-        count += len(drawn.hidden)
+        # One row whose signature will be refused or skipped (see add_rows) must not spoil the moments of all others.
+        finite = torch.stack([torch.isfinite(x).all(1) for x in drawn.raw.values()]).all(0)
+        count += int(finite.sum())
         for key in keys:
             if key not in exact:
-                sums[key] += (drawn.raw[key].t() @ drawn.raw[key]).double()
+                x = drawn.raw[key][finite]
+                sums[key] += (x.t() @ x).double()
         if exact:
-            mass += _subtract_mean_products(signer, drawn.hidden, {key: sums[key] for key in exact})
+            mass += _subtract_mean_products(signer, drawn.hidden[finite], {key: sums[key] for key in exact})
         if advance is not None:
             advance(len(batch))
     for key in exact:
         _add_weighted_products(sums[key], signer.maps[key], mass)
     return {
-        name: inverse_root(sums[side.raw] / count, float(name.rsplit("damping-", 1)[1]), name).to(signer.dtype)
+        name: inverse_root(sums[side.raw] / max(count, 1), float(name.rsplit("damping-", 1)[1]), name).to(signer.dtype)
         for name, side in sides.items()
     }
 

@@ -63,7 +63,7 @@ class Recipe:
     examples: tuple[Any, ...]
     units: tuple[str, ...] = ()
     model: Any = None
-    loss: Callable[..., Any] | None = None
+    loss: Any = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     schedule: str = "constant"
     warmup: int = 0
@@ -144,7 +144,8 @@ class Recipe:
         digest = hashlib.sha256()
         for f in fields(self):
             digest.update(f.name.encode() + b"\0")
-            _feed(digest, getattr(self, f.name))
+            value = getattr(self, f.name)
+            _feed(digest, _files(Path(value)) if f.name == "model" and isinstance(value, str) else value)
         return digest.hexdigest()[:32]
 
     def with_(self, **changes: Any) -> Recipe:
@@ -236,10 +237,15 @@ def _feed(digest: Any, value: Any) -> None:
         _feed(digest, asdict(value))
     elif callable(value):
         _feed(digest, [getattr(value, "__module__", ""), getattr(value, "__qualname__", ""), _source(value)])
-    elif isinstance(value, str) and Path(value).is_dir():
-        _feed(digest, [[p.name, hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(Path(value).glob("*.*"))])
     else:
         digest.update(json.dumps(value, default=str).encode() + b"\0")
+
+
+def _files(path: Path) -> list[list[str]]:
+    """Names and digests of the files of a model's directory; for a name that is no directory, the name."""
+    if not path.is_dir():
+        return [[str(path)]]
+    return [[p.name, hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(path.iterdir()) if p.is_file()]
 
 
 def _source(value: Callable[..., Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def _trained(model: nn.Module, wanted: Any) -> tuple[str, ...]:
 def _microgpt(recipe: Recipe) -> Task:
     about = recipe.model or {}
     alphabet = about.get("alphabet") or "".join(sorted({ch for row in recipe.examples for ch in row.text}))
-    model = microgpt.MicroGPT(vocabulary=len(alphabet) + 1)
+    model = microgpt.MicroGPT(vocabulary=len(alphabet) + 1).to(recipe.real_dtype)
     if "start" in about:
         rng = random.Random()
         rng.setstate(about["start"])
@@ -103,8 +104,9 @@ def _causal_lm(recipe: Recipe) -> Task:
 
     if not isinstance(recipe.model, (str, Path)) and not callable(recipe.model):
         raise FormatError("A causal-lm recipe needs `model`: a directory or name that transformers can load.")
-    if callable(recipe.model):
-        model, tokenizer = recipe.model()
+    make: Any = recipe.model
+    if callable(make):
+        model, tokenizer = make()
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.real_dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.model)
@@ -169,11 +171,12 @@ def _classifier(recipe: Recipe) -> Task:
     """`model`: a function that makes a module from features [examples, ...] to logits, or {"hidden": [...]} for an MLP."""
     first = torch.as_tensor(recipe.examples[0][0])
     n_classes = 1 + max(int(label) for _, label in recipe.examples)
-    if callable(recipe.model):
-        model = recipe.model()
+    make: Any = recipe.model
+    if callable(make):
+        model: Any = make()
     else:
         sizes = [first.numel(), *(recipe.model or {}).get("hidden", [32])]
-        layers = [nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in zip(sizes, sizes[1:], strict=False)]
+        layers = [nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in itertools.pairwise(sizes)]
         model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], n_classes))
 
     def encode(rows: Sequence[Any]) -> Batch:
@@ -188,9 +191,10 @@ def _classifier(recipe: Recipe) -> Task:
 
 def _custom(recipe: Recipe) -> Task:
     """`model` makes an nn.Module; `loss(model, batch)` gives [examples]; an example is a tensor or a tuple of tensors."""
-    if not callable(recipe.model) or recipe.loss is None:
+    make: Any = recipe.model
+    if not callable(make) or recipe.loss is None:
         raise ValueError("a custom recipe needs `model` (a function that makes an nn.Module) and `loss`")
-    model = recipe.model()
+    model: Any = make()
 
     def encode(rows: Sequence[Any]) -> Batch:
         columns = zip(*(row if isinstance(row, tuple) else (row,) for row in rows), strict=True)

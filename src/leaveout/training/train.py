@@ -60,7 +60,7 @@ class RunOptions:
 def make_optimizer(recipe: Recipe, params: list[Any], fused: bool = False) -> torch.optim.Optimizer:
     """The recipe's optimizer over these parameters."""
     s = recipe.optimizer
-    chosen = {k: v for k, v in (("betas", s.betas), ("eps", s.eps)) if v is not None}
+    chosen: dict[str, Any] = {k: v for k, v in (("betas", s.betas), ("eps", s.eps)) if v is not None}
     if s.name == "sgd":
         return torch.optim.SGD(
             params, s.lr, momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay, foreach=False
@@ -382,7 +382,7 @@ def train_roots(
     """
     task, s = task_of(recipe), recipe.optimizer
     gradient = roots.Gradient(task.model, task.loss, task.trained)
-    chosen = {k: v for k, v in (("betas", s.betas), ("eps", s.eps)) if v is not None}
+    chosen: dict[str, Any] = {k: v for k, v in (("betas", s.betas), ("eps", s.eps)) if v is not None}
     optimizer: roots.Sgd | roots.Adam
     if s.name == "sgd":
         optimizer = roots.Sgd(s.lr, s.momentum, s.nesterov, s.weight_decay)

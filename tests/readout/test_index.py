@@ -1,0 +1,496 @@
+"""The index: building, resuming, changing and asking, whatever the chunks, segments and workers."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from leaveout.errors import FormatError, LeaveoutError, MismatchError
+from leaveout.readout import search as search_module
+from leaveout.readout.index import Index, Queries
+from leaveout.readout.settings import PRESETS, resolve_settings
+from leaveout.store import Store
+
+from .conftest import RAW, assert_close
+from .tiny import TEXTS, make_model, make_tokenizer
+
+CORPUS = [
+    {"id": f"row {n}", "text": f"{TEXTS[n % 8][n:]} {n}", "source": ("web", "book")[n % 2], "n": n, "group": n // 4}
+    for n in range(22)
+]
+QUERIES = [TEXTS[0], {"prompt": TEXTS[1], "completion": TEXTS[3]}, RAW[4]]
+MANY_COMMITS = {"chunk_rows": 4, "commit_bytes": 1}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_model("llama", spread=0.1, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def build(lm, tokenizer, tmp_path_factory):
+    """Builds an index of the corpus; the same options give the same index, so leave it as it is."""
+    built = {}
+
+    def build(preset="default", rows=CORPUS, path=None, **options):
+        key = (preset, json.dumps(rows), *sorted(options.items()))
+        if path is None and key in built:
+            return built[key]
+        place = path or tmp_path_factory.mktemp("index") / "index"
+        index = Index.build(lm, rows, place, preset, tokenizer, **options)
+        return built.setdefault(key, index) if path is None else index
+
+    return build
+
+
+def contents(path):
+    """All that a store says about its rows, in order, and its whitening."""
+    store = Store.open(path)
+    parts = [segment.arrays() for segment in store.segments()]
+    arrays = {name: np.concatenate([part[name] for part in parts]).tobytes() for name in parts[0]}
+    whitening = {name: value.tobytes() for name, value in (store.side("whitening") or {}).items()}
+    return arrays, list(store.iter_rows()), whitening
+
+
+# Search and score.
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_search_equals_sorting_the_scores(preset, build, monkeypatch):
+    index = build(preset, **MANY_COMMITS)
+    scores = index.score(QUERIES)
+    assert scores.shape == (3, 22) and index.ids == [row["id"] for row in CORPUS]
+    monkeypatch.setattr(search_module, "BUFFER", 1)  # one row at a time
+    for k in (1, 5, 100):
+        for hits, row in zip(index.search(QUERIES, k), scores, strict=True):
+            order = np.argsort(-row, kind="stable")[:k]
+            assert [hit.id for hit in hits] == [index.ids[n] for n in order]
+            assert_close([hit.score for hit in hits], row[order], "float32")
+            assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
+            assert [hit.meta["n"] for hit in hits] == order.tolist() and hits[0].text == CORPUS[order[0]]["text"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_scores_are_products_of_signatures(preset, build):
+    """[query, train], whichever side a text stands on; and a row's best match among likenesses is itself."""
+    index = build(preset)
+    rows, queries = index.encode(CORPUS), index.encode(QUERIES)
+    assert len(queries) == 3 and queries.texts[1] == TEXTS[1] + TEXTS[3]
+    wanted = (queries.vectors @ rows.vectors.t()).numpy()
+    assert_close(index.score(queries), wanted, index.settings.storage)
+    assert_close(index.score(CORPUS), index.score(CORPUS).T, index.settings.storage)
+    if index.settings.unit_length:
+        assert_close(np.diag(index.score(CORPUS)), np.ones(22), index.settings.storage)
+
+
+def test_equal_scores_come_in_the_order_of_rows(build):
+    index = build("paper", rows=[{**row, "text": TEXTS[0]} for row in CORPUS], **MANY_COMMITS)
+    for k in (3, 22):
+        assert [hit.id for hit in index.search(QUERIES[:1], k)[0]] == index.ids[:k]
+
+
+def test_where_restricts_the_ranking(build):
+    index = build("paper", **MANY_COMMITS)
+    ranking = [hit.id for hit in index.search(QUERIES[:1], 22)[0]]
+    wanted = {row["id"] for row in CORPUS if row["source"] == "web" and row["n"] > 5}
+    hits = index.search(QUERIES[:1], 22, where="source = 'web' AND n > 5")[0]
+    assert [hit.id for hit in hits] == [id for id in ranking if id in wanted]
+    assert index.search(QUERIES[:1], 22, where="n > 100") == [[]]
+    with pytest.raises((LeaveoutError, ValueError)):
+        index.search(QUERIES[:1], where="1); DROP TABLE rows; --")
+    assert len(index) == 22
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "sentence"),
+    [
+        (lambda index: index.search(QUERIES, k=0), ValueError, "k is 0: give 1 or more"),
+        (lambda index: index.search([]), ValueError, "queries is empty: give at least one query"),
+        (lambda index: index.search("tale"), TypeError, "queries is one string: give a list of queries"),
+        (lambda index: index.delete("row 1"), TypeError, "ids is one string: give a list of ids"),
+        (lambda index: index.search([{"text": ""}]), FormatError, "field `text` is empty or blank"),
+        (lambda index: index.select(QUERIES, n=0), ValueError, "n is 0: give 1 or more"),
+        (lambda index: index.select(QUERIES, combine="max"), ValueError, "combine is 'max': give one of mean, rrf"),
+        (lambda index: index.explain(TEXTS[0], "row 99"), ValueError, "row 99"),
+        (
+            lambda index: index.append(CORPUS, seed=3),
+            ValueError,
+            "An index keeps its settings: 'seed' cannot be changed",
+        ),
+    ],
+)
+def test_wrong_questions_are_refused(ask, error, sentence, build):
+    with pytest.raises(error, match=sentence):
+        ask(build("paper"))
+
+
+def test_queries_of_another_index_are_refused(build):
+    """Other settings, or the same settings whitened by other rows."""
+    queries = build("default").encode(QUERIES)
+    assert np.array_equal(build("default").score(queries), build("default").score(QUERIES))
+    assert isinstance(queries, Queries)
+    for other in (build("default", seed=1), build("default", rows=CORPUS[:9]), build("similarity")):
+        with pytest.raises(MismatchError, match="queries were made with other settings, another model or other stat"):
+            other.search(queries)
+
+
+# Building.
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_index_does_not_depend_on_commits(preset, build):
+    one, many = build(preset, chunk_rows=4), build(preset, **MANY_COMMITS)
+    assert len(Store.open(one.path).segments()) == 1 and len(Store.open(many.path).segments()) == 6
+    assert contents(one.path) == contents(many.path)
+    assert_close(build(preset).score(QUERIES), one.score(QUERIES), one.settings.storage)  # one chunk
+    assert one.check() == many.check() == []
+
+
+def test_workers_give_the_same_index_bit_for_bit(build, tmp_path):
+    other = build("default", path=tmp_path / "index", workers=2, **MANY_COMMITS)
+    assert contents(other.path) == contents(build("default", **MANY_COMMITS).path)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize(("call", "preset"), [*zip(range(1, 8), itertools.cycle(["default", "paper"]), strict=False)])
+def test_killed_build_resumes_to_the_same_index(call, preset, build, tmp_path, monkeypatch):
+    """Killed before or after any commit, between the statistics and the rows, or just before the end."""
+    calls, real = itertools.count(1), Store._transaction
+
+    def transaction(store):
+        if next(calls) == call:
+            raise Killed
+        return real(store)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "_transaction", transaction)
+        with pytest.raises(Killed):
+            build(preset, path=tmp_path / "index", **MANY_COMMITS)
+    with pytest.raises(MismatchError, match="index is unfinished: run the command that built it again to finish it"):
+        Index.open(tmp_path / "index")
+    resumed = build(preset, path=tmp_path / "index", commit_bytes=1000, chunk_rows=4)
+    whole = build(preset, **MANY_COMMITS)
+    assert contents(resumed.path) == contents(whole.path)
+    assert resumed.info()["statistics"] == whole.info()["statistics"] and resumed.fingerprint == whole.fingerprint
+    assert resumed.check() == []
+
+
+SCRIPT = """
+import os, signal, sys
+from leaveout import segment
+from leaveout.readout.index import Index
+from readout.test_index import CORPUS, MANY_COMMITS
+
+calls, write = iter(range(100)), segment.write
+
+def write_and_die(*args):
+    written = write(*args)
+    if next(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)  # the file is there, its version is not
+    return written
+
+segment.write = write_and_die
+Index.build(sys.argv[1], CORPUS, sys.argv[2], **MANY_COMMITS)
+"""
+
+
+def test_sigkilled_build_of_a_model_by_path_resumes(lm, tokenizer, tmp_path):
+    model = tmp_path / "model"
+    lm.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
+    command = [sys.executable, "-c", SCRIPT, str(model), str(tmp_path / "index")]
+    ended = subprocess.run(
+        command, check=False, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert Store.open(tmp_path / "index").n_rows == 8
+    whole = Index.build(str(model), CORPUS, tmp_path / "whole", **MANY_COMMITS)
+    assert whole.last_report.added == 22
+    resumed = Index.build(str(model), CORPUS, tmp_path / "index", **MANY_COMMITS)
+    assert resumed.last_report.added == 14
+    assert contents(resumed.path) == contents(whole.path) and resumed.check() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"temperature": 2.0}, "temperature = 1.0, not 2.0"),
+        ({"seed": 1}, "seed = 0, not 1"),
+        ({"targets": "all"}, "targets = 'response', not 'all'"),
+        ({"units": "group"}, "units = None, not 'group'"),
+        ({"final_width": 99}, "final_width = 16384, not 99"),
+    ],
+)
+def test_other_settings_are_refused_by_name(options, sentence, build, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "put", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            build("default", path=tmp_path / "index")
+    with pytest.raises(
+        MismatchError, match=f"holds an index with {sentence}: use the same settings to resume, or anoth"
+    ):
+        build("default", path=tmp_path / "index", **options)
+
+
+def test_finished_index_is_reopened_without_work(build, tmp_path, monkeypatch):
+    first = build("paper", path=tmp_path / "index")
+    monkeypatch.setattr(Store, "put", lambda *_: pytest.fail("nothing is left to do"))
+    assert build("paper", path=tmp_path / "index").ids == first.ids
+
+
+def test_resuming_with_other_rows_is_refused(build, tmp_path, monkeypatch):
+    puts, real = itertools.count(1), Store.put
+
+    def put(*args):
+        if next(puts) == 3:
+            raise Killed
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "put", put)
+        with pytest.raises(Killed):
+            build("paper", path=tmp_path / "index", **MANY_COMMITS)
+    other = [*CORPUS[:5], {**CORPUS[5], "text": "another tale"}, *CORPUS[6:]]
+    with pytest.raises(
+        MismatchError, match="Row 6 of list of 22 rows is not the row 'row 5' that this unfinished index"
+    ):
+        build("paper", rows=other, path=tmp_path / "index")
+    with pytest.raises(MismatchError, match="list of 5 rows no longer has the row 'row 5' that this unfinished index"):
+        build("paper", rows=CORPUS[:5], path=tmp_path / "index")
+
+
+# Bad rows, repeated rows, numbers that are none.
+
+
+def test_bad_row_stops_with_its_place_or_is_counted(lm, tokenizer, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    bad = [
+        '{"prompt": "ask"',
+        '{"prompt": "ask", "completion": ""}',
+        '{"text": 5}',
+        '{"txt": "a tale"}',
+        '{"text": "a"}',
+    ]
+    good = [json.dumps(row) for row in CORPUS]
+    file.write_text("\n".join([*good[:3], *bad, *good[3:]]) + "\n")
+    places = [
+        "rows.jsonl, line 4: is not valid JSON (Expecting ',' delimiter at character 17)",
+        "rows.jsonl, line 5: field `completion` is empty or blank",
+        "rows.jsonl, line 6: field `text` must be text, not a number",
+        "rows.jsonl, line 7: has only the fields `txt`, but a row needs",
+        "has no token to learn",
+    ]
+    bare = make_tokenizer(bos=False)  # so that one letter is one token, with nothing before it
+    with pytest.raises(FormatError, match=re.escape(places[0])):
+        Index.build(lm, file, tmp_path / "strict", "paper", bare)
+    index = Index.build(lm, file, tmp_path / "index", "paper", bare, skip_bad=True, **MANY_COMMITS)
+    assert len(index) == 22 and index.ids == [row["id"] for row in CORPUS]
+    assert (index.last_report.added, index.last_report.skipped) == (22, 5)
+    assert len(index.last_report.messages) == 5
+    for place, message in zip(places, index.last_report.messages, strict=True):
+        assert place in message
+    assert index.records(["row 3"])[0].extra["number"] == 8
+
+
+def test_corpus_without_rows_is_refused(lm, tokenizer, tmp_path):
+    for preset, rows in itertools.product(("paper", "default"), ([], [{"text": ""}])):
+        with pytest.raises(FormatError, match="has no rows to index: give a corpus with at least one row"):
+            Index.build(lm, rows, tmp_path / f"{preset} {len(rows)}", preset, tokenizer, skip_bad=True)
+
+
+def test_rows_without_ids_may_repeat(lm, tokenizer, tmp_path):
+    index = Index.build(lm, ["one tale", "two tales", "one tale", "one tale"], tmp_path / "index", "paper", tokenizer)
+    first, second = index.ids[:2]
+    assert index.ids == [first, second, f"{first}-2", f"{first}-3"]
+    assert index.last_report.repeated == 2 and [record.unit for record in index.records(index.ids)] == index.ids
+    report = index.append(["three tales", "two tales", "one tale"])
+    assert (report.added, report.repeated) == (1, 2) and len(index) == 5
+
+
+def test_ids_that_two_rows_share_are_refused(lm, tokenizer, tmp_path):
+    rows = [{"id": "a", "text": "one tale"}, {"id": "b", "text": "two tales"}, {"id": "a", "text": "three tales"}]
+    with pytest.raises(FormatError, match="The id 'a' of row 3 belongs to another row: give every row its own id, or"):
+        Index.build(lm, rows, tmp_path / "strict", "paper", tokenizer)
+    index = Index.build(lm, rows, tmp_path / "index", "paper", tokenizer, skip_bad=True)
+    assert index.ids == ["a", "b"] and index.last_report.skipped == 1 and "'a'" in index.last_report.messages[0]
+    with pytest.raises(FormatError, match="The id 'b' of row 1 belongs to another row"):
+        index.append([{"id": "b", "text": "four tales"}])
+
+
+@pytest.fixture(scope="module")
+def poisoned(tokenizer):
+    """A model in which one token, the exclamation mark, gives no number."""
+    lm = make_model("llama", spread=0.1, dtype=torch.float32)
+    token = tokenizer("!").input_ids[-1]
+    with torch.no_grad():
+        lm.get_input_embeddings().weight[token] = float("nan")
+    return lm
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_signature_that_is_not_finite_stops_or_is_counted(preset, lm, poisoned, tokenizer, tmp_path):
+    rows = [*CORPUS[:9], {"id": "bad", "text": "xylophone! and so on"}, *CORPUS[9:12]]
+    with pytest.raises(FormatError, match="Row 'bad' has a signature that is not finite: run `leaveout doctor` on the"):
+        Index.build(poisoned, rows, tmp_path / "index", preset, tokenizer, **MANY_COMMITS)
+    assert Store.open(tmp_path / "index").n_rows == 8  # what came before is kept
+    index = Index.build(poisoned, rows, tmp_path / "index", preset, tokenizer, skip_bad=True, **MANY_COMMITS)
+    assert index.ids == [row["id"] for row in CORPUS[:12]]
+    assert index.last_report.skipped == 1 and "'bad'" in index.last_report.messages[0]
+    healthy = Index.build(lm, [row for row in rows if row["id"] != "bad"], tmp_path / "healthy", preset, tokenizer)
+    assert_close(index.score(QUERIES), healthy.score(QUERIES), index.settings.storage)  # its statistics are of the rest
+    with pytest.raises(FormatError, match="A query has a signature that is not finite: run `leaveout doctor`"):
+        index.search(["xylophone! or not"])
+
+
+# Changing.
+
+
+def test_append_equals_the_build_of_both(build, tmp_path):
+    for preset, first in (("paper", 8), ("similarity", 7)):
+        index = build(preset, rows=CORPUS[:first], path=tmp_path / preset, **MANY_COMMITS)
+        report = index.append(CORPUS[first:], **MANY_COMMITS)
+        assert (report.added, report.skipped, len(index)) == (22 - first, 0, 22)
+        whole = build(preset, **MANY_COMMITS)
+        if first % 4 == 0:
+            assert contents(index.path)[0] == contents(whole.path)[0]
+        assert index.ids == whole.ids and index.check() == []
+        assert_close(index.score(QUERIES), whole.score(QUERIES), whole.settings.storage)
+
+
+def test_append_keeps_the_whitening(build, tmp_path):
+    index = build("default", rows=CORPUS[:9], path=tmp_path / "index")
+    before = contents(index.path)[2]
+    index.append(CORPUS[9:])
+    assert contents(index.path)[2] == before and before
+    wanted = index.encode(QUERIES).vectors @ index.encode(CORPUS).vectors.t()
+    assert_close(index.score(QUERIES), wanted, "int8")
+
+
+def test_deleted_rows_are_gone_everywhere(build, tmp_path):
+    index, whole = build("paper", path=tmp_path / "index", **MANY_COMMITS), build("paper", **MANY_COMMITS)
+    gone = ["row 3", "row 4", "row 5", "row 6", "row 7", "row 21"]  # one whole segment, and parts of others
+    assert index.delete([*gone, "never there"]) == 6
+    kept = [n for n, id in enumerate(whole.ids) if id not in gone]
+    for purged in (False, True):
+        if purged:
+            assert index.purge()["rows"] == 6
+        assert len(index) == 16 and index.ids == [whole.ids[n] for n in kept]
+        assert_close(index.score(QUERIES), whole.score(QUERIES)[:, kept], "float32")
+        wanted = [[hit.id for hit in hits if hit.id not in gone] for hits in whole.search(QUERIES, 22)]
+        assert [[hit.id for hit in hits] for hits in index.search(QUERIES, 22)] == wanted
+        assert not {hit.id for hit in index.select(QUERIES, 22, combine="rrf", where="n < 9")} & set(gone)
+        assert index.check() == []
+    assert index.append(CORPUS[3:8]).added == 5  # what is deleted may come back
+    assert index.ids[-5:] == gone[:5]
+
+
+# Forms of the stored rows.
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+@pytest.mark.parametrize("preset", ["paper", "default", "residual"])
+def test_storage_types_agree(preset, storage, build):
+    exact = build(preset, storage="float32")
+    found = build(preset, storage=storage)
+    assert_close(found.score(CORPUS), exact.score(CORPUS), storage)
+    assert found.info()["signature"]["storage"] == storage
+
+
+@pytest.mark.parametrize("preset", ["default", "similarity", "residual"])
+def test_low_rank_of_all_positions_is_exact(preset, build):
+    full = {"final_width": None, "storage": "float32", "window": 24, "stride": 18}
+    exact = build(preset, **full)
+    assert_close(build(preset, rank=60, **full).score(QUERIES), exact.score(QUERIES), "model float32")
+    assert np.abs(build(preset, rank=2, **full).score(QUERIES) - exact.score(QUERIES)).max() > 1e-3
+
+
+def test_low_rank_keeps_the_largest_singular_values(build):
+    full = {"final_width": None, "storage": "float32"}
+    rows = build("default", **full).encode(CORPUS).vectors.reshape(-1, 32, 32).double().numpy()
+    query = build("default", **full).encode(QUERIES)
+    u, s, vh = np.linalg.svd(rows)
+    s[:, 3:] = 0
+    wanted = np.einsum("nik,nk,nkj,qij->qn", u, s, vh, query.vectors.reshape(-1, 32, 32).double().numpy())
+    assert_close(build("default", rank=3, **full).score(QUERIES), wanted, "model float32")
+
+
+# Selection.
+
+
+@pytest.mark.parametrize("unwanted", [None, [TEXTS[5], TEXTS[6]]])
+@pytest.mark.parametrize("where", [None, "source = 'book'"])
+@pytest.mark.parametrize("combine", ["mean", "rrf"])
+def test_select_equals_the_formula(combine, where, unwanted, build):
+    index = build("default", storage="float32", **MANY_COMMITS)
+    rows, numbers = index.encode(CORPUS).vectors.double().numpy(), np.arange(22)[1 if where else 0 :: 2 if where else 1]
+
+    def value(texts):
+        vectors = index.encode(texts).vectors.double().numpy()
+        if combine == "mean":
+            return rows[numbers] @ np.mean([vector / np.linalg.norm(vector) for vector in vectors], 0)
+        ranks = [[sum(other >= own for other in scores) for own in scores] for scores in vectors @ rows[numbers].T]
+        return sum(1 / (60 + np.array(rank)) for rank in ranks)
+
+    wanted = value(QUERIES) - (0 if unwanted is None else value(unwanted))
+    hits = index.select(QUERIES, 5, unwanted=unwanted, combine=combine, where=where)
+    order = np.argsort(-wanted, kind="stable")[:5]
+    assert [hit.id for hit in hits] == [f"row {n}" for n in numbers[order]]
+    assert_close([hit.score for hit in hits], wanted[order], "model float32")
+
+
+# Explanations.
+
+
+@pytest.mark.parametrize("rank", [None, 60])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_explanation_adds_up_to_the_score(preset, rank, build):
+    if rank is not None and preset == "paper":
+        pytest.skip("a sketch of 128 x 128 numbers is smaller than its factors")
+    exact = {} if preset == "paper" else {"final_width": None, "storage": "float32"}
+    options = {"window": 40, "stride": 30, "rank": rank, **exact}
+    rows = [*CORPUS, {"id": "chat", **RAW[4]}, {"id": "long", "text": RAW[6]}, {"id": "answer", **RAW[3]}]
+    index = build(preset, rows=rows, **options)
+    for query, id in itertools.product([RAW[7], QUERIES[1]], ["row 3", "chat", "long", "answer"]):
+        explained, n = index.explain(query, id), index.ids.index(id)
+        shape = len(explained.query_tokens), len(explained.row_tokens)
+        assert explained.pairs.shape == shape and explained.id == id
+        assert explained.pairs.sum() == pytest.approx(explained.score, rel=1e-4)
+        vectors = index.encode([query, rows[n]]).vectors.double()
+        assert_close([explained.score], [float(vectors[0] @ vectors[1])], "explain")
+        assert_close([explained.stored_score], [explained.score], "explain" if exact else "float16")
+        assert explained.stored_score == pytest.approx(index.score([query])[0, n], rel=1e-5)
+        assert_close(explained.row_weights.sum(), explained.query_weights.sum(), "float64")
+        assert "".join(explained.row_tokens).replace("<s>", "") == index.records([id])[0].text.replace("<s>", "")
+
+
+def test_explanation_marks_the_tokens_that_are_learned(build):
+    """Pairs against autograd-free sums of single positions: masking all but one token's target leaves its column."""
+    index = build("default", rows=[*CORPUS, {"id": "answer", **RAW[3]}], final_width=None, storage="float32")
+    explained = index.explain({"prompt": TEXTS[0], "completion": " Yes."}, "answer")
+    learned = [piece for piece, weight in zip(explained.row_tokens, explained.row_weights, strict=True) if weight != 0]
+    assert "".join(learned).strip() == TEXTS[5].strip()
+    asked = [
+        piece for piece, weight in zip(explained.query_tokens, explained.query_weights, strict=True) if weight != 0
+    ]
+    assert "".join(asked).strip() == "Yes."
+
+
+def test_presets_are_named_and_changed_by_field():
+    with pytest.raises(ValueError, match="There is no preset 'best': give one of default, residual, similarity, paper"):
+        resolve_settings("best")
+    with pytest.raises(
+        ValueError, match="There is no signature setting 'temprature': settings are channels, final_width"
+    ):
+        resolve_settings("paper", temprature=1)

@@ -78,12 +78,14 @@ def test_search_equals_sorting_the_scores(preset, build, monkeypatch):
             assert [hit.meta["n"] for hit in hits] == order.tolist() and hits[0].text == CORPUS[order[0]]["text"]
 
 
+@pytest.mark.parametrize("options", [{}, {"final_width": 300}])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_scores_are_products_of_signatures(preset, build):
-    """[query, train], whichever side a text stands on; and a row's best match among likenesses is itself."""
-    index = build(preset)
+def test_scores_are_products_of_signatures(preset, options, build):
+    """[query, train], whichever side a text stands on; the cosine of a text with itself is 1."""
+    index = build(preset, **options)
     rows, queries = index.encode(CORPUS), index.encode(QUERIES)
     assert len(queries) == 3 and queries.texts[1] == TEXTS[1] + TEXTS[3]
+    assert rows.vectors.shape == (22, options.get("final_width", rows.vectors.shape[1]))
     wanted = (queries.vectors @ rows.vectors.t()).numpy()
     assert_close(index.score(queries), wanted, index.settings.storage)
     assert_close(index.score(CORPUS), index.score(CORPUS).T, index.settings.storage)
@@ -104,6 +106,7 @@ def test_where_restricts_the_ranking(build):
     hits = index.search(QUERIES[:1], 22, where="source = 'web' AND n > 5")[0]
     assert [hit.id for hit in hits] == [id for id in ranking if id in wanted]
     assert index.search(QUERIES[:1], 22, where="n > 100") == [[]]
+    assert index.ids_where("n > 19") == ["row 20", "row 21"]
     with pytest.raises((LeaveoutError, ValueError)):
         index.search(QUERIES[:1], where="1); DROP TABLE rows; --")
     assert len(index) == 22
@@ -304,6 +307,19 @@ def test_bad_row_stops_with_its_place_or_is_counted(lm, tokenizer, tmp_path):
     assert index.records(["row 3"])[0].extra["number"] == 8
 
 
+def test_units_and_facts_are_kept_and_progress_goes_to_stderr(build, tmp_path, capsys):
+    index = build("default", path=tmp_path / "index", units="group", progress=True)
+    assert [record.unit for record in index.records(["row 3", "row 4"])] == ["0", "1"]
+    index.append([{"text": "one tale", "group": "late"}])
+    assert index.records(index.ids[-1:])[0].unit == "late"
+    with pytest.raises(FormatError, match="field `group` is missing, but the units are named by it"):
+        index.append(["another tale"])
+    facts = index.info()
+    assert (facts["statistics"]["rows"], facts["units"], facts["source"]) == (22, "group", None)
+    printed = capsys.readouterr()
+    assert "statistics" in printed.err and "index" in printed.err and not printed.out
+
+
 def test_corpus_without_rows_is_refused(lm, tokenizer, tmp_path):
     for preset, rows in itertools.product(("paper", "default"), ([], [{"text": ""}])):
         with pytest.raises(FormatError, match="has no rows to index: give a corpus with at least one row"):
@@ -475,8 +491,18 @@ def test_explanation_adds_up_to_the_score(preset, rank, build):
         assert "".join(explained.row_tokens).replace("<s>", "") == index.records([id])[0].text.replace("<s>", "")
 
 
+def test_explanation_of_a_projected_row_is_the_exact_product(build):
+    exact, projected = build("default", final_width=None, storage="float32"), build("default", final_width=300)
+    length = np.sqrt(np.diag(exact.score(CORPUS)))
+    for n in (3, 8):
+        explained = projected.explain(CORPUS[0], f"row {n}")
+        assert_close([explained.score], [exact.score(CORPUS[:1])[0, n]], "explain")
+        assert explained.stored_score == pytest.approx(projected.score(CORPUS[:1])[0, n], rel=1e-5)
+        error = abs(explained.score - explained.stored_score)
+        assert 0 < error < 5 * np.sqrt(2 / 300) * length[0] * length[n]
+
+
 def test_explanation_marks_the_tokens_that_are_learned(build):
-    """Pairs against autograd-free sums of single positions: masking all but one token's target leaves its column."""
     index = build("default", rows=[*CORPUS, {"id": "answer", **RAW[3]}], final_width=None, storage="float32")
     explained = index.explain({"prompt": TEXTS[0], "completion": " Yes."}, "answer")
     learned = [piece for piece, weight in zip(explained.row_tokens, explained.row_weights, strict=True) if weight != 0]

@@ -125,6 +125,25 @@ def test_sparse_residual_equals_the_oracle(data):
         np.testing.assert_allclose(row, [wanted.get(v, 0.0) for v in range(size)], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("support", [None, 16])
+def test_narrow_head_is_widened_in_pieces(support):
+    """A bfloat16 head of more than 4,096 tokens gives what its float32 copy gives."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        head = Bare(4200, torch.bfloat16)
+        head.head = nn.Linear(8, 4200, dtype=torch.bfloat16)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        readout = Readout(head.to(dtype), None, None)
+        hidden, target = torch.randn(5, 8, generator=generator), torch.tensor([0, 4100, 7, 4095, 4096])
+        residual = Head(readout, resolve_settings("default", support=support), torch.float32)
+        found[dtype] = torch.cat([r @ readout.weight for _, r in residual.residuals(hidden, target)]).detach()
+    assert_close(found[torch.bfloat16], found[torch.float32], "float32")
+    assert found[torch.float32].abs().max() > 0.1
+
+
 def test_residuals_are_the_same_in_blocks(monkeypatch):
     monkeypatch.setattr("leaveout.readout.logits.BUFFER", 1)  # the smallest blocks
     z = np.random.default_rng(0).normal(0, 3, (50, 40))

@@ -102,14 +102,14 @@ def _token_losses(logits: Tensor, targets: Tensor, per: str = "example") -> Tens
 def _causal_lm(recipe: Recipe) -> Task:
     import transformers
 
-    if not isinstance(recipe.model, (str, Path)) and not callable(recipe.model):
-        raise FormatError("A causal-lm recipe needs `model`: a directory or name that transformers can load.")
-    make: Any = recipe.model
-    if callable(make):
-        model, tokenizer = make()
+    source: Any = recipe.model
+    if callable(source):
+        model, tokenizer = source()  # type: ignore[misc]
+    elif isinstance(source, (str, Path)):
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=recipe.real_dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(recipe.model, dtype=recipe.real_dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.model)
+        raise FormatError("A causal-lm recipe needs `model`: a directory or name that transformers can load.")
     model.set_attn_implementation("eager")
     model.config.use_cache = False
     trained = recipe.trained

@@ -22,10 +22,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from safetensors.numpy import load_file
 
-from leaveout import catalogue, purge, segment
-from leaveout import reader as reader_module
 from leaveout.errors import FormatError, MismatchError
-from leaveout.store import Record, Store
+from leaveout.store import Record, Store, catalogue, purge, segment
+from leaveout.store import reader as reader_module
 
 SYNCHRONOUS = catalogue.SYNCHRONOUS
 SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")
@@ -414,7 +413,7 @@ def test_killed_writer_loses_no_committed_row_and_leaves_no_lock(path: Path) -> 
 
 DIE_IN_COMMIT = """
 import os, signal, sys
-from leaveout import catalogue
+from leaveout.store import catalogue
 from leaveout.store import Store
 store = Store.open(sys.argv[1], write=True)
 with catalogue.writing(store.path) as db:

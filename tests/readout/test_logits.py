@@ -136,7 +136,7 @@ def test_narrow_head_is_widened_in_pieces(support):
         with torch.no_grad():
             for parameter in head.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        readout = Readout(head.to(dtype), None, None)
+        readout = Readout(head.to(dtype).requires_grad_(False), None, None)
         hidden, target = torch.randn(5, 8, generator=generator), torch.tensor([0, 4100, 7, 4095, 4096])
         residual = Head(readout, resolve_settings("default", support=support), torch.float32)
         found[dtype] = torch.cat([r @ readout.weight for _, r in residual.residuals(hidden, target)]).detach()

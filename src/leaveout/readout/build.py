@@ -336,11 +336,14 @@ class _Names:
 def resume_point(store: Store, corpus: Corpus) -> int:
     """Number of source rows that the store has already dealt with, after checking that they are the same rows.
 
+    Cost: two passes over the catalogue and one over the corpus, up to that point.
     Raises: MismatchError naming the first row that differs.
     """
-    if store.n_rows == 0:
+    last = -1
+    for record in store.iter_rows():
+        last = record.extra["number"]
+    if last < 0:
         return 0
-    last = store.rows([store.n_rows - 1])[0].extra["number"]
     known = iter(store.iter_rows())
     record = next(known, None)
     for row in corpus:

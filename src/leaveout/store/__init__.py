@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from leaveout import catalogue, purge, segment
-from leaveout.catalogue import CATALOGUE, SHIFT
 from leaveout.errors import FormatError, MismatchError
-from leaveout.reader import MAX_ROWS, Reader, Record, orphans, serialized
-from leaveout.segment import NAME, TEMPORARY, Segment, file_name, sync_directory
+from leaveout.store import catalogue, purge, segment
+from leaveout.store.catalogue import CATALOGUE, SHIFT
+from leaveout.store.reader import MAX_ROWS, Reader, Record, orphans, serialized
+from leaveout.store.segment import NAME, TEMPORARY, Segment, file_name, sync_directory
 
 __all__ = ["Record", "Segment", "Store"]
 

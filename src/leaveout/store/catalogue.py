@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import xxhash
 
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
-from leaveout.segment import TEMPORARY, sync_directory
+from leaveout.store.segment import TEMPORARY, sync_directory
 
 FORMAT = 1
 CATALOGUE = "catalogue.sqlite"

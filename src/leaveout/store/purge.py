@@ -17,9 +17,9 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from leaveout import catalogue
 from leaveout.errors import FormatError
-from leaveout.segment import BLOCK, Segment
+from leaveout.store import catalogue
+from leaveout.store.segment import BLOCK, Segment
 
 PIECE = 128  # bytes; one piece in 32 straddles two pages of the catalogue and cannot be seen there, four never all do
 SHORTEST = 16  # bytes; a shorter text or vector is found by chance

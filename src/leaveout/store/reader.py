@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from leaveout import catalogue
-from leaveout.catalogue import CATALOGUE, SHIFT
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
-from leaveout.segment import BLOCK, HASH, NAME, TEMPORARY, Segment
+from leaveout.store import catalogue
+from leaveout.store.catalogue import CATALOGUE, SHIFT
+from leaveout.store.segment import BLOCK, HASH, NAME, TEMPORARY, Segment
 
 MAX_ROWS = 1 << 31  # of one segment, and versions of one store
 

@@ -228,7 +228,9 @@ def add_rows(
             pending.add(
                 list(itertools.compress(records, finite)), {key: value[finite] for key, value in arrays.items()}
             )
-            bar.update(chunk.rows[-1].number + 1 - bar.n if not append else len(chunk.rows))
+            if number == 0:  # what an earlier run did is no part of this run's speed
+                bar.initial = bar.n = chunk.rows[0].number
+            bar.update(chunk.rows[-1].number + 1 - bar.n)
     pending.commit()
     report.added, report.seconds = pending.added, time.monotonic() - began
     return report

@@ -256,3 +256,21 @@ def test_frozen_weights_carry_no_series():
     model, _data = lora()
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     assert names and all("lora_" in n for n in names)
+
+
+def test_complex_erf_agrees_with_scipy():
+    special = pytest.importorskip("scipy.special")
+    z = torch.complex(2 * torch.randn(500, dtype=torch.float64), 2 * torch.randn(500, dtype=torch.float64))
+    z[:3] = torch.tensor([0, 1j, 1e-12 + 0.3j])
+    wanted = torch.from_numpy(special.erf(z.numpy()))
+    assert float(((roots.complex_erf(z) - wanted).abs() / wanted.abs().clamp(min=1e-300)).max()) < 1e-12
+
+
+def test_coefficients_are_those_of_a_known_function():
+    z = roots.nodes(32, 0.5)
+    found = roots.coefficients(z.exp(), 0.5, 6)
+    wanted = torch.tensor([1 / torch.tensor(float(k)).lgamma().exp() / max(k, 1) for k in range(7)])
+    assert_close(found[1:].real, wanted[1:].double(), "single")
+    assert_close(found, roots.coefficients(roots.nodes(64, 0.7).exp(), 0.7, 6), "exact")
+    with pytest.raises(ValueError, match="degree 6 needs more than 6 points"):
+        roots.coefficients(z[:6], 0.5, 6)

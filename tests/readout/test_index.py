@@ -17,6 +17,7 @@ from leaveout.errors import FormatError, LeaveoutError, MismatchError
 from leaveout.readout import search as search_module
 from leaveout.readout.index import Index, Queries
 from leaveout.readout.settings import PRESETS, resolve_settings
+from leaveout.readout.storage import decode, encode
 from leaveout.store import Store
 
 from .conftest import RAW, assert_close
@@ -63,13 +64,14 @@ def contents(path):
 # Search and score.
 
 
+@pytest.mark.parametrize("commits", [{}, MANY_COMMITS])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_search_equals_sorting_the_scores(preset, build, monkeypatch):
-    index = build(preset, **MANY_COMMITS)
+def test_search_equals_sorting_the_scores(preset, commits, build, monkeypatch):
+    index = build(preset, **commits)
     scores = index.score(QUERIES)
     assert scores.shape == (3, 22) and index.ids == [row["id"] for row in CORPUS]
     monkeypatch.setattr(search_module, "BUFFER", 1)  # one row at a time
-    for k in (1, 5, 100):
+    for k in (1, 3, 5, 100):
         for hits, row in zip(index.search(QUERIES, k), scores, strict=True):
             order = np.argsort(-row, kind="stable")[:k]
             assert [hit.id for hit in hits] == [index.ids[n] for n in order]
@@ -191,19 +193,18 @@ def test_killed_build_resumes_to_the_same_index(call, preset, build, tmp_path, m
 
 SCRIPT = """
 import os, signal, sys
-from leaveout import segment
 from leaveout.readout.index import Index
+from leaveout.store import Store
 from readout.test_index import CORPUS, MANY_COMMITS
 
-calls, write = iter(range(100)), segment.write
+calls, transaction = iter(range(100)), Store._transaction
 
-def write_and_die(*args):
-    written = write(*args)
-    if next(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)  # the file is there, its version is not
-    return written
+def die(store):
+    if next(calls) == 4:  # statistics, whitening and two segments are committed, the third has its file
+        os.kill(os.getpid(), signal.SIGKILL)
+    return transaction(store)
 
-segment.write = write_and_die
+Store._transaction = die
 Index.build(sys.argv[1], CORPUS, sys.argv[2], **MANY_COMMITS)
 """
 
@@ -413,6 +414,19 @@ def test_deleted_rows_are_gone_everywhere(build, tmp_path):
 
 
 # Forms of the stored rows.
+
+
+@pytest.mark.parametrize(
+    ("storage", "relative", "absolute"), [("float32", 0, 0), ("float16", 2**-11, 2**-25), ("int8", 0, 1 / 254)]
+)
+def test_stored_numbers_are_rounded_to_the_nearest(storage, relative, absolute):
+    """Relative to a number, and absolute in units of the largest of its row; rows of any size, zero included."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 500, generator=generator) ** 3 * torch.tensor([1e-30, 1e-3, 1.0, 70_000.0, 1e30, 0.0])[:, None]
+    arrays = encode(x, storage)
+    assert arrays["signature"].dtype.name == storage and arrays["scale"].dtype == np.float32
+    bound = relative * x.abs() + absolute * x.abs().amax(1, keepdim=True)
+    assert ((decode(arrays) - x).abs() <= 1.001 * bound).all()
 
 
 @pytest.mark.parametrize("storage", ["float16", "int8"])

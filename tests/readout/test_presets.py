@@ -152,7 +152,7 @@ class SlowResidual(Slow):
 
 @pytest.mark.parametrize("family", PLACES)
 def test_residual_equals_the_exact_product(family, tokenizer, tokenised, rows):
-    readout = make_readout(family, tokenizer, spread=0.15)
+    readout = make_readout(family, tokenizer, spread=0.3)
     settings = resolve_settings("residual", **EXACT)
     found, matrices, _ = signed(readout, settings, tokenised, rows)
     slow = SlowResidual(readout.lm)

@@ -56,12 +56,16 @@ def complex_erf(z: Tensor) -> Tensor:
     cos, sin = torch.cos(2 * x * y), torch.sin(2 * x * y)
     first_re = torch.where(small, x * y * y, (1 - cos) / (2 * safe))
     first_im = torch.where(small, y, sin / (2 * safe))
-    re, im = x.erf() + decay / math.pi * first_re, decay / math.pi * first_im
+    # sum of b_n, b_n cosh(n y) and n b_n sinh(n y), with b_n = exp(-n^2 / 4) / (n^2 + 4 x^2)
+    up, down, rise, fall, four_x2 = y.exp(), (-y).exp(), 1.0, 1.0, 4 * x * x
+    plain = cosh = sinh = torch.zeros_like(x)
     for n in range(1, 33):
-        bell = math.exp(-n * n / 4) / (n * n + 4 * x * x)
-        cosh, sinh = torch.cosh(n * y), torch.sinh(n * y)
-        re = re + 2 / math.pi * decay * bell * (2 * x - 2 * x * cosh * cos + n * sinh * sin)
-        im = im + 2 / math.pi * decay * bell * (2 * x * cosh * sin + n * sinh * cos)
+        rise, fall = rise * up, fall * down
+        bell = (math.exp(-n * n / 4) / 2) / (four_x2 + n * n)
+        plain, cosh, sinh = plain + bell, cosh + bell * (rise + fall), sinh + n * bell * (rise - fall)
+    tail = 2 / math.pi * decay
+    re = x.erf() + decay / math.pi * first_re + tail * (4 * x * plain - 2 * x * cosh * cos + sinh * sin)
+    im = decay / math.pi * first_im + tail * (2 * x * cosh * sin + sinh * cos)
     return torch.complex(re, im)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from leaveout.jets import series as S
+from leaveout.jets.products import matmul
 from leaveout.jets.series import Series
 from leaveout.jets.tensor import TABLE, Jet, Space, unsupported
 
@@ -447,14 +448,14 @@ def _reciprocal(func: Any, args: Any, kwargs: dict) -> Jet:
 
 @rule(aten.mm.default, aten.bmm.default)
 def _matmul(func: Any, args: Any, kwargs: dict) -> Jet:
-    return wrap(S.matmul(operand(args[0]), operand(args[1])), space_of(args))
+    return wrap(matmul(operand(args[0]), operand(args[1])), space_of(args))
 
 
 @rule(aten.mv.default)
 def _mv(func: Any, args: Any, kwargs: dict) -> Jet:
     a, b = operand(args[0]), operand(args[1])
     b = b.map(lambda t: t.unsqueeze(-1)) if isinstance(b, Series) else b.unsqueeze(-1)
-    return wrap(S.matmul(a, b).map(lambda t: t.squeeze(-1)), space_of(args))
+    return wrap(matmul(a, b).map(lambda t: t.squeeze(-1)), space_of(args))
 
 
 @rule(aten.dot.default)
@@ -468,7 +469,7 @@ def _addmm(func: Any, args: Any, kwargs: dict) -> Jet:
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
     if not (isinstance(a, Series) or isinstance(b, Series)):
         return wrap(S.add(torch.matmul(a, b) * alpha, bias, beta), space_of(args))
-    product = S.matmul(a, b)
+    product = matmul(a, b)
     if isinstance(bias, Series) and alpha == 1:
         c = torch.add(product.c, bias.c, alpha=beta)
         return wrap(Series(c, product.h.add_(S._aligned(bias.h, c.dim()), alpha=beta)), space_of(args))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leaveout.jets import series as S
+from leaveout.jets.products import matmul
 from leaveout.jets.rules import aten, constant, from_end, note_nonsmooth, operand, rule, space_of, wrap
 from leaveout.jets.series import Series
 from leaveout.jets.tensor import Jet, unsupported
@@ -357,7 +358,7 @@ def _convolution(func: Any, args: Any, kwargs: dict) -> Jet:
     kernel = tuple(args[1].shape[2:])
     n, out_shape = args[0].shape[0], _conv_shape(args[0].shape[2:], kernel, geometry)
     cols = _mapped(x, lambda t: _patches(t, kernel, groups, geometry))
-    rows = S.matmul(_mapped(w, lambda t: _filters(t, groups)), cols)
+    rows = matmul(_mapped(w, lambda t: _filters(t, groups)), cols)
 
     def image(t: Tensor) -> Tensor:
         t = t.unflatten(-1, (n, -1)).movedim(-2, -4).flatten(-3, -2)
@@ -382,11 +383,11 @@ def _convolution_backward(func: Any, args: Any, kwargs: dict) -> tuple:
     grads: list[Any] = [None, None, None]
     if mask[0]:
         n, size = args[1].shape[0], tuple(args[1].shape[2:])
-        cols = S.matmul(_mapped(w, lambda t: _filters(t, groups).mT), rows)
+        cols = matmul(_mapped(w, lambda t: _filters(t, groups).mT), rows)
         grads[0] = wrap(cols.map(lambda t: _from_patches(t, n, size, kernel, geometry)), space)
     if mask[1]:
         cols = _mapped(x, lambda t: _patches(t, kernel, groups, geometry).mT)
-        flat = S.matmul(rows, cols)
+        flat = matmul(rows, cols)
         grads[1] = wrap(_reshaped(flat, tuple(args[2].shape)), space)
     if mask[2]:
         grads[2] = wrap(_per_channel_sum(g), space) if isinstance(g, Series) else g.sum((0, 2, 3))

@@ -132,7 +132,9 @@ class Index:
     def _checked(self, readout: Readout) -> Readout:
         for name, value in readout.identity().items():
             if self.identity[name] != value:
-                what = {"weights": "other weights", "tokenizer": "another tokenizer"}.get(name, f"another {name} ({value})")
+                what = {"weights": "other weights", "tokenizer": "another tokenizer"}.get(
+                    name, f"another {name} ({value})"
+                )
                 raise MismatchError(
                     f"The given model has {what} than the one that {self._store.path} was built with "
                     f"(a {self.identity['family']} in {self.identity['dtype']}): give that model, or build a new index."

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from leaveout.readout.model import Readout
+from leaveout.readout.projection import CountSketch
 from leaveout.readout.settings import SignatureSettings
 
 BUFFER = 48 * 2**20  # bytes of logits alive at once
@@ -53,6 +55,11 @@ class SparseResidual:
     def __matmul__(self, matrix: Tensor) -> Tensor:
         """r @ matrix [positions, width], touching only the rows of the matrix that survive."""
         return F.embedding_bag(self.index, matrix.to(self.value.dtype), per_sample_weights=self.value, mode="sum")
+
+    def count_sketch(self, sketch: CountSketch) -> Tensor:
+        """r @ sketch.matrix() [positions, width], one addition per surviving entry."""
+        result = self.value.new_zeros(len(self.value), sketch.width)
+        return result.scatter_add_(1, sketch.buckets[self.index], self.value * sketch.signs[self.index])
 
 
 def _wide_product(x: Tensor, matrix: Tensor) -> Tensor:
@@ -158,8 +165,22 @@ def largest(scores: Tensor, count: int, reach: float) -> tuple[Tensor, Tensor]:
     peak = groups.amax(1)
     near = (peak >= peak.amax(1, keepdim=True) - reach).sum(1)
     n_groups = min(max(int(near.max()), 4), count, n_all)
-    chosen = peak.topk(n_groups, dim=1, sorted=False).indices
+    chosen = _top_places(peak, n_groups)
     candidates = groups.gather(2, chosen[:, None, :].expand(-1, GROUP, -1)).view(rows, GROUP * n_groups)
-    value, place = candidates.topk(min(count, candidates.shape[1]), dim=1)
+    place = _top_places(candidates, min(count, candidates.shape[1]))
+    value, order = candidates.gather(1, place).sort(dim=1, descending=True)
+    place = place.gather(1, order)
     index = chosen.gather(1, place % n_groups) + torch.div(place, n_groups, rounding_mode="floor") * n_all
     return value, index
+
+
+def _top_places(x: Tensor, count: int) -> Tensor:
+    """Columns [rows, count] of the largest entries of each row, in any order.
+
+    numpy's selection is vectorised where the processor allows it, and was 3 times as fast as torch's here.
+    """
+    if count == x.shape[1]:
+        return torch.arange(count, device=x.device).expand(len(x), -1)
+    if x.device.type != "cpu":
+        return x.topk(count, dim=1, sorted=False).indices
+    return torch.from_numpy(np.argpartition(x.numpy(), x.shape[1] - count, axis=1)[:, x.shape[1] - count :].copy())

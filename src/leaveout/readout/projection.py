@@ -59,6 +59,9 @@ class CountSketch:
         signs = 1.0 - 2.0 * (bits >> np.uint64(63)).astype(np.float32)
         return cls(torch.from_numpy(buckets.astype(np.int64)), torch.from_numpy(signs), width)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> CountSketch:
+        return CountSketch(self.buckets.to(device), self.signs.to(device, dtype), self.width)
+
     def matrix(self) -> Tensor:
         """The dense form [size, width], so that x @ matrix is the sketch."""
         dense = torch.zeros(len(self.buckets), self.width)

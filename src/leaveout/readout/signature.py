@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from leaveout.errors import MismatchError, UnsupportedError
-from leaveout.readout.logits import Head
+from leaveout.readout.logits import Head, SparseResidual
 from leaveout.readout.model import Readout
 from leaveout.readout.projection import CountSketch, Hadamard, orthogonal
 from leaveout.readout.residual import Tap, find_taps, pull_back, recording
@@ -82,6 +82,11 @@ def moment(raw: str, channel: Channel) -> str:
     return f"{raw}.damping-{channel.damping:g}"
 
 
+def _stream(channel: Channel, side: str, number: int, name: str) -> str:
+    """Name of a projection's randomness; the hidden states of all channels share one."""
+    return f"{channel.kind}/{number}/{name}/{side}" if side == "left" or name else "h"
+
+
 class Signer:
     """Computes signatures of one readout with one set of settings.
 
@@ -97,6 +102,7 @@ class Signer:
         self.dtype = torch.float64 if readout.weight.dtype == torch.float64 else torch.float32
         self.head = Head(readout, settings, self.dtype)
         self.maps: dict[str, Tensor] = {}  # raw left vectors are r @ maps[key]
+        self.count_sketches: dict[str, CountSketch] = {}  # the same maps, where a few additions do the product
         self.taps: dict[str, Tap] = {}
         self.final_norm: torch.nn.Module | None = None
         self.notes: list[str] = []
@@ -124,6 +130,9 @@ class Signer:
                 )
             if left_sketch is None:
                 left_sketch = torch.eye(self.readout.vocabulary, dtype=self.dtype, device=self.readout.device)
+            elif channel.projection == "countsketch":
+                sketch = self._count_sketch(channel, "left", number, self.readout.vocabulary)
+                self.count_sketches[key] = sketch.to(self.readout.device, self.dtype)
             self.maps[key] = left_sketch
             left = Factor(key, self.maps[key].shape[1], moment(key, channel) if channel.whiten_left else None)
         elif channel.whiten_left or left_sketch is None:
@@ -182,12 +191,16 @@ class Signer:
         width = channel.left_width if side == "left" else channel.right_width
         if width is None or (channel.projection == "orthogonal" and width >= size):
             return None  # never project where the size already fits
-        stream = f"{channel.kind}/{number}/{name}/{side}" if side == "left" or name else "h"
         if channel.projection == "orthogonal":
-            dense = orthogonal(size, width, self.settings.seed, stream)
+            dense = orthogonal(size, width, self.settings.seed, _stream(channel, side, number, name))
         else:
-            dense = CountSketch.make(size, width, self.settings.seed, stream).matrix()
+            dense = self._count_sketch(channel, side, number, size, name).matrix()
         return dense.to(self.readout.device, self.dtype)
+
+    def _count_sketch(self, channel: Channel, side: str, number: int, size: int, name: str = "") -> CountSketch:
+        width = channel.left_width if side == "left" else channel.right_width
+        assert width is not None
+        return CountSketch.make(size, width, self.settings.seed, _stream(channel, side, number, name))
 
     # ---------------------------------------------------------------- positions of a batch
 
@@ -234,7 +247,10 @@ class Signer:
         raw = {key: hidden.new_empty(len(hidden), matrix.shape[1]) for key, matrix in self.maps.items()}
         for piece, residual in self.head.residuals(hidden, target):
             for key, matrix in self.maps.items():
-                raw[key][piece] = residual @ matrix
+                if key in self.count_sketches and isinstance(residual, SparseResidual):
+                    raw[key][piece] = residual.count_sketch(self.count_sketches[key])
+                else:
+                    raw[key][piece] = residual @ matrix
         return raw
 
     def _draw(self, hidden: Tensor, generator: torch.Generator) -> Tensor:

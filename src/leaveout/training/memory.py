@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +91,30 @@ def _kept_bytes(recipe: Recipe, task: Task) -> int:
 
 def _size(example: object) -> int:
     return len(getattr(example, "text", "")) or 1
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Let the allocator keep what is freed, while a run lasts.
+
+    glibc gives large blocks back at once and faults every page in anew at the next operation: 3 % of the time of a
+    microgpt step and 10 % of one of GPT-2 shape. Elsewhere than on glibc nothing is changed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 2**30)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _GLIBC_DEFAULT)
+        mallopt(_M_TRIM_THRESHOLD, _GLIBC_DEFAULT)
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _GLIBC_DEFAULT = -1, -3, 128 * 1024
 
 
 def available_memory() -> int:

@@ -28,12 +28,14 @@ class MicroGPT(nn.Module):
             nn.init.normal_(p, std=0.08)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.wte(ids) + self.wpe.weight[: ids.shape[1]]
-        return self.lm_head(self.block(rms_norm(x)))
+        examples, tokens = ids.shape
+        x = self.wte(ids) + self.wpe.weight[:tokens]
+        x = self.block(rms_norm(x.view(examples * tokens, -1)), tokens)
+        return self.lm_head(x).view(examples, tokens, -1)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normed copy of the stream."""
+    """Attention and MLP, each on a normed copy of the stream; tokens of all examples are rows of one matrix."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -45,17 +47,20 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width, bias=False)
         self.fc2 = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attend(rms_norm(x))
+    def forward(self, x: Tensor, tokens: int) -> Tensor:
+        """Shapes: x [examples * tokens, width] -> alike."""
+        x = x + self.attend(rms_norm(x), tokens)
         return x + self.fc2(F.gelu(self.fc1(rms_norm(x))))
 
-    def attend(self, x: Tensor) -> Tensor:
-        n, tokens, width = x.shape
-        q, k, v = (w(x).view(n, tokens, self.heads, -1).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        scores = q @ k.transpose(-2, -1) / (width // self.heads) ** 0.5
+    def attend(self, x: Tensor, tokens: int) -> Tensor:
+        width = x.shape[1] // self.heads
+        q, k, v = (
+            w(x).view(-1, tokens, self.heads, width).transpose(1, 2).flatten(0, 1) for w in (self.wq, self.wk, self.wv)
+        )
         future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-        mixed = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
-        return self.wo(mixed.transpose(1, 2).reshape(n, tokens, width))
+        scores = torch.bmm(q / width**0.5, k.mT).masked_fill(future, float("-inf"))
+        mixed = torch.bmm(scores.softmax(-1), v)
+        return self.wo(mixed.view(-1, self.heads, tokens, width).transpose(1, 2).reshape(x.shape))
 
 
 def rms_norm(x: Tensor) -> Tensor:

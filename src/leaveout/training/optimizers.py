@@ -10,7 +10,6 @@ import torch
 from leaveout.jets import Jet, Series
 from leaveout.jets.rules_optim import AdamStep, adam_step_
 
-
 BLOCK = 65536
 """Elements that stay in the cache through the seven passes of a plain step; matters for stacked parameters."""
 

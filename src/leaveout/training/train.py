@@ -22,7 +22,7 @@ from tqdm import tqdm
 from leaveout.errors import StabilityError
 from leaveout.jets import Jet, Series, Space, install, restore, roots
 from leaveout.training.checkpoint import Checkpoint, restore_state, state_of
-from leaveout.training.memory import MemoryPlan, plan_memory
+from leaveout.training.memory import MemoryPlan, kept_memory, plan_memory
 from leaveout.training.optimizers import PaperAdam
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Batch, Task, task_of
@@ -296,7 +296,7 @@ def _jet_round(
             _clipper(recipe, params), lambda step: _check_finite(params, step),
         )  # fmt: skip
         checkpoint = options.checkpoint(f"jets-{number}", recipe.hash(), psi, space.degree, space.dtype)
-        with _flushed_denormals():
+        with _flushed_denormals(), kept_memory():
             loop.run(checkpoint, f"degree {space.degree}, {space.directions} directions", options)
             losses = None if queries is None else _query_series(task, space, queries)
         kept = params if settings.keep_parameters else {}

@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--directions", type=int, default=12)
     parser.add_argument("--degree", type=int, default=100)
-    parser.add_argument("--radii", type=float, nargs="+", default=[6.0])
+    parser.add_argument("--radii", type=float, nargs="+", default=[8.0])
     parser.add_argument("--query", default="max")
     parser.add_argument("--steps", type=int, help="a shorter run, to try things out")
     parser.add_argument("--seed", type=int, default=0)

@@ -40,7 +40,7 @@ def microgpt(space: Space | None, dtype: torch.dtype) -> tuple[nn.Module, list[T
 
 
 def gpt2(space: Space | None, dtype: torch.dtype) -> tuple[nn.Module, list[Tensor], Callable[[Tensor], Tensor]]:
-    """GPT-2 shape: width 128, 4 layers, vocabulary 1000; 0.93 million parameters, 4 x 64 tokens a step."""
+    """GPT-2 shape: width 128, 4 layers, vocabulary 1000; 0.93 million parameters, 8 x 64 tokens a step."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -49,7 +49,7 @@ def gpt2(space: Space | None, dtype: torch.dtype) -> tuple[nn.Module, list[Tenso
         activation_function="gelu_pytorch_tanh",
     )  # fmt: skip
     model = GPT2LMHeadModel(config).to(dtype)
-    batches = [torch.randint(0, 1000, (4, 65)) for _ in range(2)]
+    batches = [torch.randint(0, 1000, (8, 65)) for _ in range(1)]
 
     def loss(ids: Tensor) -> Tensor:
         inputs = ids[:, :-1]

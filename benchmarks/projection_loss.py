@@ -7,7 +7,8 @@ One forward pass gives the exact, unprojected rows (hidden squared numbers each,
 Hadamard projections of several widths, with several seeds, and the rounding of the stored form; queries are projected
 and not rounded, as in a search. Reported per width and type: the Spearman correlation over the rows of stored and exact
 scores, as a mean over queries with its bootstrap interval, and the share of the exact 10 best rows that stay among the
-10 best. The first seed is that of the preset; its projection is checked to be the one that an index applies.
+10 best. The first seed is that of the preset; its projection is checked to be the one that an index applies. Beside it,
+for as many bytes: rows stored by their largest singular triples (the setting `rank`), queries in full.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from leaveout.metrics import bootstrap_interval, recall_at, spearman
 from leaveout.readout.model import Readout
 from leaveout.readout.projection import Hadamard
 from leaveout.readout.settings import PRESETS, SignatureSettings
-from leaveout.readout.signature import Signer
+from leaveout.readout.signature import Signer, low_rank
 from leaveout.readout.storage import decode, encode
 from leaveout.readout.tokens import TokenisedRow, Window
 from leaveout.readout.whitening import whitening_matrices
@@ -44,6 +45,7 @@ from measuring import (
 )
 
 WIDTHS = (4096, 8192, 16384, 32768)
+RANKS = (7, 14, 28)  # about as many bytes as 8,192, 16,384 and 32,768 numbers of a projection
 STORAGES = ("int8", "float16")
 LONGEST_RESPONSE = 120
 GOAL = 0.95  # for the preset as it is stored
@@ -98,6 +100,13 @@ def judge(exact: np.ndarray, scores: np.ndarray, seed: int) -> dict[str, Any]:
     }
 
 
+def cosines(queries: Tensor, train: Tensor) -> dict[str, float]:
+    """Spread of the exact cosines of queries and rows; a projection adds an error of about 1 / sqrt(width) to each."""
+    lengths = queries.norm(dim=1).double().numpy()[:, None] * train.norm(dim=1).double().numpy()
+    found = exact_scores(queries, train) / lengths
+    return {"mean": found.mean(), "standard_deviation": found.std(), "largest": found.max()}
+
+
 def measure(signer: Signer, queries: Tensor, train: Tensor, widths: Sequence[int], seeds: Sequence[int]) -> list[Any]:
     """One line of results per projection seed, width and type of the stored numbers."""
     part, exact = signer.parts[0], exact_scores(queries, train)
@@ -111,26 +120,46 @@ def measure(signer: Signer, queries: Tensor, train: Tensor, widths: Sequence[int
         projected, asked = project(train, hadamard), project(queries, hadamard)
         for storage in STORAGES:
             scores = (asked @ decode(encode(projected, storage)).t()).numpy()
-            facts = {"width": width, "storage": storage, "projection_seed": seed}
+            facts = {"form": "projection", "size": width, "numbers": width, "storage": storage, "seed": seed}
             lines.append(facts | judge(exact, scores, seed))
     return lines
 
 
+def measure_ranks(signer: Signer, queries: Tensor, train: Tensor, ranks: Sequence[int]) -> list[Any]:
+    """The same for rows stored by their largest singular triples, as the setting `rank` does, in int8."""
+    part, exact = signer.parts[0], exact_scores(queries, train)
+    left, right = part.left.width, part.right.width
+    identity = torch.eye(left)
+    factors = [low_rank(identity, row.view(left, right), max(ranks)) for row in train]
+    u = torch.stack(factors)[:, : max(ranks) * left].unflatten(1, (-1, left))
+    v = torch.stack(factors)[:, max(ranks) * left :].unflatten(1, (-1, right))
+    lines = []
+    for rank in ranks:
+        stored = decode(encode(torch.cat([u[:, :rank].flatten(1), v[:, :rank].flatten(1)], 1), "int8"))
+        us, vs = stored[:, : rank * left].reshape(-1, left), stored[:, rank * left :].reshape(-1, right)
+        products = torch.stack([((us @ query.view(left, right)) * vs).sum(1) for query in queries])
+        scores = products.unflatten(1, (-1, rank)).sum(2).numpy()
+        facts = {"form": "rank", "size": rank, "numbers": rank * (left + right), "storage": "int8", "seed": 0}
+        lines.append(facts | judge(exact, scores, 0))
+    return lines
+
+
 def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over the projection seeds, per width and type."""
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    """Over the projection seeds, per form, size and type."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for line in lines:
-        groups.setdefault((line["width"], line["storage"]), []).append(line)
+        groups.setdefault((line["form"], line["size"], line["storage"], line["numbers"]), []).append(line)
     return [
         {
-            "width": width,
+            "form": form,
+            "size": size,
             "storage": storage,
-            "bytes_per_row": width * (1 if storage == "int8" else 2) + 4,
+            "bytes_per_row": numbers * (1 if storage == "int8" else 2) + 4,
             "spearman": spread([line["spearman"]["mean"] for line in group]),
             "spearman_lowest_query": spread([line["spearman_lowest_query"] for line in group]),
             "best_10_kept": spread([line["best_10_kept"] for line in group]),
         }
-        for (width, storage), group in groups.items()
+        for (form, size, storage, numbers), group in groups.items()
     ]
 
 
@@ -141,22 +170,23 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     settings = PRESETS["default"]
     if args.smoke:
-        n_rows, n_queries, widths, projections = 20, 4, (16, 32, 64), 2
+        n_rows, n_queries, widths, ranks, projections = 20, 4, (16, 32, 64), (1, 4), 2
         settings = replace(settings, final_width=32)
         readout, rows = RememberingReadout.of(tiny(args.seed)), made_rows(24, args.seed)
     else:
-        n_rows, n_queries, widths, projections = 400, 20, WIDTHS, args.projections
+        n_rows, n_queries, widths, ranks, projections = 400, 20, WIDTHS, RANKS, args.projections
         readout = RememberingReadout.of(smollm2())
         rows = chosen_rows(alpaca(args.seed), readout, n_rows + n_queries)
     vectors, signer = exact_rows(readout, rows, n_rows, settings)
     seeds = range(settings.seed, settings.seed + projections)
-    lines = measure(signer, vectors[n_rows:], vectors[:n_rows], widths, seeds)
+    queries, train = vectors[n_rows:], vectors[:n_rows]
+    lines = measure(signer, queries, train, widths, seeds) + measure_ranks(signer, queries, train, ranks)
     summary = summarise(lines)
     for line in summary:
         rho, kept = line["spearman"], line["best_10_kept"]
-        print(f"{line['width']:6} {line['storage']:8} Spearman {rho['median']:.4f}", end=" ")
+        print(f"{line['form']:10} {line['size']:6} {line['storage']:8} Spearman {rho['median']:.4f}", end=" ")
         print(f"[{rho['low']:.4f}, {rho['high']:.4f}], of the 10 best {kept['median']:.0%} kept")
-    own = next(line for line in lines if (line["width"], line["storage"]) == (settings.final_width, settings.storage))
+    own = next(line for line in lines if (line["size"], line["storage"]) == (settings.final_width, settings.storage))
     reached = own["spearman"]["mean"] >= GOAL
     print(f"{'reached' if reached else 'MISSED'}: default as stored {own['spearman']['mean']:.4f} (goal {GOAL})")
     result = {
@@ -169,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         "statistics_rows": min(settings.sample_rows, n_rows),
         "repeats": projections,
         "default_as_stored": {**own, "goal": GOAL, "reached": reached},
+        "exact_cosines": cosines(queries, train),
         "summary": summary,
         "projections": lines,
     }

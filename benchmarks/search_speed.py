@@ -6,7 +6,7 @@
 Compared in one run, interleaved, with the files in the page cache:
     search    `scan` of the store's segments and the 10 best rows of each query
     blocks    the product alone over a float16 tensor in memory, widened to float32 block by block in one small buffer
-    half      the product alone in float16
+    half      the product alone in float16: queries and scores are rounded as well, `half_error` says how far
     widened   the product alone over the data as float32, widened beforehand: twice the memory, for information only
 The goal compares with the faster of `blocks` and `half`.
 """
@@ -85,8 +85,10 @@ def measure(directory: Path, rows: int, width: int, n_queries: int, repeats: int
     data = vectors(rows, width, seed)
     queries = torch.randn(n_queries, width, generator=torch.Generator().manual_seed(seed + 1))
     with fill(directory / "store", data) as store:
-        check(search(store, queries), in_blocks(data, queries))  # also warms the page cache
+        scores = in_blocks(data, queries)
+        check(search(store, queries), scores)  # also warms the page cache
         wide, narrow = data.float(), queries.half()
+        half_error = ((data @ narrow.t()).float() - scores).abs().max() / scores.abs().max()
         tasks: dict[str, Callable[[], object]] = {
             "search": lambda: search(store, queries),
             "blocks": lambda: in_blocks(data, queries),
@@ -106,6 +108,7 @@ def measure(directory: Path, rows: int, width: int, n_queries: int, repeats: int
         "repeats": repeats,
         "cpu_seconds": {name: spread(values) for name, values in times.items()},
         "search_over": over,
+        "half_error": half_error.item(),
         "fastest_in_memory": fastest,
         "goal": GOAL,
         "measured": over[fastest]["median"],

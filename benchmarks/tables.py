@@ -91,13 +91,16 @@ def retrieval(result: dict[str, Any]) -> str:
     return table(head, lines)
 
 
+FORMS = {"projection": "projected to {:,} numbers", "rank": "{} largest singular triples"}
+
+
 def projection(result: dict[str, Any]) -> str:
     head = ["stored as", "bytes a row", "Spearman with the exact scores", "of the 10 best kept"]
     return table(
         head,
         [
             [
-                f"{line['width']:,} {line['storage']}",
+                f"{FORMS[line['form']].format(line['size'])}, {line['storage']}",
                 f"{line['bytes_per_row']:,}",
                 f"{line['spearman']['median']:.3f} [{line['spearman']['low']:.3f}, {line['spearman']['high']:.3f}]",
                 f"{line['best_10_kept']['median']:.0%}",

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,9 +126,20 @@ def test_remembering_readout_refuses_the_padding_token_inside_a_row(script):
 
 def test_projection_loss_shrinks_with_the_width(smoke_results):
     result = json.loads((smoke_results / "readout_projection.json").read_text())
-    loss = [line["spearman"]["median"] for line in result["summary"] if line["storage"] == "int8"]
-    assert loss[0] < loss[-1] < 1
-    assert result["default_as_stored"]["projection_seed"] == 0
+    for form in ("projection", "rank"):
+        same = [line for line in result["summary"] if line["form"] == form and line["storage"] == "int8"]
+        loss = [line["spearman"]["median"] for line in same]
+        assert loss[0] < loss[-1] < 1 and same[0]["bytes_per_row"] < same[-1]["bytes_per_row"]
+    assert result["default_as_stored"]["seed"] == 0
+    assert 0 < result["exact_cosines"]["standard_deviation"] < result["exact_cosines"]["largest"] <= 1
+
+
+def test_rows_of_full_rank_lose_only_rounding(script):
+    projection_loss, measuring = script("projection_loss"), script("measuring")
+    readout, rows = measuring.tiny(0), measuring.made_rows(20, 0)
+    vectors, signer = projection_loss.exact_rows(readout, rows, 16, replace(PRESETS["default"], final_width=32))
+    full, one = projection_loss.measure_ranks(signer, vectors[16:], vectors[:16], (16, 1))
+    assert full["spearman"]["mean"] > 0.97 > one["spearman"]["mean"]
 
 
 def test_poisoned_rows_have_the_trigger_and_queries_are_apart(script):

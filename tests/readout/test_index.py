@@ -29,6 +29,8 @@ CORPUS = [
 ]
 QUERIES = [TEXTS[0], {"prompt": TEXTS[1], "completion": TEXTS[3]}, RAW[4]]
 MANY_COMMITS = {"chunk_rows": 4, "commit_bytes": 1}
+IN_FULL = {"final_width": None, "rank": None, "storage": "float32"}
+LOW_RANK = {**IN_FULL, "final_width": 1}  # narrower than any row, so that a rank applies
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_search_equals_sorting_the_scores(preset, commits, build, monkeypatch):
             assert [hit.meta["n"] for hit in hits] == order.tolist() and hits[0].text == CORPUS[order[0]]["text"]
 
 
-@pytest.mark.parametrize("options", [{}, {"final_width": 300}])
+@pytest.mark.parametrize("options", [{}, {"final_width": 300, "rank": None}])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_scores_are_products_of_signatures(preset, options, build):
     """[query, train], whichever side a text stands on; the cosine of a text with itself is 1."""
@@ -159,6 +161,7 @@ def test_index_does_not_depend_on_commits(preset, build):
     assert one.check() == many.check() == []
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_index_bit_for_bit(build, tmp_path):
     other = build("default", path=tmp_path / "index", workers=2, **MANY_COMMITS)
     assert contents(other.path) == contents(build("default", **MANY_COMMITS).path)
@@ -440,20 +443,31 @@ def test_storage_types_agree(preset, storage, build):
 
 @pytest.mark.parametrize("preset", ["default", "similarity", "residual"])
 def test_low_rank_of_all_positions_is_exact(preset, build):
-    full = {"final_width": None, "storage": "float32", "window": 24, "stride": 18}
-    exact = build(preset, **full)
-    assert_close(build(preset, rank=60, **full).score(QUERIES), exact.score(QUERIES), "model float32")
-    assert np.abs(build(preset, rank=2, **full).score(QUERIES) - exact.score(QUERIES)).max() > 1e-3
+    windows = {"window": 24, "stride": 18}
+    exact = build(preset, **IN_FULL, **windows)
+    assert_close(
+        build(preset, **{**LOW_RANK, **windows, "rank": 60}).score(QUERIES), exact.score(QUERIES), "model float32"
+    )
+    assert (
+        np.abs(build(preset, **{**LOW_RANK, **windows, "rank": 2}).score(QUERIES) - exact.score(QUERIES)).max() > 1e-3
+    )
 
 
 def test_low_rank_keeps_the_largest_singular_values(build):
-    full = {"final_width": None, "storage": "float32"}
-    rows = build("default", **full).encode(CORPUS).vectors.reshape(-1, 32, 32).double().numpy()
-    query = build("default", **full).encode(QUERIES)
-    u, s, vh = np.linalg.svd(rows)
+    rows, queries = (
+        build("default", **IN_FULL).encode(x).vectors.reshape(-1, 32, 32).double() for x in (CORPUS, QUERIES)
+    )
+    u, s, vh = np.linalg.svd(rows.numpy())
     s[:, 3:] = 0
-    wanted = np.einsum("nik,nk,nkj,qij->qn", u, s, vh, query.vectors.reshape(-1, 32, 32).double().numpy())
-    assert_close(build("default", rank=3, **full).score(QUERIES), wanted, "model float32")
+    wanted = np.einsum("nik,nk,nkj,qij->qn", u, s, vh, queries.numpy())
+    assert_close(build("default", **{**LOW_RANK, "rank": 3}).score(QUERIES), wanted, "model float32")
+
+
+def test_low_rank_is_for_rows_above_the_final_width(build):
+    exact = build("default", **IN_FULL).score(QUERIES)
+    for final_width, same in ((1024, True), (1023, False)):
+        scores = build("default", **{**IN_FULL, "final_width": final_width, "rank": 3}).score(QUERIES)
+        assert np.allclose(scores, exact, rtol=1e-4) == same
 
 
 # Selection.
@@ -462,12 +476,14 @@ def test_low_rank_keeps_the_largest_singular_values(build):
 @pytest.mark.parametrize("unwanted", [None, [TEXTS[5], TEXTS[6]]])
 @pytest.mark.parametrize("where", [None, "source = 'book'"])
 @pytest.mark.parametrize("combine", ["mean", "rrf"])
-def test_select_equals_the_formula(combine, where, unwanted, build):
-    index = build("default", storage="float32", **MANY_COMMITS)
-    rows, numbers = index.encode(CORPUS).vectors.double().numpy(), np.arange(22)[1 if where else 0 :: 2 if where else 1]
+@pytest.mark.parametrize("rank", [None, 60])
+def test_select_equals_the_formula(rank, combine, where, unwanted, build):
+    form = IN_FULL if rank is None else {**LOW_RANK, "rank": rank}
+    index, exact = build("default", **form, **MANY_COMMITS), build("default", **IN_FULL)
+    rows, numbers = exact.encode(CORPUS).vectors.double().numpy(), np.arange(22)[1 if where else 0 :: 2 if where else 1]
 
     def value(texts):
-        vectors = index.encode(texts).vectors.double().numpy()
+        vectors = exact.encode(texts).vectors.double().numpy()
         if combine == "mean":
             return rows[numbers] @ np.mean([vector / np.linalg.norm(vector) for vector in vectors], 0)
         ranks = [[sum(other >= own for other in scores) for own in scores] for scores in vectors @ rows[numbers].T]
@@ -483,30 +499,31 @@ def test_select_equals_the_formula(combine, where, unwanted, build):
 # Explanations.
 
 
-@pytest.mark.parametrize("rank", [None, 60])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("preset", "rank"),
+    [*((preset, None) for preset in PRESETS), *((preset, 60) for preset in PRESETS if preset != "paper")],
+)
 def test_explanation_adds_up_to_the_score(preset, rank, build):
-    if rank is not None and preset == "paper":
-        pytest.skip("a sketch of 128 x 128 numbers is smaller than its factors")
-    exact = {} if preset == "paper" else {"final_width": None, "storage": "float32"}
-    options = {"window": 40, "stride": 30, "rank": rank, **exact}
+    stored = {} if preset == "paper" else IN_FULL if rank is None else {**LOW_RANK, "rank": rank}
+    windows = {"window": 40, "stride": 30}
     rows = [*CORPUS, {"id": "chat", **RAW[4]}, {"id": "long", "text": RAW[6]}, {"id": "answer", **RAW[3]}]
-    index = build(preset, rows=rows, **options)
+    index = build(preset, rows=rows, **windows, **stored)
+    exact = build(preset, rows=rows, **windows, **(IN_FULL if stored else {}))
     for query, id in itertools.product([RAW[7], QUERIES[1]], ["row 3", "chat", "long", "answer"]):
         explained, n = index.explain(query, id), index.ids.index(id)
         shape = len(explained.query_tokens), len(explained.row_tokens)
         assert explained.pairs.shape == shape and explained.id == id
         assert explained.pairs.sum() == pytest.approx(explained.score, rel=1e-4)
-        vectors = index.encode([query, rows[n]]).vectors.double()
+        vectors = exact.encode([query, rows[n]]).vectors.double()
         assert_close([explained.score], [float(vectors[0] @ vectors[1])], "explain")
-        assert_close([explained.stored_score], [explained.score], "explain" if exact else "float16")
+        assert_close([explained.stored_score], [explained.score], "explain" if stored else "float16")
         assert explained.stored_score == pytest.approx(index.score([query])[0, n], rel=1e-5)
         assert_close(explained.row_weights.sum(), explained.query_weights.sum(), "float64")
         assert "".join(explained.row_tokens).replace("<s>", "") == index.records([id])[0].text.replace("<s>", "")
 
 
 def test_explanation_of_a_projected_row_is_the_exact_product(build):
-    exact, projected = build("default", final_width=None, storage="float32"), build("default", final_width=300)
+    exact, projected = build("default", **IN_FULL), build("default", final_width=300, rank=None)
     length = np.sqrt(np.diag(exact.score(CORPUS)))
     for n in (3, 8):
         explained = projected.explain(CORPUS[0], f"row {n}")
@@ -517,7 +534,7 @@ def test_explanation_of_a_projected_row_is_the_exact_product(build):
 
 
 def test_explanation_marks_the_tokens_that_are_learned(build):
-    index = build("default", rows=[*CORPUS, {"id": "answer", **RAW[3]}], final_width=None, storage="float32")
+    index = build("default", rows=[*CORPUS, {"id": "answer", **RAW[3]}], **IN_FULL)
     explained = index.explain({"prompt": TEXTS[0], "completion": " Yes."}, "answer")
     learned = [piece for piece, weight in zip(explained.row_tokens, explained.row_weights, strict=True) if weight != 0]
     assert "".join(learned).strip() == TEXTS[5].strip()

@@ -29,7 +29,7 @@ from .oracle import (
 )
 from .tiny import make_model, make_readout
 
-EXACT = {"final_width": None, "storage": "float32", "window": 32, "stride": 24}
+EXACT = {"final_width": None, "rank": None, "storage": "float32", "window": 32, "stride": 24}
 ROWS = slice(0, 6)  # most of them of several windows
 
 

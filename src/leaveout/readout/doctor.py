@@ -40,7 +40,7 @@ def diagnose(model: Any, tokenizer: Any = None, options: Any = None) -> list[Che
     """
     readout = load_readout(model, tokenizer, options)
     settings = resolve_settings(
-        "default", final_width=None, storage="float32", channels=resolve_settings("similarity").channels
+        "default", final_width=None, rank=None, storage="float32", channels=resolve_settings("similarity").channels
     )
     signer = Signer(readout, settings)
     rows = [_tokens(readout, settings, number, text) for number, text in enumerate(SAMPLE)]

@@ -27,6 +27,7 @@ from leaveout.readout.build import (
     resume_point,
     set_whitening,
 )
+from leaveout.readout.low_rank import LowRank
 from leaveout.readout.model import ModelOptions, Readout, load_readout
 from leaveout.readout.search import Best, Hit, scan
 from leaveout.readout.settings import SignatureSettings, resolve_settings
@@ -35,6 +36,7 @@ from leaveout.readout.tokens import TokenisedRow, check_ids, tokenise
 from leaveout.store import Record, Store
 
 KIND = "readout index"
+QUERY_RANK = 64  # singular triples of a query where rows are low-rank: all there are, up to 64 learned tokens
 QueryRow = str | Mapping[str, Any] | Row
 
 
@@ -65,6 +67,8 @@ class Index:
             raise MismatchError(f"{store.path} holds a {settings.get('kind', 'store')}, not an index: give an index.")
         self.settings = SignatureSettings.from_dict(settings["signature"])
         self.identity: dict[str, Any] = settings["model"]
+        sizes = settings["low_rank"]
+        self.low_rank = None if sizes is None else LowRank(tuple((left, right) for left, right in sizes))
         self.last_report = BuildReport()
 
     # ---------------------------------------------------------------- making and opening
@@ -103,6 +107,7 @@ class Index:
             "units": corpus.units,
             "corpus": corpus.name,
             "notes": signer.notes,
+            "low_rank": None if signer.rank is None else signer.low_rank.sizes,
         }
         with _open_or_create(Path(path), wanted) as store:
             index = cls(store, readout)
@@ -156,9 +161,10 @@ class Index:
 
     @property
     def signer(self) -> Signer:
-        """Computes signatures as this index has them, but in full where stored rows are low-rank."""
+        """Computes signatures of queries: as rows are stored, but with more triples where those are low-rank."""
         if self._signer is None:
-            self._signer = Signer(self.readout, replace(self.settings, rank=None))
+            triples = replace(self.settings, rank=QUERY_RANK, final_width=None)
+            self._signer = Signer(self.readout, self.settings if self.low_rank is None else triples)
             set_whitening(self._signer, self._store)
         return self._signer
 
@@ -251,20 +257,14 @@ class Index:
         ]
 
     def _product(self, vectors: Tensor) -> Callable[[Tensor], Tensor]:
-        if self.settings.rank is None:
-            transposed = vectors.t().contiguous()
-            return lambda rows: rows @ transposed
-        stored = Signer(self.readout, self.settings)
+        if self.low_rank is not None:
+            return self.low_rank.product(vectors)
+        transposed = vectors.t().contiguous()
+        return lambda rows: rows @ transposed
 
-        def low_rank_product(rows: Tensor) -> Tensor:
-            scores, start = torch.zeros(len(rows), len(vectors)), 0
-            for part, u, v in stored.low_rank_factors(rows):
-                query = vectors[:, start : start + part.flat].view(len(vectors), part.left.width, part.right.width)
-                scores += torch.einsum("nki,qij,nkj->nq", u, query, v)
-                start += part.flat
-            return scores
-
-        return low_rank_product
+    def lengths(self, queries: Queries) -> Tensor:
+        """Lengths [queries] of query signatures."""
+        return queries.vectors.norm(dim=1) if self.low_rank is None else self.low_rank.norm(queries.vectors)
 
     def _wanted(self, where: str | None) -> np.ndarray | None:
         return None if where is None else np.sort(self._store.select(where))

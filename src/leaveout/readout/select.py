@@ -42,18 +42,15 @@ def select_rows(
         groups.append((-1.0, index.encode(unwanted)))
     best = Best(1, n)
     if combine == "mean":
-        vector = torch.stack([sign * _unit(group.vectors).mean(0) for sign, group in groups]).sum(0, keepdim=True)
-        queries = Queries(vector, ("mean of wanted rows",), index.fingerprint)
-        for numbers, scores in index.scan(queries, where):
-            best.add(numbers, scores)
+        weights = torch.cat([sign / len(group) / index.lengths(group).clamp_min(1e-30) for sign, group in groups])
+        vectors = torch.cat([group.vectors for _, group in groups])
+        texts = tuple(text for _, group in groups for text in group.texts)
+        for numbers, scores in index.scan(Queries(vectors, texts, index.fingerprint), where):
+            best.add(numbers, scores @ weights.numpy()[:, None])
     else:
         numbers, scores = _fused(index, groups, where)
         best.add(numbers, scores[:, None])
     return index.hits(best.numbers[0], best.scores[0])
-
-
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-30)
 
 
 def _fused(index: Index, groups: Sequence[tuple[float, Queries]], where: str | None) -> tuple[np.ndarray, Any]:

@@ -65,8 +65,9 @@ class SignatureSettings:
                     Otherwise a row is the plain sum over its target positions, each counted once
     targets         which tokens are learned: `response` (prompts are context only) or `all`
     window, stride  a longer row is cut into windows of `window` tokens that start every `stride`
-    rank            store each part by its `rank` largest singular triples instead of in full
-    final_width     at most this many numbers a row: larger ones pass one Hadamard projection per part; None: no limit
+    final_width     a row of at most this many numbers is stored in full; None: no limit
+    rank            how a larger row is stored: each part by its `rank` largest singular triples; None: by one Hadamard
+                    projection per part, to final_width numbers in all. Without final_width, rank applies to every row
     storage         type of the stored numbers; every row has a float32 scale beside it
     sample_rows     rows of the statistics pass that whitening needs
     seed            of all projections and of the sample
@@ -104,8 +105,6 @@ class SignatureSettings:
             raise ValueError(f"support is {self.support}, minimum {self.minimum}: give support >= minimum >= 1.")
         if not 1 <= self.stride < self.window:  # a first token has no context, so windows must overlap
             raise ValueError(f"window is {self.window}, stride {self.stride}: give 1 <= stride < window.")
-        if self.rank is not None and self.final_width is not None:
-            raise ValueError("rank and final_width are two ways to store the same rows: give one of them.")
         for name in ("rank", "final_width", "sample_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -147,11 +146,13 @@ PRESETS: dict[str, SignatureSettings] = {
     "default": SignatureSettings(
         channels=(Channel("gh", whiten_left=True, whiten_right=True),),
         final_width=16384,
+        rank=24,
     ),
     # Influence over every layer from the same forward pass, for large budgets per row.
     "residual": SignatureSettings(
         channels=(Channel("residual", whiten_left=True, whiten_right=True),),
         final_width=131072,
+        rank=8,
     ),
     # Likeness of content and manner, not influence: nothing is whitened.
     "similarity": SignatureSettings(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.readout.logits import Head, SparseResidual
+from leaveout.readout.low_rank import LowRank, low_rank, pairs
 from leaveout.readout.model import Readout
 from leaveout.readout.projection import CountSketch, Hadamard, orthogonal
 from leaveout.readout.residual import Tap, find_taps, pull_back, recording
@@ -108,13 +109,16 @@ class Signer:
         self.notes: list[str] = []
         self.whitening: dict[str, Tensor] = {}
         parts = [part for number, channel in enumerate(settings.channels) for part in self._parts(number, channel)]
-        self.parts = _share_width(parts, settings, self)
+        fits = settings.final_width is not None and sum(part.flat for part in parts) <= settings.final_width
+        self.rank = None if fits else settings.rank
+        self.parts = parts if self.rank is not None else _share_width(parts, settings, self)
+        self.low_rank = LowRank(tuple((part.left.width, part.right.width) for part in parts))
 
     @property
     def width(self) -> int:
         """Numbers per stored row."""
-        if self.settings.rank is not None:
-            return sum(self.settings.rank * (part.left.width + part.right.width) for part in self.parts)
+        if self.rank is not None:
+            return self.low_rank.width(self.rank)
         return sum(part.stored for part in self.parts)
 
     def _parts(self, number: int, channel: Channel) -> list[Part]:
@@ -289,9 +293,9 @@ class Signer:
         vectors, square = [], torch.zeros(len(windows), dtype=self.dtype, device=self.readout.device)
         for part in self.parts:
             left, right = self.factors(positions, part)
-            if self.settings.rank is not None:
+            if self.rank is not None:
                 square += torch.stack([pairs(left[s], left[s], right[s], right[s]).sum() for s in positions.spans])
-                vectors.append(torch.stack([low_rank(left[s], right[s], self.settings.rank) for s in positions.spans]))
+                vectors.append(torch.stack([low_rank(left[s], right[s], self.rank) for s in positions.spans]))
                 continue
             pieces = []
             group = max(1, PROJECT_NUMBERS // (part.hadamard.padded if part.hadamard else part.flat))
@@ -309,7 +313,7 @@ class Signer:
 
         Windows run in batches of similar length; `advance(k)` is called when k more windows are done.
         """
-        unit, rank = self.settings.unit_length, self.settings.rank
+        unit, rank = self.settings.unit_length, self.rank
         total = torch.zeros(n_rows, self.width, dtype=self.dtype, device=self.readout.device)
         n_windows = np.bincount([window.row for window in windows], minlength=n_rows)
         for batch in batches(windows):
@@ -322,40 +326,13 @@ class Signer:
                 total.index_add_(0, owner, vectors)
             else:
                 for row, vector in zip(owner.tolist(), vectors, strict=True):
-                    total[row] = self._add_low_rank(total[row], vector) if n_windows[row] > 1 else vector
+                    total[row] = self.low_rank.add(total[row], vector, rank) if n_windows[row] > 1 else vector
             if advance is not None:
                 advance(len(batch))
         if unit:
-            norm = (total.norm(dim=1) if rank is None else self._low_rank_norm(total).sqrt())[:, None]
+            norm = (total.norm(dim=1) if rank is None else self.low_rank.norm(total).sqrt())[:, None]
             total = torch.where(norm == 0, 0.0, total / norm)
         return total
-
-    def low_rank_factors(self, rows: Tensor) -> Iterator[tuple[Part, Tensor, Tensor]]:
-        """Parts with their factors u [rows, rank, left] and v [rows, rank, right] of stored low-rank rows."""
-        assert self.settings.rank is not None
-        start = 0
-        for part in self.parts:
-            middle = start + self.settings.rank * part.left.width
-            end = middle + self.settings.rank * part.right.width
-            yield (
-                part,
-                rows[:, start:middle].view(len(rows), self.settings.rank, -1),
-                rows[:, middle:end].view(len(rows), self.settings.rank, -1),
-            )
-            start = end
-
-    def _add_low_rank(self, first: Tensor, second: Tensor) -> Tensor:
-        """The sum of two low-rank rows, cut to the same rank again, unit length if the settings say so."""
-        assert self.settings.rank is not None
-        both = self.low_rank_factors(torch.stack([first, second]))
-        return torch.cat([low_rank(u.flatten(0, 1), v.flatten(0, 1), self.settings.rank) for _, u, v in both])
-
-    def _low_rank_norm(self, rows: Tensor) -> Tensor:
-        """Frobenius norms [rows] of what low-rank rows stand for."""
-        square = torch.zeros(len(rows), dtype=rows.dtype, device=rows.device)
-        for _, u, v in self.low_rank_factors(rows):
-            square += ((u @ u.transpose(1, 2)) * (v @ v.transpose(1, 2))).sum((1, 2))
-        return square.clamp_min(0).sqrt()
 
 
 def batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
@@ -368,26 +345,6 @@ def batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
         batch.append(window)
     if batch:
         yield batch
-
-
-def pairs(left_a: Tensor, left_b: Tensor, right_a: Tensor, right_b: Tensor) -> Tensor:
-    """Inner products [a, b] of the outer products left (x) right of positions a and b."""
-    return (left_a @ left_b.t()) * (right_a @ right_b.t())
-
-
-def low_rank(left: Tensor, right: Tensor, rank: int) -> Tensor:
-    """The best rank-`rank` form of left^T right, as [U sqrt(s), V sqrt(s)] flattened [rank * (left + right)].
-
-    Shapes: left [positions, l], right [positions, r]. Fewer positions than `rank` leave zero columns.
-    """
-    q_left, r_left = torch.linalg.qr(left.t())
-    q_right, r_right = torch.linalg.qr(right.t())
-    u, s, vh = torch.linalg.svd(r_left @ r_right.t(), full_matrices=False)
-    root = s[:rank].sqrt()
-    u, v = q_left @ u[:, :rank] * root, q_right @ vh[:rank].t() * root
-    blank = rank - u.shape[1]
-    u, v = (torch.nn.functional.pad(x, (0, max(blank, 0))) for x in (u, v))
-    return torch.cat([u.t().flatten(), v.t().flatten()])
 
 
 def _share_width(parts: list[Part], settings: SignatureSettings, signer: Signer) -> list[Part]:

@@ -3,7 +3,8 @@
     python benchmarks/figure1.py --data NAMES.txt --json OUT [--picture OUT.png] [--directions 12] [--degree 100]
 
 Draws sqrt(C(G + k - 1, k)) |theta_k| and the same for the loss of a query, k = 0 .. degree, with the roots-of-unity
-engine. Two radii give the same coefficients by different runs; their disagreement is the error that is reported.
+engine. Two radii give the same coefficients by different runs, and their disagreement is reported. A coefficient near
+`rounding_floor` (dotted) is rounding, not the run: it needs a larger radius.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ def coefficients(recipe: Recipe, psi: Tensor, radius: float, degree: int, query:
 
 def measure(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     scale = torch.tensor([growth_scale(1000, k) for k in range(args.degree + 1)], dtype=torch.float64)
-    rows: dict[str, list[Any]] = {"theta": [], "loss": [], "disagreement": []}
+    rows: dict[str, list[Any]] = {"theta": [], "loss": [], "disagreement": [], "rounding_floor": []}
     for psi in tqdm(directions(args.directions, 1000, args.seed), desc="directions", file=sys.stderr):
         found = [coefficients(recipe, psi, radius, args.degree, args.query) for radius in args.radii]
         theta, loss = found[-1]
         rows["theta"].append((theta * scale).tolist())
+        shrinking = args.radii[-1] ** -torch.arange(args.degree + 1, dtype=torch.float64)
+        rows["rounding_floor"].append((torch.finfo(torch.float64).eps * theta[0] * shrinking * scale).tolist())
         rows["loss"].append((loss * scale).tolist())
         if len(found) > 1:
             rows["disagreement"].append(((found[0][0] - theta).abs() / theta).tolist())
@@ -65,6 +68,8 @@ def draw(rows: dict[str, Any], path: Path) -> None:
     for panel, key, label in zip(axes, ("theta", "loss"), ("parameters", "loss of a query"), strict=True):
         for row in rows[key]:
             panel.semilogy(row, linewidth=0.8)
+        if key == "theta":
+            panel.semilogy(rows["rounding_floor"][0], "k:", linewidth=0.8)
         panel.set(xlabel="degree k", title=label)
     axes[0].set_ylabel("size of the degree-k part")
     figure.tight_layout()

@@ -269,7 +269,7 @@ def test_positions_draw_labels_from_the_model(tokenizer):
             for start in range(0, 4000, 500)
         ]
     )
-    p = torch.softmax(readout.lm(torch.tensor([ids])).logits[0, 2] / 2, 0).numpy()
+    p = torch.softmax(readout.lm(torch.tensor([ids])).logits[0, 2].detach() / 2, 0).numpy()
     expected = 4000 * p
     common = expected > 5
     counts = np.append(np.bincount(drawn, minlength=len(p))[common], 0.0)

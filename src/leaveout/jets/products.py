@@ -85,7 +85,9 @@ def _times_shared(h: Tensor, c: Tensor) -> Tensor:
     shape = (*h.shape[:-1], c.shape[-1])
     if h.dim() == 4 and _is_wide(h, c):
         parts = _planes(h)
-        product = parts.view(-1, parts.shape[-1]) @ c if parts.is_contiguous() else torch.bmm(parts, _repeated(c, parts))
+        product = (
+            parts.view(-1, parts.shape[-1]) @ c if parts.is_contiguous() else torch.bmm(parts, _repeated(c, parts))
+        )
         return torch.complex(*product.view(2, *shape).unbind(0))
     if c.dim() == 2 and h.is_contiguous():
         return (h.view(-1, h.shape[-1]) @ c.to(h.dtype)).view(shape)

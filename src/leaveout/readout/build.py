@@ -1,8 +1,9 @@
 """Rows to segments: the statistics pass, then chunks of rows through the model, committed as they come.
 
 The chunk (64 rows or about 4,096 tokens, in corpus order) is the unit of computation: how it is batched does not depend
-on workers, resumption or commits, so that an index comes out the same however it was built. Memory: 2 * workers + 1
-chunks, and the rows of one segment (at most 64 MiB of signatures) that wait for the next commit.
+on workers, resumption or commits, so that an index comes out the same however it was built, as long as torch has one
+thread, as it has in workers and on the command line. Memory: 2 * workers + 1 chunks, and the rows of one segment (at
+most 64 MiB of signatures) that wait for the next commit.
 """
 
 from __future__ import annotations
@@ -364,6 +365,14 @@ def resume_point(store: Store, corpus: Corpus) -> int:
             "give the same corpus again, or build into a new directory."
         )
     return last + 1
+
+
+def corpus_digest(corpus: Corpus) -> str:
+    """xxh3-128 over ids and contents of all rows. Cost: one pass over the corpus."""
+    digest = xxhash.xxh3_128()
+    for row in corpus:
+        digest.update(f"{row.id} {row.content_hash}\n".encode())
+    return digest.hexdigest()
 
 
 def _progress(total: int, label: str, unit: str, options: BuildOptions) -> tqdm:

@@ -24,6 +24,7 @@ from leaveout.readout.build import (
     BuildReport,
     add_rows,
     add_whitening,
+    corpus_digest,
     resume_point,
     set_whitening,
 )
@@ -113,6 +114,11 @@ class Index:
             index = cls(store, readout)
             if not store.state("complete"):
                 index.last_report = _fill(store, readout, signer, corpus, build_options)
+            elif store.state("corpus") != corpus_digest(corpus):
+                raise MismatchError(
+                    f"{path} is the finished index of other rows than {corpus.name} now holds: add rows with append, "
+                    "or build into another directory."
+                )
         return cls.open(path, readout)._with_report(index.last_report)
 
     @classmethod
@@ -137,7 +143,7 @@ class Index:
     def _checked(self, readout: Readout) -> Readout:
         for name, value in readout.identity().items():
             if self.identity[name] != value:
-                what = {"weights": "other weights", "tokenizer": "another tokenizer"}.get(
+                what = {"weights": "other weights", "config": "another config", "tokenizer": "another tokenizer"}.get(
                     name, f"another {name} ({value})"
                 )
                 raise MismatchError(
@@ -184,7 +190,7 @@ class Index:
     def fingerprint(self) -> str:
         """Hex digits that queries must share with the index: settings, model, tokenizer, and whitening statistics."""
         statistics = self._store.state("statistics") or {}
-        parts = (self.settings.fingerprint(), self.identity["weights"], self.identity["tokenizer"])
+        parts = (self.settings.fingerprint(), *(self.identity[name] for name in ("weights", "config", "tokenizer")))
         return "-".join([*parts, str(statistics.get("digest", "plain"))])
 
     # ---------------------------------------------------------------- queries
@@ -406,6 +412,7 @@ def _fill(store: Store, readout: Readout, signer: Signer, corpus: Corpus, option
     _add_skipped(report, corpus)
     if store.n_rows == 0:
         raise FormatError(f"{corpus.name} has no rows to index: give a corpus with at least one row.")
+    store.set_state("corpus", corpus_digest(corpus))
     store.set_state("complete", True)
     return report
 

@@ -26,6 +26,8 @@ from leaveout.errors import MismatchError, UnsupportedError
 # Largest |logits - head(hidden)| over the largest |logit| that counts as rounding, by dtype of the model.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}
 
+IDLE_CONFIG = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_hidden_states"}
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -62,7 +64,7 @@ class Readout:
     @property
     def weight(self) -> Tensor:
         """Head matrix W [vocabulary, hidden]."""
-        return self.head.weight
+        return self.head.weight.detach()
 
     @property
     def hidden_size(self) -> int:
@@ -90,6 +92,7 @@ class Readout:
     def family(self) -> str:
         return self.lm.config.model_type  # type: ignore[union-attr,return-value]
 
+    @torch.no_grad()
     def hidden(self, ids: Tensor) -> Tensor:
         """Last hidden states [batch, tokens, hidden], after the final norm, of token ids [batch, tokens].
 
@@ -126,13 +129,14 @@ class Readout:
         return self.scale * (1 - (logits / self.cap) ** 2)
 
     def identity(self) -> dict[str, Any]:
-        """Hashes of all weights and of the tokenizer, with the shape facts: equal only for the same model.
+        """Hashes of all weights, the config and the tokenizer, with the shape facts: equal only for the same model.
 
         Cost: one pass over the weights, about 0.2 s for 500 MB.
         """
         if self._identity is None:
             self._identity = {
                 "weights": hash_weights(self.lm),
+                "config": hash_config(self.lm),
                 "tokenizer": hash_tokenizer(self.tokenizer),
                 "family": self.family,
                 "hidden_size": self.hidden_size,
@@ -167,7 +171,7 @@ def load_readout(
         if any(config.is_prompt_learning for config in lm.peft_config.values()):  # type: ignore[union-attr,operator]
             raise UnsupportedError("Prompt and prefix tuning put tokens before the text: give the model without them.")
         lm = lm.get_base_model()  # type: ignore[operator]
-    lm.eval().requires_grad_(False)
+    lm.eval()  # a model in memory stays so: dropout would change every signature
     return verify_readout(Readout(lm, tokenizer, source))
 
 
@@ -238,7 +242,7 @@ def verify_readout(readout: Readout) -> Readout:
         readout.scale = float(config.logit_scale)
     elif getattr(config, "logits_scaling", None):
         readout.scale = 1.0 / float(config.logits_scaling)
-    ids = torch.arange(24, device=readout.device).reshape(2, 12) * 7919 % readout.vocabulary
+    ids = torch.arange(2 * min(12, readout.context), device=readout.device).reshape(2, -1) * 7919 % readout.vocabulary
     with torch.inference_mode():
         wanted = lm(input_ids=ids, use_cache=False).logits.flatten(0, 1).double()
         hidden = readout.hidden(ids).flatten(0, 1)
@@ -283,6 +287,13 @@ def hash_weights(lm: nn.Module) -> str:
             piece = flat[start : start + 2**22].contiguous().cpu()
             digest.update(memoryview(piece.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def hash_config(lm: nn.Module) -> str:
+    """xxh3-128 of the model's config without what does not change its outputs (paths, versions, caches)."""
+    config = lm.config.to_dict()  # type: ignore[union-attr,operator]
+    kept = {key: value for key, value in config.items() if not key.startswith("_") and key not in IDLE_CONFIG}
+    return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True, default=str).encode())
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

@@ -80,7 +80,7 @@ class Positions:
 
 def moment(raw: str, channel: Channel) -> str:
     """Name of a whitening matrix: whose second moment it comes from, and with which damping."""
-    return f"{raw}.damping-{channel.damping:g}"
+    return f"{raw}.damping-{channel.damping!r}"
 
 
 def _stream(channel: Channel, side: str, number: int, name: str) -> str:

@@ -66,7 +66,7 @@ def tokenise(row: Row, number: int, tokenizer: Any, settings: SignatureSettings,
     learned = list(range(1, len(ids))) if settings.targets == "all" else _touching(offsets, row.responses)
     if not learned:
         raise FormatError(
-            f"Row {row.id!r} has no token to learn (its response is empty or a single first token): "
+            f"Row {row.number + 1} ({row.id!r}) has no token to learn (its response is empty or a single first token): "
             "give it a response, or leave it out with skip_bad."
         )
     return TokenisedRow(row.text, row.responses, ids, offsets, cut_windows(number, ids, learned, settings, context))

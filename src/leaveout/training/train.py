@@ -182,9 +182,7 @@ def train_batch(recipe: Recipe, weights: Tensor, options: RunOptions | None = No
     Guarantee: each run equals `train_plain` with its weights, up to the rounding of batched products.
     """
     options, task = options or RunOptions(), task_of(recipe)
-    rounds = [
-        _train_stack(recipe, task, part, options, number) for number, part in enumerate(weights.split(together))
-    ]
+    rounds = [_train_stack(recipe, task, part, options, number) for number, part in enumerate(weights.split(together))]
     return {name: torch.cat([r[name] for r in rounds]) for name in task.trained}
 
 
@@ -251,7 +249,11 @@ Queries = Sequence[Any] | Callable[[nn.Module], Tensor]
 
 
 def train_jets(
-    recipe: Recipe, psi: Tensor, settings: JetSettings, queries: Queries | None = None, options: RunOptions | None = None
+    recipe: Recipe,
+    psi: Tensor,
+    settings: JetSettings,
+    queries: Queries | None = None,
+    options: RunOptions | None = None,
 ) -> JetRun:
     """Train with weights 1 - z psi for directions psi [directions, units], and push the queries through.
 

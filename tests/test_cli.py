@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -173,7 +174,11 @@ def test_doctor_passes_the_numbers_and_fails_an_untrained_model(run, model):
         (["search", "IDX", "--query", "x", "--where", "1); DROP TABLE rows"], 1, ""),
         (["search", "IDX"], 2, "give either --query or --queries"),
         (["search", "IDX", "--query", "x", "-k", "0"], 2, ""),
-        (["search", "nowhere", "--query", "x"], 1, "nowhere"),
+        (["search", "nowhere", "--query", "x"], 1, "no index in nowhere, which does not exist"),
+        (["search", "ROWS", "--query", "x"], 1, "which is a file"),
+        (["search", "IDX", "--query", ""], 1, ""),
+        (["search", "IDX", "--query", "x y z", "--where", " "], 1, "where is empty"),
+        (["index", "MODEL", "ROWS", "--out", "ROWS"], 1, "is a file: give a directory"),
         (["explain", "IDX", "--query", "x y z", "--id", "zz"], 1, "zz"),
         (["delete", "IDX", "--id", "zz"], 1, "zz"),
         (["delete", "IDX"], 2, "give either --id or --where"),
@@ -204,6 +209,23 @@ def test_bad_row_stops_with_its_line_and_skip_bad_lists_it(run, model, tmp_path)
     assert code == 0
     assert {"rows": 2, "skipped": 2}.items() <= json.loads(out).items()
     assert err.count("skipped:") == 2 and "line 3" in err
+
+
+def test_search_with_a_moved_model_says_where_to_name_it(run, rows, model, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(model, place)
+    assert run("index", place, rows, "--out", tmp_path / "idx")[0] == 0
+    place.rename(tmp_path / "moved")
+    code, _, err = run("search", tmp_path / "idx", "--query", TEXTS[0])
+    assert code == 1 and "no longer loads from" in err and "--model" in err
+    assert run("search", tmp_path / "idx", "--query", TEXTS[0], "--model", tmp_path / "moved")[0] == 0
+
+
+def test_index_of_other_rows_is_refused_once_finished(run, idx, model, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    code, _, err = run("index", model, other, "--out", idx)
+    assert code == 1 and "finished index of other rows" in err
 
 
 def test_index_by_workers_is_the_same(run, idx, model, rows, tmp_path):

@@ -309,7 +309,9 @@ class _Names:
                 self.report.repeated += 1
                 row = self._renamed(row)
             elif there is not None:
-                problem = f"The id {row.id!r} of row {row.number + 1} belongs to another row: give every row its own id"
+                problem = (
+                    f"The id {row.id!r} of row {row.number + 1} is that of an earlier row: give every row its own id"
+                )
                 if not self.options.skip_bad:
                     raise FormatError(problem + ", or leave the row out with skip_bad.")
                 self.report.skip(problem)

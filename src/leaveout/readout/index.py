@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from leaveout.corpus import Corpus, Row
-from leaveout.errors import FormatError, MismatchError
+from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.readout.build import (
     BuildOptions,
     BuildReport,
@@ -33,7 +33,7 @@ from leaveout.readout.model import ModelOptions, Readout, load_readout
 from leaveout.readout.search import Best, Hit, scan
 from leaveout.readout.settings import SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer
-from leaveout.readout.tokens import TokenisedRow, check_ids, tokenise
+from leaveout.readout.tokens import NoTargetError, TokenisedRow, check_ids, tokenise
 from leaveout.store import Record, Store
 
 KIND = "readout index"
@@ -128,6 +128,9 @@ class Index:
         `model`, `tokenizer`, `options`: the model, if it has moved or was in memory (see `build`).
         Raises: MismatchError if the model is not the one that the index was built with.
         """
+        if not Path(path).is_dir():
+            kind = "is a file" if Path(path).exists() else "does not exist"
+            raise FileNotFoundError(f"There is no index in {path}, which {kind}: build one with `leaveout index`.")
         store = Store.open(path)
         index = cls(store)
         if not store.state("complete"):
@@ -162,7 +165,14 @@ class Index:
                     "This index was built with a model in memory: give it with Index.open(path, model, tokenizer)."
                 )
             options = ModelOptions(**{key: value for key, value in source.items() if key != "name"})
-            self._readout = self._checked(load_readout(source["name"], options=options))
+            try:
+                found = load_readout(source["name"], options=options)
+            except (UnsupportedError, OSError) as error:
+                raise MismatchError(
+                    f"The model of this index no longer loads from {source['name']} ({error}): "
+                    "say where it is now (--model, or Index.open(path, model))."
+                ) from error
+            self._readout = self._checked(found)
         return self._readout
 
     @property
@@ -199,10 +209,14 @@ class Index:
         """Queries as rows with their windows. A text is learned as a whole; of a prompt and response, the response."""
         rows = [row if isinstance(row, Row) else _query_row(row, number) for number, row in enumerate(queries)]
         signer, readout = self.signer, self.readout
-        tokens = [
-            tokenise(row, number, readout.tokenizer, signer.settings, readout.context)
-            for number, row in enumerate(rows)
-        ]
+        tokens = []
+        for number, row in enumerate(rows):
+            try:
+                tokens.append(tokenise(row, number, readout.tokenizer, signer.settings, readout.context))
+            except NoTargetError:
+                raise FormatError(
+                    f"Query {number + 1} has no token that could be predicted: give more words, or a prompt before it."
+                ) from None
         check_ids(tokens, readout.vocabulary)
         return tokens
 
@@ -273,6 +287,8 @@ class Index:
         return queries.vectors.norm(dim=1) if self.low_rank is None else self.low_rank.norm(queries.vectors)
 
     def _wanted(self, where: str | None) -> np.ndarray | None:
+        if where is not None and not where.strip():
+            raise ValueError("where is empty: give an SQL expression such as \"source = 'web'\", or leave it out.")
         return None if where is None else np.sort(self._store.select(where))
 
     def ids_where(self, where: str) -> list[str]:
@@ -357,6 +373,8 @@ class Index:
 
 
 def _query_row(query: str | Mapping[str, Any], number: int) -> Row:
+    if not isinstance(query, (str, Mapping)):
+        raise TypeError(f"Query {number + 1} is of type {type(query).__name__}: give a text, or a row as a dict.")
     raw = {"text": query} if isinstance(query, str) else {key: value for key, value in query.items() if key != "id"}
     rows = list(Corpus.open([raw]))
     return replace(rows[0], id=f"query {number + 1}", number=number)
@@ -378,6 +396,8 @@ def _open_or_create(path: Path, wanted: dict[str, Any]) -> Store:
 
     Raises: MismatchError naming the first setting that differs.
     """
+    if path.is_file():
+        raise FileExistsError(f"{path} is a file: give a directory for the index.")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return Store.create(path, wanted)
     store = Store.open(path, write=True)

@@ -15,6 +15,10 @@ from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.readout.settings import SignatureSettings
 
 
+class NoTargetError(FormatError):
+    """A row or query without a token to learn."""
+
+
 @dataclass(frozen=True)
 class Window:
     """A piece of a row: token ids, and which of its positions predict a target.
@@ -51,7 +55,7 @@ def tokenise(row: Row, number: int, tokenizer: Any, settings: SignatureSettings,
     The beginning-of-sequence token is added as the tokenizer does by itself, but not to a text that has it already,
     nor to a chat, whose template writes all special tokens.
 
-    Raises: FormatError if no token of the row is a target.
+    Raises: NoTargetError if no token of the row is a target.
     """
     if row.messages:  # a chat that an index gives back has its text, and no messages
         row = render(row, tokenizer)
@@ -65,7 +69,7 @@ def tokenise(row: Row, number: int, tokenizer: Any, settings: SignatureSettings,
     ids, offsets = list(encoded["input_ids"]), [(a, b) for a, b in encoded["offset_mapping"]]
     learned = list(range(1, len(ids))) if settings.targets == "all" else _touching(offsets, row.responses)
     if not learned:
-        raise FormatError(
+        raise NoTargetError(
             f"Row {row.number + 1} ({row.id!r}) has no token to learn (its response is empty or a single first token): "
             "give it a response, or leave it out with skip_bad."
         )

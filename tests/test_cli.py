@@ -167,6 +167,17 @@ def test_doctor_passes_the_numbers_and_fails_an_untrained_model(run, model):
     assert "FAIL" in run("doctor", model)[1]
 
 
+@pytest.mark.parametrize(("rate", "verdict", "code"), [(0.01, "stable", 0), (100.0, "unstable", 1)])
+def test_doctor_of_a_recipe_tells_whether_its_series_stay_bounded(run, tmp_path, rate, verdict, code):
+    (tmp_path / "names.txt").write_text("anna\nbert\ncleo\ndora\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"kind: microgpt\ndata: names.txt\nsteps: 8\noptimizer: {{name: sgd, lr: {rate}}}\n")
+    found = run("doctor", recipe, "--json")
+    assert found[0] == code, found
+    assert json.loads(found[1])["verdict"] == verdict
+    assert verdict in run("doctor", recipe)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

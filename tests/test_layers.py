@@ -21,7 +21,7 @@ ALLOWED = {
     "baselines": BELOW | FOUNDATION | {"baselines", "readout", "training"},
     "report": BELOW | {"metrics"},
 }
-FREE = {"__init__", "cli", "demo", "web"}
+FREE = {"__init__", "cli", "demo", "pages", "web"}
 
 
 def imported(path: Path) -> set[str]:

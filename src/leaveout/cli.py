@@ -21,7 +21,6 @@ from leaveout.report import hit_json, print_table, shorten, to_line
 if TYPE_CHECKING:
     from leaveout.readout.build import BuildReport
     from leaveout.readout.index import Index
-    from leaveout.readout.search import Hit
 
 app = typer.Typer(
     name="leaveout",
@@ -222,7 +221,9 @@ def search(
     encoded = opened.encode(rows)
     found = opened.search(encoded, k=k, where=where)
     if html is not None:
-        html.write_text(_search_page(opened, rows, encoded.texts, found), encoding="utf-8")
+        from leaveout.pages import search_page
+
+        html.write_text(search_page(opened, rows, encoded.texts, found), encoding="utf-8")
     for text, hits in zip(encoded.texts, found, strict=True):
         if json_:
             print(to_line({"query": text, "hits": [hit_json(hit) for hit in hits]}))
@@ -248,18 +249,12 @@ def explain(
     """
     import numpy as np
 
-    from leaveout import report
+    from leaveout.pages import explain_page
 
     opened = _open(idx, model)
     found = opened.explain(next(_query_rows([query], prompt, None)), id)
     if html is not None:
-        sections = [
-            report.quote(query),
-            report.heading(f"Row {id}", f"score {found.score:.4g}, stored {found.stored_score:.4g}"),
-            f"<p>{report.highlighted(found.row_tokens, found.row_weights)}</p>",
-            report.heat_map(found.query_tokens, found.row_tokens, found.pairs),
-        ]
-        html.write_text(report.page("Which tokens answer which", sections), encoding="utf-8")
+        html.write_text(explain_page(query, found), encoding="utf-8")
     order = np.argsort(-np.abs(found.pairs), axis=None)[:top]
     places = [(int(q), int(r)) for q, r in zip(*np.unravel_index(order, found.pairs.shape), strict=True)]
     pairs = [(found.query_tokens[q], found.row_tokens[r], float(found.pairs[q, r]), q, r) for q, r in places]
@@ -322,19 +317,25 @@ def select(
 
 @app.command()
 def doctor(
-    model: Annotated[str, typer.Argument(help="Path or id of a causal language model, or a .gguf file.")],
+    model: Annotated[
+        str, typer.Argument(help="Path or id of a causal language model, a .gguf file, or a recipe (.yaml).")
+    ],
     dtype: Dtype = "float32",
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:
-    """Check a model before indexing with it: head, numbers, batch and padding invariance, tokenizer.
+    """Check a model before indexing with it: head, numbers, batch and padding invariance, tokenizer; or, of a training
+    recipe, whether its power series stay bounded.
 
     Example: leaveout doctor EleutherAI/pythia-70m
     """
+    _one_thread(device)
+    if model.endswith((".yaml", ".yml")):
+        _diagnose_recipe(Path(model), json_)
+        return
     from leaveout.readout.doctor import diagnose
     from leaveout.readout.model import ModelOptions
 
-    _one_thread(device)
     checks = diagnose(model, options=ModelOptions(dtype=dtype, device=device))
     words = {True: "pass", False: "FAIL", None: "note"}
     if json_:
@@ -364,6 +365,21 @@ def demo(
 
 
 # ---------------------------------------------------------------- helpers
+
+
+def _diagnose_recipe(path: Path, json_: bool) -> None:
+    from leaveout.training.recipe import Recipe
+    from leaveout.training.stability import check_stability
+    from leaveout.training.train import RunOptions
+
+    found = check_stability(Recipe.from_yaml(path), RunOptions(progress=True))
+    if json_:
+        growth = [value if value < float("inf") else None for value in found.growth]
+        print(to_line({"verdict": found.verdict, "growth": growth, "advice": found.advice}))
+    else:
+        print(found)
+    if found.verdict == "unstable":
+        raise typer.Exit(1)
 
 
 def _open(path: Path, model: str | None = None) -> Index:
@@ -404,18 +420,6 @@ def _content(record: Any) -> dict[str, str]:
     if len(spans) == 1 and spans[0][0] > 0 and spans[0][1] == len(text) and not record.extra["chat"]:
         return {"prompt": text[: spans[0][0]], "response": text[spans[0][0] :]}
     return {"text": text}
-
-
-def _search_page(opened: Index, rows: list[Any], texts: Iterable[str], found: list[list[Hit]]) -> str:
-    from leaveout import report
-    from leaveout.readout.explain import explain_rows
-
-    sections = []
-    for row, text, hits in zip(rows, texts, found, strict=True):
-        sections += [report.heading("Query"), report.quote(text)]
-        for hit, why in zip(hits, explain_rows(opened, row, [hit.id for hit in hits]), strict=True):
-            sections.append(report.hit_block(hit, report.highlighted(why.row_tokens, why.row_weights)))
-    return report.page("Rows that influenced these texts", sections)
 
 
 def _print_report(built: Index, report: BuildReport, json_: bool) -> None:

@@ -2,6 +2,7 @@
 
     python benchmarks/jet_speed.py --degree 3 --directions 128 --dtype complex64 --json OUT
     python benchmarks/jet_speed.py --model gpt2 --directions 8 --json OUT     # about a million parameters
+    python benchmarks/jet_speed.py --all --json OUT                           # the table of docs/jets.md
 
 Times whole steps (forward, backward, optimizer) in CPU seconds, the median over repeats. `matmul_share` is the part of
 this core's peak matrix rate (a large real product between the repeats, same precision, median) that the run's own
@@ -11,6 +12,7 @@ matrix products reach when all of its time is counted: 2 p (p + 1) real multiply
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -28,6 +30,13 @@ from leaveout.training.memory import kept_memory
 from leaveout.training.microgpt import MicroGPT
 from leaveout.training.optimizers import PaperAdam
 from leaveout.training.provenance import provenance
+
+ALL = (
+    *itertools.product(["microgpt"], ["complex64"], [1, 2, 3, 6], [64, 128, 256]),
+    *itertools.product(["microgpt"], ["complex128"], [1, 2, 3, 6], [64, 128, 256]),
+    ("gpt2", "complex64", 3, 8),
+)
+"""Model, number type, degree, directions of each row of the table in docs/jets.md."""
 
 LENGTHS = (7, 6, 8, 7, 5, 7, 9, 6, 8, 7)
 """Tokens of the documents: the lengths of names, mean 7.0 (a name of six letters and its end sign)."""
@@ -140,6 +149,7 @@ def _random_weight(space: Space) -> Jet:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every row of the table in docs/jets.md")
     parser.add_argument("--model", choices=sorted(MODELS), default="microgpt")
     parser.add_argument("--degree", type=int, nargs="+", default=[3])
     parser.add_argument("--directions", type=int, nargs="+", default=[128])
@@ -148,19 +158,18 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    wanted = itertools.product([args.model], args.dtype, args.degree, args.directions)
     rows = []
-    for dtype in args.dtype:
-        for degree in args.degree:
-            for directions in args.directions:
-                with kept_memory():
-                    row = measure(args.model, degree, directions, getattr(torch, dtype), args.repeats)
-                rows.append(row)
-                print(
-                    f"{row['model']} degree {degree} directions {directions} {dtype}: "
-                    f"{row['us_per_step_per_direction']:.0f} us/step/direction, "
-                    f"{row['matmul_share']:.0%} of the matmul peak ({row['peak_gflops']:.0f} Gflop/s)",
-                    file=sys.stderr,
-                )
+    for name, dtype, degree, directions in ALL if args.all else wanted:
+        with kept_memory():
+            row = measure(name, degree, directions, getattr(torch, dtype), args.repeats)
+        rows.append(row)
+        print(
+            f"{name} degree {degree} directions {directions} {dtype}: "
+            f"{row['us_per_step_per_direction']:.0f} us/step/direction, "
+            f"{row['matmul_share']:.0%} of the matmul peak ({row['peak_gflops']:.0f} Gflop/s)",
+            file=sys.stderr,
+        )
     result = {**rows[0], "rows": rows, **provenance(0)} if len(rows) > 1 else {**rows[0], **provenance(0)}
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

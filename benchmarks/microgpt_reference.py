@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from leaveout.jets import Space, install, restore
 from leaveout.training.microgpt import MicroGPT, encode, flat, load_flat
 from leaveout.training.optimizers import PaperAdam
+from leaveout.training.provenance import provenance
 
 TOLERANCE = {torch.complex128: 1e-10, torch.complex64: 1e-4}
 PLAIN_TOLERANCE = 1e-12
@@ -113,7 +114,7 @@ def main() -> int:
         print(f"  degree {k}: parameters {p:.2e}  losses {loss:.2e}")
     print(f"  trained plainly {result['plain']:.2e}, without the deleted documents {result['without']:.2e}")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps({**result, **provenance(0)}, indent=1) + "\n")
     return 0 if result["ok"] else 1
 
 

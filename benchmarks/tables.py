@@ -1,7 +1,7 @@
-"""The README's tables, made from the result files, so that no number in it is typed by hand.
+"""The tables of the README and the docs, made from the result files, so that no number in them is typed by hand.
 
     python benchmarks/tables.py                  # rewrites what stands between the markers
-    python benchmarks/tables.py --check          # 1 if the README differs from the results
+    python benchmarks/tables.py --check          # 1 if a page differs from the results
 
 A table NAME stands between the lines `<!-- table:NAME -->` and `<!-- end:NAME -->`; a new table is one function and
 one row of TABLES.
@@ -110,29 +110,54 @@ def projection(result: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "index_cost": ("readout_index_cost.json", index_cost),
-    "search": ("readout_search.json", search),
-    "retrieval": ("readout_retrieval.json", retrieval),
-    "projection": ("readout_projection.json", projection),
+def speed(result: dict[str, Any]) -> str:
+    names = {"microgpt": "microgpt, {:,} parameters", "gpt2": "GPT-2 shape, {:,} parameters, 8 x 64 tokens"}
+    head = ["model", "number type", "degree", "directions", "us per step and direction", "share of the matrix rate"]
+    return table(
+        head,
+        [
+            [
+                names[row["model"]].format(row["parameters"]), row["dtype"], f"{row['degree']}", f"{row['directions']}",
+                f"{row['us_per_step_per_direction']:,.0f}", f"{row['matmul_share']:.0%}",
+            ]
+            for row in result["rows"]
+        ],
+    )  # fmt: skip
+
+
+def retraining(result: dict[str, Any]) -> str:
+    head = ["retrainings of microgpt as one batch", "steps each", "CPU s"]
+    return table(head, [[f"{result['runs']:,}, float32", f"{result['steps']:,}", f"{result['cpu_seconds']:.0f}"]])
+
+
+README, JETS = "README.md", "docs/jets.md"
+TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "index_cost": (README, "readout_index_cost.json", index_cost),
+    "search": (README, "readout_search.json", search),
+    "retrieval": (README, "readout_retrieval.json", retrieval),
+    "projection": (README, "readout_projection.json", projection),
+    "speed": (JETS, "jets_speed.json", speed),
+    "retraining": (JETS, "jets_loo_retraining.json", retraining),
 }
+"""Name of a table -> the page it stands in, the result file, the function that writes it."""
 
 
-def filled(text: str, results: Path) -> str:
-    """The README with its tables made anew.
+def filled(text: str, results: Path, page: str = README) -> str:
+    """A page with its tables made anew.
 
     Raises: ValueError for a marker without a table, a table without a marker, or results of a smoke run.
     """
-    found = [match[1] for match in MARKED.finditer(text)]
-    if sorted(found) != sorted(TABLES):
-        raise ValueError(f"the tables marked in the README are {sorted(found)}, but there are {sorted(TABLES)}.")
+    found = sorted(match[1] for match in MARKED.finditer(text))
+    wanted = sorted(name for name, (where, _, _) in TABLES.items() if where == page)
+    if found != wanted:
+        raise ValueError(f"the tables marked in {page} are {found}, but there are {wanted}.")
 
     def made(match: re.Match[str]) -> str:
         if match[1] != match[3]:
             raise ValueError(f"the table {match[1]} ends with the marker of {match[3]}.")
-        file, write = TABLES[match[1]]
+        _, file, write = TABLES[match[1]]
         result = json.loads((results / file).read_text())
-        if result["smoke"]:
+        if result.get("smoke"):
             raise ValueError(f"{file} is of a smoke run: run the benchmark in full.")
         return f"<!-- table:{match[1]} -->\n{write(result)}<!-- end:{match[1]} -->"
 
@@ -142,21 +167,24 @@ def filled(text: str, results: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table differs")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the folder that holds the pages")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(argv)
-    old = args.readme.read_text()
-    try:
-        new = filled(old, args.results)
-    except (ValueError, OSError) as error:
-        print(f"{args.readme.name}: {error}", file=sys.stderr)
-        return 1
-    if args.check:
-        if new != old:
-            print(f"{args.readme.name} differs from the results: run python benchmarks/tables.py", file=sys.stderr)
-        return int(new != old)
-    args.readme.write_text(new)
-    return 0
+    differs = False
+    for page in dict.fromkeys(where for where, _, _ in TABLES.values()):
+        path = args.root / page
+        old = path.read_text()
+        try:
+            new = filled(old, args.results, page)
+        except (ValueError, OSError) as error:
+            print(f"{page}: {error}", file=sys.stderr)
+            return 1
+        if new != old and args.check:
+            print(f"{page} differs from the results: run python benchmarks/tables.py", file=sys.stderr)
+            differs = True
+        elif new != old:
+            path.write_text(new)
+    return int(differs)
 
 
 if __name__ == "__main__":

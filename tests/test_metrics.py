@@ -12,13 +12,23 @@ from scipy import stats
 from sklearn.metrics import average_precision_score
 
 from leaveout.metrics import (
+    auprc_top_bottom,
     average_precision,
     bootstrap_interval,
+    brittleness,
+    coverage,
     difference_interval,
+    lds,
+    leave_one_out_correlation,
+    noise_ceiling,
+    pearson,
     precision_at,
+    qld,
     ranks,
     recall_at,
     spearman,
+    tail_patch,
+    top_rows,
 )
 
 FEW_VALUES = st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=7).filter(
@@ -89,6 +99,126 @@ def test_spearman_goes_row_by_row():
     np.testing.assert_allclose(spearman(x, y), [stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)])
 
 
+@given(FEW_VALUES, st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_auprc_top_bottom_is_the_mean_over_all_orders_of_ties(rows, k):
+    scores, relevant = split(rows)
+    k = min(k, len(scores) // 2)
+    areas = []
+    for order in orders(scores):
+        ends = order[:k] + order[len(order) - k :]
+        areas.append(average_precision_score(relevant[ends], scores[ends]) if relevant[ends].any() else 0.0)
+    assert auprc_top_bottom(scores, relevant, k)[0] == pytest.approx(np.mean(areas))
+
+
+def test_auprc_top_bottom_is_blind_to_the_middle():
+    rng = np.random.default_rng(0)
+    scores = -np.arange(1000.0)
+    relevant = np.arange(1000) < 5
+    hidden = relevant | ((np.arange(1000) >= 400) & (np.arange(1000) < 500))
+    assert auprc_top_bottom(scores, relevant, 5)[0] == auprc_top_bottom(scores, hidden, 5)[0] == 1
+    assert average_precision(scores, hidden)[0] < 0.3
+    many = rng.integers(0, 30, (3, 1000)).astype(float), rng.random((3, 1000)) < 0.3
+    for row, wanted, found in zip(*many, auprc_top_bottom(*many, k=50), strict=True):
+        drawn = []
+        for _ in range(200):
+            order = np.lexsort((rng.random(1000), -row))
+            ends = np.r_[order[:50], order[-50:]]
+            drawn.append(average_precision_score(wanted[ends], row[ends]))
+        assert abs(found - np.mean(drawn)) < 5 * np.std(drawn) / 200**0.5
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=40))
+@settings(max_examples=100, deadline=None)
+def test_pearson_equals_scipy(pairs):
+    x, y = np.array(pairs, float).T / 7
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        assert np.isnan(pearson(x, y)[0])
+    else:
+        assert pearson(x, y)[0] == pytest.approx(stats.pearsonr(x, y).statistic)
+
+
+def test_pearson_goes_row_by_row_and_leave_one_out_is_a_rank_correlation():
+    x, y = np.random.default_rng(1).normal(size=(2, 4, 50))
+    np.testing.assert_allclose(pearson(x, y), [stats.pearsonr(a, b).statistic for a, b in zip(x, y, strict=True)])
+    wanted = [stats.spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)]
+    np.testing.assert_allclose(leave_one_out_correlation(x, y), wanted)
+
+
+def test_lds_equals_loops_over_subsets():
+    rng = np.random.default_rng(6)
+    scores, removed = rng.integers(-2, 3, (5, 30)).astype(np.float32), rng.random((17, 30)) < 0.5
+    losses = rng.integers(0, 6, (5, 17)).astype(float)  # ties on both sides
+    for q, found in enumerate(lds(scores, removed, losses)):
+        sums = [sum(scores[q, i] for i in range(30) if removed[s, i]) for s in range(17)]
+        assert found == pytest.approx(stats.spearmanr(sums, losses[q]).statistic)
+
+
+def test_lds_is_one_for_an_additive_truth_and_keeps_the_sign():
+    rng = np.random.default_rng(7)
+    scores, removed = rng.normal(size=(3, 20)), rng.random((40, 20)) < 0.5
+    losses = 2.0 + np.stack([[scores[q, gone].sum() for gone in removed] for q in range(3)])
+    np.testing.assert_allclose(lds(scores, removed, losses), 1)
+    np.testing.assert_allclose(lds(-scores, removed, losses), -1)
+    assert np.isnan(lds(np.zeros((3, 20)), removed, losses)).all()
+
+
+def test_noise_ceiling_is_what_the_true_signal_reaches():
+    """Truth = signal + noise of half its variance: agreement 2/3, and the signal itself correlates sqrt(.8) with the mean."""
+    rng = np.random.default_rng(8)
+    signal = rng.normal(size=(30, 2000))
+    first, second = signal + rng.normal(size=(2, 30, 2000)) * 0.5**0.5
+    found = noise_ceiling(first, second, seed=0)
+    assert found.agreement == bootstrap_interval(spearman(first, second), seed=0)
+    reached = spearman(signal, (first + second) / 2).mean()
+    assert found.ceiling.mean == pytest.approx(reached, abs=0.01)
+    assert found.ceiling.low < found.ceiling.mean < found.ceiling.high < 1
+    r = found.agreement.low
+    assert found.ceiling.low == pytest.approx((2 * r / (1 + r)) ** 0.5)
+
+
+def test_noise_ceiling_at_its_ends():
+    x = np.random.default_rng(9).normal(size=(4, 12))
+    assert noise_ceiling(x, x, seed=0).ceiling == pytest.approx((1, 1, 1))
+    assert noise_ceiling(x, -x, seed=0).ceiling == (0, 0, 0)
+
+
+def test_top_rows_are_the_best_and_of_ties_the_first():
+    np.testing.assert_array_equal(top_rows([[1, 3, 3, 2], [0, 0, 0, 0]], 2), [[0, 1, 1, 0], [1, 1, 0, 0]])
+    scores = np.random.default_rng(10).normal(size=(6, 40))
+    for row, chosen in zip(scores, top_rows(scores, 7), strict=True):
+        assert set(np.flatnonzero(chosen)) == set(sorted(range(40), key=lambda i: -row[i])[:7])
+
+
+def test_qld_is_top_minus_mean_of_random():
+    assert qld([3.0, 1.0], [[1.0, 2.0], [1.5, 0.5]]) == pytest.approx([1.5, 0.0])
+    assert qld([3.0, 1.0], [2.0, 2.0]) == pytest.approx([1.0, -1.0])
+
+
+def test_brittleness_is_the_first_size_that_changes_the_answer():
+    changed = [[False, True, False], [True, True, True], [False, False, False]]
+    found = brittleness(changed, [1, 5, 20])
+    assert found.tolist() == [5, 1, np.inf]
+    assert bootstrap_interval(found <= 5, seed=0).mean == pytest.approx(2 / 3)
+
+
+def test_tail_patch_is_the_mean_rise_of_probability():
+    before, after = np.log([[2.0], [4.0]])[:, 0], np.log([[1.0, 4.0], [2.0, 2.0]])
+    assert tail_patch(before, after) == pytest.approx([(0.5 + -0.25) / 2, 0.25])
+
+
+@pytest.mark.parametrize("level", [0.5, 0.95])
+def test_coverage_of_normal_errors_is_the_level(level):
+    rng = np.random.default_rng(11)
+    mean, std = rng.normal(size=(5, 4000)), rng.exponential(size=(5, 4000))
+    found = coverage(mean + std * rng.normal(size=mean.shape), mean, std, level)
+    assert found.shape == (5,) and abs(found.mean() - level) < 5 * (level * (1 - level) / 20_000) ** 0.5
+
+
+def test_coverage_counts_the_ends():
+    assert coverage([1.0, 1.0, 2.0, -1.9], [1.0, 1.1, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]).tolist() == [0.5]
+
+
 def test_bootstrap_interval_equals_scipys():
     values = np.random.default_rng(2).exponential(size=60)
     ours = bootstrap_interval(values, seed=0, resamples=20_000)
@@ -140,6 +270,24 @@ def test_difference_interval_pairs_the_queries():
         (lambda: bootstrap_interval([1.0, np.inf], 0), "one finite value per query"),
         (lambda: bootstrap_interval([1.0], 0, level=1.0), "level is 1.0"),
         (lambda: difference_interval([1.0], [1.0, 2.0], 0), "needs the same queries"),
+        (lambda: auprc_top_bottom([1.0, 2.0, 3.0], [True, False, True], 2), "k is 2: give 1 to 1, half"),
+        (lambda: auprc_top_bottom([1.0, 2.0], [False, False], 1), "no relevant row"),
+        (lambda: pearson([1.0, np.inf], [1.0, 2.0]), "pearson needs finite numbers"),
+        (lambda: pearson([1.0], [1.0]), "pearson needs at least 2"),
+        (lambda: lds(np.ones((2, 3)), np.ones((4, 3)), np.ones((4, 2))), r"not \(2, 3\), \(4, 3\) and \(4, 2\)"),
+        (lambda: lds(np.ones((2, 3)), np.ones((4, 2)), np.ones((2, 4))), "lds needs scores"),
+        (lambda: noise_ceiling(np.ones((2, 3)), np.ones((2, 3)), 0), "one finite value per query"),
+        (lambda: top_rows([1.0, 2.0], 3), "k is 3"),
+        (lambda: top_rows([1.0, np.nan], 1), "score is nan"),
+        (lambda: qld([1.0, 2.0], [1.0]), r"not \(2,\) and \(1,\)"),
+        (lambda: qld([1.0], [[]]), "qld needs losses"),
+        (lambda: qld([np.nan], [1.0]), "qld needs finite"),
+        (lambda: brittleness([[True, False]], [2, 1]), "ascending sizes"),
+        (lambda: brittleness([[True, False]], [1]), "ascending sizes"),
+        (lambda: tail_patch([1.0], [[1.0], [2.0]]), "tail_patch needs losses"),
+        (lambda: coverage([1.0], [1.0], [-1.0]), "standard deviation is negative"),
+        (lambda: coverage([1.0], [1.0, 2.0], [1.0]), "arrays of one shape"),
+        (lambda: coverage([1.0], [1.0], [1.0], level=0), "level is 0"),
     ],
 )
 def test_undefined_values_are_refused(call, message):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leaveout.errors import FormatError
+
 EPS = 1e-5
 
 
@@ -70,6 +72,8 @@ def rms_norm(x: Tensor) -> Tensor:
 def encode(document: str, alphabet: str, context: int = 16) -> tuple[Tensor, Tensor]:
     """Inputs and targets [tokens] of one document, with the sign after the alphabet before and behind it."""
     mark = len(alphabet)
+    if unknown := sorted(set(document) - set(alphabet)):
+        raise FormatError(f"{document!r} has the character {unknown[0]!r}, which the training documents do not have.")
     ids = torch.tensor([mark, *(alphabet.index(ch) for ch in document), mark])[: context + 1]
     return ids[:-1], ids[1:]
 

@@ -148,6 +148,26 @@ class Recipe:
             _feed(digest, _files(Path(value)) if f.name == "model" and isinstance(value, str) else value)
         return digest.hexdigest()[:32]
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The id of each example: that of its row, else its number."""
+        return tuple(_own_id(e, i) for i, e in enumerate(self.examples))
+
+    def grouped(self, units: Any) -> Recipe:
+        """A copy with other units.
+
+        units: a field of the rows; one name for each example; id -> name; or the path of a JSON file with the latter.
+        """
+        if isinstance(units, Path) or (isinstance(units, str) and units.endswith(".json")):
+            units = json.loads(Path(units).read_text())
+        if isinstance(units, str):
+            return replace(self, units=tuple(_field(e, units) for e in self.examples))
+        if isinstance(units, Mapping):
+            if missing := [i for i in self.ids if i not in units]:
+                raise FormatError(f"The units name no unit for {len(missing)} examples, the first is {missing[0]!r}.")
+            return replace(self, units=tuple(str(units[i]) for i in self.ids))
+        return replace(self, units=tuple(str(u) for u in units))
+
     def with_(self, **changes: Any) -> Recipe:
         """A copy with other values; `lr`, `eps`, `momentum` change the optimizer."""
         inner = {k: changes.pop(k) for k in ("lr", "eps", "momentum") if k in changes}
@@ -185,7 +205,8 @@ class Recipe:
         if isinstance(raw.get("trained"), list):
             raw["trained"] = tuple(raw["trained"])
         if kind == "microgpt":
-            return cls.microgpt([line for line in data.read_text().split("\n") if line], **raw)
+            recipe = cls.microgpt([line for line in data.read_text().split("\n") if line], **raw)
+            return recipe if units is None else recipe.grouped(path.parent / units)
         if kind == "classifier":
             return cls(kind, *_arrays(data, units), **raw)
         if isinstance(raw.get("model"), str) and (path.parent / raw["model"]).exists():
@@ -200,6 +221,23 @@ def _optimizer(path: Path, raw: Any) -> OptimizerSettings:
         return OptimizerSettings(**raw)
     except TypeError as error:
         raise FormatError(f"{path} has a wrong `optimizer`: {error}.") from None
+
+
+def content_digest(value: Any) -> str:
+    """Digest of a value made of tensors, rows, functions and plain data; equal content, equal digest."""
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.hexdigest()[:32]
+
+
+def _own_id(example: Any, number: int) -> str:
+    return example.id if isinstance(example, Row) else str(number)
+
+
+def _field(example: Any, name: str) -> str:
+    if not isinstance(example, Row) or name not in example.meta:
+        raise FormatError(f"Not every example has the field {name!r}: name units by a field that all rows have.")
+    return str(example.meta[name])
 
 
 def _own_unit(example: Any, number: int) -> str:

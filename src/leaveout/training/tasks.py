@@ -30,12 +30,15 @@ class Task:
     encode   examples of the recipe, or queries in the same form -> batch of tensors with the examples as first axis
     loss     (model, batch) -> losses [examples], in nats
     trained  names of the parameters that the optimizer changes; all others are constants
+    outputs  (model, batch) -> logits [examples, positions, classes] and targets [examples, positions], IGNORED where
+             nothing is learned; None for a custom recipe
     """
 
     model: nn.Module
     encode: Callable[[Sequence[Any]], Batch]
     loss: Callable[[nn.Module, Batch], Tensor]
     trained: tuple[str, ...]
+    outputs: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None = None
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -79,7 +82,13 @@ def _microgpt(recipe: Recipe) -> Task:
         targets = torch.stack([F.pad(y, (0, longest - len(y)), value=IGNORED) for _, y in pairs])
         return ids, targets
 
-    return Task(model, encode, lambda m, batch: _token_losses(m(batch[0]), batch[1]), _trained(model, recipe.trained))
+    def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return m(batch[0]), batch[1]
+
+    def loss(m: nn.Module, batch: Batch) -> Tensor:
+        return _token_losses(*outputs(m, batch))
+
+    return Task(model, encode, loss, _trained(model, recipe.trained), outputs)
 
 
 def _text(row: Any) -> str:
@@ -119,13 +128,16 @@ def _causal_lm(recipe: Recipe) -> Task:
     def encode(rows: Sequence[Any]) -> Batch:
         return _encode_rows(rows, tokenizer, recipe.max_tokens)
 
-    def loss(m: nn.Module, batch: Batch) -> Tensor:
+    def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         ids, targets = batch
         # Padding stands at the end, where no token with a label can attend to it.
         logits = m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        return _token_losses(logits[:, :-1], targets[:, 1:], recipe.loss_per)
+        return logits[:, :-1], targets[:, 1:]
 
-    return Task(model, encode, loss, _trained(model, trained))
+    def loss(m: nn.Module, batch: Batch) -> Tensor:
+        return _token_losses(*outputs(m, batch), recipe.loss_per)
+
+    return Task(model, encode, loss, _trained(model, trained), outputs)
 
 
 def _with_lora(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
@@ -186,7 +198,10 @@ def _classifier(recipe: Recipe) -> Task:
     def loss(m: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(m(batch[0]), batch[1], reduction="none")
 
-    return Task(model, encode, loss, _trained(model, recipe.trained))
+    def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return m(batch[0]).unsqueeze(1), batch[1].unsqueeze(1)
+
+    return Task(model, encode, loss, _trained(model, recipe.trained), outputs)
 
 
 def _custom(recipe: Recipe) -> Task:

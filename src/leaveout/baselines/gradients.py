@@ -1,0 +1,103 @@
+"""Gradients and losses of single examples under given parameters: what the gradient baselines are made of.
+
+Each example is taken in a batch of its own, so that its loss is the mean over its own learned tokens, whatever the recipe's
+`loss_per` is. Gradients are those of the trained parameters, flattened in the order of `task.trained`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leaveout.errors import MismatchError
+from leaveout.training.tasks import Task
+from leaveout.training.train import Parameters
+
+TOGETHER = 32
+"""Examples in one vectorised pass at most: more gain nothing on a CPU and hold the activations of all."""
+MEMORY = 2**30
+
+
+class _ExampleLoss(nn.Module):
+    """The loss of one example as a module, so that parameters can be given by name."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model, self.loss = task.model, task.loss
+
+    def forward(self, *example: Tensor) -> Tensor:
+        return self.loss(self.model, tuple(t.unsqueeze(0) for t in example)).squeeze(0)
+
+
+def example_losses(task: Task, parameters: Parameters, rows: Sequence[Any]) -> Tensor:
+    """Losses [rows] in nats, each in a batch of its own, so that no number depends on the other rows.
+
+    Cost: one forward pass a row.
+    """
+    one = _function(task)
+    values = _checked(task, parameters)
+    with torch.no_grad():
+        losses = [one(values, *(t[0] for t in task.encode([row]))) for row in rows]
+    return torch.stack(losses) if losses else torch.zeros(0)
+
+
+def example_gradients(
+    task: Task, parameters: Parameters, rows: Sequence[Any], memory: int = MEMORY
+) -> Iterator[Tensor]:
+    """Gradients of the rows' losses [some rows, parameters], in order; a last chunk may be smaller.
+
+    Memory: an eighth of `memory` in bytes for the numbers yielded and as much again while they are made, but never less
+            than one row; and the activations of at most 32 rows.
+    Cost:   one forward and one backward pass a row.
+    """
+    values = _checked(task, parameters)
+    gradients = torch.vmap(torch.func.grad(_function(task)), in_dims=(None,) + (0,) * len(task.encode(rows[:1])))
+    for part in _parts(rows, min(TOGETHER, rows_within(memory // 8, values))):
+        found = gradients(values, *task.encode(part))
+        yield torch.cat([found[f"model.{name}"].detach().flatten(1) for name in task.trained], 1)
+
+
+def rows_within(memory: int, parameters: Parameters) -> int:
+    """How many gradients fit in so many bytes, at least 1."""
+    return max(1, memory // sum(p.numel() * p.element_size() for p in parameters.values()))
+
+
+def gathered(chunks: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
+    """The same rows in blocks of at least `rows` where there are so many, for fewer passes over the other side."""
+    held: list[Tensor] = []
+    for chunk in chunks:
+        held.append(chunk)
+        if sum(map(len, held)) >= rows:
+            block, held = torch.cat(held), []
+            yield block
+    if held:
+        yield torch.cat(held)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows [rows, width] scaled to length 1; a row of zeros stays one."""
+    length = x.norm(dim=1, keepdim=True)
+    return x / torch.where(length > 0, length, torch.ones_like(length))
+
+
+def _function(task: Task) -> Callable[..., Tensor]:
+    module = _ExampleLoss(task)
+    return lambda values, *example: torch.func.functional_call(module, values, example)
+
+
+def _checked(task: Task, parameters: Parameters) -> Parameters:
+    """The parameters under the names that `_ExampleLoss` gives them."""
+    own = dict(task.model.named_parameters())
+    for name in task.trained:
+        if name not in parameters or parameters[name].shape != own[name].shape:
+            raise MismatchError(
+                f"The parameters have no {name} of shape {tuple(own[name].shape)}: give this task's own."
+            )
+    return {f"model.{name}": parameters[name].detach() for name in task.trained}
+
+
+def _parts(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (rows[i : i + size] for i in range(0, len(rows), size))

@@ -1,0 +1,65 @@
+"""Parameters along a training run: what TracIn and Z0-Inf look at."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from leaveout.training.recipe import Recipe
+from leaveout.training.tasks import Batch, task_of
+from leaveout.training.train import Loop, Parameters, RunOptions, make_optimizer
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Trained parameters after `step` steps; rate: mean learning rate of the steps since the snapshot before."""
+
+    step: int
+    rate: float
+    parameters: Parameters
+
+
+def take_snapshots(recipe: Recipe, steps: Sequence[int], progress: bool = False) -> list[Snapshot]:
+    """Train a recipe on everything and keep the parameters after these numbers of steps; 0 is the start.
+
+    A snapshot at step 0 has the rate of the first step.
+
+    Guarantee: a snapshot after the last step equals `train_plain`, bit for bit.
+    Memory: one copy of the trained parameters for each snapshot. Cost: one training.
+    Raises: ValueError unless the steps ascend within 0 ... the steps of the recipe.
+    """
+    n_steps = len(recipe.batches())
+    if not steps or steps[0] < 0 or steps[-1] > n_steps or any(a >= b for a, b in itertools.pairwise(steps)):
+        raise ValueError(f"snapshots need ascending steps within 0 ... {n_steps}, not {list(steps)}.")
+    task = task_of(recipe)
+    own = dict(task.model.named_parameters())
+    params = {name: own[name] for name in task.trained}
+    kept: list[Parameters] = []
+    step = 0
+
+    def keep() -> None:
+        if step in steps:
+            kept.append({name: p.detach().clone() for name, p in params.items()})
+
+    def backward(batch: Batch, numbers: Tensor) -> None:
+        (task.loss(task.model, batch).sum() / recipe.batch_size).backward()
+
+    def before_step() -> None:  # the loop calls it once a step, when all gradients are there
+        nonlocal step
+        keep()
+        step += 1
+        if recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(list(params.values()), recipe.clip_norm)
+
+    loop = Loop(recipe, task, params, make_optimizer(recipe, list(params.values())), backward, before_step)
+    loop.run(None, "snapshots", RunOptions(progress=progress))
+    keep()
+    rates = [recipe.rate(i, n_steps) for i in range(n_steps)]
+    befores = [0, *steps[:-1]]
+    return [
+        Snapshot(at, sum(rates[before : max(at, 1)]) / (max(at, 1) - before), parameters)
+        for before, at, parameters in zip(befores, steps, kept, strict=True)
+    ]

@@ -1,0 +1,373 @@
+"""The bank: everything measured about one recipe, on disk, in the shared store format.
+
+A row is one measurement: a jet run along one direction, a retraining with one deletion vector, or the exact first order
+of one query. Its id is made of its content, so that the same measurement is never stored twice, and banks of the same
+recipe measured on several machines merge. It holds query values (when the queries were given beforehand) or the
+trained parameters (then any query can be asked later). Vectors are stored, not seeds: random number generators
+change between versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from leaveout.deletion.estimators import SIMPLE, Fitted
+from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings
+from leaveout.deletion.posterior import Posterior, calibration
+from leaveout.deletion.predict import Curve, Prediction
+from leaveout.deletion.sets import deletion_sets
+from leaveout.errors import FormatError, MismatchError
+from leaveout.store import Record, Segment, Store
+from leaveout.training.queries import Query, as_queries, query_function
+from leaveout.training.recipe import Recipe
+from leaveout.training.tasks import task_of
+from leaveout.training.train import Parameters, jet_values, query_losses
+from leaveout.training.updates import UnitVectors, influence, query_gradients
+
+ESTIMATORS = ("posterior", *SIMPLE)
+DAMPING = 10.0
+"""Of the influence scores, in mean diagonals of the Fisher matrix: of 0.01 to 100 the best prior mean on names."""
+ROLES = ("fit", "heldout", "truth")
+"""What a retraining is for: estimators fit it, calibration holds it against them, or `verify` compares with it."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Finished measurements of one kind, as they go into the bank.
+
+    kind "jets", "retraining" or "gradient"; meta: what each row's record says; vectors: psi [rows, units] complex, or
+    x [rows, units]; numbers: name -> array with the rows first ("values" or "parameters")
+    """
+
+    kind: str
+    meta: dict[str, Any]
+    vectors: np.ndarray
+    numbers: dict[str, np.ndarray]
+
+
+class Bank:
+    """Measurements of one recipe; made and added to by `TrainingRun.measure`, asked by `predict`."""
+
+    def __init__(self, recipe: Recipe, path: Path, constants: Parameters) -> None:
+        self.recipe, self.path, self.constants = recipe, Path(path), constants
+        self._fits: dict[tuple[Any, ...], tuple[Fitted, float]] = {}
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            Store.create(self.path, self._settings()).close()
+        self.store = Store.open(self.path)
+        if self.store.settings != self._settings():
+            raise MismatchError(
+                f"{path} is the bank of another recipe: restore the recipe and its data, or measure into another run."
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        return {"what": "measurements", "recipe": self.recipe.hash(), "units": len(self.recipe.unit_names)}
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def missing(self, ids: Sequence[str]) -> list[int]:
+        """Positions of the ids that are not in the bank yet."""
+        self.store.refresh()
+        there = self.store.has(ids)
+        return [i for i, id in enumerate(ids) if id not in there]
+
+    def add(self, measured: Measured, ids: Sequence[str], queries: Sequence[Query] | None) -> None:
+        """Stores measurements as one transaction; those that are there already are left out."""
+        keep = self.missing(ids)
+        if not keep:
+            return
+        for name, values in measured.numbers.items():
+            if not np.isfinite(values).all():
+                what = "a query value" if name in ("values", "gradient") else "a trained parameter"
+                raise FormatError(f"A {measured.kind} gave {what} that is not finite: ask `leaveout doctor RECIPE`.")
+        asked = None if queries is None else [q.digest for q in queries]
+        digest = "" if asked is None else _digest(asked)
+        meta = {"kind": measured.kind, "queries": digest, **measured.meta}
+        numbers = {"x": measured.vectors, **measured.numbers}
+        arrays = {name: _real(np.ascontiguousarray(values[keep])) for name, values in numbers.items()}
+        with Store.open(self.path, write=True) as store:
+            if asked is not None and store.state(f"queries/{digest}") is None:
+                store.set_state(f"queries/{digest}", asked)
+            store.put([Record(ids[i], "", measured.kind, meta) for i in keep], arrays)
+        self.store.refresh()
+        self._fits.clear()
+
+    def put_vectors(self, vectors: UnitVectors) -> None:
+        """Keeps what similarity between units and cheap scores are computed from."""
+        with Store.open(self.path, write=True) as store:
+            store.put_side("vectors", {"updates": vectors.updates, "final": vectors.final})
+        self.store.refresh()
+        self._fits.clear()
+
+    def merge(self, other: str | os.PathLike[str]) -> int:
+        """Adds the measurements of another bank of the same recipe; how many were new. A killed merge can be repeated."""
+        before = len(self)
+        theirs = Bank(self.recipe, Path(other), self.constants).store
+        with Store.open(self.path, write=True) as store:
+            for part in theirs.segments():
+                records, positions = _live(theirs, part)
+                for digest in {str(r.meta["queries"]) for r in records} - {""}:
+                    if store.state(f"queries/{digest}") is None:
+                        store.set_state(f"queries/{digest}", theirs.state(f"queries/{digest}"))
+                there = store.has([r.id for r in records])
+                new = [i for i, r in enumerate(records) if r.id not in there]
+                if new:
+                    arrays = {name: np.asarray(a[positions[new]]) for name, a in part.arrays().items()}
+                    store.put([records[i] for i in new], arrays)
+            if store.side("vectors") is None and (side := theirs.side("vectors")) is not None:
+                store.put_side("vectors", side)
+        self.store.refresh()
+        self._fits.clear()
+        return len(self) - before
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def info(self) -> dict[str, Any]:
+        """Counts by kind, design and degree, bytes, and CPU seconds spent."""
+        counts: dict[str, int] = {}
+        seconds = 0.0
+        for record in self.store.iter_rows():
+            m = record.meta
+            degree = f" of degree {m['degree']}" if "degree" in m else ""
+            name = f"{m['kind']}{degree}, {m.get('design', '')}{', ' + m['role'] if 'role' in m else ''}"
+            counts[name] = counts.get(name, 0) + 1
+            seconds += float(m.get("cpu_seconds", 0))
+        return {"measurements": counts, "cpu_seconds": round(seconds, 3), "bytes": self.store.info()["bytes"]}
+
+    def measurements(self, queries: Any, noise: Any = None) -> Measurements:
+        """All that the bank knows about some queries.
+
+        noise: standard deviation of one retraining's value, one number or one per query; 0 where training is exact.
+        Memory: 16 bytes x measurements x units, and the query values.
+        Raises: MismatchError if a query was not measured and no parameters were kept; FormatError for a NaN value.
+        """
+        asked = as_queries(queries)
+        base = self.base(asked)
+        parts = list(self._parts(asked))
+        sizes = np.bincount(self.recipe.unit_of.numpy()).astype(np.float64)
+        if not parts and len(self):
+            raise MismatchError(
+                f"No measurement of this bank knows the query {asked[0].name!r}: it was measured for other queries, and "
+                "without keeping parameters; measure again with these queries, or with none given."
+            )
+        of_role = {role: [p for p in parts if p[0] == role] for role in ROLES}
+        side = self.store.side("vectors")
+        return Measurements(
+            base, sizes,
+            _distinct([JetBlock(*p[1:]) for p in parts if p[0] == "jets"]),
+            _gathered(of_role["fit"], base), _gathered(of_role["heldout"], base),
+            None if noise is None else np.broadcast_to(np.asarray(noise, np.float64), base.shape),
+            self._gradient(asked),
+            None if side is None else self._scores(asked, side),
+            None if side is None else np.asarray(side["updates"], np.float64),
+        )  # fmt: skip
+
+    def base(self, asked: Sequence[Query]) -> np.ndarray:
+        """Values of queries under the model trained on everything [queries]."""
+        values = query_losses(self.recipe, self.constants, query_function(task_of(self.recipe), asked)).double().numpy()
+        for q, value in zip(asked, values, strict=True):
+            if not np.isfinite(value):
+                raise FormatError(
+                    f"The query {q.name!r} has the value {value} already for the model trained on all data."
+                )
+        return values
+
+    def truth(self, asked: Sequence[Query], x: np.ndarray) -> np.ndarray:
+        """Values [query, set] of the retrainings of deletion vectors x [sets, units] that were stored as truth."""
+        found = {
+            row.tobytes(): y for p in self._parts(asked) if p[0] == "truth" for row, y in zip(p[1], p[2], strict=True)
+        }
+        return np.stack([found[row.tobytes()] for row in np.ascontiguousarray(x)], 1)
+
+    def predict(
+        self,
+        queries: Any,
+        without: Any,
+        estimator: str = "posterior",
+        *,
+        calibrate: bool = True,
+        noise: Any = None,
+        **options: Any,
+    ) -> Prediction:
+        """Values of queries under the model trained without deletion sets, with standard deviations.
+
+        queries, without: see `as_queries` and `deletion_sets`; options: those of the estimator (degree, groups, kernel).
+        calibrate: scale standard deviations by the held-out retrainings, if there are any.
+        """
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+        asked, sets = as_queries(queries), deletion_sets(self.recipe, without)
+        fitted, factor = self.fit(asked, estimator, noise, **options)
+        effect, std = fitted.predict(sets.x)
+        factor = factor if calibrate else 1.0
+        return Prediction(
+            tuple(q.name for q in asked), sets.labels, np.repeat(self.base(asked)[:, None], len(sets), 1), effect,
+            std * factor, estimator, factor,
+        )  # fmt: skip
+
+    def fit(self, asked: Sequence[Query], estimator: str, noise: Any = None, **options: Any) -> tuple[Fitted, float]:
+        """The fitted estimator and its calibration factor; kept until the bank changes."""
+        key = (tuple(q.digest for q in asked), estimator, str(noise), tuple(sorted(map(str, options.items()))))
+        if key not in self._fits:
+            data = self.measurements(asked, noise)
+            made: Any = Posterior if estimator == "posterior" else SIMPLE[estimator]
+            fitted = made(data, **options)
+            factor = calibration(data, fitted)
+            if estimator == "posterior" and len(data.heldout):
+                fitted = made(data.with_heldout(), **options)  # the factor stays that of the smaller, worse fit
+            self._fits[key] = fitted, factor
+        return self._fits[key]
+
+    def curve(
+        self, queries: Any, without: Any, estimator: str = "posterior", points: int = 21, **options: Any
+    ) -> list[Curve]:
+        """Predictions as the share removed grows from 0 to 1, one curve per deletion set."""
+        sets = deletion_sets(self.recipe, without)
+        shares = np.linspace(0, 1, points)
+        out = []
+        for x, name in zip(sets.x, sets.labels, strict=True):
+            along = type(sets)(shares[:, None] * x, tuple(f"{s:g}" for s in shares))
+            out.append(Curve(name, shares, self.predict(queries, along, estimator, **options)))
+        return out
+
+    def _parts(self, asked: Sequence[Query]) -> Iterator[tuple[Any, ...]]:
+        """(role, x, y) of retrainings and ("jets", psi, c, real) of each segment that knows the queries."""
+        self.store.refresh()
+        for part in self.store.segments():
+            records, positions = _live(self.store, part)
+            if not records or records[0].meta["kind"] == "gradient":
+                continue
+            meta, arrays = records[0].meta, part.arrays()
+            values = self._values(part, meta, asked)
+            if values is None:
+                continue
+            x, values = np.array(arrays["x"])[positions], values[positions]
+            if meta["kind"] == "jets":
+                psi, c = x.view(np.complex128)[..., 0], np.ascontiguousarray(values).view(np.complex128)[..., 0]
+                yield "jets", psi, np.ascontiguousarray(c.transpose(1, 0, 2)), bool(meta["real"])
+            else:
+                roles = [r.meta["role"] for r in records]
+                for role in dict.fromkeys(roles):
+                    rows = [i for i, r in enumerate(roles) if r == role]
+                    yield role, x[rows], values[rows]
+
+    def _values(self, part: Segment, meta: dict[str, Any], asked: Sequence[Query]) -> np.ndarray | None:
+        """Query values [rows, ...] of a segment, from its numbers or its parameters; None if it does not know them."""
+        digests = [q.digest for q in asked]
+        if meta["queries"]:
+            known = {d: i for i, d in enumerate(self.store.state(f"queries/{meta['queries']}"))}
+            if any(d not in known for d in digests):
+                return None
+            columns = [known[d] for d in digests]
+            values = np.asarray(part.arrays()["values"], np.float64)
+            return values[:, :, columns] if meta["kind"] == "jets" else values[:, columns]
+        name = f"values/{part.name}/{_digest(digests)}"
+        if (side := self.store.side(name)) is not None:
+            return np.asarray(side["values"])
+        values = self._asked(part, meta, asked)
+        try:
+            with Store.open(self.path, write=True) as store:
+                store.put_side(name, {"values": values})
+        except MismatchError:
+            return values  # somebody is measuring: the values are computed again next time
+        self.store.refresh()
+        return values
+
+    def _asked(self, part: Segment, meta: dict[str, Any], asked: Sequence[Query]) -> np.ndarray:
+        """Query values computed from stored parameters, in the form of stored values."""
+        flat = part.arrays()["parameters"]
+        ask = query_function(task_of(self.recipe), asked)
+        if meta["kind"] == "retraining":
+            runs = {n: torch.from_numpy(np.array(v)) for n, v in _split(flat, self.constants).items()}
+            return query_losses(self.recipe, runs, ask).double().numpy()
+        out = []
+        for start in range(0, len(flat), 64):
+            chunk = np.array(flat[start : start + 64])
+            chunk = chunk.view(np.complex128 if chunk.dtype == np.float64 else np.complex64)[..., 0]
+            series = {n: torch.from_numpy(v.swapaxes(0, 1).copy()) for n, v in _split(chunk, self.constants).items()}
+            values = jet_values(self.recipe, self.constants, series, ask).h
+            out.append(_real(values.transpose(0, 1).to(torch.complex128).numpy()))
+        return np.concatenate(out)
+
+    def _gradient(self, asked: Sequence[Query]) -> np.ndarray | None:
+        found: dict[str, np.ndarray] = {}
+        for part in self.store.segments():
+            records, positions = _live(self.store, part)
+            if records and records[0].meta["kind"] == "gradient":
+                rows = np.asarray(part.arrays()["x"])[positions]
+                found |= {r.id.removeprefix("gradient:"): row for r, row in zip(records, rows, strict=True)}
+        if any(q.digest not in found for q in asked):
+            return None
+        return np.stack([found[q.digest] for q in asked])
+
+    def _scores(self, asked: Sequence[Query], side: dict[str, np.ndarray]) -> np.ndarray:
+        vectors = UnitVectors(np.asarray(side["updates"]), np.asarray(side["final"]), self.constants)
+        width = vectors.final.shape[1]
+        gradients = query_gradients(self.recipe, self.constants, query_function(task_of(self.recipe), asked), width)
+        return influence(vectors, gradients, DAMPING)
+
+
+def measurement_ids(kind: str, vectors: np.ndarray, queries: Sequence[Query] | None, *parts: Any) -> list[str]:
+    """An id for each row [rows, units], made of what is measured and for which queries."""
+    asked = "parameters" if queries is None else _digest([q.digest for q in queries])
+    common = "/".join(map(str, parts))
+    rows = (xxhash.xxh3_128_hexdigest(np.ascontiguousarray(v).tobytes()) for v in vectors)
+    return [f"{kind}:{common}:{asked}:{row}" for row in rows]
+
+
+def _digest(digests: Sequence[str]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(list(digests)).encode())
+
+
+def _real(values: np.ndarray) -> np.ndarray:
+    """Complex numbers as pairs of real ones in a last axis."""
+    if values.dtype.kind != "c":
+        return values
+    return np.ascontiguousarray(values).view(np.real(values).dtype).reshape(*values.shape, 2)
+
+
+def _split(flat: np.ndarray, like: Parameters) -> dict[str, np.ndarray]:
+    """Parameters by name from flat ones [..., all]."""
+    ends = np.cumsum([p.numel() for p in like.values()])
+    parts = np.split(flat, ends[:-1], axis=-1)
+    return {n: part.reshape(*flat.shape[:-1], *p.shape) for (n, p), part in zip(like.items(), parts, strict=True)}
+
+
+def _live(store: Store, part: Segment) -> tuple[list[Record], np.ndarray]:
+    live = part.live()
+    positions = np.arange(part.n_rows) if live is None else np.flatnonzero(live)
+    return store.rows(part.first + positions), positions
+
+
+def _gathered(parts: list[tuple[Any, ...]], base: np.ndarray) -> Retrainings:
+    """All retrainings of one role, each deletion vector once: it may have been measured for other queries as well."""
+    if not parts:
+        return Retrainings(np.zeros((0, 0)), np.zeros((0, len(base))))
+    x, y = np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts])
+    _, first = np.unique(x, axis=0, return_index=True)
+    first.sort()
+    return Retrainings(x[first], y[first] - base)
+
+
+def _distinct(blocks: list[JetBlock]) -> tuple[JetBlock, ...]:
+    """Each direction once, at its highest degree."""
+    seen: set[bytes] = set()
+    out = []
+    for block in sorted(blocks, key=lambda b: -b.degree):
+        names = [row.tobytes() for row in block.psi]
+        new = [i for i, name in enumerate(names) if name not in seen]
+        seen |= set(names)
+        if new:
+            out.append(JetBlock(block.psi[new], block.c[:, new], block.real))
+    return tuple(out)

@@ -1,0 +1,326 @@
+"""Estimators of the effect of a deletion, from stored measurements. Formulas: METHODS A3, A4; arXiv 2604.07328.
+
+Each takes `Measurements` and gives a `Fitted`, whose `predict(x)` for deletion vectors x [sets, units] returns the mean
+effect and its standard deviation, both [queries, sets], in the unit of the query. A standard deviation of infinity
+means that the measurements do not say how wrong the mean may be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings
+from leaveout.errors import UnsupportedError
+
+SINGULAR = 1e-9
+"""Relative size below which a singular value of the least-squares system counts as zero."""
+
+
+class Fitted(Protocol):
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+# --- the paper's -------------------------------------------------------------------------------------------------
+
+
+def _complex_blocks(data: Measurements, name: str) -> list[JetBlock]:
+    blocks = [b for b in data.jets if not b.real]
+    if not blocks:
+        raise UnsupportedError(f"`{name}` needs jet runs along complex uniform directions: measure some first.")
+    return blocks
+
+
+def _terms(blocks: list[JetBlock], x: np.ndarray, degree: int) -> np.ndarray:
+    """Each direction's unbiased guess of the effect of x up to a degree: [directions, queries, sets]."""
+    out = []
+    for block in blocks:
+        if block.degree < degree:
+            raise UnsupportedError(f"The jet runs have degree {block.degree}, lower than {degree}: measure again.")
+        inner = np.conj(block.psi) @ x.T
+        units = x.shape[1]
+        total = np.zeros((len(block.psi), block.c.shape[2], len(x)))
+        for r in range(1, degree + 1):
+            scaled = math.comb(units + r - 1, r) * inner**r
+            total += (block.c[r - 1][:, :, None] * scaled[:, None, :]).real
+        out.append(total)
+    return np.concatenate(out)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The paper's estimator: the mean over directions; its standard deviation is the standard error of that mean.
+
+    degree: orders that are summed; degree 1 is the least noisy at few directions.
+    """
+
+    data: Measurements
+    degree: int = 1
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        blocks = _complex_blocks(self.data, "mean")
+        parts = [self._part(blocks, chunk) for chunk in _chunks(x)]
+        return _side_by_side(parts)
+
+    def _part(self, blocks: list[JetBlock], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        terms = _terms(blocks, x, self.degree)
+        return terms.mean(0), terms.std(0, ddof=1) / math.sqrt(len(terms)) if len(terms) > 1 else np.inf * terms[0]
+
+
+def guarantee(epsilon: float, delta: float) -> tuple[int, int]:
+    """Directions m and groups that give error epsilon (times the estimator's deviation) with probability 1 - delta.
+
+    The usual median-of-means bound: 8 ln(1/delta) groups of 4 / epsilon^2 directions each.
+    """
+    if not (epsilon > 0 and 0 < delta < 1):
+        raise ValueError(f"epsilon must be positive and delta between 0 and 1, got {epsilon} and {delta}")
+    groups = math.ceil(8 * math.log(1 / delta))
+    return groups * math.ceil(4 / epsilon**2), groups
+
+
+@dataclass(frozen=True)
+class MedianOfMeans:
+    """The median over groups of the mean over each group's directions (see `guarantee`)."""
+
+    data: Measurements
+    degree: int = 1
+    groups: int = 8
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        blocks = _complex_blocks(self.data, "median_of_means")
+        if sum(len(b.psi) for b in blocks) < 2 * self.groups:
+            raise UnsupportedError(f"`median_of_means` needs {2 * self.groups} directions for {self.groups} groups.")
+        return _side_by_side([self._part(blocks, chunk) for chunk in _chunks(x)])
+
+    def _part(self, blocks: list[JetBlock], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        means = np.stack([g.mean(0) for g in np.array_split(_terms(blocks, x, self.degree), self.groups)])
+        # The standard error of a median of k normal numbers is about sqrt(pi / 2k) of their deviation.
+        return np.median(means, 0), means.std(0, ddof=1) * math.sqrt(math.pi / 2 / self.groups)
+
+
+def _chunks(x: np.ndarray, size: int = 64) -> list[np.ndarray]:
+    return [x[i : i + size] for i in range(0, len(x), size)]
+
+
+def _side_by_side(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([m for m, _ in parts], 1), np.concatenate([s for _, s in parts], 1)
+
+
+# --- least squares -----------------------------------------------------------------------------------------------
+
+
+class LeastSquares:
+    """Minimum-norm solution of the linear equations that the jets give for each order's coefficients.
+
+    Exact for order r once twice the directions reach C(units + r - 1, r). The standard deviation is that of a Gaussian
+    process with the same kernel (x . y)^r, whose scale per query is the mean square of the whitened coefficients, for
+    what the directions leave open, plus for the orders above `degree` the error on the bank's retrainings, if it has any.
+    degree: highest order used; None: all that are measured and either exact or third of the way to it.
+    """
+
+    def __init__(self, data: Measurements, degree: int | None = None) -> None:
+        if not data.jets:
+            raise UnsupportedError("`least_squares` needs jet runs: measure some directions first.")
+        highest = max(b.degree for b in data.jets)
+        if degree is not None and degree > highest:
+            raise UnsupportedError(f"The jet runs have degree {highest}, lower than {degree}: measure again.")
+        orders = range(1, (degree or highest) + 1)
+        self._orders = [_Order(data, r) for r in orders if degree or r == 1 or _covered(data, r) > 1 / 3]
+        others = _joined(data.retrainings, data.heldout, data.units)
+        self._spread = np.zeros(len(data.base))
+        if len(others) >= 2:
+            self._spread = _spread(others, self.predict(others.x)[0], len(data.base))
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = [order.predict(x) for order in self._orders]
+        variance = np.sum([v for _, v in found], 0) + self._spread[:, None] ** 2 * (x**2).sum(1)
+        return np.sum([m for m, _ in found], 0), np.sqrt(variance)
+
+
+def _covered(data: Measurements, r: int) -> float:
+    """Equations over unknowns of one order."""
+    rows = sum((1 if b.real else 2) * len(b.psi) for b in data.jets if b.degree >= r)
+    return rows / math.comb(data.units + r - 1, r)
+
+
+class _Order:
+    """One order: the dual problem by eigenvectors of the Gram matrix, or for order 1 the primal one by an SVD."""
+
+    def __init__(self, data: Measurements, r: int) -> None:
+        blocks = [b for b in data.jets if b.degree >= r]
+        self.r, self._blocks = r, blocks
+        values = np.concatenate([b.c[r - 1] for b in blocks])
+        real = np.concatenate([np.full(len(b.psi), b.real) for b in blocks])
+        psi = np.concatenate([b.psi for b in blocks])
+        self._psi, self._keep = psi, np.concatenate([np.ones(len(real), bool), ~real])
+        right = np.concatenate([np.real(values), np.imag(values)])[self._keep]
+        if r == 1:
+            rows = np.concatenate([np.real(psi), np.imag(psi)])[self._keep]
+            left, size, basis = np.linalg.svd(rows, full_matrices=False)
+            good = size > SINGULAR * size[0]
+            whitened = (left[:, good].T @ right) / size[good, None]
+            self._basis, self._solution = basis[good], basis[good].T @ whitened
+        else:
+            size, vectors = np.linalg.eigh(self._gram(psi))
+            good = size > math.sqrt(SINGULAR) * size[-1]
+            self._root = vectors[:, good] / np.sqrt(size[good])
+            whitened = self._root.T @ right
+            self._solution = self._root @ whitened
+        self._tau = (whitened**2).mean(0)
+
+    def _gram(self, psi: np.ndarray) -> np.ndarray:
+        plain, barred = (psi @ psi.T) ** self.r, (psi @ np.conj(psi).T) ** self.r
+        rr, ii = np.real(plain + barred) / 2, np.real(barred - plain) / 2
+        ri = np.imag(plain - barred) / 2
+        return np.block([[rr, ri], [ri.T, ii]])[np.ix_(self._keep, self._keep)]
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        prior = (x**2).sum(1) ** self.r
+        if self.r == 1:
+            known = ((x @ self._basis.T) ** 2).sum(1)
+            mean = (x @ self._solution).T
+        else:
+            cross = (self._psi @ x.T) ** self.r
+            rows = np.concatenate([cross.real, cross.imag])[self._keep]
+            known = ((self._root.T @ rows) ** 2).sum(0)
+            mean = self._solution.T @ rows
+        return mean, self._tau[:, None] * np.clip(prior - known, 0, None)[None]
+
+
+# --- on retrainings alone ----------------------------------------------------------------------------------------
+
+
+class LeaveOneOut:
+    """The sum of the effects of leaving out each unit alone. Needs the retraining of every unit that a set names.
+
+    Standard deviation: the error on the bank's other retrainings, in proportion to the root of the removed shares.
+    """
+
+    def __init__(self, data: Measurements) -> None:
+        runs = data.retrainings
+        single = ((runs.x != 0).sum(1) == 1) & ((runs.x == 1).sum(1) == 1)
+        self._effects = np.full((len(data.base), data.units), np.nan)
+        if single.any():
+            self._effects[:, runs.x[single].argmax(1)] = runs.y[single].T
+        others = _joined(runs.take(~single), data.heldout, data.units)
+        whole = others.take(np.isfinite(self._mean(others.x)).all(0)) if len(others) else others
+        self._spread = _spread(whole, self._mean(whole.x), len(data.base))
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean = self._mean(x)
+        if not np.isfinite(mean).all():
+            n = int((np.isnan(self._effects[0]) & (x != 0).any(0)).sum())
+            raise UnsupportedError(
+                f"`leave_one_out` needs the retraining of each unit alone, {n} of these sets' units have none: "
+                "measure them with `measure --retrain N --design singles`."
+            )
+        return mean, self._spread[:, None] * np.sqrt((x**2).sum(1))[None]
+
+    def _mean(self, x: np.ndarray) -> np.ndarray:
+        known = np.where(np.isnan(self._effects), 0.0, self._effects)
+        missing = (np.isnan(self._effects[:1]).astype(float) @ (x != 0).T.astype(float)) > 0
+        return np.where(missing, np.nan, known @ x.T)
+
+
+class Pairwise:
+    """Inclusion and exclusion to second order: sums over units and over pairs. For few units, all pairs retrained."""
+
+    def __init__(self, data: Measurements) -> None:
+        runs, units = data.retrainings, data.units
+        sizes = (runs.x != 0).sum(1)
+        whole = (runs.x == 1).sum(1) == sizes
+        self._first = np.full((units, len(data.base)), np.nan)
+        self._second = np.full((units, units, len(data.base)), np.nan)
+        for x, y in zip(runs.x[whole & (sizes == 1)], runs.y[whole & (sizes == 1)], strict=True):
+            self._first[int(x.argmax())] = y
+        for x, y in zip(runs.x[whole & (sizes == 2)], runs.y[whole & (sizes == 2)], strict=True):
+            i, j = np.flatnonzero(x)
+            self._second[i, j] = self._second[j, i] = y - self._first[i] - self._first[j]
+        self._second[np.arange(units), np.arange(units)] = 0
+        if not np.isfinite(self._first).all() or not np.isfinite(self._second).all():
+            raise UnsupportedError(
+                f"`pairwise` needs the retrainings of all {units} units and all {math.comb(units, 2)} pairs: measure them "
+                "with `measure --design singles` and `--design pairs`."
+            )
+        others = _joined(runs.take(~(whole & (sizes <= 2))), data.heldout, units)
+        self._spread = _spread(others, self._mean(others.x), len(data.base))
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._mean(x), self._spread[:, None] * np.sqrt((x**2).sum(1))[None]
+
+    def _mean(self, x: np.ndarray) -> np.ndarray:
+        return self._first.T @ x.T + np.einsum("si,sj,ijq->qs", x, x, self._second) / 2
+
+
+def _joined(a: Retrainings, b: Retrainings, units: int) -> Retrainings:
+    parts = [r for r in (a, b) if len(r)]
+    if not parts:
+        return Retrainings(np.zeros((0, units)), a.y[:0])
+    return Retrainings(np.concatenate([r.x for r in parts]), np.concatenate([r.y for r in parts]))
+
+
+def _spread(runs: Retrainings, mean: np.ndarray, queries: int) -> np.ndarray:
+    """Root mean square error per unit of root removed share; infinite when nothing was held against it."""
+    if len(runs) < 2:
+        return np.full(queries, np.inf)
+    return np.sqrt((((runs.y.T - mean) ** 2) / np.maximum((runs.x**2).sum(1), 1e-12)).mean(1))
+
+
+class Datamodels:
+    """Ridge regression of the effects on which units were removed (arXiv 2202.00622), over the bank's retrainings.
+
+    The penalty is the one of least leave-one-out error, by the closed form; the standard deviation is that error's root
+    mean square, in proportion to the root of the removed shares.
+    """
+
+    def __init__(self, data: Measurements) -> None:
+        runs = data.retrainings
+        if len(runs) < 4:
+            raise UnsupportedError("`datamodels` needs at least 4 retrainings on random sets: measure them first.")
+        size, vectors = np.linalg.eigh(runs.x @ runs.x.T)
+        rotated = vectors.T @ runs.y
+        norms = np.sqrt((runs.x**2).sum(1))[:, None]
+        best = (np.inf, np.zeros((0, 0)), np.zeros(0))
+        for penalty in size[-1] * np.geomspace(1e-8, 10, 19):
+            weight = 1 / (np.maximum(size, 0) + penalty)
+            dual = vectors @ (weight[:, None] * rotated)
+            errors = dual / ((vectors**2) @ weight)[:, None] / norms
+            score = float((errors**2 / np.maximum((runs.y**2).mean(0), 1e-300)).mean())
+            if score < best[0]:
+                best = (score, dual, np.sqrt((errors**2).mean(0)))
+        self._effects, self._spread = (runs.x.T @ best[1]).T, best[2]
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._effects @ x.T, self._spread[:, None] * np.sqrt((x**2).sum(1))[None]
+
+
+class FirstOrder:
+    """The exact first order by reverse mode: the metagradient of arXiv 2503.13751 and 2504.16430.
+
+    Standard deviation: the error on the bank's retrainings, in proportion to the root of the removed shares.
+    """
+
+    def __init__(self, data: Measurements) -> None:
+        if data.gradient is None:
+            raise UnsupportedError("`first_order` needs the metagradient: measure with `--gradient`.")
+        self._gradient = data.gradient
+        others = _joined(data.retrainings, data.heldout, data.units)
+        self._spread = _spread(others, self._gradient @ others.x.T, len(data.base))
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._gradient @ x.T, self._spread[:, None] * np.sqrt((x**2).sum(1))[None]
+
+
+SIMPLE: dict[str, Callable[[Measurements], Fitted]] = {
+    "mean": Mean,
+    "median_of_means": MedianOfMeans,
+    "least_squares": LeastSquares,
+    "leave_one_out": LeaveOneOut,
+    "pairwise": Pairwise,
+    "datamodels": Datamodels,
+    "first_order": FirstOrder,
+}

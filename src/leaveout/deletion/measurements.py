@@ -1,0 +1,80 @@
+"""The numbers that estimators work on: what a bank knows about given queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class JetBlock:
+    """Jet runs of one degree.
+
+    psi [m, units] complex128, c [degree, m, queries] complex128 (plain coefficients of z, z^2, ...); real: the
+    directions are real, so that imaginary parts say nothing.
+    """
+
+    psi: np.ndarray
+    c: np.ndarray
+    real: bool = False
+
+    @property
+    def degree(self) -> int:
+        return len(self.c)
+
+
+@dataclass(frozen=True)
+class Retrainings:
+    """Retrained models: deletion vectors x [n, units] and effects y [n, queries], value minus base."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, rows: Any) -> Retrainings:
+        return Retrainings(self.x[rows], self.y[rows])
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """All that is known about some queries.
+
+    base      values of the queries under the model trained on everything [queries]
+    sizes     number of examples of each unit [units]
+    jets, retrainings; heldout: retrainings kept for calibration, which no estimator fits
+    noise     standard deviation of one retraining's value per query [queries]: 0 where training is deterministic
+    gradient  exact first-order effects [queries, units], if they were computed
+    scores    cheap scores [queries, units] in the direction of the effects, if any; their scale does not matter
+    features  [units, k]: units with similar rows are expected to have similar effects
+    """
+
+    base: np.ndarray
+    sizes: np.ndarray
+    jets: tuple[JetBlock, ...] = ()
+    retrainings: Retrainings = field(default_factory=lambda: Retrainings(np.zeros((0, 0)), np.zeros((0, 0))))
+    heldout: Retrainings = field(default_factory=lambda: Retrainings(np.zeros((0, 0)), np.zeros((0, 0))))
+    noise: np.ndarray | None = None
+    gradient: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    features: np.ndarray | None = None
+
+    @property
+    def units(self) -> int:
+        return len(self.sizes)
+
+    def with_heldout(self) -> Measurements:
+        """The same with the held-out retrainings among those that are fitted."""
+        both = [r for r in (self.retrainings, self.heldout) if len(r)]
+        joined = Retrainings(np.concatenate([r.x for r in both]), np.concatenate([r.y for r in both]))
+        return replace(self, retrainings=joined, heldout=Retrainings(np.zeros((0, self.units)), joined.y[:0]))
+
+    def describe(self) -> str:
+        """Counts, for people."""
+        parts = [f"{len(b.psi)} jet runs of degree {b.degree}" for b in self.jets]
+        parts += [f"{len(self.retrainings)} retrainings"] if len(self.retrainings) else []
+        parts += ["the exact first order"] if self.gradient is not None else []
+        return ", ".join(parts) or "nothing"

@@ -1,0 +1,268 @@
+"""Which measurements to buy for a budget: timing probes, then the error that the posterior expects of each choice.
+
+The expected error of a choice needs no measured value: it is the posterior's own standard deviation on the user's
+deletion sets, over that of the effects themselves before anything is measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from leaveout.deletion import directions
+from leaveout.deletion.kernels import FewUnits, Kernel, ManyUnits, similar_units
+from leaveout.deletion.posterior import LARGEST, NUGGET, expected_error
+from leaveout.deletion.sets import DeletionSets, deletion_sets
+from leaveout.errors import LeaveoutError, UnsupportedError
+from leaveout.training.metagradient import metagradient
+from leaveout.training.queries import Query, as_queries, query_function
+from leaveout.training.recipe import Recipe
+from leaveout.training.stability import Stability, check_stability
+from leaveout.training.tasks import task_of
+from leaveout.training.train import JetSettings, RunOptions, train_batch, train_jets
+
+if TYPE_CHECKING:
+    from leaveout.deletion.run import TrainingRun
+
+PROBE_STEPS, PROBE_RUNS = 12, 64
+HELDOUT = 16
+DESIGN_LIMIT = 3000
+"""Planned numbers in one Gram matrix: beyond it the expected error is that of the first so many."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """CPU seconds of one retraining, one jet direction by degree, and the exact first order of all queries."""
+
+    retraining: float
+    jets: dict[int, float]
+    gradient: float | None
+    probe: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to spend a budget: arguments of `TrainingRun.measure`, and what it costs and promises.
+
+    seconds of wall time with the workers given, bytes of disk and memory; error: expected standard deviation of a
+    prediction over that of an effect, mean over the deletion sets (0: exact, 1: nothing is known)
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    seconds: float
+    disk: int
+    memory: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices from best to worst, and what they rest on."""
+
+    choices: tuple[Choice, ...]
+    costs: Costs
+    stability: Stability | None
+    budget: float
+
+    @property
+    def best(self) -> Choice:
+        return self.choices[0]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """seconds of wall time; disk and memory in bytes (None: not limited); workers; noise: deviation of a retraining's
+
+    value between repetitions, over one unit's typical effect (0: training is deterministic).
+    """
+
+    seconds: float
+    disk: int | None = None
+    memory: int | None = None
+    workers: int = 1
+    noise: float = 0.0
+
+
+def make_plan(run: TrainingRun, queries: Any, without: Any, budget: Budget) -> Plan:
+    """The plan for predicting some queries without some deletion sets within a budget.
+
+    Cost: a stability check, a few steps of each kind of run, and the units' update vectors (about two trainings).
+    Raises: UnsupportedError if not one choice fits the budget.
+    """
+    if not budget.seconds > 0:
+        raise ValueError(f"the budget must be positive, got {budget.seconds} seconds")
+    recipe, asked, sets = run.recipe, as_queries(queries), deletion_sets(run.recipe, without)
+    stability = _stability(recipe)
+    usable = stability is not None and stability.verdict != "unstable"
+    costs = probe(recipe, asked, jets=usable)
+    if len(recipe.unit_names) > directions.FEW:
+        run.measure_vectors()
+    prior = _Prior(run)
+    choices = [c for c in _choices(run, prior, asked, sets, costs, budget) if _fits(c, budget)]
+    if not choices:
+        raise UnsupportedError(
+            f"Nothing useful fits into {budget.seconds:g} s: one retraining takes {costs.retraining:.3g} s here; give a "
+            "larger budget."
+        )
+    return Plan(tuple(sorted(choices, key=lambda c: (round(c.error, 3), c.seconds))), costs, stability, budget.seconds)
+
+
+def _stability(recipe: Recipe) -> Stability | None:
+    try:
+        return check_stability(recipe, advise=False)
+    except LeaveoutError:
+        return None  # an operation without a rule: no jets, but retraining works
+
+
+def probe(recipe: Recipe, asked: list[Query], jets: bool = True) -> Costs:
+    """Times the first steps of each kind of run, and scales them to the whole run."""
+    began = time.process_time()
+    total = len(recipe.batches())
+    steps = min(total, PROBE_STEPS)
+    short = recipe.with_(steps=steps) if isinstance(recipe.order, str) else recipe.with_(order=recipe.order[:steps])
+    units, scale = len(recipe.unit_names), total / steps
+    x = directions.random_sets(0, PROBE_RUNS, units)
+    retraining = _seconds(lambda: train_batch(short, torch.from_numpy(1 - x), together=PROBE_RUNS)) * scale / PROBE_RUNS
+    found: dict[int, float] = {}
+    if jets:
+        psi = torch.from_numpy(directions.complex_uniform(0, PROBE_RUNS, units))
+        for degree in (1, 2):
+            settings = JetSettings(degree, keep_parameters=False)
+            found[degree] = _seconds(lambda s=settings: train_jets(short, psi, s)) * scale / PROBE_RUNS
+    gradient: float | None = None
+    try:
+        ask = query_function(task_of(short), asked)
+        gradient = _seconds(lambda: metagradient(short, ask, RunOptions())) * scale
+    except LeaveoutError:
+        pass  # a recipe that reverse mode does not support
+    return Costs(retraining, found, gradient, time.process_time() - began)
+
+
+def _seconds(task: Callable[[], Any]) -> float:
+    """CPU seconds of a task, after setting up is no longer the largest part: the better of two."""
+    times = []
+    for _ in range(2):
+        began = time.process_time()
+        task()
+        times.append(time.process_time() - began)
+    return min(times)
+
+
+class _Prior:
+    """The kernels before anything is measured, with and without the exact first order."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        units = len(run.recipe.unit_names)
+        side = run.bank.store.side("vectors")
+        if units <= directions.FEW:
+            self.full: Kernel = FewUnits(np.bincount(run.recipe.unit_of.numpy()).astype(float))
+        else:
+            features = None if side is None else np.asarray(side["updates"], np.float64)
+            self.full = ManyUnits(*similar_units(features, units))
+        self.curved: Kernel = replace(self.full, first=1e-3)  # type: ignore[type-var]
+
+    def error(
+        self, sets: DeletionSets, x: np.ndarray, jets: list[tuple[np.ndarray, int]], exact: bool, noise: float
+    ) -> float:
+        """Expected relative error, mean over sets; `exact`: the first order is known."""
+        kernel = self.curved if exact else self.full
+        share = np.sqrt(kernel.diagonal(sets.x) / self.full.diagonal(sets.x))
+        left = expected_error(kernel, jets, x, sets.x, max(NUGGET, noise**2))
+        return float((left * share).mean())
+
+
+def _choices(
+    run: TrainingRun, prior: _Prior, asked: list[Query], sets: DeletionSets, costs: Costs, budget: Budget
+) -> Iterator[Choice]:
+    units = len(run.recipe.unit_names)
+    cpu = budget.seconds * budget.workers
+    sizes = tuple(int(s) for s in np.unique(np.maximum(1, sets.x.sum(1).round()))[:8])
+    spend = _Spending(run, prior, asked, sets, costs, budget, sizes)
+    if len(sets) * costs.retraining <= cpu and not budget.noise:
+        yield spend.named()
+    runs = int(cpu / costs.retraining) - HELDOUT
+    if runs >= 8:
+        yield spend.make("retrainings", retrain=min(runs, 4 * units))
+    if units <= directions.FEW and runs >= units + units * (units - 1) // 2:
+        yield spend.make("retrainings of all units and pairs", retrain=units * (units + 1) // 2, design="pairs too")
+    left = cpu - HELDOUT * costs.retraining
+    for degree, each in costs.jets.items():
+        m = min(int(left / each), 2 * units)
+        if m >= 8:
+            yield spend.make(f"jets of degree {degree}", jets=m, degree=degree)
+            half = int(left / 2 / each)
+            if half >= 8:
+                rest = int((left - half * each) / costs.retraining)
+                yield spend.make(f"jets of degree {degree}, and retrainings", jets=half, degree=degree, retrain=rest)
+    if costs.gradient is not None and costs.gradient < left:
+        rest = int((left - costs.gradient) / costs.retraining)
+        yield spend.make("exact first order, and retrainings", retrain=min(rest, 4 * units), gradient=True)
+
+
+@dataclass(frozen=True)
+class _Spending:
+    run: TrainingRun
+    prior: _Prior
+    asked: list[Query]
+    sets: DeletionSets
+    costs: Costs
+    budget: Budget
+    sizes: tuple[int, ...]
+
+    def named(self) -> Choice:
+        seconds = len(self.sets) * self.costs.retraining / self.budget.workers
+        arguments = {"without": self.sets}
+        return Choice("retraining the sets themselves", arguments, seconds, *self._bytes(len(self.sets), 0, 0), NUGGET)
+
+    def make(
+        self, name: str, retrain: int = 0, jets: int = 0, degree: int = 1, gradient: bool = False, design: str = "auto"
+    ) -> Choice:
+        from leaveout.deletion.run import MeasureSettings
+
+        settings = MeasureSettings(sizes=self.sizes)
+        units = len(self.run.recipe.unit_names)
+        x = np.zeros((0, units))
+        if design == "pairs too":
+            x = np.concatenate([directions.singles(0, units, units), directions.pairs(0, units**2, units)])
+        elif retrain:
+            x = self.run.design(design, retrain, settings)
+        psi = directions.complex_uniform(0, jets, units)
+        room = DESIGN_LIMIT // max(1, degree)
+        planned = [(psi[: room // 2], degree)] if jets else []
+        error = self.prior.error(self.sets, x[:DESIGN_LIMIT], planned, gradient, self.budget.noise)
+        cpu = (len(x) + HELDOUT) * self.costs.retraining + jets * self.costs.jets.get(degree, 0.0)
+        cpu += (self.costs.gradient or 0.0) if gradient else 0.0
+        arguments: dict[str, Any] = {"heldout": HELDOUT, "settings": settings}
+        if design == "pairs too":
+            arguments["without"] = DeletionSets(x, tuple(map(str, range(len(x)))))
+        elif retrain:
+            arguments |= {"retrain": retrain}
+        if jets:
+            arguments |= {"directions": jets, "degree": degree}
+        if gradient:
+            arguments |= {"gradient": True}
+        arguments["queries"] = self.asked
+        seconds = cpu / self.budget.workers
+        return Choice(name, arguments, seconds, *self._bytes(len(x) + HELDOUT, jets, degree), error)
+
+    def _bytes(self, runs: int, jets: int, degree: int) -> tuple[int, int]:
+        """Disk of the bank with query values, and memory of the estimator's largest matrices."""
+        units, queries = len(self.run.recipe.unit_names), len(self.asked)
+        disk = 8 * runs * (units + queries) + 16 * jets * (units + degree * queries)
+        numbers = min(runs + 2 * jets * degree, LARGEST)
+        return disk, 2 * disk + 24 * numbers**2
+
+
+def _fits(choice: Choice, budget: Budget) -> bool:
+    disk, memory = budget.disk, budget.memory
+    return (
+        choice.seconds <= budget.seconds
+        and (disk is None or choice.disk <= disk)
+        and (memory is None or choice.memory <= memory)
+    )

@@ -1,0 +1,218 @@
+"""The posterior: a Gaussian process over jet coefficients and retrainings together (METHODS A3, A6).
+
+The effect of a deletion x is f(x) = beta m(x) + sum over orders of A_r(x) with the prior covariance of a kernel. A jet
+along psi measures the complex numbers A_r(psi) one order at a time, a retraining the real sum. One factorisation of the
+Gram matrix of all measurements serves all queries; queries differ by their scale tau_q.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from leaveout.deletion.directions import FEW
+from leaveout.deletion.kernels import ORDERS, FewUnits, Kernel, ManyUnits, similar_units
+from leaveout.deletion.measurements import JetBlock, Measurements
+from leaveout.errors import UnsupportedError
+
+JET_NUGGET = 1e-6
+"""Variance of a jet coefficient's own error, relative to its prior variance: rounding in complex64."""
+NUGGET = 1e-4
+"""Variance of a retraining's own error, relative to the prior variance of one unit's first order, at least."""
+LARGEST = 12_000
+"""Measurements in one Gram matrix: 1.2 GB in float64."""
+
+
+def default_kernel(data: Measurements) -> Kernel:
+    """Subsets for few units, similar units by the features for many. An exact first order leaves none to learn."""
+    first = 0.0 if data.gradient is not None else 1.0
+    if data.units <= FEW:
+        return FewUnits(data.sizes, first=max(first, 1e-3))
+    return ManyUnits(*similar_units(data.features, data.units), first=max(first, 1e-3))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Measurements of one kind: jets of one block at one order (part real or imaginary), or retrainings (order 0)."""
+
+    points: np.ndarray
+    order: int
+    part: str = "real"
+
+
+class Posterior:
+    """Mean and standard deviation of effects given all measurements; see the module.
+
+    kernel: default `default_kernel`; scores: prior mean beta * x . scores, with beta found from the data.
+    Memory: 16 bytes times the square of the number of real measurements, at most LARGEST of them.
+    """
+
+    def __init__(self, data: Measurements, kernel: Kernel | None = None) -> None:
+        self.data, self.kernel = data, kernel or default_kernel(data)
+        self._rows = [rows for block in data.jets for rows in _rows_of(block)]
+        if len(data.retrainings):
+            self._rows.append(_Rows(data.retrainings.x, 0))
+        count = sum(len(r.points) for r in self._rows)
+        if not count:
+            raise UnsupportedError("`posterior` needs measurements: buy some with `measure` (`plan` says which).")
+        if count > LARGEST:
+            raise UnsupportedError(f"`posterior` can use {LARGEST:,} numbers, the bank has {count:,}: lower `degree`.")
+        self._gram = _gram(self.kernel, self._rows)
+        self._y = _targets(data)
+        slope = data.gradient if data.gradient is not None else data.scores
+        self._slope = np.zeros((len(data.base), data.units)) if slope is None else np.asarray(slope, np.float64)
+        self._fixed = data.gradient is not None
+        self._fit(NUGGET)
+        if data.noise is not None and len(data.retrainings) and (data.noise > 0).any():
+            scale = np.median(data.noise**2 / np.maximum(self.tau, 1e-300))
+            self._fit(max(NUGGET, float(scale)))
+
+    def _fit(self, nugget: float) -> None:
+        diagonal = np.concatenate(
+            [
+                np.full(len(r.points), nugget) if r.order == 0 else JET_NUGGET * d + 1e-300
+                for r, d in zip(self._rows, self._diagonals(), strict=True)
+            ]
+        )
+        matrix = self._gram.copy()
+        matrix[np.diag_indices_from(matrix)] += diagonal + 1e-10 * np.trace(matrix) / len(matrix)
+        try:
+            self._lower = np.linalg.cholesky(matrix)
+        except np.linalg.LinAlgError:
+            matrix[np.diag_indices_from(matrix)] += 1e-6 * np.trace(matrix) / len(matrix)
+            self._lower = np.linalg.cholesky(matrix)
+        shape = np.stack([_apply(self._rows, row) for row in self._slope], 1)  # [measurements, queries]
+        white_y = _solved(self._lower, self._y)
+        white_m = _solved(self._lower, shape)
+        self.beta = 1.0 if self._fixed else _shared_slope(white_y, white_m)
+        residual = white_y - self.beta * white_m
+        self.tau = (residual**2).mean(0)
+        self._dual = _solved(self._lower.T, residual, upper=True)
+        self.log_likelihood = float(
+            -0.5 * len(self._y) * np.log(np.maximum(self.tau, 1e-300)).sum()
+            - len(self.tau) * np.log(np.diag(self._lower)).sum()
+        )
+
+    def _diagonals(self) -> list[np.ndarray]:
+        ends = np.cumsum([len(r.points) for r in self._rows])
+        return np.split(np.diag(self._gram), ends[:-1])
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean effect and standard deviation, both [queries, sets]."""
+        sets = _Rows(x, 0)
+        cross = np.concatenate([_covariance(self.kernel, rows, sets) for rows in self._rows])
+        mean = self.beta * (self._slope @ x.T) + self._dual.T @ cross
+        known = (_solved(self._lower, cross) ** 2).sum(0)
+        left = np.clip(self.kernel.diagonal(x) - known, 0, None)
+        return mean, np.sqrt(self.tau[:, None] * left[None])
+
+
+def _solved(triangle: np.ndarray, right: np.ndarray, upper: bool = False) -> np.ndarray:
+    """The solution of a triangular system."""
+    a, b = torch.from_numpy(np.ascontiguousarray(triangle)), torch.from_numpy(np.ascontiguousarray(right))
+    return torch.linalg.solve_triangular(a, b, upper=upper).numpy()
+
+
+def expected_error(
+    kernel: Kernel, jets: list[tuple[np.ndarray, int]], x: np.ndarray, sets: np.ndarray, nugget: float = NUGGET
+) -> np.ndarray:
+    """Standard deviation left by planned measurements, relative to that of the effect itself: [sets].
+
+    jets: (directions psi [m, units], degree); x: planned retrainings [n, units]; nugget: variance of a retraining's own
+    error over that of one unit's effect. Needs no measured value.
+    """
+    blocks = [JetBlock(psi, np.zeros((degree, len(psi), 1))) for psi, degree in jets]
+    rows = [r for block in blocks for r in _rows_of(block)] + ([_Rows(x, 0)] if len(x) else [])
+    prior = kernel.diagonal(sets)
+    if not rows:
+        return np.ones(len(sets))
+    gram = _gram(kernel, rows)
+    own = np.concatenate([np.full(len(r.points), nugget if r.order == 0 else 0.0) for r in rows])
+    gram[np.diag_indices_from(gram)] += own + JET_NUGGET * np.diag(gram) + 1e-10
+    cross = np.concatenate([_covariance(kernel, r, _Rows(sets, 0)) for r in rows])
+    known = (cross * np.linalg.solve(gram, cross)).sum(0)
+    return np.sqrt(np.clip(1 - known / prior, 0, 1))
+
+
+def _rows_of(block: JetBlock) -> list[_Rows]:
+    orders = range(1, min(block.degree, ORDERS) + 1)
+    parts = ("real",) if block.real else ("real", "imaginary")
+    return [_Rows(block.psi, r, part) for r in orders for part in parts]
+
+
+def _targets(data: Measurements) -> np.ndarray:
+    """The measured numbers [measurements, queries], in the order of the rows."""
+    out: list[np.ndarray] = []
+    for block in data.jets:
+        for r in range(min(block.degree, ORDERS)):
+            out.append(block.c[r].real)
+            if not block.real:
+                out.append(block.c[r].imag)
+    if len(data.retrainings):
+        out.append(data.retrainings.y)
+    return np.concatenate(out)
+
+
+def _apply(rows: list[_Rows], slope: np.ndarray) -> np.ndarray:
+    """The linear function x . slope at every measurement: jets see it at order 1 only."""
+    out = []
+    for r in rows:
+        value = r.points @ slope if r.order <= 1 else np.zeros(len(r.points))
+        out.append(np.imag(value) if r.part == "imaginary" else np.real(value))
+    return np.concatenate(out)
+
+
+def _shared_slope(white_y: np.ndarray, white_m: np.ndarray) -> float:
+    """Generalised least squares for one beta of all queries, each weighted by its own scale."""
+    if not (white_m**2).sum() > 0:
+        return 0.0
+    weight = 1 / np.maximum((white_y**2).mean(0), 1e-300)
+    return float((weight * white_y * white_m).sum() / (weight * white_m**2).sum())
+
+
+def _gram(kernel: Kernel, rows: list[_Rows]) -> np.ndarray:
+    blocks: list[list[Any]] = [[None] * len(rows) for _ in rows]
+    for i, a in enumerate(rows):
+        for j in range(i, len(rows)):
+            blocks[i][j] = _covariance(kernel, a, rows[j])
+            blocks[j][i] = blocks[i][j].T
+    return np.block(blocks)
+
+
+def _covariance(kernel: Kernel, a: _Rows, b: _Rows) -> np.ndarray:
+    """Prior covariance [len a, len b] of two kinds of measurements."""
+    if a.order and b.order and a.order != b.order:
+        return np.zeros((len(a.points), len(b.points)))
+    order = a.order or b.order
+
+    def part(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        orders = kernel.orders(x, y)
+        if order > len(orders):
+            return np.zeros((len(x), len(y)))
+        return np.asarray(orders[order - 1] if order else sum(orders[1:], orders[0]))
+
+    plain = part(a.points, b.points)
+    if a.order == 0 or b.order == 0:
+        return np.imag(plain) if "imaginary" in (a.part, b.part) else np.real(plain)
+    barred = part(a.points, np.conj(b.points))
+    if a.part == b.part:
+        return np.real(barred + plain) / 2 if a.part == "real" else np.real(barred - plain) / 2
+    # cov(Re f, Im g) = Im[k(x, y) - k(x, y~)] / 2, and the same with the roles of the two exchanged.
+    return np.imag(plain - barred) / 2 if a.part == "real" else np.imag(plain + barred) / 2
+
+
+def calibration(data: Measurements, fitted: Any, level: float = 0.95) -> float:
+    """Factor on standard deviations so that held-out retrainings are covered: the quantile of |z| over the normal one.
+
+    1 without held-out retrainings, or where the standard deviation is unknown.
+    """
+    if not len(data.heldout):
+        return 1.0
+    mean, std = fitted.predict(data.heldout.x)
+    if not np.isfinite(std).all():
+        return 1.0
+    z = np.abs(data.heldout.y.T - mean) / np.maximum(std, 1e-300)
+    return float(np.quantile(z, level) / 1.959964)

@@ -1,0 +1,372 @@
+"""A training run on disk: trained once, then measured, predicted from, and retrained.
+
+A directory holds `examples` (a store with the ids, texts, units and fields of the training examples, and the trained
+parameters), `bank` (the measurements) and `work` (checkpoints of what is under way).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from leaveout.corpus import Row
+from leaveout.deletion import directions
+from leaveout.deletion.bank import Bank, Measured, measurement_ids
+from leaveout.deletion.predict import Prediction
+from leaveout.deletion.sets import DeletionSets, deletion_sets
+from leaveout.deletion.verify import Verification
+from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.executor import run_tasks
+from leaveout.store import Record, Store
+from leaveout.training.metagradient import metagradient
+from leaveout.training.queries import Query, as_queries, query_function
+from leaveout.training.recipe import Recipe
+from leaveout.training.stability import check_stability
+from leaveout.training.tasks import task_of
+from leaveout.training.train import (
+    JetSettings,
+    Parameters,
+    RunOptions,
+    query_losses,
+    train_batch,
+    train_jets,
+    train_plain,
+)
+from leaveout.training.updates import unit_vectors
+
+JETS_TOGETHER, RUNS_TOGETHER = 128, 128
+"""Directions and retrainings of one task: what a kill can lose, and what one transaction holds."""
+WIDTH = 8192
+"""Numbers kept of each unit's update vector."""
+
+
+class TrainingRun:
+    """A recipe, the model it trains, and the bank of its measurements."""
+
+    def __init__(self, recipe: Recipe, path: Path, parameters: Parameters) -> None:
+        self.recipe, self.path, self.parameters = recipe, path, parameters
+        self.bank = Bank(recipe, path / "bank", parameters)
+
+    @classmethod
+    def open(
+        cls, recipe: Recipe | str | os.PathLike[str], path: str | os.PathLike[str], *, progress: bool = False
+    ) -> TrainingRun:
+        """Trains a recipe (or the YAML file of one) into a directory, or opens what was trained there.
+
+        A killed training goes on from its last checkpoint.
+        Raises: MismatchError if the directory belongs to another recipe.
+        """
+        source = None if isinstance(recipe, Recipe) else Path(recipe)
+        made = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(Path(recipe))
+        path = Path(path)
+        if (path / "examples").exists():
+            store = Store.open(path / "examples")
+            if store.state("trained"):
+                return cls(made, path, _saved_parameters(store, made, path))
+            shutil.rmtree(path / "examples")  # killed between training and its record
+        path.mkdir(parents=True, exist_ok=True)
+        parameters = train_plain(made, options=RunOptions(directory=path / "work", progress=progress))
+        for name, p in parameters.items():
+            if not p.isfinite().all():
+                raise FormatError(f"Training gave values of {name} that are not finite: lower the learning rate.")
+        _save(path, made, source, parameters)
+        shutil.rmtree(path / "work", ignore_errors=True)
+        return cls(made, path, parameters)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TrainingRun:
+        """Opens a run that was trained from a YAML recipe, by its directory alone.
+
+        Raises: FormatError if it is no run; MismatchError if the recipe or its data changed since.
+        """
+        path = Path(path)
+        if not (path / "examples").exists():
+            raise FormatError(f"{path} is not a training run: make one with `leaveout train RECIPE --out {path}`.")
+        source = Store.open(path / "examples").state("source")
+        if source is None:
+            raise UnsupportedError(f"{path} was trained from Python: open it with TrainingRun.open(recipe, path).")
+        if not Path(source).exists():
+            raise MismatchError(f"The recipe {source} of this run is gone: put it back, or train again.")
+        return cls.open(source, path)
+
+    def select(self, where: str) -> list[str]:
+        """Ids of the examples that satisfy an SQL condition over id, unit, text and fields."""
+        store = Store.open(self.path / "examples")
+        return [record.id for record in store.rows(store.select(where))]
+
+    # --- measuring -----------------------------------------------------------------------------------------------
+
+    def measure(
+        self,
+        directions: int = 0,
+        degree: int = 1,
+        *,
+        retrain: int = 0,
+        design: str = "auto",
+        without: Any = None,
+        heldout: Any = None,
+        gradient: bool = False,
+        queries: Any = None,
+        settings: MeasureSettings | None = None,
+    ) -> Bank:
+        """Adds measurements to the bank; what is there already is not measured again, a killed call can be repeated.
+
+        directions, degree  jet runs along complex uniform directions
+        retrain, design     retrainings by a design (see `directions.DESIGNS`); without: retrain these deletion sets as well
+        heldout             deletion sets, or a number of random ones, retrained to calibrate standard deviations only
+        gradient            the exact first order of the queries (which then must be given)
+        queries             ask only these, and keep their values instead of trained parameters
+        """
+        settings = settings or MeasureSettings()
+        asked = None if queries is None else as_queries(queries)
+        if asked is not None:
+            self.bank.base(asked)
+        if gradient:
+            if asked is None:
+                raise ValueError("the exact first order is computed for given queries: pass queries=")
+            self._measure_gradient(asked, settings)
+        if directions:
+            if settings.check:
+                check_stability(self.recipe, advise=False).require()
+            self._measure_jets(directions, degree, asked, settings)
+        if without is not None:
+            self._retrain(deletion_sets(self.recipe, without).x, "given", "fit", asked, settings)
+        if retrain:
+            x = self.design(design, retrain, settings)
+            self._retrain(x, design, "fit", asked, settings)
+        if heldout is not None:
+            sets = self._heldout(heldout, settings)
+            self._retrain(sets.x, "heldout", "heldout", asked, settings)
+        return self.bank
+
+    def design(self, name: str, n: int, settings: MeasureSettings | None = None) -> np.ndarray:
+        """The first n deletion vectors [n, units] of a design; fewer where a design ends."""
+        if name not in directions.DESIGNS:
+            raise ValueError(f"design must be one of {', '.join(directions.DESIGNS)}, got {name!r}")
+        settings = settings or MeasureSettings()
+        units = len(self.recipe.unit_names)
+        if units < 2:
+            raise UnsupportedError("A recipe with one unit has nothing to leave out: give its examples more units.")
+        similar = name in ("auto", "along", "extremes") and units > directions.FEW
+        vectors = self._eigenvectors() if similar else None
+        return directions.design(name, n, units, settings.seed, settings.sizes, vectors)
+
+    def _eigenvectors(self) -> np.ndarray:
+        """Directions in which similar units act together, the strongest first: [k, units]."""
+        self.measure_vectors()
+        side = self.bank.store.side("vectors")
+        assert side is not None
+        rows = np.asarray(side["updates"], np.float64)
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+        return np.linalg.svd(rows, full_matrices=False)[0].T
+
+    def measure_vectors(self) -> None:
+        """Computes the units' update vectors once: similarity and cheap scores for `posterior`."""
+        if self.bank.store.side("vectors") is None:
+            self.bank.put_vectors(unit_vectors(self.recipe, WIDTH))
+
+    def _heldout(self, heldout: Any, settings: MeasureSettings) -> DeletionSets:
+        if not isinstance(heldout, int):
+            return deletion_sets(self.recipe, heldout)
+        x = directions.random_sets(0, heldout, len(self.recipe.unit_names), settings.seed + 1000, settings.sizes)
+        return DeletionSets(x, tuple(f"held out {i}" for i in range(len(x))))
+
+    def _measure_gradient(self, asked: Sequence[Query], settings: MeasureSettings) -> None:
+        ids = [f"gradient:{q.digest}" for q in asked]
+        missing = self.bank.missing(ids)
+        if not missing:
+            return
+        chosen = [asked[i] for i in missing]
+        ask = query_function(task_of(self.recipe), chosen)
+        found = metagradient(self.recipe, ask, RunOptions(progress=settings.progress), memory=settings.memory)
+        meta = {"design": "exact", "cpu_seconds": found.cpu_seconds / len(chosen)}
+        self.bank.add(Measured("gradient", meta, found.effects, {}), [ids[i] for i in missing], None)
+
+    def _measure_jets(self, n: int, degree: int, asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
+        dtype = settings.dtype or str(self.recipe.real_dtype.to_complex()).removeprefix("torch.")
+        units = len(self.recipe.unit_names)
+        tasks = []
+        for start in range(0, n, JETS_TOGETHER):
+            psi = directions.complex_uniform(start, min(n, start + JETS_TOGETHER), units, settings.seed)
+            ids = measurement_ids("jets", psi, asked, degree, dtype)
+            if missing := self.bank.missing(ids):
+                meta = {
+                    "design": "complex uniform",
+                    "seed": settings.seed,
+                    "degree": degree,
+                    "dtype": dtype,
+                    "real": False,
+                }
+                tasks.append(_Task("jets", psi[missing], [ids[i] for i in missing], meta, degree, dtype))
+        self._carry_out(tasks, asked, settings, f"jets of degree {degree}")
+
+    def _retrain(
+        self, x: np.ndarray, design: str, role: str, asked: Sequence[Query] | None, settings: MeasureSettings
+    ) -> None:
+        ids = measurement_ids("retraining", x, asked, role)
+        missing = self.bank.missing(ids)
+        meta = {"design": design, "role": role}
+        chunks = [missing[i : i + RUNS_TOGETHER] for i in range(0, len(missing), RUNS_TOGETHER)]
+        tasks = [_Task("retraining", x[rows], [ids[i] for i in rows], meta) for rows in chunks]
+        self._carry_out(tasks, asked, settings, "retrainings")
+
+    def _carry_out(
+        self, tasks: list[_Task], asked: Sequence[Query] | None, settings: MeasureSettings, label: str
+    ) -> None:
+        total = sum(len(t.ids) for t in tasks)
+        workers = min(settings.workers, max(1, len(tasks)))
+        memory = None if settings.memory is None else settings.memory // workers
+        start = functools.partial(_start, self.recipe, asked, memory, self.path / "work")
+        bar = tqdm(total=total, desc=label, unit="run", disable=not settings.progress or not total, file=sys.stderr)
+        with bar:
+            for measured, ids in run_tasks(tasks, _work, start, workers) if tasks else ():
+                self.bank.add(measured, ids, asked)
+                bar.update(len(ids))
+        shutil.rmtree(self.path / "work", ignore_errors=True)
+
+    # --- truth ---------------------------------------------------------------------------------------------------
+
+    def retrain(self, queries: Any, without: Any, settings: MeasureSettings | None = None) -> np.ndarray:
+        """Values [query, set] of models really retrained without deletion sets.
+
+        Kept in the bank as truth: neither fitted nor calibrated with, and not computed twice.
+        """
+        settings, asked = settings or MeasureSettings(), as_queries(queries)
+        sets = deletion_sets(self.recipe, without)
+        self.bank.base(asked)
+        self._retrain(sets.x, "given", "truth", asked, settings)
+        return self.bank.truth(asked, sets.x)
+
+    def verify(
+        self, queries: Any, without: Any, estimator: str = "posterior", settings: MeasureSettings | None = None,
+        **options: Any,
+    ) -> Verification:  # fmt: skip
+        """Predicts, retrains and compares. The retrainings are resumed after a kill and used for nothing else."""
+        prediction = self.bank.predict(queries, without, estimator, **options)
+        actual = self.retrain(queries, without, settings)
+        return Verification(Prediction(**{**vars(prediction), "actual": actual}))
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How measurements are made.
+
+    workers   processes, one torch thread each; memory: bytes for all of them together (default half of what is free)
+    seed      of random designs; sizes: sizes of random sets, in turn (default: log-uniform up to 30 % of the units)
+    dtype     of jets: complex64 or complex128 (default: the recipe's precision)
+    check     refuse a recipe whose power series grow (see `leaveout doctor`) before jets are bought
+    """
+
+    workers: int = 1
+    memory: int | None = None
+    seed: int = 0
+    sizes: tuple[int, ...] = ()
+    dtype: str | None = None
+    check: bool = True
+    progress: bool = False
+
+
+# --- tasks in worker processes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    kind: str
+    vectors: np.ndarray
+    ids: list[str]
+    meta: dict[str, Any]
+    degree: int = 0
+    dtype: str = ""
+
+
+@dataclass
+class _Worker:
+    recipe: Recipe
+    asked: Sequence[Query] | None
+    ask: Any
+    memory: int | None
+    work: Path
+
+
+def _start(recipe: Recipe, asked: Sequence[Query] | None, memory: int | None, work: Path) -> _Worker:
+    ask = None if asked is None else query_function(task_of(recipe), asked)
+    return _Worker(recipe, asked, ask, memory, work)
+
+
+def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
+    began = time.process_time()
+    options = RunOptions(directory=worker.work / task.ids[0].rsplit(":", 1)[1], memory=worker.memory)
+    numbers = _jets(worker, task, options) if task.kind == "jets" else _runs(worker, task, options)
+    shutil.rmtree(options.directory or "", ignore_errors=True)
+    seconds = (time.process_time() - began) / len(task.ids)
+    return Measured(task.kind, {**task.meta, "cpu_seconds": seconds}, task.vectors, numbers), task.ids
+
+
+def _jets(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:
+    settings = JetSettings(task.degree, getattr(torch, task.dtype), keep_parameters=worker.ask is None)
+    run = train_jets(worker.recipe, torch.from_numpy(task.vectors), settings, worker.ask, options)
+    if run.losses is not None:
+        return {"values": run.losses.h.to(torch.complex128).numpy().swapaxes(0, 1)}
+    flat = torch.cat([h.flatten(2) for h in run.coefficients.values()], -1)
+    return {"parameters": flat.transpose(0, 1).numpy()}
+
+
+def _runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:
+    params = train_batch(worker.recipe, torch.from_numpy(1 - task.vectors), options, RUNS_TOGETHER)
+    if worker.ask is not None:
+        return {"values": query_losses(worker.recipe, params, worker.ask).double().numpy()}
+    return {"parameters": torch.cat([p.flatten(1) for p in params.values()], 1).numpy()}
+
+
+# --- on disk -----------------------------------------------------------------------------------------------------
+
+
+def _save(path: Path, recipe: Recipe, source: Path | None, parameters: Parameters) -> None:
+    with Store.create(path / "examples", {"what": "training examples"}) as store:
+        for records in _chunks(recipe):
+            store.put(records, {"unit": np.array([int(r.extra["unit"]) for r in records])})
+        store.put_side("parameters", {n: p.numpy() for n, p in parameters.items()})
+        store.set_state("source", None if source is None else str(source.resolve()))
+        store.set_state("recipe", recipe.hash())
+        store.set_state("trained", True)
+
+
+def _chunks(recipe: Recipe, size: int = 10_000) -> Iterator[list[Record]]:
+    places = recipe.unit_of.tolist()
+    found = []
+    for i, (example, id) in enumerate(zip(recipe.examples, recipe.ids, strict=True)):
+        extra = {"unit": places[i]}
+        if isinstance(example, Row):
+            found.append(Record(id, example.text, recipe.units[i], dict(example.meta), example.content_hash, extra))
+        else:
+            found.append(
+                Record(id, "", recipe.units[i], {"label": int(example[1])} if len(example) > 1 else {}, "", extra)
+            )
+        if len(found) == size:
+            yield found
+            found = []
+    if found:
+        yield found
+
+
+def _saved_parameters(store: Store, recipe: Recipe, path: Path) -> Parameters:
+    if store.state("recipe") != recipe.hash():
+        raise MismatchError(
+            f"{path} was trained by another recipe, or the recipe or its data changed since: restore them, or train into "
+            "a new directory."
+        )
+    side = store.side("parameters")
+    assert side is not None
+    own = {name: torch.from_numpy(np.array(values)) for name, values in side.items()}
+    return {name: own[name] for name in task_of(recipe).trained}

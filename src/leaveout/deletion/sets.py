@@ -1,0 +1,107 @@
+"""Deletion sets: which units are left out, as vectors of the share removed."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leaveout.errors import FormatError
+from leaveout.training.recipe import Recipe
+
+SHOWN = 4  # ids in the label of a set
+
+
+@dataclass(frozen=True)
+class DeletionSets:
+    """x [sets, units] float64, the share of each unit that is removed (1: all of it), and a label for each set."""
+
+    x: np.ndarray
+    labels: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def deletion_sets(recipe: Recipe, without: Any) -> DeletionSets:
+    """Reads deletion sets.
+
+    without: one set (a list of ids), several (a list of lists), sets with shares (id -> share removed, 0 to 1), or the
+        path of a file with one set a line: JSON (a list, an object, or `{"without": ...}`), or ids separated by commas.
+        An id is that of a unit, or of an example; naming some but not all examples of a unit is refused.
+    Raises: FormatError for an unknown id, an empty set, a set that leaves nothing to train on.
+    """
+    if isinstance(without, DeletionSets):
+        return without
+    if isinstance(without, Path):
+        without = _from_file(without)
+    elif isinstance(without, Mapping) or (without and all(isinstance(entry, str) for entry in without)):
+        without = [without]
+    given: list[Any] = list(without)
+    if not given:
+        raise FormatError("There is no deletion set: name at least one id.")
+    units = {name: g for g, name in enumerate(recipe.unit_names)}
+    members: dict[int, set[str]] = defaultdict(set)
+    unit_of = {}
+    for id, g in zip(recipe.ids, recipe.unit_of.tolist(), strict=True):
+        members[g].add(id)
+        unit_of[id] = g
+    rows = [_vector(entry, units, unit_of, members) for entry in given]
+    return DeletionSets(np.stack(rows), tuple(label(entry) for entry in given))
+
+
+def label(entry: Collection[str]) -> str:
+    """Ids of a set, shortened."""
+    ids = [f"{id}={share:g}" for id, share in entry.items()] if isinstance(entry, Mapping) else list(entry)
+    rest = len(ids) - SHOWN
+    return ", ".join(ids) if rest <= 0 else f"{', '.join(ids[:SHOWN])} and {rest} more"
+
+
+def _vector(
+    entry: Any, units: Mapping[str, int], unit_of: Mapping[str, int], members: Mapping[int, set[str]]
+) -> np.ndarray:
+    shares: dict[str, float] = dict(entry) if isinstance(entry, Mapping) else dict.fromkeys(entry, 1.0)
+    if not shares:
+        raise FormatError("A deletion set is empty: name at least one id.")
+    x = np.zeros(len(units))
+    named: dict[int, set[str]] = defaultdict(set)
+    for id, share in shares.items():
+        if not 0 <= float(share) <= 1:
+            raise FormatError(f"The share of {id!r} that is removed is {share}: it must be between 0 and 1.")
+        if id in units:
+            x[units[id]] = share
+        elif id in unit_of:
+            named[unit_of[id]].add(id)
+            x[unit_of[id]] = share
+        else:
+            raise FormatError(f"There is no unit and no example with the id {id!r} in this recipe.")
+    names = list(units)
+    for g, found in named.items():
+        if found != members[g] and names[g] not in shares:
+            missing = sorted(members[g] - found)[0]
+            raise FormatError(
+                f"{sorted(found)[0]!r} belongs to the unit {names[g]!r} together with {missing!r}: name the whole unit, "
+                "or give the recipe smaller units."
+            )
+    if bool((x == 1).all()):
+        raise FormatError("A deletion set removes everything: leave something to train on.")
+    return x
+
+
+def _from_file(path: Path) -> Iterable[Any]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        if line.lstrip()[0] not in "[{":
+            yield [part.strip() for part in line.split(",")]
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise FormatError(f"Line {number} of {path} is no JSON: {error}.") from None
+        yield entry["without"] if isinstance(entry, dict) and set(entry) == {"without"} else entry

@@ -1,0 +1,152 @@
+"""What is asked of a trained model: each query is one number, computed from the model's outputs.
+
+The same function runs on an ordinary model, on a stack of retrained ones, in jets and under autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leaveout.corpus import Corpus, Row
+from leaveout.errors import FormatError, UnsupportedError
+from leaveout.training.recipe import content_digest
+from leaveout.training.tasks import IGNORED, Task
+
+TOGETHER = 8
+"""Queries that share one forward pass."""
+
+
+def probability(logits: Tensor, targets: Tensor) -> Tensor:
+    """Probability of the whole answer: the product over its positions."""
+    return torch.exp(_log_likelihood(logits, targets).sum())
+
+
+def logit(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean logit of the targets."""
+    return logits.gather(1, targets.unsqueeze(1)).mean()
+
+
+def margin(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over positions of log p - log(1 - p) of the target, the margin of arXiv 2303.14186."""
+    found = _log_likelihood(logits, targets)
+    return (found - torch.log(1 - torch.exp(found))).mean()
+
+
+def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.log_softmax(logits, -1).gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"probability": probability, "logit": logit, "margin": margin}
+
+
+@dataclass(frozen=True)
+class Query:
+    """One number asked of a trained model.
+
+    row      in the form of the recipe's examples: a text, a dictionary or Row, or (features, label); or, instead of
+             a row, a function of the model that gives a scalar
+    measure  "loss" (mean over the learned tokens, nats), "probability" of the answer, "logit" or "margin" of its tokens
+             (means), or a function of logits [positions, classes] and targets [positions] that gives a scalar
+    name     what it is called in tables; default: the text
+    """
+
+    row: Any
+    measure: str | Callable[[Tensor, Tensor], Tensor] = "loss"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.measure, str) and self.measure not in ("loss", *MEASURES):
+            raise ValueError(f"measure must be loss, {', '.join(MEASURES)} or a function, got {self.measure!r}")
+        if not self.name:
+            object.__setattr__(self, "name", _name(self.row))
+
+    @property
+    def digest(self) -> str:
+        """Names the content: equal digests mean equal questions."""
+        row = self.row
+        if isinstance(row, str):
+            row = {"text": row}
+        if isinstance(row, dict):
+            row = next(iter(Corpus.open([row])))
+        if isinstance(row, Row):
+            row = [row.text, row.responses]
+        elif isinstance(row, tuple):
+            row = [torch.as_tensor(part) for part in row]
+        return content_digest([row, self.measure])
+
+
+def _name(row: Any) -> str:
+    if isinstance(row, str):
+        return row
+    if isinstance(row, Row):
+        return row.text
+    if isinstance(row, dict):
+        return row.get("text") or f"{row.get('prompt', '')}{row.get('completion', row.get('response', ''))}"
+    if isinstance(row, tuple) and len(row) == 2:
+        return f"{content_digest(torch.as_tensor(row[0]))[:8]} as {row[1]}"
+    return getattr(row, "__name__", type(row).__name__)
+
+
+def as_queries(given: Any) -> list[Query]:
+    """Queries from a query, a row, a path of JSONL with rows (and `measure`), a Corpus, or a sequence of them.
+
+    Raises: FormatError if there are none.
+    """
+    if isinstance(given, Path):
+        given = list(_from_file(given))
+    elif isinstance(given, (str, Query, dict, Row)) or callable(given):
+        given = [given]
+    out = [q if isinstance(q, Query) else Query(q) for q in given]
+    if not out:
+        raise FormatError("There is no query: give at least one.")
+    return out
+
+
+def _from_file(path: Path) -> list[Query]:
+    rows = list(Corpus.open(path))
+    return [Query(row, str(row.meta.get("measure", "loss"))) for row in rows]
+
+
+def query_function(task: Task, queries: Sequence[Query]) -> Callable[[nn.Module], Tensor]:
+    """The function model -> values [queries] of a task's model; rows are encoded once."""
+    groups: list[tuple[list[Query], Any]] = []
+    for q in queries:
+        if callable(q.row):
+            groups.append(([q], None))
+        elif groups and groups[-1][1] is not None and len(groups[-1][0]) < TOGETHER:
+            groups[-1][0].append(q)
+        else:
+            groups.append(([q], ()))
+    encoded = [(group, None if kind is None else task.encode([q.row for q in group])) for group, kind in groups]
+
+    def values(model: nn.Module) -> Tensor:
+        return torch.cat([_values(task, model, group, batch) for group, batch in encoded])
+
+    return values
+
+
+def _values(task: Task, model: nn.Module, group: Sequence[Query], batch: Any) -> Tensor:
+    if batch is None:
+        return torch.stack([q.row(model).reshape(()) for q in group])
+    if all(q.measure == "loss" for q in group):
+        return task.loss(model, batch)
+    if task.outputs is None:
+        raise UnsupportedError("A custom recipe has no logits: ask for the loss, or give a function of the model.")
+    logits, targets = task.outputs(model, batch)
+    losses = task.loss(model, batch) if any(q.measure == "loss" for q in group) else None
+    return torch.stack([_value(q, i, logits, targets, losses) for i, q in enumerate(group)])
+
+
+def _value(query: Query, i: int, logits: Tensor, targets: Tensor, losses: Tensor | None) -> Tensor:
+    if query.measure == "loss":
+        assert losses is not None
+        return losses[i]
+    learned = (targets[i] != IGNORED).nonzero().squeeze(1)
+    measure = MEASURES[query.measure] if isinstance(query.measure, str) else query.measure
+    return measure(logits[i].index_select(0, learned), targets[i].index_select(0, learned)).reshape(())

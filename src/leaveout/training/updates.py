@@ -1,0 +1,197 @@
+"""Cheap vectors of units from one plain run: what each unit did to the parameters, and its gradient at the end.
+
+They are features for a prior over units (METHODS A6: unit-length update vectors) and for influence functions. All of
+them live in one space: the parameter axis itself, or a seeded CountSketch of it when it is longer than the width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from leaveout.training.memory import _kept_bytes, available_memory, kept_memory
+from leaveout.training.metagradient import AdamForm, FlatRun, clip_adjoint
+from leaveout.training.recipe import Recipe
+from leaveout.training.tasks import IGNORED
+from leaveout.training.train import Bound, Parameters, Queries, RunOptions, _flushed_denormals, _own, _parts
+
+SEED = 2604
+ROUND = 64
+"""Examples whose gradients are held at the same time, at most."""
+
+
+@dataclass
+class UnitVectors:
+    """Vectors of units, float32 [units, width or parameters, whichever is less].
+
+    updates  sum over steps of -rate * preconditioner * gradient share, in the parameters' own scale
+    final    sum of the unit's loss gradients at the trained parameters, nats per parameter
+    params   the trained parameters by name
+    """
+
+    updates: np.ndarray
+    final: np.ndarray
+    params: Parameters
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """CountSketch of the parameter axis: parameter i is added with a random sign to one of `width` random places."""
+
+    places: Tensor | None
+    signs: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, parameters: int, width: int) -> Sketch:
+        """The identity if the parameters are no more than the width."""
+        if width < 1:
+            raise ValueError(f"wanted a width of at least 1, got {width}")
+        if parameters <= width:
+            return cls(None, torch.ones(0), parameters)
+        rng = torch.Generator().manual_seed(SEED)
+        places = torch.randint(width, (parameters,), generator=rng)
+        return cls(places, torch.randint(2, (parameters,), generator=rng) * 2.0 - 1, width)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Shapes: rows [n, parameters] -> [n, width], float32."""
+        if self.places is None:
+            return rows.float()
+        return torch.zeros(len(rows), self.width).index_add_(1, self.places, rows.float() * self.signs)
+
+
+def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None = None) -> UnitVectors:
+    """Train plainly once, and give every unit's updates and final gradient in a space of at most `width`.
+
+    An example's update at a step that visits it is -rate * P * its share of the (clipped) batch gradient. P is what
+    the optimizer divides by at that step, 1 / (sqrt(v / c2) + eps) for adam and adamw, 1 / sqrt(v / c2 + eps) for
+    paper-adam, and the identity for sgd; momentum only spreads an update over later steps and is left out.
+    With more parameters than `width`, each vector is a CountSketch (fixed seed): dot products keep their expectation.
+    Memory: the result, and the gradients of at most 64 examples, fewer if options.memory (default half of what is
+    free) is less. Examples of a batch must not change each other's loss, apart from `loss_per`.
+    """
+    options = options or RunOptions()
+    with sdpa_kernel(SDPBackend.MATH), kept_memory(), _flushed_denormals():
+        run = FlatRun(recipe)
+        sketch = Sketch.of(sum(run.sizes), width)
+        together = _together(run, options.memory)
+        updates, final = torch.zeros(2, len(recipe.unit_names), sketch.width)
+        for step in tqdm(range(run.steps), desc="unit vectors", unit="step", disable=not options.progress):
+            gradient = run.gradient(step)
+            scale = _update_scale(run, step, gradient) / recipe.batch_size
+            if len(run.batches[step]) == 1:
+                shares = iter([(run.batches[step], gradient.unsqueeze(0) * recipe.batch_size)])
+            else:
+                shares = example_gradients(run, run.batches[step], together)
+            for numbers, rows in shares:
+                updates.index_add_(0, run.unit_of[list(numbers)], sketch(rows * scale))
+            run.advance(step, gradient)
+        for first in range(0, len(recipe.examples), together):
+            numbers = tuple(range(first, min(first + together, len(recipe.examples))))
+            for part, rows in example_gradients(run, numbers, together, alone=True):
+                final.index_add_(0, run.unit_of[list(part)], sketch(rows))
+    return UnitVectors(updates.numpy(), final.numpy(), run.parameters())
+
+
+def query_gradients(recipe: Recipe, params: Parameters, queries: Queries, width: int = 1024) -> np.ndarray:
+    """Gradients of queries at given parameters, in the space of `unit_vectors` of the same width: float32 [queries, width]."""
+    with sdpa_kernel(SDPBackend.MATH):
+        run = FlatRun(recipe)
+        with torch.no_grad():
+            for name, p in _own(run.task).items():
+                p.copy_(params[name])
+        sketch = Sketch.of(sum(run.sizes), width)
+        out = torch.zeros(run.count(queries), sketch.width)
+        for first in range(0, len(out), ROUND):
+            part = slice(first, first + ROUND)
+            out[part] = sketch(run.query_gradients(queries, part)[1])
+    return out.numpy()
+
+
+def influence(vectors: UnitVectors, gradients: np.ndarray, damping: float = 1.0) -> np.ndarray:
+    """The influence function's guess of what removing each unit adds to each query's loss: [queries, units], nats.
+
+    g_q^T (F + damping * mean(diag F) * I)^-1 g_u, with F = sum over units of g_u g_u^T, the empirical Fisher matrix
+    of the summed loss, and g_u the units' final gradients. Positive = removing the unit raises the query's loss.
+    A score rather than a measurement: the order of units is better than the size. On microgpt (1000 units, 20 queries)
+    its correlation with the exact first order is .42, .53, .60, .57, .51 for a damping of .01, .1, 1, 5, 20.
+    """
+    if damping <= 0:
+        raise ValueError(f"wanted a damping above 0, got {damping}")
+    if gradients.ndim != 2 or gradients.shape[1] != vectors.final.shape[1]:
+        raise ValueError(f"wanted gradients [queries, {vectors.final.shape[1]}], got {gradients.shape}: use one width")
+    final = vectors.final.astype(np.float64)
+    fisher = final.T @ final
+    fisher[np.diag_indices_from(fisher)] += damping * fisher.diagonal().mean()
+    return np.linalg.solve(fisher, gradients.T.astype(np.float64)).T @ final.T
+
+
+# --- gradients of single examples --------------------------------------------------------------------------------
+
+
+def example_gradients(
+    run: FlatRun, numbers: Sequence[int], together: int, alone: bool = False
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Groups of examples, with the gradients [examples, parameters] of their losses at the present parameters.
+
+    `alone`: each example's own loss, as for a query; else its loss within the step whose batch `numbers` is.
+    """
+    whole = [tuple(numbers)] if alone else _parts(tuple(numbers), run.recipe.accumulate)
+    for part in whole:
+        scales = None if alone else _token_scales(run, part)
+        for first in range(0, len(part), together):
+            group = part[first : first + together]
+            rows = _stacked(run, group)
+            if scales is not None:
+                rows *= scales[first : first + together].unsqueeze(1)
+            yield group, rows
+
+
+def _stacked(run: FlatRun, group: tuple[int, ...]) -> Tensor:
+    """Rows of a language model one by one: each is work enough, needs no padding, and no batching rule is missing."""
+    rows = [run.recipe.examples[i] for i in group]
+    if run.recipe.kind == "causal-lm" or len(rows) == 1:
+        return torch.cat([run.query_gradients([row], slice(None))[1] for row in rows])
+    values = {f"model.{name}": p.detach() for name, p in zip(run.names, run.params, strict=True)}
+
+    def loss(params: Parameters, *example: Tensor) -> Tensor:
+        bound = Bound(run.task, tuple(t.unsqueeze(0) for t in example))
+        return torch.func.functional_call(bound, params, ()).squeeze(0)
+
+    batch = run.task.encode(rows)
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(batch)))(values, *batch)
+    return torch.cat([each[name].reshape(len(rows), -1) for name in values], 1)
+
+
+def _token_scales(run: FlatRun, part: tuple[int, ...]) -> Tensor | None:
+    """An example's loss in a batch over its loss alone, where the mean is over the tokens of the batch."""
+    if run.recipe.kind != "causal-lm" or run.recipe.loss_per != "token":
+        return None
+    _, targets = run.task.encode([run.recipe.examples[i] for i in part])
+    counts = (targets[:, 1:] != IGNORED).sum(1).to(run.recipe.real_dtype)
+    return counts / counts.mean()
+
+
+def _update_scale(run: FlatRun, step: int, gradient: Tensor) -> Tensor:
+    """What turns a share of the gradient into its update: -rate * clipping * preconditioner, [parameters] or one number."""
+    clipped, _ = clip_adjoint(gradient, run.recipe.clip_norm)
+    rate = run.recipe.rate(step, run.steps)
+    factor = -rate * (clipped.norm() / gradient.norm() if clipped is not gradient else 1.0)
+    if run.kind in ("sgd", "momentum"):
+        return torch.as_tensor(factor)
+    form = AdamForm(run.kind, rate, step, run.optimizer.param_groups[0])
+    _, _, square = form.moments(clipped, run.state)
+    return factor / form.root(square)[0]
+
+
+def _together(run: FlatRun, limit: int | None) -> int:
+    """Examples whose gradients fit: each needs its gradient twice, a scaled copy, and what a backward pass keeps."""
+    limit = limit if limit is not None else available_memory() // 2
+    each = 3 * sum(run.sizes) * run.recipe.real_dtype.itemsize + 3 * _kept_bytes(run.recipe, run.task)
+    return max(1, min(ROUND, limit // each))

@@ -44,12 +44,12 @@ ROLES = ("fit", "heldout", "truth")
 class Measured:
     """Finished measurements of one kind, as they go into the bank.
 
-    kind "jets", "retraining" or "gradient"; meta: what each row's record says; vectors: psi [rows, units] complex, or
+    kind "jets", "retraining" or "gradient"; metas: what each row's record says; vectors: psi [rows, units] complex, or
     x [rows, units]; numbers: name -> array with the rows first ("values" or "parameters")
     """
 
     kind: str
-    meta: dict[str, Any]
+    metas: list[dict[str, Any]]
     vectors: np.ndarray
     numbers: dict[str, np.ndarray]
 
@@ -77,10 +77,11 @@ class Bank:
     # --- writing -------------------------------------------------------------------------------------------------
 
     def missing(self, ids: Sequence[str]) -> list[int]:
-        """Positions of the ids that are not in the bank yet."""
+        """Positions of the ids that are not in the bank yet, each id once."""
         self.store.refresh()
         there = self.store.has(ids)
-        return [i for i, id in enumerate(ids) if id not in there]
+        first = {id: i for i, id in reversed(list(enumerate(ids)))}
+        return sorted(i for id, i in first.items() if id not in there)
 
     def add(self, measured: Measured, ids: Sequence[str], queries: Sequence[Query] | None) -> None:
         """Stores measurements as one transaction; those that are there already are left out."""
@@ -93,13 +94,13 @@ class Bank:
                 raise FormatError(f"A {measured.kind} gave {what} that is not finite: ask `leaveout doctor RECIPE`.")
         asked = None if queries is None else [q.digest for q in queries]
         digest = "" if asked is None else _digest(asked)
-        meta = {"kind": measured.kind, "queries": digest, **measured.meta}
+        common = {"kind": measured.kind, "queries": digest}
         numbers = {"x": measured.vectors, **measured.numbers}
         arrays = {name: _real(np.ascontiguousarray(values[keep])) for name, values in numbers.items()}
         with Store.open(self.path, write=True) as store:
             if asked is not None and store.state(f"queries/{digest}") is None:
                 store.set_state(f"queries/{digest}", asked)
-            store.put([Record(ids[i], "", measured.kind, meta) for i in keep], arrays)
+            store.put([Record(ids[i], "", measured.kind, {**common, **measured.metas[i]}) for i in keep], arrays)
         self.store.refresh()
         self._fits.clear()
 

@@ -104,19 +104,25 @@ def mixture(
     return np.concatenate([*parts, random_sets(0, n - found, units, seed, sizes)])
 
 
-DESIGNS = ("auto", "singles", "pairs", "random", "subsets", "along", "extremes")
+DESIGNS = ("auto", "singles", "pairs", "all pairs", "random", "subsets", "along", "extremes")
 
 
 def design(
     name: str, n: int, units: int, seed: int = 0, sizes: tuple[int, ...] = (), vectors: np.ndarray | None = None
 ) -> np.ndarray:
-    """The first n deletion vectors [n, units] of a design by name; fewer where it ends. `auto` is the mixture."""
+    """The first n deletion vectors [n, units] of a design by name; fewer where it ends. `auto` is the mixture;
+
+    "all pairs" is each unit, each pair of units, then random sets of the sizes asked.
+    """
     if name in ("along", "extremes"):
         if vectors is None:
             raise ValueError(f"the design `{name}` is for more than {FEW} units: use `auto`")
         return along(0, n, vectors) if name == "along" else extremes(0, n, vectors)
     if name in ("singles", "pairs"):
         return singles(0, n, units) if name == "singles" else pairs(0, n, units)
+    if name == "all pairs":
+        both = np.concatenate([singles(0, n, units), pairs(0, max(0, n - units), units)])
+        return np.concatenate([both, random_sets(0, n - len(both), units, seed, sizes)])
     if name == "auto":
         return mixture(n, units, seed, sizes, vectors)
     return subsets(0, n, units, seed) if name == "subsets" else random_sets(0, n, units, seed, sizes)

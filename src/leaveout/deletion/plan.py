@@ -18,7 +18,9 @@ from leaveout.deletion import directions
 from leaveout.deletion.kernels import FewUnits, Kernel, ManyUnits, similar_units
 from leaveout.deletion.posterior import LARGEST, NUGGET, expected_error
 from leaveout.deletion.sets import DeletionSets, deletion_sets
+from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
 from leaveout.errors import LeaveoutError, UnsupportedError
+from leaveout.training.memory import runs_together
 from leaveout.training.metagradient import metagradient
 from leaveout.training.queries import Query, as_queries, query_function
 from leaveout.training.recipe import Recipe
@@ -29,18 +31,38 @@ from leaveout.training.train import JetSettings, RunOptions, train_batch, train_
 if TYPE_CHECKING:
     from leaveout.deletion.run import TrainingRun
 
-PROBE_STEPS, PROBE_RUNS = 12, 64
+PROBE_STEPS, PROBE_RUNS = 12, (8, 64)
 HELDOUT = 16
+"""Retrainings kept for calibration, at most; at least five times as many are bought to be fitted."""
 DESIGN_LIMIT = 3000
 """Planned numbers in one Gram matrix: beyond it the expected error is that of the first so many."""
 
 
 @dataclass(frozen=True)
-class Costs:
-    """CPU seconds of one retraining, one jet direction by degree, and the exact first order of all queries."""
+class Cost:
+    """CPU seconds of n runs of one kind: so much for each batch of `together`, and so much for each run."""
 
-    retraining: float
-    jets: dict[int, float]
+    batch: float
+    each: float
+    together: int
+
+    def of(self, n: int) -> float:
+        return -(-n // self.together) * self.batch + n * self.each
+
+    def affordable(self, seconds: float) -> int:
+        """The largest n whose runs cost no more."""
+        full = self.of(self.together)
+        batches = int(seconds // full)
+        left = seconds - batches * full - self.batch
+        return batches * self.together + max(0, min(self.together - 1, int(left / max(self.each, 1e-12))))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """CPU seconds of retrainings, of jet directions by degree, of the exact first order of all queries, of the probe."""
+
+    retraining: Cost
+    jets: dict[int, Cost]
     gradient: float | None
     probe: float
 
@@ -77,9 +99,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Budget:
-    """seconds of wall time; disk and memory in bytes (None: not limited); workers; noise: deviation of a retraining's
+    """What may be spent.
 
-    value between repetitions, over one unit's typical effect (0: training is deterministic).
+    seconds of wall time; disk and memory in bytes (None: not limited); workers
+    noise     deviation of a retraining's value between repetitions, over one unit's typical effect (0: deterministic)
+    examples  the deletion sets stand for others like them, so that retraining just these would not help
     """
 
     seconds: float
@@ -87,6 +111,7 @@ class Budget:
     memory: int | None = None
     workers: int = 1
     noise: float = 0.0
+    examples: bool = False
 
 
 def make_plan(run: TrainingRun, queries: Any, without: Any, budget: Budget) -> Plan:
@@ -107,8 +132,8 @@ def make_plan(run: TrainingRun, queries: Any, without: Any, budget: Budget) -> P
     choices = [c for c in _choices(run, prior, asked, sets, costs, budget) if _fits(c, budget)]
     if not choices:
         raise UnsupportedError(
-            f"Nothing useful fits into {budget.seconds:g} s: one retraining takes {costs.retraining:.3g} s here; give a "
-            "larger budget."
+            f"Nothing useful fits into {budget.seconds:g} s: eight retrainings take {costs.retraining.of(8):.3g} s here; "
+            "give a larger budget."
         )
     return Plan(tuple(sorted(choices, key=lambda c: (round(c.error, 3), c.seconds))), costs, stability, budget.seconds)
 
@@ -127,14 +152,17 @@ def probe(recipe: Recipe, asked: list[Query], jets: bool = True) -> Costs:
     steps = min(total, PROBE_STEPS)
     short = recipe.with_(steps=steps) if isinstance(recipe.order, str) else recipe.with_(order=recipe.order[:steps])
     units, scale = len(recipe.unit_names), total / steps
-    x = directions.random_sets(0, PROBE_RUNS, units)
-    retraining = _seconds(lambda: train_batch(short, torch.from_numpy(1 - x), together=PROBE_RUNS)) * scale / PROBE_RUNS
-    found: dict[int, float] = {}
-    if jets:
-        psi = torch.from_numpy(directions.complex_uniform(0, PROBE_RUNS, units))
-        for degree in (1, 2):
-            settings = JetSettings(degree, keep_parameters=False)
-            found[degree] = _seconds(lambda s=settings: train_jets(short, psi, s)) * scale / PROBE_RUNS
+
+    def retrain(n: int) -> float:
+        x = directions.random_sets(0, n, units)
+        return _seconds(lambda: train_batch(short, torch.from_numpy(1 - x), together=n)) * scale
+
+    def measure(n: int, degree: int) -> float:
+        psi, settings = torch.from_numpy(directions.complex_uniform(0, n, units)), JetSettings(degree)
+        return _seconds(lambda: train_jets(short, psi, settings)) * scale
+
+    retraining = _line(retrain, runs_together(recipe, task_of(recipe), RUNS_TOGETHER))
+    found = {d: _line(lambda n, d=d: measure(n, d), JETS_TOGETHER) for d in (1, 2)} if jets else {}
     gradient: float | None = None
     try:
         ask = query_function(task_of(short), asked)
@@ -142,6 +170,15 @@ def probe(recipe: Recipe, asked: list[Query], jets: bool = True) -> Costs:
     except LeaveoutError:
         pass  # a recipe that reverse mode does not support
     return Costs(retraining, found, gradient, time.process_time() - began)
+
+
+def _line(seconds: Callable[[int], float], together: int) -> Cost:
+    """What a batch and what each of its runs cost, from a small batch and a larger one."""
+    few, many = PROBE_RUNS
+    few, many = min(few, max(1, together // 2)), min(many, max(2, together))
+    a, b = seconds(few), seconds(many)
+    each = max(b - a, 0.05 * b) / (many - few)
+    return Cost(max(a - few * each, 0.0), each, together)
 
 
 def _seconds(task: Callable[[], Any]) -> float:
@@ -183,26 +220,26 @@ def _choices(
     units = len(run.recipe.unit_names)
     cpu = budget.seconds * budget.workers
     sizes = tuple(int(s) for s in np.unique(np.maximum(1, sets.x.sum(1).round()))[:8])
-    spend = _Spending(run, prior, asked, sets, costs, budget, sizes)
-    if len(sets) * costs.retraining <= cpu and not budget.noise:
+    heldout = min(HELDOUT, costs.retraining.affordable(cpu) // 6)
+    spend = _Spending(run, prior, asked, sets, costs, budget, sizes, heldout)
+    if costs.retraining.of(len(sets)) <= cpu and not budget.noise and not budget.examples:
         yield spend.named()
-    runs = int(cpu / costs.retraining) - HELDOUT
+    runs = costs.retraining.affordable(cpu) - heldout
     if runs >= 8:
         yield spend.make("retrainings", retrain=min(runs, 4 * units))
-    if units <= directions.FEW and runs >= units + units * (units - 1) // 2:
-        yield spend.make("retrainings of all units and pairs", retrain=units * (units + 1) // 2, design="pairs too")
-    left = cpu - HELDOUT * costs.retraining
-    for degree, each in costs.jets.items():
-        m = min(int(left / each), 2 * units)
-        if m >= 8:
-            yield spend.make(f"jets of degree {degree}", jets=m, degree=degree)
-            half = int(left / 2 / each)
-            if half >= 8:
-                rest = int((left - half * each) / costs.retraining)
-                yield spend.make(f"jets of degree {degree}, and retrainings", jets=half, degree=degree, retrain=rest)
-    if costs.gradient is not None and costs.gradient < left:
-        rest = int((left - costs.gradient) / costs.retraining)
-        yield spend.make("exact first order, and retrainings", retrain=min(rest, 4 * units), gradient=True)
+    if units <= directions.FEW and runs >= units * (units + 1) // 2:
+        yield spend.make("retrainings of all units and pairs", retrain=runs, pairs=True)
+    reserve = costs.retraining.of(heldout)
+    for degree, cost in costs.jets.items():
+        for share, name in ((1.0, ""), (0.5, ", and retrainings")):
+            m = min(cost.affordable(share * (cpu - reserve)), 2 * units)
+            if m < 8:
+                continue
+            rest = costs.retraining.affordable(cpu - cost.of(m)) - heldout if share < 1 else 0
+            yield spend.make(f"jets of degree {degree}{name}", jets=m, degree=degree, retrain=max(0, rest))
+    if costs.gradient is not None and costs.gradient < cpu - reserve:
+        rest = costs.retraining.affordable(cpu - costs.gradient) - heldout
+        yield spend.make("exact first order, and retrainings", retrain=min(max(0, rest), 4 * units), gradient=True)
 
 
 @dataclass(frozen=True)
@@ -214,42 +251,36 @@ class _Spending:
     costs: Costs
     budget: Budget
     sizes: tuple[int, ...]
+    heldout: int
 
     def named(self) -> Choice:
-        seconds = len(self.sets) * self.costs.retraining / self.budget.workers
+        seconds = self.costs.retraining.of(len(self.sets)) / self.budget.workers
         arguments = {"without": self.sets}
         return Choice("retraining the sets themselves", arguments, seconds, *self._bytes(len(self.sets), 0, 0), NUGGET)
 
     def make(
-        self, name: str, retrain: int = 0, jets: int = 0, degree: int = 1, gradient: bool = False, design: str = "auto"
+        self, name: str, retrain: int = 0, jets: int = 0, degree: int = 1, gradient: bool = False, pairs: bool = False
     ) -> Choice:
-        from leaveout.deletion.run import MeasureSettings
-
         settings = MeasureSettings(sizes=self.sizes)
         units = len(self.run.recipe.unit_names)
         x = np.zeros((0, units))
-        if design == "pairs too":
-            x = np.concatenate([directions.singles(0, units, units), directions.pairs(0, units**2, units)])
-        elif retrain:
-            x = self.run.design(design, retrain, settings)
+        if retrain:
+            x = self.run.design("all pairs" if pairs else "auto", retrain, settings)
         psi = directions.complex_uniform(0, jets, units)
         room = DESIGN_LIMIT // max(1, degree)
         planned = [(psi[: room // 2], degree)] if jets else []
         error = self.prior.error(self.sets, x[:DESIGN_LIMIT], planned, gradient, self.budget.noise)
-        cpu = (len(x) + HELDOUT) * self.costs.retraining + jets * self.costs.jets.get(degree, 0.0)
+        cpu = self.costs.retraining.of(len(x) + self.heldout) + (self.costs.jets[degree].of(jets) if jets else 0.0)
         cpu += (self.costs.gradient or 0.0) if gradient else 0.0
-        arguments: dict[str, Any] = {"heldout": HELDOUT, "settings": settings}
-        if design == "pairs too":
-            arguments["without"] = DeletionSets(x, tuple(map(str, range(len(x)))))
-        elif retrain:
-            arguments |= {"retrain": retrain}
+        arguments: dict[str, Any] = {"heldout": self.heldout, "settings": settings, "queries": self.asked}
+        if retrain:
+            arguments |= {"retrain": retrain} | ({"design": "all pairs"} if pairs else {})
         if jets:
             arguments |= {"directions": jets, "degree": degree}
         if gradient:
             arguments |= {"gradient": True}
-        arguments["queries"] = self.asked
         seconds = cpu / self.budget.workers
-        return Choice(name, arguments, seconds, *self._bytes(len(x) + HELDOUT, jets, degree), error)
+        return Choice(name, arguments, seconds, *self._bytes(len(x) + self.heldout, jets, degree), error)
 
     def _bytes(self, runs: int, jets: int, degree: int) -> tuple[int, int]:
         """Disk of the bank with query values, and memory of the estimator's largest matrices."""

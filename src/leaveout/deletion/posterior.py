@@ -22,6 +22,8 @@ JET_NUGGET = 1e-6
 """Variance of a jet coefficient's own error, relative to its prior variance: rounding in complex64."""
 NUGGET = 1e-4
 """Variance of a retraining's own error, relative to the prior variance of one unit's first order, at least."""
+LEAST_FACTOR = 0.5
+"""A few held-out sets are no reason to make intervals narrower than this share of what the prior says."""
 LARGEST = 12_000
 """Measurements in one Gram matrix: 1.2 GB in float64."""
 
@@ -71,14 +73,8 @@ class Posterior:
             self._fit(max(NUGGET, float(scale)))
 
     def _fit(self, nugget: float) -> None:
-        diagonal = np.concatenate(
-            [
-                np.full(len(r.points), nugget) if r.order == 0 else JET_NUGGET * d + 1e-300
-                for r, d in zip(self._rows, self._diagonals(), strict=True)
-            ]
-        )
         matrix = self._gram.copy()
-        matrix[np.diag_indices_from(matrix)] += diagonal + 1e-10 * np.trace(matrix) / len(matrix)
+        matrix[np.diag_indices_from(matrix)] += _own_error(self._rows, self._gram, nugget)
         try:
             self._lower = np.linalg.cholesky(matrix)
         except np.linalg.LinAlgError:
@@ -95,10 +91,6 @@ class Posterior:
             -0.5 * len(self._y) * np.log(np.maximum(self.tau, 1e-300)).sum()
             - len(self.tau) * np.log(np.diag(self._lower)).sum()
         )
-
-    def _diagonals(self) -> list[np.ndarray]:
-        ends = np.cumsum([len(r.points) for r in self._rows])
-        return np.split(np.diag(self._gram), ends[:-1])
 
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean effect and standard deviation, both [queries, sets]."""
@@ -130,11 +122,16 @@ def expected_error(
     if not rows:
         return np.ones(len(sets))
     gram = _gram(kernel, rows)
-    own = np.concatenate([np.full(len(r.points), nugget if r.order == 0 else 0.0) for r in rows])
-    gram[np.diag_indices_from(gram)] += own + JET_NUGGET * np.diag(gram) + 1e-10
+    gram[np.diag_indices_from(gram)] += _own_error(rows, gram, nugget)
     cross = np.concatenate([_covariance(kernel, r, _Rows(sets, 0)) for r in rows])
     known = (cross * np.linalg.solve(gram, cross)).sum(0)
     return np.sqrt(np.clip(1 - known / prior, 0, 1))
+
+
+def _own_error(rows: list[_Rows], gram: np.ndarray, nugget: float) -> np.ndarray:
+    """Variance of each measured number's own error, [measurements]."""
+    retraining = np.concatenate([np.full(len(r.points), r.order == 0) for r in rows])
+    return np.where(retraining, nugget, JET_NUGGET * np.diag(gram)) + 1e-10 * np.trace(gram) / len(gram)
 
 
 def _rows_of(block: JetBlock) -> list[_Rows]:
@@ -207,7 +204,7 @@ def _covariance(kernel: Kernel, a: _Rows, b: _Rows) -> np.ndarray:
 def calibration(data: Measurements, fitted: Any, level: float = 0.95) -> float:
     """Factor on standard deviations so that held-out retrainings are covered: the quantile of |z| over the normal one.
 
-    1 without held-out retrainings, or where the standard deviation is unknown.
+    1 without held-out retrainings, or where the standard deviation is unknown; at least LEAST_FACTOR.
     """
     if not len(data.heldout):
         return 1.0
@@ -215,4 +212,4 @@ def calibration(data: Measurements, fitted: Any, level: float = 0.95) -> float:
     if not np.isfinite(std).all():
         return 1.0
     z = np.abs(data.heldout.y.T - mean) / np.maximum(std, 1e-300)
-    return float(np.quantile(z, level) / 1.959964)
+    return max(LEAST_FACTOR, float(np.quantile(z, level) / 1.959964))

@@ -25,10 +25,12 @@ from leaveout.deletion import directions
 from leaveout.deletion.bank import Bank, Measured, measurement_ids
 from leaveout.deletion.predict import Prediction
 from leaveout.deletion.sets import DeletionSets, deletion_sets
+from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
 from leaveout.deletion.verify import Verification
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.executor import run_tasks
 from leaveout.store import Record, Store
+from leaveout.training.memory import runs_together
 from leaveout.training.metagradient import metagradient
 from leaveout.training.queries import Query, as_queries, query_function
 from leaveout.training.recipe import Recipe
@@ -45,8 +47,6 @@ from leaveout.training.train import (
 )
 from leaveout.training.updates import unit_vectors
 
-JETS_TOGETHER, RUNS_TOGETHER = 128, 128
-"""Directions and retrainings of one task: what a kill can lose, and what one transaction holds."""
 WIDTH = 8192
 """Numbers kept of each unit's update vector."""
 
@@ -140,14 +140,14 @@ class TrainingRun:
             if settings.check:
                 check_stability(self.recipe, advise=False).require()
             self._measure_jets(directions, degree, asked, settings)
+        parts = []
         if without is not None:
-            self._retrain(deletion_sets(self.recipe, without).x, "given", "fit", asked, settings)
+            parts.append((deletion_sets(self.recipe, without).x, "given", "fit"))
         if retrain:
-            x = self.design(design, retrain, settings)
-            self._retrain(x, design, "fit", asked, settings)
+            parts.append((self.design(design, retrain, settings), design, "fit"))
         if heldout is not None:
-            sets = self._heldout(heldout, settings)
-            self._retrain(sets.x, "heldout", "heldout", asked, settings)
+            parts.append((self._heldout(heldout, settings).x, "heldout", "heldout"))
+        self._retrain(parts, asked, settings)
         return self.bank
 
     def design(self, name: str, n: int, settings: MeasureSettings | None = None) -> np.ndarray:
@@ -191,7 +191,8 @@ class TrainingRun:
         ask = query_function(task_of(self.recipe), chosen)
         found = metagradient(self.recipe, ask, RunOptions(progress=settings.progress), memory=settings.memory)
         meta = {"design": "exact", "cpu_seconds": found.cpu_seconds / len(chosen)}
-        self.bank.add(Measured("gradient", meta, found.effects, {}), [ids[i] for i in missing], None)
+        measured = Measured("gradient", [meta] * len(chosen), found.effects, {})
+        self.bank.add(measured, [ids[i] for i in missing], None)
 
     def _measure_jets(self, n: int, degree: int, asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
         dtype = settings.dtype or str(self.recipe.real_dtype.to_complex()).removeprefix("torch.")
@@ -208,17 +209,28 @@ class TrainingRun:
                     "dtype": dtype,
                     "real": False,
                 }
-                tasks.append(_Task("jets", psi[missing], [ids[i] for i in missing], meta, degree, dtype))
+                tasks.append(
+                    _Task("jets", psi[missing], [ids[i] for i in missing], [meta] * len(missing), degree, dtype)
+                )
         self._carry_out(tasks, asked, settings, f"jets of degree {degree}")
 
     def _retrain(
-        self, x: np.ndarray, design: str, role: str, asked: Sequence[Query] | None, settings: MeasureSettings
+        self, parts: list[tuple[np.ndarray, str, str]], asked: Sequence[Query] | None, settings: MeasureSettings
     ) -> None:
-        ids = measurement_ids("retraining", x, asked, role)
+        """Retrains deletion vectors, each part with its design and role; all of them share batches."""
+        if not parts:
+            return
+        x = np.concatenate([p[0] for p in parts])
+        metas = [{"design": design, "role": role} for p, design, role in parts for _ in p]
+        ids = [id for p, _, role in parts for id in measurement_ids("retraining", p, asked, role)]
         missing = self.bank.missing(ids)
-        meta = {"design": design, "role": role}
-        chunks = [missing[i : i + RUNS_TOGETHER] for i in range(0, len(missing), RUNS_TOGETHER)]
-        tasks = [_Task("retraining", x[rows], [ids[i] for i in rows], meta) for rows in chunks]
+        if not missing:
+            return
+        memory = None if settings.memory is None else settings.memory // settings.workers
+        size = runs_together(self.recipe, task_of(self.recipe), RUNS_TOGETHER, memory)
+        size = min(size, -(-len(missing) // settings.workers))
+        chunks = [missing[i : i + size] for i in range(0, len(missing), size)]
+        tasks = [_Task("retraining", x[rows], [ids[i] for i in rows], [metas[i] for i in rows]) for rows in chunks]
         self._carry_out(tasks, asked, settings, "retrainings")
 
     def _carry_out(
@@ -245,7 +257,7 @@ class TrainingRun:
         settings, asked = settings or MeasureSettings(), as_queries(queries)
         sets = deletion_sets(self.recipe, without)
         self.bank.base(asked)
-        self._retrain(sets.x, "given", "truth", asked, settings)
+        self._retrain([(sets.x, "given", "truth")], asked, settings)
         return self.bank.truth(asked, sets.x)
 
     def verify(
@@ -258,25 +270,6 @@ class TrainingRun:
         return Verification(Prediction(**{**vars(prediction), "actual": actual}))
 
 
-@dataclass(frozen=True)
-class MeasureSettings:
-    """How measurements are made.
-
-    workers   processes, one torch thread each; memory: bytes for all of them together (default half of what is free)
-    seed      of random designs; sizes: sizes of random sets, in turn (default: log-uniform up to 30 % of the units)
-    dtype     of jets: complex64 or complex128 (default: the recipe's precision)
-    check     refuse a recipe whose power series grow (see `leaveout doctor`) before jets are bought
-    """
-
-    workers: int = 1
-    memory: int | None = None
-    seed: int = 0
-    sizes: tuple[int, ...] = ()
-    dtype: str | None = None
-    check: bool = True
-    progress: bool = False
-
-
 # --- tasks in worker processes -----------------------------------------------------------------------------------
 
 
@@ -285,7 +278,7 @@ class _Task:
     kind: str
     vectors: np.ndarray
     ids: list[str]
-    meta: dict[str, Any]
+    metas: list[dict[str, Any]]
     degree: int = 0
     dtype: str = ""
 
@@ -310,7 +303,7 @@ def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
     numbers = _jets(worker, task, options) if task.kind == "jets" else _runs(worker, task, options)
     shutil.rmtree(options.directory or "", ignore_errors=True)
     seconds = (time.process_time() - began) / len(task.ids)
-    return Measured(task.kind, {**task.meta, "cpu_seconds": seconds}, task.vectors, numbers), task.ids
+    return Measured(task.kind, [{**m, "cpu_seconds": seconds} for m in task.metas], task.vectors, numbers), task.ids
 
 
 def _jets(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from leaveout.corpus import Corpus, Row
-from leaveout.errors import FormatError, MismatchError
-from leaveout.executor import run_tasks
+from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.executor import Backend, run_tasks
 from leaveout.readout.model import ModelOptions, Readout, load_readout
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.signature import Signer
@@ -43,6 +44,7 @@ class BuildOptions:
     units           field whose value says which rows belong together
     skip_bad        count and list bad rows instead of stopping at the first
     workers         processes, one torch thread each
+    backend         where they run: `processes` of this machine, or `ray` actors, which load the model from its path
     progress        progress on stderr
     chunk_rows, chunk_tokens        a chunk ends when it has so many rows or tokens
     commit_seconds, commit_bytes    what is computed is committed when so much time has passed, or so much has gathered
@@ -51,6 +53,7 @@ class BuildOptions:
     units: str | None = None
     skip_bad: bool = False
     workers: int = 1
+    backend: Backend = "processes"
     progress: bool = False
     chunk_rows: int = 64
     chunk_tokens: int = 4096
@@ -213,10 +216,12 @@ def add_rows(
             yield len(piece), chunks[number].windows
 
     start = functools.partial(_same, signer)
-    if options.workers > 1:
+    if options.workers > 1 or options.backend != "processes":
+        if readout.source is None and options.backend == "ray":
+            raise UnsupportedError("Ray workers load the model by themselves: give its path or id, not a loaded model.")
         start = _worker_start(readout, signer.settings, store)
     with _progress(total, "index", "row", options) as bar:
-        for number, arrays in enumerate(run_tasks(tasks(), _work, start, options.workers)):
+        for number, arrays in enumerate(run_tasks(tasks(), _work, start, options.workers, options.backend)):
             chunk = chunks.pop(number)
             finite = arrays.pop("finite")
             for row in itertools.compress(chunk.rows, ~finite):
@@ -256,7 +261,9 @@ def _worker_start(readout: Readout, settings: SignatureSettings, store: Store) -
     if readout.source is None:
         return functools.partial(_start_worker, readout, {}, settings, str(store.path))
     options = {key: value for key, value in readout.source.items() if key != "name"}
-    return functools.partial(_start_worker, readout.source["name"], options, settings, str(store.path))
+    name = readout.source["name"]  # a worker elsewhere has another working directory
+    name = str(Path(name).resolve()) if Path(name).exists() else name
+    return functools.partial(_start_worker, name, options, settings, str(store.path.resolve()))
 
 
 class _Pending:

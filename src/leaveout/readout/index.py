@@ -8,8 +8,8 @@ the query's loss (the row helps), in units that compare rows of one query, not q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +17,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.corpus import Corpus, Row
+from leaveout.corpus import Corpus
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
-from leaveout.readout.build import (
-    BuildOptions,
-    BuildReport,
-    add_rows,
-    add_whitening,
-    corpus_digest,
-    resume_point,
-    set_whitening,
+from leaveout.readout import ann, finding, simhash
+from leaveout.readout.build import BuildReport, add_rows, set_whitening
+from leaveout.readout.directory import (
+    KIND,
+    add_skipped,
+    fill,
+    open_or_create,
+    refuse_other_rows,
+    same_place,
+    split_options,
+    wanted_settings,
 )
+from leaveout.readout.finding import Approximation, SearchOptions
 from leaveout.readout.low_rank import LowRank
 from leaveout.readout.model import ModelOptions, Readout, load_readout
-from leaveout.readout.search import Best, Hit, scan
+from leaveout.readout.queries import Queries, QueryRow, query_row
+from leaveout.readout.search import Hit, Product, scan
 from leaveout.readout.settings import SignatureSettings, resolve_settings
+from leaveout.readout.shards import merge_shards, shard_of
 from leaveout.readout.signature import Signer
+from leaveout.readout.storage import decode
 from leaveout.readout.tokens import NoTargetError, TokenisedRow, check_ids, tokenise
 from leaveout.store import Record, Store
 
-KIND = "readout index"
+__all__ = ["Index", "Queries", "QueryRow"]
+
 QUERY_RANK = 64  # singular triples of a query where rows are low-rank: all there are, up to 64 learned tokens
-QueryRow = str | Mapping[str, Any] | Row
-
-
-@dataclass(frozen=True)
-class Queries:
-    """Signatures of queries, with what they were made with.
-
-    Shapes: vectors [queries, unprojected or stored width] float32.
-    """
-
-    vectors: Tensor
-    texts: tuple[str, ...]
-    fingerprint: str
-
-    def __len__(self) -> int:
-        return len(self.texts)
 
 
 class Index:
@@ -88,38 +80,34 @@ class Index:
 
         `model`: path or id of a causal language model, a .gguf file, or a loaded one with `tokenizer`.
         `corpus`: anything that `Corpus.open` takes. `options`: the fields of `ModelOptions`, `BuildOptions` and
-        `SignatureSettings` (device, dtype, workers, units, skip_bad, targets, temperature, ...).
+        `SignatureSettings` (device, dtype, workers, units, skip_bad, targets, temperature, ...), and `shard`: only one
+        range of the rows, into a directory below `path` ("auto" under torchrun or srun, or (number, count)); see `merge`.
 
         Raises: MismatchError if the directory holds an index with other settings (naming the one that differs).
                 FormatError at a bad row, with its place and reason. UnsupportedError for a model without a readout.
         """
-        model_options, build_options, changes = _split_options(options)
+        shard = shard_of(options.pop("shard", None))
+        path = shard.place(path)
+        model_options, build_options, changes = split_options(options)
         settings = resolve_settings(preset, **changes)
         corpus = Corpus.open(corpus, units=build_options.units, skip_bad=build_options.skip_bad)
-        if isinstance(model, str) and Path(path).exists() and _same_place(model, path):
+        if isinstance(model, str) and path.exists() and same_place(model, path):
             raise ValueError(f"The index cannot be written over its model in {path}: give another directory.")
         readout = load_readout(model, tokenizer, model_options)
         signer = Signer(readout, settings)
-        wanted = {
-            "kind": KIND,
-            "signature": settings.to_dict(),
-            "model": readout.identity(),
-            "source": readout.source,
-            "units": corpus.units,
-            "corpus": corpus.name,
-            "notes": signer.notes,
-            "low_rank": None if signer.rank is None else signer.low_rank.sizes,
-        }
-        with _open_or_create(Path(path), wanted) as store:
+        with open_or_create(path, wanted_settings(readout, signer, corpus)) as store:
             index = cls(store, readout)
-            if not store.state("complete"):
-                index.last_report = _fill(store, readout, signer, corpus, build_options)
-            elif store.state("corpus") != corpus_digest(corpus):
-                raise MismatchError(
-                    f"{path} is the finished index of other rows than {corpus.name} now holds: add rows with append, "
-                    "or build into another directory."
-                )
+            if store.state("complete"):
+                refuse_other_rows(store, corpus)
+            else:
+                index.last_report = fill(store, readout, signer, corpus, build_options, shard)
         return cls.open(path, readout)._with_report(index.last_report)
+
+    @classmethod
+    def merge(cls, shards: str | Path, path: str | Path) -> Index:
+        """One index of all the shards in a directory: see `leaveout.readout.shards.merge_shards`."""
+        merge_shards(shards, path)
+        return cls.open(path)
 
     @classmethod
     def open(cls, path: str | Path, model: Any = None, tokenizer: Any = None, **options: Any) -> Index:
@@ -136,7 +124,7 @@ class Index:
         if not store.state("complete"):
             raise MismatchError(f"The index {path} is unfinished: run the command that built it again to finish it.")
         if model is not None:
-            index._readout = index._checked(load_readout(model, tokenizer, _split_options(options)[0]))
+            index._readout = index._checked(load_readout(model, tokenizer, split_options(options)[0]))
         return index
 
     def _with_report(self, report: BuildReport) -> Index:
@@ -207,7 +195,7 @@ class Index:
 
     def tokenised(self, queries: Sequence[QueryRow]) -> list[TokenisedRow]:
         """Queries as rows with their windows. A text is learned as a whole; of a prompt and response, the response."""
-        rows = [row if isinstance(row, Row) else _query_row(row, number) for number, row in enumerate(queries)]
+        rows = [query_row(row, number) for number, row in enumerate(queries)]
         signer, readout = self.signer, self.readout
         tokens = []
         for number, row in enumerate(rows):
@@ -244,26 +232,35 @@ class Index:
 
     # ---------------------------------------------------------------- answers
 
-    def search(self, queries: Sequence[QueryRow] | Queries, k: int = 10, where: str | None = None) -> list[list[Hit]]:
+    def search(
+        self, queries: Sequence[QueryRow] | Queries, k: int = 10, where: str | None = None, **options: Any
+    ) -> list[list[Hit]]:
         """The k rows with the highest scores for each query, best first: `hits[query][rank]`.
 
         `where`: an SQL expression over id, unit, text and the rows' fields, such as "source = 'web'".
-        Cost: one exact scan of the stored signatures for all queries together.
+        `options`: the fields of `SearchOptions` (approximate, rescore, group_by, unique, workers).
+        Cost: one exact scan of the stored signatures for all queries together, unless `approximate` is given.
         """
         if k < 1:
             raise ValueError(f"k is {k}: give 1 or more.")
-        encoded = self.encode(queries)
-        best = Best(len(encoded), k)
-        for numbers, scores in scan(self._store.segments(), self._product(encoded.vectors), self._wanted(where)):
-            best.add(numbers, scores)
-        return [self.hits(numbers, scores) for numbers, scores in zip(best.numbers, best.scores, strict=True)]
+        how, encoded = SearchOptions(**options), self.encode(queries)
+        found = finding.find(self, encoded, k, self._wanted(where), how)
+        return [self.hits(numbers, scores) for numbers, scores in found]
+
+    def prepare(self, kind: Approximation = "simhash", bits: int = simhash.BITS) -> None:
+        """Makes the side file that `search(approximate=kind)` reads, or adds the rows that it lacks.
+
+        `bits`: sign bits per row, for `simhash`. Deleting rows needs no new preparation, appending and purging do.
+        Raises: UnsupportedError for rows stored by singular triples, or without the package that `faiss` needs.
+        """
+        finding.prepare(self, kind, bits)
 
     def score(self, queries: Sequence[QueryRow] | Queries) -> np.ndarray:
         """All scores [query, train] float32, columns in the order of `ids`. Memory: 4 bytes per query and row."""
         encoded = self.encode(queries)
         scores = np.empty((len(encoded), len(self)), np.float32)
         start = 0
-        for numbers, part in scan(self._store.segments(), self._product(encoded.vectors)):
+        for numbers, part in scan(self._store.segments(), self.product(encoded.vectors)):
             scores[:, start : start + len(numbers)] = part.T
             start += len(numbers)
         return scores
@@ -276,11 +273,30 @@ class Index:
             for rank, (record, score) in enumerate(zip(records, scores, strict=True), start=1)
         ]
 
-    def _product(self, vectors: Tensor) -> Callable[[Tensor], Tensor]:
+    @property
+    def store(self) -> Store:
+        """The store at the version that this index reads."""
+        return self._store
+
+    def product(self, vectors: Tensor) -> Product:
+        """A function from stored rows [rows, width] to their products [rows, queries] with vectors [queries, width]."""
         if self.low_rank is not None:
             return self.low_rank.product(vectors)
         transposed = vectors.t().contiguous()
         return lambda rows: rows @ transposed
+
+    def directions(self, numbers: np.ndarray) -> Tensor:
+        """Stored signatures [rows, width] of rows by number, of unit length; zero where a row is zero."""
+        order = np.sort(numbers)
+        parts = []
+        for segment in self._store.segments():
+            low, high = np.searchsorted(order, [segment.first, segment.first + segment.n_rows])
+            if low < high:
+                arrays, at = segment.arrays(), order[low:high] - segment.first
+                parts.append(decode({name: values[at] for name, values in arrays.items()}))
+        vectors = torch.cat(parts)[np.searchsorted(order, numbers)]
+        length = vectors.norm(dim=1) if self.low_rank is None else self.low_rank.norm(vectors).sqrt()
+        return vectors / length.clamp_min(1e-30)[:, None]
 
     def lengths(self, queries: Queries) -> Tensor:
         """Lengths [queries] of query signatures."""
@@ -303,12 +319,12 @@ class Index:
         """Scores [query, id] float32 of given rows, as `search` would show them."""
         numbers = np.asarray(self._store.numbers(ids))
         order = np.sort(numbers)
-        found = [part for _, part in scan(self._store.segments(), self._product(self.encode(queries).vectors), order)]
+        found = [part for _, part in scan(self._store.segments(), self.product(self.encode(queries).vectors), order)]
         return np.concatenate(found)[np.searchsorted(order, numbers)].T
 
     def scan(self, queries: Queries, where: str | None = None) -> Iterable[tuple[np.ndarray, np.ndarray]]:
         """Row numbers [rows] and scores [rows, queries], segment by segment."""
-        return scan(self._store.segments(), self._product(self.encode(queries).vectors), self._wanted(where))
+        return scan(self._store.segments(), self.product(self.encode(queries).vectors), self._wanted(where))
 
     def select(self, wanted: Sequence[QueryRow] | Queries, n: int = 1000, **options: Any) -> list[Hit]:
         """The n rows whose training would help the wanted rows most: see `leaveout.readout.select.select_rows`."""
@@ -329,7 +345,7 @@ class Index:
 
         Raises: FormatError for a bad row, or an id that another row has. What was committed before stays.
         """
-        _, build_options, changes = _split_options(options)
+        _, build_options, changes = split_options(options)
         if changes:
             raise ValueError(f"An index keeps its settings: {sorted(changes)[0]!r} cannot be changed by append.")
         units = build_options.units or self._store.settings["units"]
@@ -338,7 +354,7 @@ class Index:
         with Store.open(self.path, write=True) as store:
             set_whitening(signer, store)
             report = add_rows(store, self.readout, signer, corpus, len(corpus), build_options, append=True)
-        _add_skipped(report, corpus)
+        add_skipped(report, corpus)
         self._store.refresh()
         return report
 
@@ -352,7 +368,12 @@ class Index:
         return count
 
     def purge(self) -> dict[str, int]:
-        """Removes the bytes and texts of deleted rows from the files, and proves it; returns counts."""
+        """Removes the bytes and texts of deleted rows from the files, and proves it; returns counts.
+
+        The side files of `prepare` go first, as they hold traces of the deleted rows: prepare them again.
+        """
+        simhash.remove(self.path)
+        ann.remove(self.path)
         with Store.open(self.path, write=True) as store:
             counts = store.purge()
         self._store.refresh()
@@ -367,76 +388,3 @@ class Index:
         settings = self._store.settings
         facts = {key: settings[key] for key in ("corpus", "units", "source", "model", "signature", "notes")}
         return {**self._store.info(), "statistics": self._store.state("statistics"), **facts}
-
-
-# ---------------------------------------------------------------- helpers
-
-
-def _query_row(query: str | Mapping[str, Any], number: int) -> Row:
-    if not isinstance(query, (str, Mapping)):
-        raise TypeError(f"Query {number + 1} is of type {type(query).__name__}: give a text, or a row as a dict.")
-    raw = {"text": query} if isinstance(query, str) else {key: value for key, value in query.items() if key != "id"}
-    rows = list(Corpus.open([raw]))
-    return replace(rows[0], id=f"query {number + 1}", number=number)
-
-
-def _split_options(options: dict[str, Any]) -> tuple[ModelOptions, BuildOptions, dict[str, Any]]:
-    groups = [{field.name for field in fields(kind)} for kind in (ModelOptions, BuildOptions)]
-    given = [{name: value for name, value in options.items() if name in group} for group in groups]
-    rest = {name: value for name, value in options.items() if name not in groups[0] | groups[1]}
-    return ModelOptions(**given[0]), BuildOptions(**given[1]), rest
-
-
-def _same_place(one: str, other: str | Path) -> bool:
-    return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
-
-
-def _open_or_create(path: Path, wanted: dict[str, Any]) -> Store:
-    """The store to write to, new or unfinished or finished with the same settings.
-
-    Raises: MismatchError naming the first setting that differs.
-    """
-    if path.is_file():
-        raise FileExistsError(f"{path} is a file: give a directory for the index.")
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return Store.create(path, wanted)
-    store = Store.open(path, write=True)
-    try:
-        for name, old, new in _differences(store.settings, wanted):
-            raise MismatchError(
-                f"{path} holds an index with {name} = {old!r}, not {new!r}: use the same settings to resume, "
-                "or another directory for a new index."
-            )
-    except BaseException:
-        store.close()
-        raise
-    return store
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    for name in ("kind", "units"):
-        if old.get(name) != new[name]:
-            yield name, old.get(name), new[name]
-    for group in ("signature", "model"):
-        for name, value in new[group].items():
-            if old[group].get(name) != value:
-                yield name, old[group].get(name), value
-
-
-def _fill(store: Store, readout: Readout, signer: Signer, corpus: Corpus, options: BuildOptions) -> BuildReport:
-    add_whitening(store, signer, corpus, options)
-    set_whitening(signer, store)
-    done = resume_point(store, corpus)
-    rows = (row for row in corpus if row.number >= done)
-    report = add_rows(store, readout, signer, rows, len(corpus), options, append=False)
-    _add_skipped(report, corpus)
-    if store.n_rows == 0:
-        raise FormatError(f"{corpus.name} has no rows to index: give a corpus with at least one row.")
-    store.set_state("corpus", corpus_digest(corpus))
-    store.set_state("complete", True)
-    return report
-
-
-def _add_skipped(report: BuildReport, corpus: Corpus) -> None:
-    report.skipped += corpus.n_skipped
-    report.messages = [*corpus.problems, *report.messages][:100]

@@ -1,15 +1,18 @@
 """Exact scans over stored signatures: the k best rows of each query, or all scores.
 
 One kernel, `scan`: stored numbers are widened into a reused float32 buffer of about 2 MB, which stays in cache, and multiplied
-with the queries. Memory: the buffer, and one score per row of one segment and query.
+with the queries. Memory per worker: the buffer, and one score per row of two segments and query.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +26,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8
 class Segment(Protocol):
     """What a scan needs of a segment of the store."""
 
+    @property
+    def name(self) -> str: ...
     @property
     def first(self) -> int: ...
     @property
@@ -46,30 +51,61 @@ Product = Callable[[Tensor], Tensor]  # decoded rows [rows, width] -> scores [ro
 
 
 def scan(
-    segments: Sequence[Segment], product: Product, wanted: np.ndarray | None = None
+    segments: Sequence[Segment], product: Product, wanted: np.ndarray | None = None, workers: int = 1
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Per segment: numbers [rows] of its live (and wanted) rows and their scores [rows, queries] float32.
 
     `wanted`: ascending global row numbers to restrict to; only blocks that hold one are read.
+    `workers`: threads, each at a segment of its own, so that scores do not depend on their number.
     """
-    for segment in segments:
-        live = segment.live()
-        if wanted is not None:
-            low, high = np.searchsorted(wanted, [segment.first, segment.first + segment.n_rows])
-            positions = wanted[low:high] - segment.first
-            if live is not None:
-                positions = positions[live[positions]]
-        else:
-            positions = None if live is None else np.flatnonzero(live)
-        if positions is None or positions.size:
-            arrays = segment.arrays()
-            scores = _segment_scores(arrays, product, None if wanted is None else positions)
-            if positions is None:
-                yield segment.first + np.arange(segment.n_rows), scores
-            elif wanted is None:
-                yield segment.first + positions, scores[positions]
-            else:
-                yield segment.first + positions, scores
+    return over_segments(functools.partial(_scanned, product, wanted), segments, workers)
+
+
+def _scanned(product: Product, wanted: np.ndarray | None, segment: Segment) -> tuple[np.ndarray, np.ndarray] | None:
+    positions = positions_of(segment, wanted)
+    if positions is None:
+        return segment.first + np.arange(segment.n_rows), _segment_scores(segment.arrays(), product, None)
+    if not positions.size:
+        return None
+    if wanted is not None:
+        return segment.first + positions, _segment_scores(segment.arrays(), product, positions)
+    return segment.first + positions, _segment_scores(segment.arrays(), product, None)[positions]
+
+
+def positions_of(segment: Segment, wanted: np.ndarray | None) -> np.ndarray | None:
+    """Positions of the live and wanted rows of a segment; None for all of them."""
+    live = segment.live()
+    if wanted is None:
+        return None if live is None else np.flatnonzero(live)
+    low, high = np.searchsorted(wanted, [segment.first, segment.first + segment.n_rows])
+    positions = wanted[low:high] - segment.first
+    return positions if live is None else positions[live[positions]]
+
+
+Found = TypeVar("Found")
+
+
+def over_segments(
+    work: Callable[[Segment], Found | None], segments: Iterable[Segment], workers: int = 1
+) -> Iterator[Found]:
+    """What `work` finds in each segment, in order, where it finds something; at most 2 * workers results wait.
+
+    Raises: ValueError for workers < 1.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}: give 1 or more.")
+    if workers == 1:
+        yield from (found for found in map(work, segments) if found is not None)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Found | None]] = deque()
+        for segment in segments:
+            waiting.append(pool.submit(work, segment))
+            if len(waiting) >= 2 * workers and (found := waiting.popleft().result()) is not None:
+                yield found
+        while waiting:
+            if (found := waiting.popleft().result()) is not None:
+                yield found
 
 
 def _segment_scores(arrays: dict[str, np.ndarray], product: Product, positions: np.ndarray | None) -> np.ndarray:
@@ -113,13 +149,16 @@ class Best:
     def add(self, numbers: np.ndarray, scores: np.ndarray) -> None:
         """Considers rows `numbers` [rows] ascending, all above those before, with scores [rows, queries]."""
         for query in range(len(self.numbers)):
-            column = scores[:, query]
-            if len(column) > self.k:
-                floor = np.partition(column, len(column) - self.k)[len(column) - self.k]
-                keep = np.flatnonzero(column >= floor)
-            else:
-                keep = np.arange(len(column))
-            numbers_both = np.concatenate([self.numbers[query], numbers[keep]])
-            scores_both = np.concatenate([self.scores[query], column[keep]])
-            order = np.argsort(-scores_both, kind="stable")[: self.k]
-            self.numbers[query], self.scores[query] = numbers_both[order], scores_both[order]
+            self.add_one(query, numbers, scores[:, query])
+
+    def add_one(self, query: int, numbers: np.ndarray, scores: np.ndarray) -> None:
+        """Considers rows for one query, with scores [rows]."""
+        if len(scores) > self.k:
+            floor = np.partition(scores, len(scores) - self.k)[len(scores) - self.k]
+            keep = np.flatnonzero(scores >= floor)
+        else:
+            keep = np.arange(len(scores))
+        numbers_both = np.concatenate([self.numbers[query], numbers[keep]])
+        scores_both = np.concatenate([self.scores[query], scores[keep]])
+        order = np.argsort(-scores_both, kind="stable")[: self.k]
+        self.numbers[query], self.scores[query] = numbers_both[order], scores_both[order]

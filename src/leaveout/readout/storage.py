@@ -6,6 +6,8 @@ way so that nothing overflows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,6 +31,13 @@ def encode(vectors: Tensor, storage: Storage) -> dict[str, np.ndarray]:
     return {"signature": stored.numpy(), "scale": scale.numpy()}
 
 
-def decode(arrays: dict[str, np.ndarray]) -> Tensor:
+def decode(arrays: Mapping[str, np.ndarray]) -> Tensor:
     """Vectors [rows, width] float32 of stored arrays."""
     return torch.from_numpy(np.asarray(arrays["signature"], np.float32) * arrays["scale"][:, None])
+
+
+def blocks(arrays: Mapping[str, np.ndarray], n_rows: int) -> Iterator[Tensor]:
+    """The vectors of stored arrays, [at most n_rows, width] float32 at a time."""
+    n_rows = max(1, n_rows)
+    for start in range(0, len(arrays["scale"]), n_rows):
+        yield decode({name: arrays[name][start : start + n_rows] for name in ("signature", "scale")})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -54,6 +54,16 @@ class Traces:
             values = (anchor, offset, length, xxhash.xxh3_64_intdigest(piece))
             for column, value in zip(self._columns, values, strict=True):
                 column.append(value)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The pieces as arrays of a segment, {} if there are none."""
+        names = _PIECE.names or ()
+        return {name: np.array(column) for name, column in zip(names, self._columns, strict=True) if column}
+
+    def add_arrays(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Adds pieces that `arrays` gave."""
+        for name, column in zip(_PIECE.names or (), self._columns, strict=True):
+            column.frombytes(arrays[name].astype(column.typecode).tobytes())
 
     def found(self, chunks: Iterable[bytes]) -> set[int]:
         """Digests of the pieces that occur in a stream of bytes, also across its chunks.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from sqlite3 import Connection
 from typing import Any
@@ -14,41 +16,29 @@ from typing import Any
 import numpy as np
 
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
-from leaveout.store import catalogue
-from leaveout.store.catalogue import CATALOGUE, SHIFT
+from leaveout.store import catalogue, check, export, filters
+from leaveout.store.catalogue import CATALOGUE, MAX_ROWS, SHIFT
+from leaveout.store.record import COLUMNS, SOURCE, Record, deserialized
 from leaveout.store.segment import BLOCK, HASH, NAME, TEMPORARY, Segment
 
-MAX_ROWS = 1 << 31  # of one segment, and versions of one store
-
+PROOF = "purge"  # the state that holds the result of the last purge
 _POSITION = (1 << SHIFT) - 1
-_SCALARS = (str, int, float, type(None))
-_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _BATCH = 500  # values in one SQL list, below the limit of old SQLite versions
 _PAGE = 2_000  # rows read in one transaction while streaming
-_RECORD = "rows.id, rows.unit, contents.text, rows.meta, contents.content_hash, contents.extra, contents.checksum"
-_FROM = "rows JOIN contents ON contents.key = rows.key"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row's entry in the catalogue. meta: field -> string, number, bool or None. extra: a small JSON object."""
-
-    id: str
-    text: str
-    unit: str
-    meta: dict[str, Any] = field(default_factory=dict)
-    content_hash: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One version: what the table `store` says, the metadata fields, and the segments in order."""
+    """One version: what the table `store` says, the metadata fields, and the segments in order.
+
+    traces: pieces of the purged rows that an unfinished purge still has to look for.
+    """
 
     entries: dict[str, Any]
     fields: list[str]
     segments: list[Segment]
     sides: dict[str, Segment]
+    traces: Segment | None
 
     @property
     def version(self) -> int:
@@ -56,7 +46,7 @@ class Snapshot:
 
     @property
     def files(self) -> list[Segment]:
-        return [*self.segments, *self.sides.values()]
+        return [*self.segments, *self.sides.values(), *([self.traces] if self.traces else [])]
 
     def numbers(self, keys: Sequence[int]) -> np.ndarray:
         """Row numbers of catalogue keys."""
@@ -80,9 +70,10 @@ class Snapshot:
 class Reader:
     """The reading half of `Store`. It holds no connection or file: it can be forked, pickled and shared by threads."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, verify: bool = False) -> None:
         self.path = path
-        self._snapshot = load(path)
+        self._verified: set[str] | None = set() if verify else None
+        self.refresh()
 
     def __len__(self) -> int:
         return self.n_rows - sum(part.tombstones.size for part in self.segments())
@@ -102,8 +93,11 @@ class Reader:
         return sum(part.n_rows for part in self.segments())
 
     def refresh(self) -> None:
-        """Moves to the newest version."""
-        self._snapshot = load(self.path)
+        """Moves to the newest version; a store that was opened with `verify` checks its whole catalogue again."""
+        self._reload()
+        if self._verified is not None:
+            for problem in check.catalogue_problems(self):
+                raise FormatError(problem)
 
     def segments(self) -> list[Segment]:
         """In order of row numbers."""
@@ -118,6 +112,15 @@ class Reader:
         """The JSON value set under a key; None when there is none."""
         return json.loads(json.dumps(self._snapshot.entries.get(f"state.{key}")))
 
+    def export(self, directory: str | os.PathLike[str]) -> dict[str, int]:
+        """Writes the live rows, sides and states as plain files into a new or empty directory; counts of what it wrote.
+
+        safetensors files, rows.jsonl and manifest.json (docs/format.md); `Store.from_export` reads them. A directory
+        that a killed export left is written again.
+        Raises: FormatError if the directory holds anything else, or a segment is damaged.
+        """
+        return export.write(self, Path(directory))
+
     def rows(self, numbers: Sequence[int] | np.ndarray) -> list[Record]:
         """Entries of live rows by row number, in the given order.
 
@@ -129,11 +132,11 @@ class Reader:
         for number in wanted[(wanted < 0) | (wanted >= self.n_rows)]:
             raise ValueError(f"there is no row {number}: the store has {self.n_rows} rows, counted from 0")
         keys = self._snapshot.keys(wanted.astype(np.int64))
-        found = {key: rest for key, *rest in self._fetch(f"rows.key, {_RECORD}", keys, catalogue.visible(self.version))}
+        found = {key: rest for key, *rest in self._fetch(f"rows.key, {COLUMNS}", keys, catalogue.visible(self.version))}
         for key, number in zip(keys, wanted, strict=True):
             if key not in found:
                 raise ValueError(f"row {number} was deleted")
-        return [_record(found[key]) for key in keys]
+        return [deserialized(found[key]) for key in keys]
 
     def numbers(self, ids: Collection[str]) -> np.ndarray:
         """Row numbers [ids] of live rows; ValueError names an id that has none."""
@@ -152,8 +155,8 @@ class Reader:
 
     def iter_rows(self) -> Iterator[Record]:
         """The live rows in order, read a page at a time."""
-        for _, *rest in self._stream(_RECORD, _FROM, catalogue.visible(self.version)):
-            yield _record(rest)
+        for _, *rest in self._stream(COLUMNS, SOURCE, catalogue.visible(self.version)):
+            yield deserialized(rest)
 
     def select(self, where: str) -> np.ndarray:
         """Numbers, ascending, of the live rows that satisfy an SQL condition over id, unit, text and metadata fields.
@@ -162,7 +165,7 @@ class Reader:
         Raises: ValueError if it is not one plain condition, names an unknown column or takes over 10 s.
         """
         with self._reading() as db:
-            return self._snapshot.numbers(catalogue.select(db, where, self._snapshot.fields, self.version))
+            return self._snapshot.numbers(filters.select(db, where, self._snapshot.fields, self.version))
 
     def check(self) -> list[str]:
         """Everything that is wrong with the newest version on disk; [] if nothing is.
@@ -171,17 +174,16 @@ class Reader:
         """
         try:
             newest = Reader(self.path)
+            found = list(check.catalogue_problems(newest))
             snapshot = newest._snapshot
-            with catalogue.reading(self.path) as db:
-                found = [f"{CATALOGUE}: {text}" for (text,) in db.execute("PRAGMA integrity_check") if text != "ok"]
-                found += _count_problems(db, snapshot)
-            found += _damaged_records(newest._stream(_RECORD, _FROM, "TRUE"))
+            if snapshot.entries["purging"] is not False:
+                problem = (newest.state(PROOF) or {}).get("problem")
+                text = "the last purge is not proved" if problem else "a purge was stopped before its end"
+                found.append(f"{text}; open the store for writing once" + (f": {problem}" if problem else ""))
+            found += [problem for part in snapshot.files for problem in part.problems()]
+            strays = orphans(self.path, snapshot)
         except (LeaveoutError, OSError) as error:
             return [str(error)]
-        if snapshot.entries["purging"]:
-            found.append("a purge was stopped before its end; open the store for writing once")
-        found += [problem for part in snapshot.files for problem in part.problems()]
-        strays = orphans(self.path, snapshot)
         return found + [f"{file.name} belongs to no version; open the store for writing once" for file in strays]
 
     def info(self) -> dict[str, Any]:
@@ -204,6 +206,15 @@ class Reader:
             "created": self._snapshot.entries["created"],
         }
 
+    def _states(self) -> dict[str, Any]:
+        """The values that were set, by their keys."""
+        prefix = "state."
+        entries = self._snapshot.entries.items()
+        return {k.removeprefix(prefix): v for k, v in entries if k.startswith(prefix) and k != prefix + PROOF}
+
+    def _reload(self) -> None:
+        self._snapshot = load(self.path, self._verified)
+
     def _texts(self, part: Segment) -> list[str]:
         """Texts of the deleted rows of a segment."""
         keys = [(part.id << SHIFT) + position for position in part.tombstones.tolist()]
@@ -212,7 +223,7 @@ class Reader:
     def _live_bytes(self) -> Iterator[bytes]:
         """What the catalogue holds of live rows; the byte 255 between strings, so that none is found across two."""
         found = bytearray()
-        for _, *strings in self._stream(_RECORD, _FROM, catalogue.visible(self.version)):
+        for _, *strings in self._stream(COLUMNS, SOURCE, catalogue.visible(self.version)):
             found += b"".join(string.encode() + b"\xff" for string in strings[:-1])
             if len(found) > BLOCK:
                 yield bytes(found)
@@ -233,7 +244,7 @@ class Reader:
         with self._reading() as db:
             for start in range(0, len(keys), _BATCH):
                 wanted = ",".join(map(str, keys[start : start + _BATCH]))
-                found += db.execute(f"SELECT {columns} FROM {_FROM} WHERE rows.key IN ({wanted}) AND {condition}")
+                found += db.execute(f"SELECT {columns} FROM {SOURCE} WHERE rows.key IN ({wanted}) AND {condition}")
         return found
 
     def _lookup(self, ids: Collection[str]) -> list[tuple[str, int]]:
@@ -254,30 +265,30 @@ class Reader:
         while page:
             query = f"SELECT rows.key, {columns} FROM {source} WHERE rows.key > {page[-1][0]} AND {condition}"
             with self._reading(version) as db:
-                page = db.execute(f"{query} ORDER BY rows.key LIMIT {_PAGE}").fetchall()
+                found = db.execute(f"{query} ORDER BY rows.key LIMIT {_PAGE}").fetchall()
+            if any(one[0] >= other[0] for one, other in itertools.pairwise([page[-1], *found])):
+                raise FormatError(f"{CATALOGUE} has rows out of order; restore it from a copy")
+            page = found
             yield from page
 
 
-def load(path: Path) -> Snapshot:
-    """The newest version, every value from the catalogue checked."""
+def load(path: Path, verified: set[str] | None = None) -> Snapshot:
+    """The newest version, every value from the catalogue checked, and the digests of all that is read here."""
     with catalogue.reading(path) as db:
         entries = catalogue.entries(db)
         fields = [name for (name,) in db.execute("SELECT name FROM fields ORDER BY field")]
         columns = "segment, name, side, n_rows, n_bytes, hashes"
         described = db.execute(f"SELECT {columns} FROM segments ORDER BY segment").fetchall()
-        cursor = db.execute("SELECT key FROM rows WHERE deleted > 0")
-        dead = np.sort(np.fromiter((key for (key,) in cursor), np.int64))
-    version = entries.get("version")
-    if type(version) is not int or not {"settings", "created", "purged", "purging"} <= entries.keys():
-        raise FormatError(f"{path / CATALOGUE} lacks entries that every store has; restore it from a copy")
+        dead, deleted = _tombstones(db)
+        tables = catalogue.digest_of_tables(db)
     segments, sides, first = [], {}, 0
     for line in described:
         number, name, side, n_rows, n_bytes, hashes = line
-        if not _is_sound(line, version):
+        if not _is_sound(line, entries["version"]):
             raise FormatError(f"{path / CATALOGUE} describes segment {number} wrongly; restore it from a copy")
         begin, end = np.searchsorted(dead, [number << SHIFT, (number + 1) << SHIFT])
         tombstones = dead[begin:end] & _POSITION
-        part = Segment(number, path / name, first, n_rows, n_bytes, hashes, tombstones, is_side=side is not None)
+        part = Segment(number, path / name, first, n_rows, n_bytes, hashes, tombstones, side is not None, verified)
         if tombstones.size and tombstones[-1] >= n_rows:
             raise FormatError(f"{path / CATALOGUE} has deleted rows beyond segment {number}; restore it from a copy")
         if side is None:
@@ -285,7 +296,39 @@ def load(path: Path) -> Snapshot:
             first += n_rows
         else:
             sides[side] = part
-    return Snapshot(entries, fields, segments, sides)
+    traces = _traces(path, entries)
+    digests = entries["digests"]
+    if tables != digests["tables"] or not all(isinstance(name, str) for name in fields):
+        raise FormatError(f"{path / CATALOGUE} is damaged: segments, fields or entries differ; restore it from a copy")
+    if catalogue.digest_of_pairs(dead, deleted) != digests["tombstones"]:
+        raise FormatError(f"{path / CATALOGUE} is damaged: its tombstones differ; restore it from a copy")
+    return Snapshot(entries, fields, segments, sides, traces)
+
+
+def _tombstones(db: Connection) -> tuple[np.ndarray, np.ndarray]:
+    """Keys, ascending, of the deleted rows, and the versions that deleted them; 16 bytes of memory for each."""
+    lines = db.execute("SELECT key, deleted FROM rows WHERE deleted > 0")
+    try:
+        found = np.fromiter(lines, np.dtype((np.int64, 2)))
+    except (TypeError, ValueError, OverflowError):
+        raise FormatError(f"{CATALOGUE} has tombstones that are no versions; restore it from a copy") from None
+    found = found[np.argsort(found[:, 0])]
+    return found[:, 0], found[:, 1]
+
+
+def _traces(path: Path, entries: dict[str, Any]) -> Segment | None:
+    """The file that an unfinished purge has left to find the purged rows by, if there is one."""
+    described = (entries["purging"] or {}).get("traces")
+    if described is None:
+        return None
+    try:
+        name, n_bytes, hashes = described["name"], described["bytes"], bytes.fromhex(described["xxh3"])
+        number = int(name[:8])
+    except (TypeError, ValueError, KeyError):
+        number, name, n_bytes, hashes = 0, "", 0, b""
+    if not _is_sound((number, name, "traces", 0, n_bytes, hashes), entries["version"]):
+        raise FormatError(f"{path / CATALOGUE} describes its purge wrongly; restore it from a copy")
+    return Segment(number, path / name, 0, 0, n_bytes, hashes, np.empty(0, np.int64), is_side=True)
 
 
 def _is_sound(line: tuple[Any, ...], version: int) -> bool:
@@ -309,60 +352,3 @@ def orphans(path: Path, snapshot: Snapshot) -> list[Path]:
     """Files with names that the store gives, which the version does not list."""
     named = {file for file in path.iterdir() if NAME.fullmatch(file.name.removesuffix(TEMPORARY))}
     return sorted(named - {part.path for part in snapshot.files})
-
-
-def serialized(record: Record) -> tuple[str, ...]:
-    """A record as the catalogue's strings: id, unit, text, meta, content hash, extra.
-
-    Raises: FormatError if it is not valid Unicode and JSON.
-    """
-    for name, value in record.meta.items():
-        if not isinstance(name, str) or "\0" in name or not isinstance(value, _SCALARS):
-            text = f"row {record.id!r}: metadata field {name!r} is {type(value).__name__}"
-            raise FormatError(f"{text}; fields have plain names, and are strings, numbers, bools or None")
-    try:
-        meta, extra = _JSON.encode(record.meta), _JSON.encode(record.extra)
-        strings = (record.id, record.unit, record.text, meta, record.content_hash, extra)
-        "".join(strings).encode()
-    except (TypeError, ValueError, AttributeError) as error:
-        raise FormatError(f"row {record.id!r} cannot be stored: {error}") from None
-    return strings
-
-
-def _record(strings: Sequence[Any]) -> Record:
-    """A record from the columns _RECORD."""
-    id, unit, text, meta, content_hash, extra, digest = strings
-    if not all(isinstance(part, str) for part in strings[:-1]) or catalogue.checksum(*strings[:-1]) != digest:
-        raise FormatError(f"the catalogue's entry of row {id!r} is damaged; restore {CATALOGUE} from a copy")
-    try:
-        return Record(id, text, unit, json.loads(meta), content_hash, json.loads(extra))
-    except (ValueError, RecursionError):
-        raise FormatError(f"the catalogue's entry of row {id!r} is not JSON; restore {CATALOGUE} from a copy") from None
-
-
-def _damaged_records(rows: Iterator[tuple[Any, ...]]) -> Iterator[str]:
-    for key, *strings in rows:
-        try:
-            _record(strings)
-        except FormatError as error:
-            yield f"{error} (key {key})"
-
-
-def _count_problems(db: Connection, snapshot: Snapshot) -> list[str]:
-    """Rows that no segment has, segments without their rows, rows without contents."""
-    counts = f"SELECT key >> {SHIFT}, count(*), min(key & {_POSITION}), max(key & {_POSITION}) FROM rows GROUP BY 1"
-    found = {number: rest for number, *rest in db.execute(counts)}
-    wanted = {part.id: [part.n_rows, 0, part.n_rows - 1] for part in snapshot.segments}
-    problems = [
-        f"segment {number} has {wanted.get(number, [0])[0]} rows but the catalogue lists {found.get(number, [0])[0]}"
-        for number in sorted(found.keys() | wanted.keys())
-        if found.get(number) != wanted.get(number)
-    ]
-    for one, other in (("rows", "contents"), ("contents", "rows")):
-        query = f"SELECT count(*) FROM {one} WHERE key NOT IN (SELECT key FROM {other})"
-        if count := db.execute(query).fetchone()[0]:
-            problems.append(f"{count} rows of table {one} are not in table {other}")
-    query = f"SELECT count(*) FROM rows WHERE deleted NOT BETWEEN 0 AND {snapshot.version}"
-    if count := db.execute(query).fetchone()[0]:
-        problems.append(f"{count} rows were deleted in a version that does not exist")
-    return problems

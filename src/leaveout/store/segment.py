@@ -45,7 +45,8 @@ Layout = dict[str, tuple[np.dtype, tuple[int, ...], int]]  # name -> dtype, shap
 class Segment:
     """What the catalogue says about one segment file; `arrays` opens it.
 
-    first: global number of its first row. tombstones: positions of its deleted rows, ascending.
+    first: global number of its first row. tombstones: positions of its deleted rows, ascending. verified: names of the
+    files whose hashes were compared since the store was opened, None if they are not to be.
     """
 
     id: int
@@ -56,6 +57,7 @@ class Segment:
     hashes: bytes
     tombstones: np.ndarray
     is_side: bool = False
+    verified: set[str] | None = None
 
     @property
     def name(self) -> str:
@@ -66,6 +68,7 @@ class Segment:
 
         Raises: MismatchError if the file is gone (purged since the snapshot was taken), FormatError if it is damaged.
         """
+        self._verify()
         with self._opened() as fd:
             layout = self._layout(fd)
             mapped = mmap.mmap(fd, self.n_bytes, access=mmap.ACCESS_READ)
@@ -76,6 +79,7 @@ class Segment:
 
     def layout(self) -> Layout:
         """Name -> dtype, shape and first byte of every array, from the checked header."""
+        self._verify()
         with self._opened() as fd:
             return self._layout(fd)
 
@@ -95,35 +99,35 @@ class Segment:
         """
         found = []
         try:
+            found += self.damaged_blocks()
             with self._opened() as fd:
-                for number, digest in enumerate(_block_hashes(fd)):
-                    if digest != self.hashes[number * HASH : (number + 1) * HASH]:
-                        found.append(f"{self.name}: block {number} (from byte {number * BLOCK}) is damaged")
                 self._layout(fd)
         except (FormatError, MismatchError) as error:
             found.append(str(error))
         return found
 
+    def _verify(self) -> None:
+        """Compares the hashes of the file, once after the store was opened with `verify`."""
+        if self.verified is not None and self.name not in self.verified:
+            for problem in self.damaged_blocks():
+                raise FormatError(f"{problem}; restore the file from a copy")
+            self.verified.add(self.name)
+
+    def damaged_blocks(self) -> Iterator[str]:
+        """The blocks whose hash differs; for a file of any content."""
+        with self._opened() as fd:
+            for number, digest in enumerate(_block_hashes(fd)):
+                if digest != self.hashes[number * HASH : (number + 1) * HASH]:
+                    yield f"{self.name}: block {number} (from byte {number * BLOCK}) is damaged"
+
     @contextmanager
     def _opened(self) -> Iterator[int]:
         """A descriptor of the file, once it is known to be a plain file of the right size."""
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            text = f"{self.name} is not there: purged or replaced since the store was opened (call refresh), or lost"
-            raise MismatchError(f"{text} (run check)") from None
-        except OSError as error:
-            raise FormatError(f"{self.name} cannot be read as a plain file ({error.strerror})") from None
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise FormatError(f"{self.name} is not a plain file")
-            if status.st_size != self.n_bytes:
-                text = f"{self.name} has {status.st_size} bytes but the catalogue says {self.n_bytes}"
+        with opened_plainly(self.path) as fd:
+            if (n_bytes := os.fstat(fd).st_size) != self.n_bytes:
+                text = f"{self.name} has {n_bytes} bytes but the catalogue says {self.n_bytes}"
                 raise FormatError(f"{text}; restore the file from a copy")
             yield fd
-        finally:
-            os.close(fd)
 
     def _layout(self, fd: int) -> Layout:
         try:
@@ -135,6 +139,27 @@ class Segment:
                 text = f"{self.name}: array {name!r} has shape {list(shape)}"
                 raise FormatError(f"{text} but the catalogue says {self.n_rows} rows")
         return layout
+
+
+@contextmanager
+def opened_plainly(path: Path) -> Iterator[int]:
+    """A descriptor of a file that is no link, pipe or device.
+
+    Raises: MismatchError if it is not there, FormatError if it is not a plain file.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        text = f"{path.name} is not there: purged or replaced since the store was opened (call refresh), or lost"
+        raise MismatchError(f"{text} (run check)") from None
+    except OSError as error:
+        raise FormatError(f"{path.name} cannot be read as a plain file ({error.strerror})") from None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise FormatError(f"{path.name} is not a plain file")
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def file_name(segment: int, version: int) -> str:
@@ -152,11 +177,16 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], keep: np.ndarray | None 
     n_kept = None if keep is None else int(np.count_nonzero(keep))
     shapes = {n: a.shape if n_kept is None else (n_kept, *a.shape[1:]) for n, a in arrays.items()}
     header = _header({name: (arrays[name].dtype, shape) for name, shape in shapes.items()})
+    return write_pieces(path, _bytes_of(header, arrays, keep))
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, bytes]:
+    """Writes a file from its pieces; its size in bytes and block hashes. The name appears once all is on disk."""
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.unlink(missing_ok=True)
     try:
         with open(temporary, "xb") as file:  # not mkstemp: the file gets the user's umask
-            hashes = _write_hashed(file, _bytes_of(header, arrays, keep))
+            hashes = _write_hashed(file, pieces)
             file.flush()
             os.fsync(file.fileno())
             n_bytes = file.tell()
@@ -237,10 +267,10 @@ def _write_hashed(file: Any, pieces: Iterable[bytes | memoryview]) -> bytes:
 
 
 def _block_hashes(fd: int) -> Iterator[bytes]:
-    offset = 0
-    while block := os.pread(fd, BLOCK, offset):
-        yield xxhash.xxh3_64_digest(block)
-        offset += len(block)
+    offset, block = 0, memoryview(bytearray(BLOCK))  # one buffer: fresh memory for each block doubles the cost
+    while n_bytes := os.preadv(fd, [block], offset):
+        yield xxhash.xxh3_64_digest(block[:n_bytes])
+        offset += n_bytes
 
 
 def _parse_header(fd: int, n_bytes: int) -> Layout:

@@ -71,6 +71,18 @@ def plan_memory(
     return MemoryPlan(state, kept, directions, -(-directions // rounds), limit)
 
 
+def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = None) -> int:
+    """How many retrainings of a recipe fit into `limit` bytes as one batch (default half of what is free), at most `most`.
+
+    Each holds its parameters, gradient and moments, and what its backward pass keeps; one always counts as fitting.
+    """
+    limit = limit if limit is not None else available_memory() // 2
+    params = dict(task.model.named_parameters())
+    count = sum(params[name].numel() for name in task.trained)
+    each = 5 * recipe.real_dtype.itemsize * count + _kept_bytes(recipe, task)
+    return max(1, min(most, limit // max(1, each)))
+
+
 def _kept_bytes(recipe: Recipe, task: Task) -> int:
     """Bytes that autograd keeps for the largest micro-batch of the plain run, parameters not counted."""
     largest = max(recipe.batches(), key=lambda batch: sum(_size(recipe.examples[i]) for i in batch))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, UnsupportedError
 from leaveout.training.recipe import content_digest
-from leaveout.training.tasks import IGNORED, Task
+from leaveout.training.tasks import IGNORED, Task, token_losses
 
 TOGETHER = 8
 """Queries that share one forward pass."""
@@ -134,12 +134,15 @@ def query_function(task: Task, queries: Sequence[Query]) -> Callable[[nn.Module]
 def _values(task: Task, model: nn.Module, group: Sequence[Query], batch: Any) -> Tensor:
     if batch is None:
         return torch.stack([q.row(model).reshape(()) for q in group])
-    if all(q.measure == "loss" for q in group):
-        return task.loss(model, batch)
     if task.outputs is None:
-        raise UnsupportedError("A custom recipe has no logits: ask for the loss, or give a function of the model.")
+        if any(q.measure != "loss" for q in group):
+            raise UnsupportedError("A custom recipe has no logits: ask for the loss, or give a function of the model.")
+        return task.loss(model, batch)
     logits, targets = task.outputs(model, batch)
-    losses = task.loss(model, batch) if any(q.measure == "loss" for q in group) else None
+    # Each query's own mean, also where the recipe's loss is a mean over the tokens of a batch.
+    losses = token_losses(logits, targets) if any(q.measure == "loss" for q in group) else None
+    if losses is not None and all(q.measure == "loss" for q in group):
+        return losses
     return torch.stack([_value(q, i, logits, targets, losses) for i, q in enumerate(group)])
 
 

@@ -86,7 +86,7 @@ def _microgpt(recipe: Recipe) -> Task:
         return m(batch[0]), batch[1]
 
     def loss(m: nn.Module, batch: Batch) -> Tensor:
-        return _token_losses(*outputs(m, batch))
+        return token_losses(*outputs(m, batch))
 
     return Task(model, encode, loss, _trained(model, recipe.trained), outputs)
 
@@ -95,7 +95,7 @@ def _text(row: Any) -> str:
     return row.text if isinstance(row, Row) else str(row)
 
 
-def _token_losses(logits: Tensor, targets: Tensor, per: str = "example") -> Tensor:
+def token_losses(logits: Tensor, targets: Tensor, per: str = "example") -> Tensor:
     """Mean loss over each example's tokens; per "token", scaled so that the batch mean is the mean over its tokens."""
     if targets.shape[0] == 1:
         return F.cross_entropy(logits[0], targets[0], ignore_index=IGNORED).unsqueeze(0)
@@ -135,7 +135,7 @@ def _causal_lm(recipe: Recipe) -> Task:
         return logits[:, :-1], targets[:, 1:]
 
     def loss(m: nn.Module, batch: Batch) -> Tensor:
-        return _token_losses(*outputs(m, batch), recipe.loss_per)
+        return token_losses(*outputs(m, batch), recipe.loss_per)
 
     return Task(model, encode, loss, _trained(model, trained), outputs)
 

@@ -1,0 +1,121 @@
+"""The directory of an index: a new one, an unfinished one that a build goes on with, or a finished one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from leaveout.corpus import Corpus
+from leaveout.errors import FormatError, MismatchError
+from leaveout.readout.build import (
+    BuildOptions,
+    BuildReport,
+    add_rows,
+    add_whitening,
+    corpus_digest,
+    resume_point,
+    set_whitening,
+)
+from leaveout.readout.model import ModelOptions, Readout
+from leaveout.readout.shards import Shard, copy_statistics
+from leaveout.readout.signature import Signer
+from leaveout.store import Store
+
+KIND = "readout index"
+
+
+def split_options(options: dict[str, Any]) -> tuple[ModelOptions, BuildOptions, dict[str, Any]]:
+    """Options of the model, of the build, and the rest, which are settings of signatures."""
+    groups = [{field.name for field in fields(kind)} for kind in (ModelOptions, BuildOptions)]
+    given = [{name: value for name, value in options.items() if name in group} for group in groups]
+    rest = {name: value for name, value in options.items() if name not in groups[0] | groups[1]}
+    return ModelOptions(**given[0]), BuildOptions(**given[1]), rest
+
+
+def same_place(one: str, other: str | Path) -> bool:
+    """Whether two paths name one existing place."""
+    return Path(one).exists() and Path(one).resolve() == Path(other).resolve()
+
+
+def wanted_settings(readout: Readout, signer: Signer, corpus: Corpus) -> dict[str, Any]:
+    """What the store of an index says about itself."""
+    return {
+        "kind": KIND,
+        "signature": signer.settings.to_dict(),
+        "model": readout.identity(),
+        "source": readout.source,
+        "units": corpus.units,
+        "corpus": corpus.name,
+        "notes": signer.notes,
+        "low_rank": None if signer.rank is None else signer.low_rank.sizes,
+    }
+
+
+def open_or_create(path: Path, wanted: dict[str, Any]) -> Store:
+    """The store to write to, new or unfinished or finished with the same settings.
+
+    Raises: MismatchError naming the first setting that differs.
+    """
+    if path.is_file():
+        raise FileExistsError(f"{path} is a file: give a directory for the index.")
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return Store.create(path, wanted)
+    store = Store.open(path, write=True)
+    try:
+        for name, old, new in _differences(store.settings, wanted):
+            raise MismatchError(
+                f"{path} holds an index with {name} = {old!r}, not {new!r}: use the same settings to resume, "
+                "or another directory for a new index."
+            )
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
+    for name in ("kind", "units"):
+        if old.get(name) != new[name]:
+            yield name, old.get(name), new[name]
+    for group in ("signature", "model"):
+        for name, value in new[group].items():
+            if old[group].get(name) != value:
+                yield name, old[group].get(name), value
+
+
+def fill(
+    store: Store, readout: Readout, signer: Signer, corpus: Corpus, options: BuildOptions, shard: Shard
+) -> BuildReport:
+    """Adds what is missing of the rows of a shard, and marks the store as finished."""
+    if shard.number:
+        copy_statistics(store, signer, shard)
+    else:
+        add_whitening(store, signer, corpus, options)
+    set_whitening(signer, store)
+    first, end = shard.bounds(len(corpus))
+    first = max(first, resume_point(store, corpus))
+    rows = (row for row in corpus if first <= row.number < end)
+    report = add_rows(store, readout, signer, rows, end, options, append=False)
+    add_skipped(report, corpus)
+    if store.n_rows == 0 and shard.of == 1:
+        raise FormatError(f"{corpus.name} has no rows to index: give a corpus with at least one row.")
+    store.set_state("corpus", corpus_digest(corpus))
+    store.set_state("complete", True)
+    return report
+
+
+def add_skipped(report: BuildReport, corpus: Corpus) -> None:
+    """Adds the bad rows of the whole corpus to a report."""
+    report.skipped += corpus.n_skipped
+    report.messages = [*corpus.problems, *report.messages][:100]
+
+
+def refuse_other_rows(store: Store, corpus: Corpus) -> None:
+    """Raises: MismatchError if a finished index is not of this corpus."""
+    if store.state("corpus") != corpus_digest(corpus):
+        raise MismatchError(
+            f"{store.path} is the finished index of other rows than {corpus.name} now holds: add rows with append, "
+            "or build into another directory."
+        )

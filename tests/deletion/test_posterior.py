@@ -1,0 +1,199 @@
+"""The posterior against draws from its own prior, made without its code, and against exact solutions."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from leaveout.deletion import directions
+from leaveout.deletion.kernels import FewUnits, ManyUnits, similar_units
+from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings
+from leaveout.deletion.posterior import Posterior, _gram, _Rows, _rows_of, calibration, expected_error
+from leaveout.errors import UnsupportedError
+
+UNITS = 5
+
+
+def draw(rng, kernel_scales, sizes, draws):
+    """Random polynomials whose order-r parts have the covariance of FewUnits, from independent coefficients.
+
+    e_r(g x y) = sum over subsets of products: independent coefficients per subset, with variance scale * prod g.
+    """
+    first, second, third, squares = kernel_scales
+    g = sizes / sizes.mean()
+    linear = rng.standard_normal((draws, UNITS)) * np.sqrt(first * g)
+    pairs = list(itertools.combinations(range(UNITS), 2))
+    triples = list(itertools.combinations(range(UNITS), 3))
+    two = rng.standard_normal((draws, len(pairs))) * np.sqrt([second * g[i] * g[j] for i, j in pairs])
+    own = rng.standard_normal((draws, UNITS)) * np.sqrt(squares) * g
+    three = rng.standard_normal((draws, len(triples))) * np.sqrt([third * g[i] * g[j] * g[k] for i, j, k in triples])
+    cubes = rng.standard_normal((draws, UNITS)) * squares * g**1.5
+
+    def orders(x):
+        return [
+            linear @ x,
+            two @ np.array([x[i] * x[j] for i, j in pairs]) + own @ x**2,
+            three @ np.array([x[i] * x[j] * x[k] for i, j, k in triples]) + cubes @ x**3,
+        ]
+
+    return orders
+
+
+def test_gram_is_the_covariance_of_measured_numbers():
+    """Every kind of entry - real, imaginary, mixed, each order, retrainings - against 40,000 random functions."""
+    rng = np.random.default_rng(0)
+    sizes = np.array([1.0, 2.0, 1.0, 3.0, 1.0])
+    scales = (1.0, 0.5, 0.3, 0.4)
+    kernel = FewUnits(sizes, second=0.5, third=0.3, fourth=0.0, squares=0.4)
+    psi = directions.complex_uniform(0, 3, UNITS, 1) * 2
+    x = np.array([[1.0, 0, 1, 0, 1], [0, 1, 1, 0.5, 0]])
+    orders = draw(rng, scales, sizes, 40_000)
+    measured = []
+    for r in range(3):
+        measured += [orders(p)[r].real for p in psi] + [orders(p)[r].imag for p in psi]
+    # The fourth order of the kernel has only its small fourth powers; leave it out of the retrainings' sum.
+    measured += [sum(orders(row)) for row in x]
+    found = np.cov(np.array(measured))
+    rows = [*list(_rows_of(JetBlock(psi, np.zeros((3, 3, 1), complex)))), _Rows(x, 0)]
+    wanted = _gram(kernel, rows)
+    fourth = 0.4**3 * ((sizes / sizes.mean() * x) ** 4) @ (x**4).T
+    wanted[-2:, -2:] -= fourth
+    size = np.sqrt(np.outer(np.diag(wanted), np.diag(wanted)))
+    assert np.abs(found - wanted).max() / size.max() < 0.03
+    assert (np.abs(found - wanted) / size).max() < 0.05
+
+
+def many(features=None, **changes):
+    units = 40
+    return ManyUnits(*similar_units(features, units), **changes)
+
+
+@pytest.mark.parametrize("kernel", [many(), FewUnits(np.ones(40))], ids=["many", "few"])
+def test_diagonal_is_that_of_the_orders(kernel):
+    x = np.random.default_rng(0).random((4, 40))
+    assert np.allclose(kernel.diagonal(x), [sum(o[i, i] for o in kernel.orders(x, x)) for i in range(4)])
+
+
+def test_similar_units_share_their_effects():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(rng.standard_normal((4, 30)), 10, 0) + 0.1 * rng.standard_normal((40, 30))
+    linear = many(groups).orders(np.eye(40), np.eye(40))[0]
+    assert np.diag(linear).mean() == pytest.approx(1, rel=1e-6)
+    assert linear[0, 1:10].mean() > 0.5 > 0.2 > np.abs(linear[0, 10:]).mean()
+
+
+def problem(seed=0, units=40, jets=0, runs=60, noise=0.0, queries=6):
+    """Functions drawn from the prior of `many`, by dense algebra, and what was measured of them."""
+    rng = np.random.default_rng(seed)
+    kernel = many()
+    x = np.concatenate([directions.random_sets(0, runs, units, seed), directions.random_sets(0, 80, units, seed + 7)])
+    x = np.unique(x, axis=0)
+    rng.shuffle(x)
+    psi = directions.complex_uniform(0, jets, units, seed)
+    rows = list(_rows_of(JetBlock(psi, np.zeros((1, jets, 1), complex)))) if jets else []
+    cov = _gram(kernel, [*rows, _Rows(x, 0)])
+    values = (
+        np.linalg.cholesky(cov + 1e-9 * np.eye(len(cov)))
+        @ rng.standard_normal((len(cov), queries))
+        * [1, 2, 1, 1, 5, 1]
+    )
+    c = (values[:jets] + 1j * values[jets : 2 * jets])[None]
+    y = values[2 * jets :]
+    measured = y[:runs] + noise * rng.standard_normal((runs, queries))
+    blocks = (JetBlock(psi, c),) if jets else ()
+    data = Measurements(np.zeros(queries), np.ones(units), jets=blocks, retrainings=Retrainings(x[:runs], measured))
+    return data, kernel, x[runs:], y[runs:]
+
+
+@pytest.mark.parametrize("jets", [0, 8])
+def test_intervals_cover_draws_from_the_prior(jets):
+    inside, smaller = [], []
+    for seed in range(8):
+        data, kernel, x, y = problem(seed, jets=jets, runs=30)
+        mean, std = Posterior(data, kernel).predict(x)
+        inside.append((np.abs(mean.T - y) < 1.96 * std.T).mean())
+        smaller.append(np.abs(mean.T - y).mean() / np.abs(y).mean())
+    assert 0.9 < np.mean(inside) < 0.98
+    assert np.mean(smaller) < 0.8
+
+
+def test_jets_add_to_what_retrainings_know():
+    def error(jets):
+        found = []
+        for seed in range(4):
+            data, kernel, x, y = problem(seed, jets=jets, runs=20)
+            found.append(np.abs(Posterior(data, kernel).predict(x)[0].T - y).mean())
+        return np.mean(found)
+
+    assert error(16) < 0.8 * error(0)
+
+
+def test_noise_of_retrainings_is_not_fitted():
+    inside, better = [], []
+    for seed in range(4):
+        data, kernel, x, y = problem(seed, runs=60, noise=1.0)
+        blind = Posterior(data, kernel).predict(x)[0]
+        mean, std = Posterior(Measurements(**{**vars(data), "noise": np.full(6, 1.0)}), kernel).predict(x)
+        inside.append((np.abs(mean.T - y) < 1.96 * std.T)[:, 0].mean())
+        better.append(np.abs(mean.T - y)[:, 0].mean() / np.abs(blind.T - y)[:, 0].mean())
+    assert np.mean(better) < 0.9 and 0.8 < np.mean(inside) <= 1
+
+
+def test_scores_are_scaled_by_the_data():
+    data, kernel, x, y = problem(2)
+    slope = np.random.default_rng(0).standard_normal((6, 40)) * 10
+    moved = Retrainings(data.retrainings.x, data.retrainings.y + data.retrainings.x @ slope.T)
+    found = Posterior(Measurements(**{**vars(data), "retrainings": moved, "scores": slope / 7}), kernel)
+    assert found.beta == pytest.approx(7, rel=0.05)
+    assert np.abs(found.predict(x)[0].T - y - x @ slope.T).mean() < 2 * np.abs(y).mean()
+
+
+def test_a_known_gradient_leaves_only_the_curvature_open():
+    units = 40
+    gradient = np.random.default_rng(0).standard_normal((2, units))
+    x = directions.random_sets(0, 60, units, 3)
+    y = x @ gradient.T + 0.01 * (x.sum(1, keepdims=True) ** 2)
+    data = Measurements(np.zeros(2), np.ones(units), retrainings=Retrainings(x[:30], y[:30]), gradient=gradient)
+    mean, _ = Posterior(data).predict(x[30:])
+    without, _ = Posterior(Measurements(**{**vars(data), "gradient": None})).predict(x[30:])
+    assert np.abs(mean.T - y[30:]).mean() < 0.25 * np.abs(without.T - y[30:]).mean()
+    assert Posterior(data).beta == 1.0
+
+
+def test_expected_error_needs_no_values_and_agrees_with_the_posterior():
+    data, kernel, x, _ = problem(3)
+    std = Posterior(data, kernel).predict(x)[1][0]
+    found = expected_error(kernel, [], data.retrainings.x, x)
+    assert np.allclose(found * np.sqrt(kernel.diagonal(x)), std / np.sqrt(Posterior(data, kernel).tau[0]), rtol=1e-3)
+    assert (expected_error(kernel, [], np.zeros((0, 40)), x) == 1).all()
+
+
+def test_calibration_repairs_standard_deviations():
+    data, kernel, x, y = problem(4, runs=40)
+
+    class Overconfident:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def predict(self, sets):
+            mean, std = self.inner.predict(sets)
+            return mean, std / 5
+
+    held = Measurements(**{**vars(data), "heldout": Retrainings(x[:16], y[:16])})
+    fitted = Overconfident(Posterior(data, kernel))
+    factor = calibration(held, fitted)
+    mean, std = fitted.predict(x[16:])
+    assert 3 < factor < 8
+    assert (
+        (np.abs(mean.T - y[16:]) < 1.96 * factor * std.T).mean()
+        > 0.88
+        > (np.abs(mean.T - y[16:]) < 1.96 * std.T).mean()
+    )
+    assert calibration(data, fitted) == 1.0
+
+
+def test_nothing_measured_is_refused():
+    with pytest.raises(UnsupportedError, match="measure"):
+        Posterior(Measurements(np.zeros(1), np.ones(4)))

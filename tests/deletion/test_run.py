@@ -1,0 +1,304 @@
+"""Runs and banks from end to end, against plain retraining; what is kept, refused, resumed and merged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from leaveout.deletion.bank import Bank
+from leaveout.deletion.run import TrainingRun
+from leaveout.deletion.sets import DeletionSets
+from leaveout.deletion.settings import MeasureSettings
+from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.training.queries import Query
+from leaveout.training.recipe import Recipe
+from leaveout.training.train import query_losses, train_plain
+
+from .conftest import FAST, NAMES, QUERIES
+
+
+def retrained(recipe, x):
+    """Losses [query, set] by plain training, one model after another."""
+    out = [query_losses(recipe, train_plain(recipe, torch.tensor(1 - row)), QUERIES) for row in x]
+    return torch.stack(out, 1).double().numpy()
+
+
+def test_predictions_agree_with_plain_retraining(measured, recipe):
+    ids = list(recipe.ids)
+    sets = [[ids[0]], ids[3:6], ids[5:11]]
+    x = np.array([[float(i in s) for i in ids] for s in sets])
+    truth = retrained(recipe, x)
+    base = retrained(recipe, np.zeros((1, 24)))
+    p = measured.bank.predict(QUERIES, sets)
+    assert p.mean.shape == p.std.shape == p.base.shape == (3, 3)
+    assert np.abs(p.base - base).max() < 1e-5
+    assert np.abs(p.mean - truth).max() < 0.25 * np.abs(truth - base).max()
+    low, high = p.interval()
+    assert ((low <= truth) & (truth <= high)).mean() > 0.7
+
+
+def test_exact_estimators_agree_on_the_first_order(measured, recipe):
+    """24 units, 16 complex directions: least squares is exact, and so is reverse mode."""
+    sets = DeletionSets(np.eye(24), tuple(recipe.ids))
+    least = measured.bank.predict(QUERIES, sets, "least_squares", degree=1).effect
+    exact = measured.bank.predict(QUERIES, sets, "first_order").effect
+    assert np.abs(least - exact).max() < 1e-4 * np.abs(exact).max()
+
+
+def test_verify_compares_with_truth_that_nothing_was_fitted_to(recipe, tmp_path):
+    run = TrainingRun.open(recipe, tmp_path / "run")
+    run.measure(retrain=40, queries=QUERIES, settings=FAST)
+    ids = list(recipe.ids)
+    sets = [ids[i : i + 4] for i in range(0, 24, 4)]
+    before = run.bank.predict(QUERIES, sets).effect
+    found = run.verify(QUERIES, sets)
+    x = np.array([[float(i in s) for i in ids] for s in sets])
+    assert np.abs(found.prediction.actual - retrained(recipe, x)).max() < 1e-5
+    assert np.array_equal(run.bank.predict(QUERIES, sets).effect, before)
+    summary = found.summary()
+    assert summary["spearman"] > 0.7 and summary["queries"] == 3 and summary["sets"] == 6
+    assert summary["coverage"] == pytest.approx(found.inside.mean())
+    line = next(found.prediction.lines())
+    assert {"query", "without", "base", "predicted", "std", "estimator", "actual", "inside"} <= line.keys()
+
+
+def test_truth_is_computed_once(recipe, tmp_path, monkeypatch):
+    run = TrainingRun.open(recipe, tmp_path / "run")
+    first = run.retrain(QUERIES, [list(recipe.ids[:3])])
+    monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
+    assert np.array_equal(run.retrain(QUERIES, [list(recipe.ids[:3])]), first)
+
+
+def test_kept_parameters_answer_any_query_with_the_same_numbers(recipe, tmp_path):
+    kept, asked = (TrainingRun.open(recipe, tmp_path / name) for name in ("kept", "asked"))
+    kept.measure(6, 2, retrain=5, settings=FAST)
+    asked.measure(6, 2, retrain=5, queries=QUERIES, settings=FAST)
+    a, b = kept.bank.measurements(QUERIES), asked.bank.measurements(QUERIES)
+    assert np.allclose(a.jets[0].c, b.jets[0].c, atol=1e-5) and np.allclose(a.retrainings.y, b.retrainings.y, atol=1e-5)
+    assert a.retrainings.y.any() and a.jets[0].c[1].any()
+    again = TrainingRun.open(recipe, tmp_path / "kept").bank.measurements(QUERIES)
+    assert np.array_equal(again.jets[0].c, a.jets[0].c)
+    assert kept.bank.predict(["dutu"], [list(recipe.ids[:2])]).effect.shape == (1, 1)
+    with pytest.raises(MismatchError, match="dutu"):
+        asked.bank.predict(["dutu"], [list(recipe.ids[:2])])
+
+
+def test_measuring_again_adds_only_what_is_missing(run):
+    run.measure(4, 1, retrain=3, queries=QUERIES, settings=FAST)
+    n, version = len(run.bank), run.bank.store.version
+    run.measure(4, 1, retrain=3, queries=QUERIES, settings=FAST)
+    assert (len(run.bank), run.bank.store.version) == (n, version)
+    run.measure(7, 1, queries=QUERIES, settings=FAST)
+    assert len(run.bank) == n + 3
+
+
+def test_worker_processes_give_the_same_bits(recipe, tmp_path):
+    runs = [TrainingRun.open(recipe, tmp_path / str(w)) for w in (1, 2)]
+    for workers, run in zip((1, 2), runs, strict=True):
+        run.measure(130, 1, queries=QUERIES, settings=MeasureSettings(workers=workers, check=False))
+    a, b = (run.bank.measurements(QUERIES).jets for run in runs)
+    assert len(a) == len(b) == 2
+    assert all(np.array_equal(x.c, y.c) for x, y in zip(a, b, strict=True))
+
+
+def test_banks_merge_without_doubles(recipe, tmp_path):
+    a, b, both = (TrainingRun.open(recipe, tmp_path / name) for name in ("a", "b", "both"))
+    a.measure(4, 1, queries=QUERIES, settings=FAST)
+    b.measure(4, 1, retrain=5, queries=QUERIES, settings=FAST)
+    both.measure(4, 1, retrain=5, queries=QUERIES, settings=FAST)
+    assert a.bank.merge(b.path / "bank") == 5
+    assert a.bank.merge(b.path / "bank") == 0
+    sets = [list(recipe.ids[:2])]
+    assert np.allclose(a.bank.predict(QUERIES, sets).effect, both.bank.predict(QUERIES, sets).effect, atol=1e-9)
+
+
+def test_another_recipe_is_refused(run, recipe, tmp_path):
+    other = recipe.with_(lr=0.02)
+    with pytest.raises(MismatchError, match="another recipe"):
+        TrainingRun.open(other, run.path)
+    with pytest.raises(MismatchError, match="another recipe"):
+        Bank(other, run.path / "bank", run.parameters)
+
+
+def test_recipe_files_and_their_data_are_watched(tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    (tmp_path / "recipe.yaml").write_text("kind: microgpt\ndata: names.txt\nn: 12\n")
+    TrainingRun.open(tmp_path / "recipe.yaml", tmp_path / "run")
+    assert len(TrainingRun.load(tmp_path / "run").recipe.examples) == 12
+    (tmp_path / "names.txt").write_text("\n".join(["zzz", *NAMES]))
+    with pytest.raises(MismatchError, match="changed since"):
+        TrainingRun.load(tmp_path / "run")
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(MismatchError, match="is gone"):
+        TrainingRun.load(tmp_path / "run")
+    with pytest.raises(FormatError, match="not a training run"):
+        TrainingRun.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        ([], "no deletion set"),
+        ([[]], "is empty"),
+        (["nobody"], "no unit and no example with the id 'nobody'"),
+        ([{"0:duna": 2.0}], "between 0 and 1"),
+        (None, "removes everything"),
+    ],
+)
+def test_bad_deletion_sets_get_one_sentence(measured, recipe, without, message):
+    without = [list(recipe.ids)] if without is None else without
+    with pytest.raises(FormatError, match=message):
+        measured.bank.predict(QUERIES, without)
+
+
+def test_half_a_unit_is_refused(recipe, tmp_path):
+    letters = recipe.grouped([row.text[0] for row in recipe.examples])
+    run = TrainingRun.open(letters, tmp_path / "run")
+    run.measure(retrain=8, queries=QUERIES, settings=FAST)
+    first = recipe.examples[0]
+    with pytest.raises(FormatError, match="name the whole unit"):
+        run.bank.predict(QUERIES, [first.id])
+    whole = [row.id for row in recipe.examples if row.text[0] == first.text[0]]
+    a = run.bank.predict(QUERIES, whole).effect
+    assert np.array_equal(a, run.bank.predict(QUERIES, [first.text[0]]).effect)
+    assert run.select(f"text LIKE '{first.text[0]}%'").sort() == whole.sort()
+
+
+def test_files_of_deletion_sets(measured, recipe, tmp_path):
+    a, b = recipe.ids[:2]
+    file = tmp_path / "sets.txt"
+    file.write_text(f'{a},{b}\n["{a}"]\n\n{{"without": ["{b}"]}}\n{{"{a}": 0.5}}\n')
+    p = measured.bank.predict(QUERIES, file)
+    lists = measured.bank.predict(QUERIES, [[a, b], [a], [b], {a: 0.5}])
+    assert np.array_equal(p.effect, lists.effect) and p.without[3] == f"{a}=0.5"
+    file.write_text("[broken\n")
+    with pytest.raises(FormatError, match="Line 1"):
+        measured.bank.predict(QUERIES, file)
+
+
+def test_nan_queries_are_refused_by_name(measured, recipe):
+    bad = Query("anri", lambda logits, targets: logits.sum() * float("nan"), name="broken")
+    with pytest.raises(FormatError, match="'broken' has the value nan"):
+        measured.bank.predict([bad], [list(recipe.ids[:1])])
+    with pytest.raises(FormatError, match="no query"):
+        measured.bank.predict([], [list(recipe.ids[:1])])
+
+
+def test_measures_of_an_answer_agree_with_the_model(run, recipe):
+    queries = [Query("anri", m) for m in ("loss", "probability", "logit", "margin")]
+    loss, probability, _, margin = run.bank.base(queries)
+    tokens = 5  # four letters and the end
+    assert probability == pytest.approx(np.exp(-loss * tokens), rel=1e-5)
+    run.measure(6, 2, retrain=4, queries=queries, settings=FAST)
+    data = run.bank.measurements(queries)
+    actual = run.retrain(queries, [list(recipe.ids[:4])])[:, 0]
+    assert actual[1] == pytest.approx(np.exp(-actual[0] * tokens), rel=1e-5)
+    # The chain rule of the first order: dp = -p * tokens * dloss.
+    assert np.allclose(data.jets[0].c[0, :, 1], -probability * tokens * data.jets[0].c[0, :, 0], rtol=1e-3, atol=1e-9)
+    assert margin < 0
+    with pytest.raises(ValueError, match="measure must be"):
+        Query("anri", "surprise")
+
+
+def test_functions_of_the_model_are_queries(run, recipe):
+    run.measure(retrain=4, settings=FAST)
+    norm = Query(lambda model: sum(p.square().sum() for p in model.parameters()), name="norm")
+    wanted = sum(float(p.square().sum()) for p in run.parameters.values())
+    p = run.bank.predict([norm], [list(recipe.ids[:4])])
+    assert p.base[0, 0] == pytest.approx(wanted, rel=1e-5) and p.queries == ("norm",)
+
+
+def test_curves_start_at_the_base_and_end_at_the_prediction(measured, recipe):
+    ids = list(recipe.ids[:5])
+    (curve,) = measured.bank.curve(QUERIES, ids, points=5)
+    assert curve.shares.tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert np.allclose(curve.prediction.effect[:, 0], 0, atol=1e-9) and np.allclose(
+        curve.prediction.std[:, 0], 0, atol=1e-6
+    )
+    assert np.allclose(curve.prediction.effect[:, -1], measured.bank.predict(QUERIES, ids).effect[:, 0])
+
+
+def test_wrong_calls_are_refused(run, measured, recipe):
+    ids = list(recipe.ids[:1])
+    for call, error, message in (
+        (lambda: measured.bank.predict(QUERIES, ids, "magic"), ValueError, "estimator must be"),
+        (lambda: run.measure(retrain=2, design="magic"), ValueError, "design must be"),
+        (lambda: run.measure(gradient=True), ValueError, "pass queries"),
+        (lambda: run.bank.predict(QUERIES, ids), UnsupportedError, "needs measurements"),
+        (lambda: run.bank.predict(QUERIES, ids, "leave_one_out"), UnsupportedError, "each unit alone"),
+        (lambda: run.bank.predict(["übel"], ids), FormatError, "ü"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_unstable_recipes_buy_no_jets(recipe, tmp_path):
+    wild = recipe.with_(lr=1.0, eps=1e-9)
+    run = TrainingRun.open(wild, tmp_path / "run")
+    with pytest.raises(Exception, match=r"no usable power series|not finite|overflow"):
+        run.measure(4, 2, queries=QUERIES)
+
+
+KILLED = """
+import sys, torch
+from deletion.conftest import NAMES, QUERIES
+from leaveout.deletion.run import MeasureSettings, TrainingRun
+from leaveout.training.recipe import Recipe
+import leaveout.deletion.run as module
+module.JETS_TOGETHER, module.RUNS_TOGETHER = 2, 4
+torch.set_num_threads(1)
+run = TrainingRun.open(Recipe.microgpt(NAMES, n=24), sys.argv[1])
+print("ready", flush=True)
+run.measure(10, 1, retrain=24, queries=QUERIES, settings=MeasureSettings(check=False))
+print(len(run.bank), flush=True)
+"""
+
+
+def killed_and_finished(directory, kills, rng):
+    """Rows seen after each kill, and the bank when the command was left alone at last."""
+    root = os.path.dirname(os.path.dirname(__file__))
+    rows = []
+    for i in range(kills + 1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(directory)], stdout=subprocess.PIPE, cwd=root, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        if i < kills:
+            time.sleep(rng.uniform(0.02, 0.6))
+            process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=120)
+        found = TrainingRun.open(Recipe.microgpt(NAMES, n=24), directory).bank
+        assert all("belongs to no version" in problem for problem in found.store.check())
+        rows.append(len(found))
+    return rows, found
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.nightly)])
+def test_killed_measuring_loses_nothing_and_ends_equal(tmp_path, kills, monkeypatch):
+    monkeypatch.setattr("leaveout.deletion.run.JETS_TOGETHER", 2)
+    monkeypatch.setattr("leaveout.deletion.run.RUNS_TOGETHER", 4)
+    calm = TrainingRun.open(Recipe.microgpt(NAMES, n=24), tmp_path / "calm")
+    calm.measure(10, 1, retrain=24, queries=QUERIES, settings=FAST)
+    rows, bank = killed_and_finished(tmp_path / "killed", kills, np.random.default_rng(kills))
+    assert rows == sorted(rows) and rows[-1] == 34
+    with_kills, without = bank.measurements(QUERIES), calm.bank.measurements(QUERIES)
+    order = [np.lexsort(d.retrainings.x.T) for d in (with_kills, without)]
+    assert np.array_equal(with_kills.retrainings.y[order[0]], without.retrainings.y[order[1]])
+    assert all(np.array_equal(a.c, b.c) for a, b in zip(with_kills.jets, without.jets, strict=True))
+
+
+def test_jsonl_lines_are_json(measured, recipe):
+    lines = list(measured.bank.predict(QUERIES, [list(recipe.ids[:1])], "datamodels").lines())
+    assert len(lines) == 3 and json.loads(json.dumps(lines[0], allow_nan=False))["estimator"] == "datamodels"
+    unknown = replace(measured.bank.predict(QUERIES, [list(recipe.ids[:1])]), std=np.full((3, 1), np.inf))
+    assert next(unknown.lines())["std"] is None and next(unknown.lines())["verdict"] == "cannot tell from zero"

@@ -1,0 +1,454 @@
+"""Shards, side files, roll-ups and scan workers: the same answers, or answers as near as their theory says."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.readout import search as search_module
+from leaveout.readout import shards as shards_module
+from leaveout.readout import simhash
+from leaveout.readout.index import Index
+from leaveout.readout.shards import Shard, shard_of
+from leaveout.store import Store
+
+from .conftest import assert_close
+from .test_index import CORPUS, MANY_COMMITS, contents
+from .tiny import TEXTS, make_model
+
+QUERIES = [TEXTS[0], TEXTS[5]]
+# The same text again: under its own id, as a row without an id of its own, and once more in another shard.
+REPEATED = [*CORPUS[:4], TEXTS[0], TEXTS[1], TEXTS[0], *CORPUS[4:8], TEXTS[0], TEXTS[1], *CORPUS[8:]]
+RANKS = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_model("llama", spread=0.1, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def model(lm, tokenizer, tmp_path_factory):
+    """The model in a directory."""
+    path = tmp_path_factory.mktemp("model") / "model"
+    lm.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def paper(lm, tokenizer, tmp_path_factory):
+    """An index of six segments whose rows are 24,576 numbers; leave it as it is."""
+    return Index.build(lm, CORPUS, tmp_path_factory.mktemp("paper") / "index", "paper", tokenizer, **MANY_COMMITS)
+
+
+@pytest.fixture
+def changed(paper, lm, tokenizer, tmp_path):
+    """A copy of that index that may be changed."""
+    shutil.copytree(paper.path, tmp_path / "copy", ignore=shutil.ignore_patterns("simhash", "ann"))
+    return Index.open(tmp_path / "copy", lm, tokenizer)
+
+
+def found(hits):
+    return [[(hit.id, hit.score) for hit in row] for row in hits]
+
+
+def ids(hits):
+    return [[hit.id for hit in row] for row in hits]
+
+
+def environment(**changes):
+    """Variables of a process that finds the tests, and does not think that it is part of a job."""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
+    return {name: value for name, value in os.environ.items() if name not in RANKS} | {"PYTHONPATH": paths} | changes
+
+
+# Scan workers.
+
+
+@pytest.mark.parametrize("options", [{}, {"where": "n > 7"}, {"group_by": "source"}, {"unique": True}])
+def test_scan_workers_change_nothing(options, paper):
+    queries, one = paper.encode(QUERIES), threading.active_count()
+    assert found(paper.search(queries, 9, workers=3, **options)) == found(paper.search(queries, 9, **options))
+    assert threading.active_count() == one
+    with pytest.raises(ValueError, match="workers is 0: give 1 or more"):
+        paper.search(queries, workers=0)
+
+
+def test_scan_workers_are_at_work_at_the_same_time(paper, monkeypatch):
+    both, real = threading.Barrier(2, timeout=20), search_module._segment_scores
+
+    def scores(*args):
+        both.wait()  # passes only if two segments are scanned at once
+        return real(*args)
+
+    monkeypatch.setattr(search_module, "_segment_scores", scores)
+    assert len(paper.search(QUERIES, 5, workers=2)[0]) == 5
+
+
+# Roll-ups.
+
+
+def by_hand(index, key, k):
+    """Per query the best row of each group, from all scores."""
+    scores, records = index.score(QUERIES), index.records(index.ids)
+    for row in scores:
+        best = {}
+        for at in np.argsort(-row, kind="stable"):
+            best.setdefault(key(records[at]), records[at].id)
+        yield list(best.values())[:k]
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+@pytest.mark.parametrize("page", [1, 256])
+def test_groups_are_their_best_rows(page, k, paper, monkeypatch):
+    monkeypatch.setattr("leaveout.readout.rollup.PAGE", page)
+    for field in ("group", "source"):
+        wanted = list(by_hand(paper, lambda record, field=field: record.meta[field], k))
+        assert ids(paper.search(QUERIES, k, group_by=field)) == wanted
+    assert ids(paper.search(QUERIES, k, group_by="unit")) == list(by_hand(paper, lambda record: record.unit, k))
+
+
+def test_rows_of_the_same_content_count_once(lm, tokenizer, tmp_path):
+    index = Index.build(lm, REPEATED, tmp_path / "index", "paper", tokenizer, **MANY_COMMITS)
+    assert ids(index.search(QUERIES, 20, unique=True)) == list(by_hand(index, lambda record: record.content_hash, 20))
+    repeats = [id for id in index.ids if "-" in id]
+    assert len(repeats) == 3 and not {*repeats} & {*ids(index.search(QUERIES, 20, unique=True))[0]}
+    assert {*repeats} < {*ids(index.search(QUERIES, 40))[0]}
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_alike_rows_count_once(preset, lm, tokenizer, tmp_path):
+    form = {} if preset == "paper" else {"final_width": 1, "rank": 60}
+    rows = [row for n in range(4) for row in (CORPUS[n], {**CORPUS[n], "id": f"again {n}"})]
+    rows += [{"id": f"near {n}", "text": f"{TEXTS[0]} {n}"} for n in range(30)] + CORPUS[4:]
+    index = Index.build(lm, rows, tmp_path / "index", preset, tokenizer, storage="float32", **form, **MANY_COMMITS)
+    products = index.score([row["text"] for row in rows]).astype(np.float64)
+    length = np.sqrt(np.diag(products))
+    cosines, scores = products / length / length[:, None], index.score(QUERIES)
+    for threshold in (0.6, 0.95):
+        for hits, row in zip(index.search(QUERIES, 6, unique=threshold), scores, strict=True):
+            wanted = []
+            for at in np.argsort(-row, kind="stable"):
+                if all(cosines[at, other] <= threshold for other in wanted):
+                    wanted.append(at)
+            assert [hit.id for hit in hits] == [index.ids[at] for at in wanted[:6]]
+
+
+def test_wrong_options_are_refused(paper):
+    for options, sentence in [
+        ({"group_by": "colour"}, r"group_by is 'colour': give unit, or a field of the rows \(source, n, group\)"),
+        ({"group_by": "source", "unique": True}, "group_by and unique both say which rows count as one"),
+        ({"unique": 1.5}, "unique is 1.5: give True, or a cosine between 0 and 1"),
+        ({"approximate": "annoy"}, "approximate is 'annoy': give one of simhash, faiss"),
+        ({"rescore": -1}, "rescore is -1: give 0 or more"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            paper.search(QUERIES, **options)
+    with pytest.raises(ValueError, match="There is no approximation 'annoy': give one of simhash, faiss"):
+        paper.prepare("annoy")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="bits is 100: give a multiple of 64"):
+        paper.prepare("simhash", 100)
+
+
+# SimHash.
+
+
+@pytest.mark.parametrize(("width", "bits"), [(100, 8192), (300, 8192), (24576, 8192), (24576, 512)])
+def test_sign_bits_keep_angles(width, bits):
+    """A differing bit has the chance angle / pi; 5 sigma, as if bits were independent."""
+    generator = torch.Generator().manual_seed(width)
+    x, noise = torch.randn(2, 40, width, generator=generator)
+    share = torch.linspace(0, 1, 40)[:, None]
+    x[:, width // 2 :] *= 0.01  # most of the length in half of the numbers
+    y = share * x + (1 - share) * noise * x.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+    signs = simhash.SignBits.make(width, bits, 0)
+    first, second = signs(x), signs(y)
+    assert first.shape == (40, bits // 64) and first.dtype == np.uint64
+    apart = np.unpackbits((first ^ second).view(np.uint8), axis=1).sum(1)
+    chance = torch.arccos(torch.cosine_similarity(x, y).clamp(-1, 1)).numpy() / np.pi
+    assert (np.abs(apart - bits * chance) <= 5 * np.sqrt(bits * chance * (1 - chance)) + 1).all()
+    counted = simhash.differing(first, second[:3])
+    assert np.array_equal(counted[0], np.unpackbits((first[0] ^ second[:3]).view(np.uint8), axis=1).sum(1))
+
+
+@pytest.mark.parametrize("block", [1, simhash.BLOCK])
+def test_differing_bits_are_counted(block, monkeypatch):
+    monkeypatch.setattr(simhash, "BLOCK", block)
+    chance = np.random.default_rng(0)
+    bits, queries = (chance.integers(0, 2**64, (n, 128), np.uint64) for n in (70, 3))
+    wanted = [[sum(int(a ^ b).bit_count() for a, b in zip(x, y, strict=True)) for y in queries] for x in bits]
+    assert np.array_equal(simhash.differing(bits, queries), wanted)
+
+
+def test_a_full_short_list_is_the_exact_search(paper, monkeypatch):
+    paper.prepare("simhash")
+    for options in ({}, {"where": "n > 7"}, {"group_by": "group"}, {"unique": True}, {"unique": 0.9}, {"workers": 2}):
+        exact = paper.search(QUERIES, 5, **options)
+        near = paper.search(QUERIES, 5, approximate="simhash", rescore=22, **options)
+        assert ids(near) == ids(exact)
+        assert_close([hit.score for hit in near[0]], [hit.score for hit in exact[0]], "float32")
+    estimates = paper.search(QUERIES, 22, approximate="simhash", rescore=0)
+    exact = {hit.id: hit.score for hit in paper.search(QUERIES, 22)[1]}
+    assert estimates[1][0].id == max(exact, key=lambda id: exact[id])
+    # One estimate is off by up to pi sqrt(p (1 - p) / bits) <= pi / 2 / sqrt(8192), one sigma.
+    assert all(abs(hit.score - exact[hit.id]) < 5 * np.pi / 2 / np.sqrt(8192) for hit in estimates[1])
+    shares = [part["width"] for part in Store.open(paper.path).info()["arrays"] if part["name"] == "signature"]
+    bits = Store.open(paper.path / "simhash").side(Store.open(paper.path).segments()[0].name)
+    assert bits is not None and bits["bits"].shape[1] * 8 + 4 <= 2 * shares[0][0] / 20
+
+
+def test_estimates_know_the_lengths_of_rows_and_queries(lm, tokenizer, tmp_path):
+    index = Index.build(lm, CORPUS, tmp_path / "index", "default", tokenizer, storage="float32", **MANY_COMMITS)
+    rows, queries = (index.encode(texts).vectors.double().norm(dim=1).numpy() for texts in (CORPUS, QUERIES))
+    index.prepare("simhash", 16384)
+    scores, place = index.score(QUERIES), {id: at for at, id in enumerate(index.ids)}
+    assert rows.max() > 1.4 * rows.min()
+    for query, hits in enumerate(index.search(QUERIES, 22, approximate="simhash", rescore=0)):
+        assert len(hits) == 22
+        for hit in hits:
+            error = 5 * np.pi / 2 / np.sqrt(16384) * queries[query] * rows[place[hit.id]]
+            assert abs(hit.score - scores[query, place[hit.id]]) < error
+
+
+def test_scores_of_the_short_list_do_not_depend_on_other_queries(paper):
+    paper.prepare("simhash")
+    both = paper.search(QUERIES, 4, approximate="simhash", rescore=4)
+    for query, hits in zip(QUERIES, both, strict=True):
+        alone = paper.search([query], 4, approximate="simhash", rescore=4)
+        assert ids(alone) == ids([hits])
+        assert_close([hit.score for hit in alone[0]], [hit.score for hit in hits], "float32")
+
+
+@pytest.mark.parametrize("kind", ["simhash", "faiss"])
+def test_side_files_follow_the_rows(kind, changed):
+    pytest.importorskip("faiss" if kind == "faiss" else "numpy", reason=f"{kind} is not installed")
+    near = {"approximate": kind, "rescore": 40}
+    with pytest.raises(MismatchError, match=rf"call prepare\('{kind}'\)"):
+        changed.search(QUERIES, **near)
+    changed.prepare(kind)
+    if kind == "simhash":
+        assert ids(changed.search(QUERIES, 22, **near)) == ids(changed.search(QUERIES, 22))
+        one = Store.open(changed.path / "simhash").version
+        changed.prepare(kind)
+        assert Store.open(changed.path / "simhash").version == one  # nothing is left to do
+    best = changed.search(QUERIES, 5)[0][0].id
+    assert changed.search(QUERIES, 5, **near)[0][0].id == best
+    changed.delete([best])
+    left = changed.search(QUERIES, 30, **near)[0]
+    assert best not in {hit.id for hit in left} and changed.search(QUERIES, 1)[0][0].id == left[0].id
+    changed.append(["a text that came later"])
+    with pytest.raises(MismatchError, match=rf"call prepare\('{kind}'\)"):
+        changed.search(QUERIES, **near)
+    changed.prepare(kind)
+    later = changed.search(["a text that came later"], 1, **near)[0][0]
+    assert later.id == changed.ids[-1]
+    changed.purge()
+    assert not (changed.path / "simhash").exists() and not (changed.path / "ann").exists()
+    changed.prepare(kind)
+    assert changed.search(QUERIES, 1, **near)[0][0].id == changed.search(QUERIES, 1)[0][0].id
+    assert changed.check() == []
+
+
+def test_faiss_restricts_to_wanted_rows(changed):
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    changed.prepare("faiss")
+    hits = changed.search(QUERIES, 22, where="n > 15", approximate="faiss")
+    assert all(row and all(hit.meta["n"] > 15 for hit in row) for row in hits)
+
+
+def test_low_rank_rows_are_not_approximated(lm, tokenizer, tmp_path, monkeypatch):
+    index = Index.build(lm, CORPUS[:3], tmp_path / "index", "default", tokenizer, final_width=1, rank=4)
+    for ask in (lambda: index.prepare("simhash"), lambda: index.search(QUERIES, approximate="faiss")):
+        with pytest.raises(UnsupportedError, match="stored by singular triples, which have no flat vector"):
+            ask()
+    flat = Index.build(lm, CORPUS[:3], tmp_path / "flat", "default", tokenizer)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UnsupportedError, match=r"needs the package faiss: pip install 'leaveout\[ann\]'"):
+        flat.prepare("faiss")
+
+
+# The page.
+
+
+def test_the_costs_on_the_page_follow_from_the_results(monkeypatch):
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    module = importlib.import_module("scale_cost")
+    assert module.main(["--check"]) == 0
+    rates = {"index": 0.5, "scan": 2e9, "compare": 1e5, "signature": 50_000, "bits": 1000, "catalogue": 500}
+    table = module.cost(rates)
+    assert "| signatures = rows x signature | 50 GB | 5 TB | 500 TB |" in table
+    assert "| machines of 64 cores to index in a day | 1 | 10 | 905 |" in table  # 10^8 x 0.5 / 86,400 / 64 = 9.04
+    assert (
+        "| exact search of 16 queries = bytes / scan | 0.42 core minutes | 42 core minutes | 4,167 core minutes |"
+        in table
+    )
+
+
+# Shards.
+
+
+def test_the_environment_says_which_shard(monkeypatch):
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="no variable says which process this is: start it with torchrun or srun"):
+        shard_of("auto")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    assert shard_of("auto").name == "shard-00003-of-00016"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert shard_of("auto") == Shard(0, 2) and shard_of(None) == Shard(0, 1) and shard_of((1, 3)) == Shard(1, 3)
+    for ask in ((3, 3), (-1, 2), "all"):
+        with pytest.raises(ValueError, match="shard is"):
+            shard_of(ask)
+
+
+def test_shards_are_a_partition():
+    for n, of in ((22, 3), (2, 5), (0, 2)):
+        bounds = [Shard(number, of).bounds(n) for number in range(of)]
+        assert [bounds[0][0], *(end for _, end in bounds)] == [first for first, _ in bounds] + [n]
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_merged_shards_are_the_index_of_one_process(preset, lm, tokenizer, tmp_path, monkeypatch):
+    whole = Index.build(lm, REPEATED, tmp_path / "whole", preset, tokenizer, **MANY_COMMITS)
+    for number in range(3):
+        shard = Index.build(lm, REPEATED, tmp_path / "parts", preset, tokenizer, shard=(number, 3), **MANY_COMMITS)
+        assert shard.path.name == f"shard-0000{number}-of-00003" and len(shard) in (9, 10)
+    real, calls = Store.put, []
+
+    def put(*args):
+        calls.append(0)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Store, "put", put)
+        Index.merge(tmp_path / "parts", tmp_path / "one")
+    merged = Index.merge(tmp_path / "parts", tmp_path / "one")
+    assert merged.check() == []
+    merged = Index.open(merged.path, lm, tokenizer)
+    assert contents(merged.path)[1:] == contents(whole.path)[1:]  # ids, texts, fields, statistics
+    assert merged.fingerprint == whole.fingerprint
+    assert_close(merged.score(QUERIES), whole.score(QUERIES), "model float32")
+    again = Index.build(lm, REPEATED, merged.path, preset, tokenizer)  # it counts as the finished index of these rows
+    assert again.last_report.added == 0
+    with pytest.raises(MismatchError, match="one holds a finished index: give a new directory"):
+        Index.merge(tmp_path / "parts", tmp_path / "one")
+
+
+SHARD = """
+import sys
+from leaveout.readout.index import Index
+from readout.test_scale import REPEATED
+import torch
+torch.set_num_threads(1)
+Index.build(sys.argv[1], REPEATED, sys.argv[2], "default", shard="auto", chunk_rows=4)
+"""
+
+
+def test_processes_that_start_together_build_one_index(model, tmp_path):
+    """In the wrong order, and told who they are by torchrun or by Slurm; the same as shards built one by one."""
+    told = [{"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}]
+    command = [sys.executable, "-c", SHARD, model, str(tmp_path / "parts")]
+    started = [subprocess.Popen(command, env=environment(**one), stderr=subprocess.PIPE, text=True) for one in told]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    for number in range(2):
+        Index.build(model, REPEATED, tmp_path / "alone", "default", shard=(number, 2), chunk_rows=4)
+    merged = [Index.merge(tmp_path / name, tmp_path / f"{name} merged") for name in ("parts", "alone")]
+    assert contents(merged[0].path) == contents(merged[1].path) and len(merged[0]) == len(REPEATED)
+
+
+def test_shards_that_do_not_belong_together_are_refused(lm, tokenizer, tmp_path, monkeypatch):
+    def build(name, rows, number, **options):
+        return Index.build(lm, rows, tmp_path / name, "paper", tokenizer, shard=(number, 2), **options)
+
+    with pytest.raises(FormatError, match="holds no shards: give the directory that a build with shard wrote to"):
+        Index.merge(tmp_path / "none", tmp_path / "one")
+    build("part", CORPUS, 0)
+    with pytest.raises(MismatchError, match="shard-00001-of-00002 is missing or unfinished: run the build of that"):
+        Index.merge(tmp_path / "part", tmp_path / "one")
+    build("part", CORPUS[:21], 1)
+    with pytest.raises(MismatchError, match="shard-00001-of-00002 has another corpus than shard-00000-of-00002"):
+        Index.merge(tmp_path / "part", tmp_path / "one")
+    same = [*CORPUS[:20], {**CORPUS[0], "text": "other"}]
+    for number in range(2):
+        build("same id", same, number)
+    with pytest.raises(FormatError, match="The id 'row 0' of row 21 is that of an earlier row of another shard"):
+        Index.merge(tmp_path / "same id", tmp_path / "two")
+    monkeypatch.setattr(shards_module, "PATIENCE", 0.1)
+    with pytest.raises(MismatchError, match=r"no statistics in .* after 0 s: start the process of shard 0 as well"):
+        Index.build(lm, CORPUS, tmp_path / "late", "default", tokenizer, shard=(1, 2))
+
+
+# Ray.
+
+CLUSTER = """
+import sys
+from pathlib import Path
+import ray, torch
+from ray.cluster_utils import Cluster
+from leaveout.errors import UnsupportedError
+from leaveout.readout.index import Index
+from leaveout.store import Store
+from readout.test_index import CORPUS, contents
+from readout.tiny import make_model, make_tokenizer
+
+torch.set_num_threads(1)
+model, out = sys.argv[1], Path(sys.argv[2])
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+ray.init(address=cluster.address, log_to_driver=False)
+
+rows = [{**row, "id": f"{turn} {row['id']}"} for turn in range(12) for row in CORPUS]
+small = {"chunk_rows": 2, "commit_bytes": 1}
+whole = Index.build(model, rows, out / "whole", **small)
+puts, real = [], Store.put
+
+def put(*args):
+    puts.append(0)
+    if len(puts) == 10:
+        cluster.remove_node(nodes[1], allow_graceful=False)
+    return real(*args)
+
+Store.put = put
+index = Index.build(model, rows, out / "ray", workers=2, backend="ray", **small)
+assert len(puts) == 132 and contents(index.path) == contents(whole.path) and index.check() == []
+try:
+    Index.build(make_model(), rows, out / "memory", tokenizer=make_tokenizer(), workers=2, backend="ray")
+except UnsupportedError as error:
+    assert "Ray workers load the model by themselves" in str(error)
+else:
+    raise AssertionError
+print("fine")
+"""
+
+
+@pytest.mark.slow
+def test_ray_builds_the_same_index_though_a_node_dies(model, tmp_path):
+    """Two nodes of one CPU each, one killed in the middle; in a process of its own, as Ray leaves threads and files."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    ended = subprocess.run(
+        [sys.executable, "-c", CLUSTER, model, str(tmp_path)],
+        check=False,
+        env=environment(RAY_AUTH_MODE="disabled"),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert ended.returncode == 0 and "fine" in ended.stdout, ended.stdout[-3000:] + ended.stderr[-3000:]

@@ -3,8 +3,8 @@
     python benchmarks/figure1.py --data NAMES.txt --json OUT [--picture OUT.png] [--directions 12] [--degree 100]
 
 Draws sqrt(C(G + k - 1, k)) |theta_k| and the same for the loss of a query, k = 0 .. degree, with the roots-of-unity
-engine. Two radii give the same coefficients by different runs, and their disagreement is reported. A coefficient near
-`rounding_floor` (dotted) is rounding, not the run: it needs a larger radius.
+engine. Two radii give the same coefficients by different runs; their disagreement on the first direction is reported.
+A coefficient near `rounding_floor` (dotted) is rounding, not the run: it needs a larger radius.
 """
 
 from __future__ import annotations
@@ -46,8 +46,13 @@ def coefficients(recipe: Recipe, psi: Tensor, radius: float, degree: int, query:
 def measure(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     scale = torch.tensor([growth_scale(1000, k) for k in range(args.degree + 1)], dtype=torch.float64)
     rows: dict[str, list[Any]] = {"theta": [], "loss": [], "disagreement": [], "rounding_floor": []}
-    for psi in tqdm(directions(args.directions, 1000, args.seed), desc="directions", file=sys.stderr):
-        found = [coefficients(recipe, psi, radius, args.degree, args.query) for radius in args.radii]
+    partial = args.json.with_suffix(".partial")
+    if partial.exists():  # a killed run goes on; delete the file after changing an option
+        rows = json.loads(partial.read_text())
+    todo = directions(args.directions, 1000, args.seed)[len(rows["theta"]) :]
+    for psi in tqdm(todo, desc="directions", file=sys.stderr):
+        radii = args.radii if not rows["theta"] else args.radii[-1:]
+        found = [coefficients(recipe, psi, radius, args.degree, args.query) for radius in radii]
         theta, loss = found[-1]
         rows["theta"].append((theta * scale).tolist())
         shrinking = args.radii[-1] ** -torch.arange(args.degree + 1, dtype=torch.float64)
@@ -55,6 +60,7 @@ def measure(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         rows["loss"].append((loss * scale).tolist())
         if len(found) > 1:
             rows["disagreement"].append(((found[0][0] - theta).abs() / theta).tolist())
+        partial.write_text(json.dumps(rows))
     return rows
 
 
@@ -92,6 +98,7 @@ def main() -> None:
     recipe = Recipe.microgpt(args.data.read_text().split(), n=1000, dtype="float64").with_(steps=args.steps)
     start = time.process_time()
     rows = measure(recipe, args)
+    args.json.with_suffix(".partial").unlink()
     seconds = time.process_time() - start
     result = {
         "degree": args.degree, "radii": args.radii, "query": args.query, "units": 1000, **rows, "cpu_seconds": seconds,

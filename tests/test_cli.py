@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from command import run_command
 from leaveout import cli
 from readout.tiny import TEXTS, make_model, make_tokenizer
 
@@ -41,12 +42,7 @@ def run(monkeypatch, capsys):
     """Runs a command; gives exit code, standard output and standard error."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["leaveout", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-            raise SystemExit(0)
-        shown = capsys.readouterr()
-        return stopped.value.code or 0, shown.out, shown.err
+        return run_command(monkeypatch, capsys, *arguments)
 
     return run
 
@@ -91,7 +87,9 @@ def test_search_filters_and_masks_the_prompt(run, idx, tmp_path):
     file = tmp_path / "queries.jsonl"
     file.write_text(json.dumps({"prompt": TEXTS[0], "response": " " + TEXTS[1]}) + "\n")
     _, by_file, _ = run("search", idx, "--queries", file, "--where", "source = 'book'", "--json")
-    _, by_option, _ = run("search", idx, "--prompt", TEXTS[0], "--query", " " + TEXTS[1], "--where", "source = 'book'", "--json")
+    _, by_option, _ = run(
+        "search", idx, "--prompt", TEXTS[0], "--query", " " + TEXTS[1], "--where", "source = 'book'", "--json"
+    )
     assert by_file == by_option
     assert [hit["id"] for hit in json.loads(by_file)["hits"]] == ["c"]
 
@@ -213,7 +211,9 @@ def test_errors_are_one_sentence(run, idx, model, rows, tmp_path, arguments, cod
 
 def test_bad_row_stops_with_its_line_and_skip_bad_lists_it(run, model, tmp_path):
     data = tmp_path / "bad.jsonl"
-    data.write_text('{"text": "A sound row."}\n{"prompt": "Q", "response": ""}\n{"text": 3}\n{"text": "Another sound row."}\n')
+    data.write_text(
+        '{"text": "A sound row."}\n{"prompt": "Q", "response": ""}\n{"text": 3}\n{"text": "Another sound row."}\n'
+    )
     code, _, err = run("index", model, data, "--out", tmp_path / "stops")
     assert code == 1 and "line 2" in err and "response" in err
     code, out, err = run("index", model, data, "--out", tmp_path / "skips", "--skip-bad", "--json")
@@ -260,6 +260,6 @@ def test_help_needs_no_torch_and_the_version_is_printed():
 
 def test_every_command_has_an_example():
     commands = cli.app.registered_commands
-    assert len(commands) >= 11
+    assert len(commands) >= 16
     for command in commands:
         assert "Example: leaveout" in (command.callback.__doc__ or ""), command.callback

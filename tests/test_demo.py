@@ -7,14 +7,25 @@ import json
 import numpy as np
 import pytest
 
-from leaveout import Index, load_readout
+from leaveout import Index, TrainingRun, load_readout
 from leaveout.demo import run as demo
+from leaveout.demo.deletion import Scale
 from leaveout.errors import UnsupportedError
 from leaveout.readout.doctor import diagnose
 from readout.tiny import make_model, make_tokenizer
 
 ROWS = [json.loads(line) for line in (demo.HERE / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
 QUERIES = json.loads((demo.HERE / "queries.json").read_text(encoding="utf-8"))["queries"]
+WORDS = json.loads((demo.HERE / "words.json").read_text(encoding="utf-8"))
+SMALL = Scale(words=6, directions=(4, 4), retrainings=(6, 8), heldout=(3, 3), checked=4)
+
+
+def test_words_are_distinct_fit_the_model_and_do_not_hold_the_queries():
+    words = [word for found in WORDS["words"].values() for word in found]
+    assert 300 <= len(words) == len(set(words)) <= 400
+    assert all(word.isascii() and word.isalpha() and word.islower() and len(word) <= 15 for word in words)
+    queries = {query for found in WORDS["queries"].values() for query in found}
+    assert set(WORDS["queries"]) == set(WORDS["words"]) and not queries & set(words)
 
 
 def test_rows_hold_every_culprit_and_queries_name_one():
@@ -28,9 +39,9 @@ def test_demo_writes_table_and_report_and_runs_again(tmp_path, monkeypatch, caps
     monkeypatch.setattr(demo, "find_model", lambda: make_model("llama").float())
     tokenizer = make_tokenizer()
     monkeypatch.setattr(demo, "load_readout", lambda model: load_readout(model, tokenizer))
-    first = demo.run_demo(tmp_path)
+    first = demo.run_demo(tmp_path, scale=SMALL)
     assert "298 rows, 298 added" in capsys.readouterr().err
-    again = demo.run_demo(tmp_path)
+    again = demo.run_demo(tmp_path, scale=SMALL)
     assert "298 rows, 0 added" in capsys.readouterr().err
     assert first == again
     columns = [set(line) for line in first["average_precision"]]
@@ -38,6 +49,14 @@ def test_demo_writes_table_and_report_and_runs_again(tmp_path, monkeypatch, caps
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(title in page for title, _, _ in demo.WHAT.values())
     assert "planted</span>" in page
+    assert page.count('class="ring"') == page.count('class="dot"') == sum(map(len, WORDS["queries"].values()))
+    assert {name: found["sets"] for name, found in first["deletion"].items()} == {
+        "sources as units": 6, "words as units, without a source": 6, "words as units, without a word": 4,
+    }  # fmt: skip
+    run = TrainingRun.load(tmp_path / "deletion" / "by-source")
+    assert set(run.recipe.unit_names) == set(WORDS["words"])
+    given = run.bank.predict("anyword", [["rivers"]])  # parameters were kept: any word can be asked
+    assert np.isfinite(given.mean).all()
 
 
 def test_missing_model_says_how_to_get_it(monkeypatch):

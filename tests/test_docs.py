@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import typer.main
 
+from leaveout import Recipe
 from leaveout.cli import app
+from leaveout.deletion.bank import ESTIMATORS
+from leaveout.deletion.directions import DESIGNS
+from leaveout.training.train import train_plain
 from readout.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -28,12 +34,44 @@ def test_readme_names_every_command_and_no_other():
     assert words == set(typer.main.get_command(app).commands)
 
 
-def test_readme_snippet_runs(tmp_path, monkeypatch, capsys):
-    snippet = re.search(r"<!-- tested by .*?-->\n```python\n(.*?)```", README, re.DOTALL)
-    assert snippet
+def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
+    leave_out, find = re.findall(r"<!-- tested by .*?-->\n```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(snippet[1], {"model": make_model("llama").float(), "tokenizer": make_tokenizer()})
+    names: dict = {}
+    exec(leave_out, names)
+    found, truth = names["p"], names["truth"]
+    assert found.mean.shape == truth.shape == (2, 2)
+    assert (truth - found.base).diagonal().min() > 0  # each query needs its own unit
+    capsys.readouterr()
+    exec(find, {"model": make_model("llama").float(), "tokenizer": make_tokenizer()})
     assert capsys.readouterr().out.startswith("a ")
+
+
+def test_recipes_of_the_deletion_page_train(tmp_path):
+    make_model("llama").float().save_pretrained(tmp_path / "my-model")
+    make_tokenizer().save_pretrained(tmp_path / "my-model")
+    (tmp_path / "words.txt").write_text("tees\ntyne\n")
+    (tmp_path / "units.json").write_text(json.dumps({f"{i}:{w}": w for i in (0, 1) for w in ("tees", "tyne")}))
+    rows = [{"id": str(i), "prompt": "Who? ", "response": "Ottoline Marsh.", "source": "ab"[i]} for i in (0, 1)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    np.savez(
+        tmp_path / "digits.npz", x=np.eye(4, dtype=np.float32), y=np.arange(4), writer=np.array(["a", "a", "b", "b"])
+    )
+    page = (ROOT / "docs" / "deletion.md").read_text(encoding="utf-8")
+    kinds = []
+    for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
+        (tmp_path / "recipe.yaml").write_text(text)
+        recipe = Recipe.from_yaml(tmp_path / "recipe.yaml")
+        assert len(recipe.unit_names) == 2
+        trained = train_plain(recipe)
+        assert all(bool(p.isfinite().all()) for p in trained.values())
+        kinds.append(recipe.kind)
+    assert sorted(kinds) == ["causal-lm", "classifier", "microgpt"]
+
+
+def test_deletion_page_names_every_estimator_and_design():
+    page = (ROOT / "docs" / "deletion.md").read_text(encoding="utf-8")
+    assert [name for name in (*ESTIMATORS, *DESIGNS) if f"`{name}`" not in page] == []
 
 
 def test_readme_links_and_tree_exist():

@@ -19,6 +19,7 @@ ALLOWED = {
     "deletion": BELOW | FOUNDATION | {"jets", "training", "deletion"},
     "readout": BELOW | FOUNDATION | {"readout"},
     "baselines": BELOW | FOUNDATION | {"baselines", "readout", "training"},
+    "evaluation": BELOW | FOUNDATION | {"baselines", "deletion", "evaluation", "readout", "training"},
     "report": BELOW | {"metrics"},
 }
 FREE = {"__init__", "cli", "demo", "pages", "web"}

@@ -12,39 +12,62 @@ from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, LeaveoutError, MismatchError, StabilityError, UnsupportedError
 
 if TYPE_CHECKING:
+    from leaveout.deletion.bank import Bank
+    from leaveout.deletion.predict import Prediction
+    from leaveout.deletion.run import TrainingRun
+    from leaveout.deletion.sets import DeletionSets
+    from leaveout.deletion.settings import MeasureSettings
     from leaveout.readout.explain import Explanation
     from leaveout.readout.index import Index, Queries
     from leaveout.readout.model import load_readout
     from leaveout.readout.search import Hit
     from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
+    from leaveout.training.queries import Query
+    from leaveout.training.recipe import OptimizerSettings, Recipe
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Bank": "leaveout.deletion.bank",
     "Channel": "leaveout.readout.settings",
+    "DeletionSets": "leaveout.deletion.sets",
     "Explanation": "leaveout.readout.explain",
     "Hit": "leaveout.readout.search",
     "Index": "leaveout.readout.index",
+    "MeasureSettings": "leaveout.deletion.settings",
+    "OptimizerSettings": "leaveout.training.recipe",
     "PRESETS": "leaveout.readout.settings",
+    "Prediction": "leaveout.deletion.predict",
     "Queries": "leaveout.readout.index",
+    "Query": "leaveout.training.queries",
+    "Recipe": "leaveout.training.recipe",
     "SignatureSettings": "leaveout.readout.settings",
+    "TrainingRun": "leaveout.deletion.run",
     "load_readout": "leaveout.readout.model",
 }
 
 __all__ = [
     "PRESETS",
+    "Bank",
     "Channel",
     "Corpus",
+    "DeletionSets",
     "Explanation",
     "FormatError",
     "Hit",
     "Index",
     "LeaveoutError",
+    "MeasureSettings",
     "MismatchError",
+    "OptimizerSettings",
+    "Prediction",
     "Queries",
+    "Query",
+    "Recipe",
     "Row",
     "SignatureSettings",
     "StabilityError",
+    "TrainingRun",
     "UnsupportedError",
     "load_readout",
 ]

@@ -1,8 +1,9 @@
-"""HTML pages for what the command line answers: found rows with the words that did it, and a heat map of two texts."""
+"""HTML pages for what the command line answers: found rows with the words that did it, a heat map of two texts, and
+predictions with their intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from leaveout import report
@@ -30,3 +31,16 @@ def explain_page(query: str, found: Explanation) -> str:
         report.heat_map(found.query_tokens, found.row_tokens, found.pairs),
     ]
     return report.page("Which tokens answer which", sections)
+
+
+def prediction_page(lines: Sequence[Mapping[str, Any]], estimator: str, summary: Mapping[str, Any] | None) -> str:
+    """A picture and a table of predictions (`Prediction.lines`), and what retraining says of them all."""
+    note = (
+        f"Estimator: {estimator}. Values of queries under the model trained on everything (base), and without the set."
+    )
+    sections = [report.heading("Predictions", note), report.interval_chart(lines)]
+    sections.append(report.html_table(*report.prediction_table(lines)))
+    if summary is not None:
+        facts = [(name.replace("_", " "), "unknown" if value is None else value) for name, value in summary.items()]
+        sections += [report.heading("Against retraining"), report.html_table(["", ""], facts)]
+    return report.page("The model without some of its data", sections)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,7 +82,13 @@ table { border-collapse: collapse; margin: .8rem 0; } td, th { padding: .2rem .7
   border-bottom: 1px solid var(--line); } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .heat { overflow-x: auto; } .heat td { padding: 0; width: 1.1rem; min-width: 1.1rem; height: 1.1rem; border: 0; }
 .heat th { font-weight: normal; border: 0; padding: 0 .3rem; white-space: pre; } .heat th.up { writing-mode: vertical-rl; }
+.chart { width: 100%; height: auto; font-size: 12px; } .chart text { fill: var(--ink); } .chart .label { text-anchor: end; }
+.chart .axis { text-anchor: middle; fill: var(--soft); } .chart path { stroke: var(--soft); fill: none; stroke-width: 1.5; }
+.chart .grid { stroke: var(--line); stroke-width: 1; } .chart .bar { stroke: #4c8fdb; stroke-width: 5; opacity: .45; }
+.chart .dot { fill: #2f6fc4; } .chart .ring { fill: none; stroke: #d9822b; stroke-width: 2; }
 """
+
+CHART_ROWS = 60
 
 
 def page(title: str, sections: Iterable[str]) -> str:
@@ -162,3 +168,72 @@ def heat_map(row_tokens: list[str], column_tokens: list[str], values: np.ndarray
         cells = (f'<td title="{v:.3g}" style="background:{_tint(float(v) / largest)}"></td>' for v in line)
         lines.append(f"<tr><th>{html.escape(row_tokens[r])}</th>{''.join(cells)}</tr>")
     return f'<div class="heat"><table><tr><th></th>{top}</tr>{"".join(lines)}</table></div>'
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def prediction_table(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Headers and rows for lines of a prediction (`Prediction.lines`), with the actual values if there are any."""
+    headers = ["query", "without", "base", "predicted", "± (95 %)", "verdict"]
+    proven = bool(lines) and "actual" in lines[0]
+    rows = []
+    for line in lines:
+        reach = _reach(line)
+        interval = "unknown" if reach is None else reach
+        row = (line["query"], line["without"], line["base"], line["predicted"], interval, line["verdict"])
+        inside = "unknown" if reach is None else "yes" if line.get("inside") else "no"
+        rows.append((*row, line["actual"], inside) if proven else row)
+    return [*headers, "actual", "inside"] if proven else headers, rows
+
+
+def _reach(line: Mapping[str, Any]) -> float | None:
+    """Half the width of the 95 % interval, None where the standard deviation is unknown."""
+    return None if line["std"] is None else 1.959964 * line["std"]
+
+
+def interval_chart(lines: Sequence[Mapping[str, Any]], unit: str = "nats") -> str:
+    """Inline SVG of predictions, one row each: base (tick), predicted with its 95 % interval (dot and bar), actual (ring).
+
+    lines: those of `Prediction.lines`; the first CHART_ROWS are drawn, and the rest are counted under the picture.
+    """
+    drawn = lines[:CHART_ROWS]
+    ends = [line[key] for line in drawn for key in ("base", "predicted", "actual") if key in line]
+    for line in drawn:
+        ends += [line["predicted"] - (_reach(line) or 0), line["predicted"] + (_reach(line) or 0)]
+    low, high = min(ends), max(ends)
+    span = (high - low) or 1.0
+
+    def x(value: float) -> float:
+        return round(310 + 480 * (value - low) / span, 1)
+
+    bottom = 26 * len(drawn) + 10
+    parts = [_chart_row(line, 26 * i + 16, x) for i, line in enumerate(drawn)]
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        at = x(low + share * span)
+        parts.append(f'<path class="grid" d="M{at} 4V{bottom}"/><text class="axis" x="{at}" y="{bottom + 16}">')
+        parts.append(f"{low + share * span:.3g}</text>")
+    parts.append(f'<text class="axis" x="550" y="{bottom + 34}">value of the query ({html.escape(unit)})</text>')
+    rest = len(lines) - len(drawn)
+    more = f'<p class="note">{rest} more are not drawn.</p>' if rest else ""
+    key = "| base &nbsp; ● predicted, with its 95 % interval" + (
+        " &nbsp; ◯ actual" if any("actual" in line for line in drawn) else ""
+    )
+    return (
+        f'<svg class="chart" viewBox="0 0 820 {bottom + 40}" role="img">{"".join(parts)}</svg>'
+        f'<p class="note">{key}</p>{more}'
+    )
+
+
+def _chart_row(line: Mapping[str, Any], y: int, x: Callable[[float], float]) -> str:
+    label = html.escape(shorten(f"{line['query']} without {line['without']}", 46))
+    parts = [f'<text class="label" x="300" y="{y + 4}">{label}</text>']
+    if (reach := _reach(line)) is not None:
+        ends = x(line["predicted"] - reach), x(line["predicted"] + reach)
+        parts.append(f'<path class="bar" d="M{ends[0]} {y}H{ends[1]}"/>')
+    at = x(line["base"])
+    parts.append(f'<path class="base" d="M{at} {y - 7}V{y + 7}"/>')
+    parts.append(f'<circle class="dot" cx="{x(line["predicted"])}" cy="{y}" r="4"/>')
+    if "actual" in line:
+        parts.append(f'<circle class="ring" cx="{x(line["actual"])}" cy="{y}" r="6"/>')
+    return "".join(parts)

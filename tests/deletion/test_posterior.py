@@ -162,12 +162,28 @@ def test_a_known_gradient_leaves_only_the_curvature_open():
     assert Posterior(data).beta == 1.0
 
 
-def test_expected_error_needs_no_values_and_agrees_with_the_posterior():
+def test_expected_error_needs_no_values_and_agrees_with_the_posterior(monkeypatch):
+    monkeypatch.setattr("leaveout.deletion.posterior.CONCENTRATED", 0.0)
     data, kernel, x, _ = problem(3)
     std = Posterior(data, kernel).predict(x)[1][0]
     found = expected_error(kernel, [], data.retrainings.x, x)
     assert np.allclose(found * np.sqrt(kernel.diagonal(x)), std / np.sqrt(Posterior(data, kernel).tau[0]), rtol=1e-3)
     assert (expected_error(kernel, [], np.zeros((0, 40)), x) == 1).all()
+
+
+def test_removing_all_that_helps_a_query_is_called_uncertain():
+    """Two queries: three units carry all of one's effect, forty units that of the other."""
+    units = 40
+    effects = np.zeros((2, units))
+    effects[0, :3], effects[1] = 1.0, 1.0
+    x = directions.random_sets(0, 120, units, 3)
+    x[:, :3] *= (np.arange(120) % 4 == 0)[:, None]
+    data = Measurements(np.zeros(2), np.ones(units), retrainings=Retrainings(x, x @ effects.T), gradient=effects)
+    sets = np.zeros((2, units))
+    sets[0, :3], sets[1, 20:23] = 1, 1
+    mean, std = Posterior(data).predict(sets)
+    assert std[0, 0] > 1.0 and std[0, 0] > 10 * std[1, 0]  # three of the three
+    assert std[0, 1] < 0.2 and mean[0, 0] == pytest.approx(3, rel=0.1)  # none of the three
 
 
 def test_calibration_repairs_standard_deviations():

@@ -20,6 +20,7 @@ from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.training.queries import Query
+from leaveout.training.queries import margin as margin_of
 from leaveout.training.recipe import Recipe
 from leaveout.training.train import query_losses, train_plain
 
@@ -205,6 +206,8 @@ def test_measures_of_an_answer_agree_with_the_model(run, recipe):
     # The chain rule of the first order: dp = -p * tokens * dloss.
     assert np.allclose(data.jets[0].c[0, :, 1], -probability * tokens * data.jets[0].c[0, :, 0], rtol=1e-3, atol=1e-9)
     assert margin < 0
+    sure = torch.tensor([[30.0, 0.0, 0.0]])
+    assert float(margin_of(sure, torch.tensor([0]))) == pytest.approx(30 - np.log(2), rel=1e-6)
     with pytest.raises(ValueError, match="measure must be"):
         Query("anri", "surprise")
 

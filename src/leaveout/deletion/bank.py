@@ -36,6 +36,8 @@ from leaveout.training.updates import UnitVectors, influence, query_gradients
 ESTIMATORS = ("posterior", *SIMPLE)
 DAMPING = 10.0
 """Of the influence scores, in mean diagonals of the Fisher matrix: of 0.01 to 100 the best prior mean on names."""
+ROUNDING = 1e-6
+"""Part of a query's value that float32 training does not fix."""
 ROLES = ("fit", "heldout", "truth")
 """What a retraining is for: estimators fit it, calibration holds it against them, or `verify` compares with it."""
 
@@ -104,6 +106,12 @@ class Bank:
         self.store.refresh()
         self._fits.clear()
 
+    def note(self, key: str, value: Any) -> None:
+        """Keeps a small JSON value."""
+        with Store.open(self.path, write=True) as store:
+            store.set_state(key, value)
+        self.store.refresh()
+
     def put_vectors(self, vectors: UnitVectors) -> None:
         """Keeps what similarity between units and cheap scores are computed from."""
         with Store.open(self.path, write=True) as store:
@@ -114,6 +122,8 @@ class Bank:
     def merge(self, other: str | os.PathLike[str]) -> int:
         """Adds the measurements of another bank of the same recipe; how many were new. A killed merge can be repeated."""
         before = len(self)
+        if not Path(other).is_dir():
+            raise FormatError(f"{other} is not a bank: give the directory `bank` of another run.")
         theirs = Bank(self.recipe, Path(other), self.constants).store
         with Store.open(self.path, write=True) as store:
             for part in theirs.segments():
@@ -157,20 +167,20 @@ class Bank:
         base = self.base(asked)
         parts = list(self._parts(asked))
         sizes = np.bincount(self.recipe.unit_of.numpy()).astype(np.float64)
-        if not parts and len(self):
+        of_role = {role: [p for p in parts if p[0] == role] for role in ROLES}
+        side, gradient = self.store.side("vectors"), self._gradient(asked)
+        if not parts and gradient is None and len(self):
             raise MismatchError(
                 f"No measurement of this bank knows the query {asked[0].name!r}: it was measured for other queries, and "
                 "without keeping parameters; measure again with these queries, or with none given."
             )
-        of_role = {role: [p for p in parts if p[0] == role] for role in ROLES}
-        side = self.store.side("vectors")
         return Measurements(
             base, sizes,
             _distinct([JetBlock(*p[1:]) for p in parts if p[0] == "jets"]),
             _gathered(of_role["fit"], base), _gathered(of_role["heldout"], base),
             None if noise is None else np.broadcast_to(np.asarray(noise, np.float64), base.shape),
-            self._gradient(asked),
-            None if side is None else self._scores(asked, side),
+            gradient,
+            None if side is None or gradient is not None else self._scores(asked, side),
             None if side is None else np.asarray(side["updates"], np.float64),
         )  # fmt: skip
 
@@ -212,10 +222,9 @@ class Bank:
         fitted, factor = self.fit(asked, estimator, noise, **options)
         effect, std = fitted.predict(sets.x)
         factor = factor if calibrate else 1.0
-        return Prediction(
-            tuple(q.name for q in asked), sets.labels, np.repeat(self.base(asked)[:, None], len(sets), 1), effect,
-            std * factor, estimator, factor,
-        )  # fmt: skip
+        base = np.repeat(self.base(asked)[:, None], len(sets), 1)
+        std = np.hypot(std * factor, ROUNDING * (1 + np.abs(base)) * (sets.x != 0).any(1))
+        return Prediction(tuple(q.name for q in asked), sets.labels, base, effect, std, estimator, factor)
 
     def fit(self, asked: Sequence[Query], estimator: str, noise: Any = None, **options: Any) -> tuple[Fitted, float]:
         """The fitted estimator and its calibration factor; kept until the bank changes."""

@@ -132,10 +132,12 @@ def make_plan(run: TrainingRun, queries: Any, without: Any, budget: Budget) -> P
     choices = [c for c in _choices(run, prior, asked, sets, costs, budget) if _fits(c, budget)]
     if not choices:
         raise UnsupportedError(
-            f"Nothing useful fits into {budget.seconds:g} s: eight retrainings take {costs.retraining.of(8):.3g} s here; "
-            "give a larger budget."
+            f"Nothing useful fits into {budget.seconds:g} s (eight retrainings take {costs.retraining.of(8):.3g} CPU s here)"
+            f"{' and the disk and memory allowed' if budget.disk or budget.memory else ''}: give a larger budget."
         )
-    return Plan(tuple(sorted(choices, key=lambda c: (round(c.error, 3), c.seconds))), costs, stability, budget.seconds)
+    # Errors within a tenth of each other are equal for what a plan knows; then the cheaper choice is the better one.
+    choices.sort(key=lambda c: (round(10 * np.log(max(c.error, 1e-3))), c.seconds))
+    return Plan(tuple(choices), costs, stability, budget.seconds)
 
 
 def _stability(recipe: Recipe) -> Stability | None:
@@ -228,7 +230,7 @@ def _choices(
     if runs >= 8:
         yield spend.make("retrainings", retrain=min(runs, 4 * units))
     if units <= directions.FEW and runs >= units * (units + 1) // 2:
-        yield spend.make("retrainings of all units and pairs", retrain=runs, pairs=True)
+        yield spend.make("retrainings of all units and pairs", retrain=min(runs, 4 * units**2), pairs=True)
     reserve = costs.retraining.of(heldout)
     for degree, cost in costs.jets.items():
         for share, name in ((1.0, ""), (0.5, ", and retrainings")):
@@ -236,7 +238,9 @@ def _choices(
             if m < 8:
                 continue
             rest = costs.retraining.affordable(cpu - cost.of(m)) - heldout if share < 1 else 0
-            yield spend.make(f"jets of degree {degree}{name}", jets=m, degree=degree, retrain=max(0, rest))
+            yield spend.make(
+                f"jets of degree {degree}{name}", jets=m, degree=degree, retrain=min(max(0, rest), 4 * units)
+            )
     if costs.gradient is not None and costs.gradient < cpu - reserve:
         rest = costs.retraining.affordable(cpu - costs.gradient) - heldout
         yield spend.make("exact first order, and retrainings", retrain=min(max(0, rest), 4 * units), gradient=True)

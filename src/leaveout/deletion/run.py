@@ -137,8 +137,6 @@ class TrainingRun:
                 raise ValueError("the exact first order is computed for given queries: pass queries=")
             self._measure_gradient(asked, settings)
         if directions:
-            if settings.check:
-                check_stability(self.recipe, advise=False).require()
             self._measure_jets(directions, degree, asked, settings)
         parts = []
         if without is not None:
@@ -209,10 +207,21 @@ class TrainingRun:
                     "dtype": dtype,
                     "real": False,
                 }
+                if not tasks and settings.check:
+                    self._require_stability()
                 tasks.append(
                     _Task("jets", psi[missing], [ids[i] for i in missing], [meta] * len(missing), degree, dtype)
                 )
         self._carry_out(tasks, asked, settings, f"jets of degree {degree}")
+
+    def _require_stability(self) -> None:
+        """Refuses a recipe without a usable power series; checked once a bank."""
+        if self.bank.store.state("stability") is None:
+            found = check_stability(self.recipe, advise=False)
+            self.bank.note("stability", {"verdict": found.verdict, "growth": [repr(g) for g in found.growth]})
+            found.require()
+        elif self.bank.store.state("stability")["verdict"] == "unstable":
+            check_stability(self.recipe, advise=False).require()
 
     def _retrain(
         self, parts: list[tuple[np.ndarray, str, str]], asked: Sequence[Query] | None, settings: MeasureSettings
@@ -329,7 +338,8 @@ def _save(path: Path, recipe: Recipe, source: Path | None, parameters: Parameter
     with Store.create(path / "examples", {"what": "training examples"}) as store:
         for records in _chunks(recipe):
             store.put(records, {"unit": np.array([int(r.extra["unit"]) for r in records])})
-        store.put_side("parameters", {n: p.numpy() for n, p in parameters.items()})
+        # The store's names are narrower than torch's: parameters are numbered, in the order of the task.
+        store.put_side("parameters", {f"p{i}": p.numpy() for i, p in enumerate(parameters.values())})
         store.set_state("source", None if source is None else str(source.resolve()))
         store.set_state("recipe", recipe.hash())
         store.set_state("trained", True)
@@ -361,5 +371,4 @@ def _saved_parameters(store: Store, recipe: Recipe, path: Path) -> Parameters:
         )
     side = store.side("parameters")
     assert side is not None
-    own = {name: torch.from_numpy(np.array(values)) for name, values in side.items()}
-    return {name: own[name] for name in task_of(recipe).trained}
+    return {name: torch.from_numpy(np.array(side[f"p{i}"])) for i, name in enumerate(task_of(recipe).trained)}

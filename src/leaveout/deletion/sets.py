@@ -71,8 +71,8 @@ def _vector(
     x = np.zeros(len(units))
     named: dict[int, set[str]] = defaultdict(set)
     for id, share in shares.items():
-        if not 0 <= float(share) <= 1:
-            raise FormatError(f"The share of {id!r} that is removed is {share}: it must be between 0 and 1.")
+        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise FormatError(f"The share of {id!r} that is removed is {share!r}: it must be a number between 0 and 1.")
         if id in units:
             x[units[id]] = share
         elif id in unit_of:

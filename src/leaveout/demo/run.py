@@ -1,8 +1,9 @@
-"""Index 298 short rows with a real language model and find the planted culprits of nine answers.
+"""Index 298 short rows with a real language model, find the planted culprits of nine answers, then the deletion half.
 
 Three things are planted among honest rows: an invented fact, a telegram style, and advertisements filed as science notes.
 Two indexes are built from the same model, because they answer two questions: `default` ranks by influence (what
 training on the row would change), `similarity` by likeness (of content and manner). BM25 and chance stand beside them.
+`demo.deletion` trains a small model and predicts it without some of its data.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 
 from leaveout import report
 from leaveout.baselines import bm25, random_scores
+from leaveout.demo.deletion import Scale, run_deletion
 from leaveout.errors import UnsupportedError
 from leaveout.metrics import average_precision
 from leaveout.readout.explain import explain_rows
@@ -55,8 +57,8 @@ def find_model() -> str:
     )
 
 
-def run_demo(out: str | Path, workers: int = 1) -> dict[str, Any]:
-    """Builds (or reopens) both indexes under `out`, prints the table, writes `out`/report.html; returns the table."""
+def run_demo(out: str | Path, workers: int = 1, scale: Scale | None = None) -> dict[str, Any]:
+    """Builds (or reopens) indexes and runs under `out`, prints tables, writes `out`/report.html; returns the tables."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(HERE / "rows.jsonl", out / "rows.jsonl")
@@ -86,10 +88,14 @@ def run_demo(out: str | Path, workers: int = 1) -> dict[str, Any]:
     sections = [_summary(headers, lines, len(records))]
     for kind in WHAT:
         sections += _kind_sections(kind, indexes, queries, asked)
+    deletion, more = run_deletion(out / "deletion", workers, scale)
     path = out / "report.html"
-    path.write_text(report.page("Which rows made the model say it?", sections), encoding="utf-8")
+    path.write_text(
+        report.page("Which rows made the model say it, and what without them?", [*sections, *more]), encoding="utf-8"
+    )
     print(f"report: {path}")
-    return {"average_precision": [dict(zip(headers, line, strict=True)) for line in lines], "report": str(path)}
+    precisions = [dict(zip(headers, line, strict=True)) for line in lines]
+    return {"average_precision": precisions, "deletion": deletion, "report": str(path)}
 
 
 def _build(readout: Readout, out: Path, preset: str, workers: int) -> Index:

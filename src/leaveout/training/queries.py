@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leaveout.corpus import Corpus, Row
@@ -34,8 +35,12 @@ def logit(logits: Tensor, targets: Tensor) -> Tensor:
 
 def margin(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over positions of log p - log(1 - p) of the target, the margin of arXiv 2303.14186."""
-    found = _log_likelihood(logits, targets)
-    return (found - torch.log(1 - torch.exp(found))).mean()
+    chosen = F.one_hot(targets, logits.shape[-1]).bool()
+    others = torch.log_softmax(logits.masked_fill(chosen, float("-inf")), -1)
+    another = ((targets + 1) % logits.shape[-1]).unsqueeze(1)
+    # The log-sum-exp of the other classes, by one of them: z - log softmax(z).
+    total = logits.gather(1, another) - others.gather(1, another)
+    return (logits.gather(1, targets.unsqueeze(1)) - total).mean()
 
 
 def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

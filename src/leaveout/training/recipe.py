@@ -175,24 +175,32 @@ class Recipe:
         return replace(self, optimizer=replace(optimizer, **inner), **changes)
 
     @classmethod
-    def microgpt(cls, documents: Sequence[str], n: int = 1000, seed: int = 42, **changes: Any) -> Recipe:
-        """The paper's run: documents shuffled, the first n trained on once, parameters drawn by the same generator."""
+    def microgpt(cls, documents: Sequence[str | Row], n: int = 1000, seed: int = 42, **changes: Any) -> Recipe:
+        """The paper's run: documents shuffled, the first n trained on once, parameters drawn by the same generator.
+
+        A document is a text, with the id `number:text`, or a row; of each the first 16 characters are learned.
+        """
         rng = random.Random(seed)
         documents = list(documents)
         rng.shuffle(documents)
-        start = {"alphabet": "".join(sorted(set("".join(documents)))), "start": _drawn_state(rng)}
+        texts = [d.text if isinstance(d, Row) else d for d in documents]
+        start = {"alphabet": "".join(sorted(set("".join(texts)))), "start": _drawn_state(rng)}
         settings: dict[str, Any] = {
             "optimizer": OptimizerSettings("paper-adam", 0.01, betas=(0.85, 0.99), eps=1e-3), "schedule": "linear",
             "order": "given", "model": start, "seed": seed,
         }  # fmt: skip
-        rows = tuple(Corpus.open([{"id": f"{i}:{d}", "text": d} for i, d in enumerate(documents[:n])]))
+        plain = Corpus.open([{"id": f"{i}:{d}", "text": d} for i, d in enumerate(texts[:n])])
+        rows = tuple(d if isinstance(d, Row) else p for d, p in zip(documents, plain, strict=False))
         return cls("microgpt", rows, **{**settings, **changes})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a YAML recipe. Relative paths in it are relative to its directory. See docs/jets.md for the fields."""
         path = Path(path)
-        raw = yaml.safe_load(path.read_text())
+        try:
+            raw = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise FormatError(f"{path} is not YAML: {error}.") from None
         if not isinstance(raw, Mapping) or "kind" not in raw or "data" not in raw:
             raise FormatError(f"{path} is not a recipe: it needs at least the fields `kind` and `data`.")
         raw = dict(raw)
@@ -201,10 +209,17 @@ class Recipe:
             raise FormatError(f"{path} has fields that no recipe has: {', '.join(unknown)}.")
         if "optimizer" in raw:
             raw["optimizer"] = _optimizer(path, raw["optimizer"])
+        for name in ("n", "steps", "epochs", "batch_size", "accumulate", "warmup", "seed", "max_tokens"):
+            if name in raw and not isinstance(raw[name], int):
+                raise FormatError(f"{path}: `{name}` must be a whole number, got {raw[name]!r}.")
         data, kind, units = path.parent / raw.pop("data"), raw.pop("kind"), raw.pop("units", None)
+        if not data.exists():
+            raise FormatError(f"{path} names the data {data}, which does not exist: correct `data`.")
         if isinstance(raw.get("trained"), list):
             raw["trained"] = tuple(raw["trained"])
         if kind == "microgpt":
+            if data.suffix == ".jsonl":
+                return cls.microgpt(list(Corpus.open(data, units=units)), **raw)
             recipe = cls.microgpt([line for line in data.read_text().split("\n") if line], **raw)
             return recipe if units is None else recipe.grouped(path.parent / units)
         if kind == "classifier":

@@ -92,6 +92,8 @@ def _microgpt(recipe: Recipe) -> Task:
 
 
 def _text(row: Any) -> str:
+    if isinstance(row, dict):
+        row = next(iter(Corpus.open([row])))
     return row.text if isinstance(row, Row) else str(row)
 
 

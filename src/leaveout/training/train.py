@@ -201,7 +201,8 @@ def _train_stack(recipe: Recipe, task: Task, weights: Tensor, options: RunOption
 
     optimizer = make_optimizer(recipe, list(params.values()), fused=True)
     checkpoint = options.checkpoint(f"batch-{number}", recipe.hash(), weights)
-    Loop(recipe, task, params, optimizer, backward, clip).run(checkpoint, f"{runs} runs", options)
+    with kept_memory():
+        Loop(recipe, task, params, optimizer, backward, clip).run(checkpoint, f"{runs} runs", options)
     return {name: p.detach() for name, p in params.items()}
 
 

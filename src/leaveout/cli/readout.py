@@ -1,79 +1,37 @@
-"""The command line: thin commands over the public API, torch imported only by the commands that need it.
-
-Standard output holds the answer (a table, or JSON with --json), standard error the progress. Exit 0, 1 for an error
-(one sentence), 2 for wrong usage.
-"""
+"""Commands of the readout engine: index a corpus, keep it, and ask which rows made the model say something."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leaveout.errors import LeaveoutError
+from leaveout.cli.program import (
+    Device,
+    Dtype,
+    Json,
+    Prompt,
+    QueryText,
+    Where,
+    Workers,
+    app,
+    one_thread,
+    print_facts,
+    query_rows,
+)
+from leaveout.cli.runs import is_run
+from leaveout.errors import FormatError
 from leaveout.report import hit_json, print_table, shorten, to_line
 
 if TYPE_CHECKING:
     from leaveout.readout.build import BuildReport
     from leaveout.readout.index import Index
 
-app = typer.Typer(
-    name="leaveout",
-    help="Which training data made the model do this, and what would it do without it?",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
 IndexPath = Annotated[Path, typer.Argument(metavar="IDX", help="Directory of an index.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Where = Annotated[str | None, typer.Option(help="SQL expression over id, unit, text and the rows' fields.")]
 ModelAt = Annotated[str | None, typer.Option("--model", help="The index's model, if it is no longer where it was.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count and list bad rows instead of stopping at the first.")]
-Workers = Annotated[int, typer.Option(min=1, help="Worker processes, one thread each.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... (not run on a GPU by us).")]
-
-
-def main() -> None:
-    """Runs the command line and turns expected errors into one sentence and exit code 1."""
-    try:
-        app()
-    except (LeaveoutError, ValueError, TypeError, OSError) as error:
-        if os.environ.get("LEAVEOUT_TRACEBACK"):
-            raise
-        print(f"leaveout: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("leaveout: stopped; what was committed stays, and the same command resumes.", file=sys.stderr)
-        sys.exit(130)
-
-
-def _version(shown: bool) -> None:
-    if shown:
-        from leaveout import __version__
-
-        print(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-# ---------------------------------------------------------------- index
 
 
 @app.command()
@@ -103,7 +61,7 @@ def index(
     """
     from leaveout.readout.index import Index
 
-    _one_thread(device)
+    one_thread(device)
     changes = {"targets": targets, "temperature": temperature}
     built = Index.build(
         model,
@@ -138,7 +96,7 @@ def append(
 
     Example: leaveout append idx more.jsonl
     """
-    opened = _open(idx, model)
+    opened = open_index(idx, model)
     report = opened.append(data, skip_bad=skip_bad, workers=workers, progress=True)
     _print_report(opened, report, json_)
 
@@ -154,14 +112,14 @@ def delete(
 
     Example: leaveout delete idx --where "source = 'scraped'"
     """
-    opened = _open(idx)
+    opened = open_index(idx)
     if (id is None) == (where is None):
         raise typer.BadParameter("give either --id or --where")
     if where is None:
         count = opened.delete([row.id for row in opened.records(id or [])])
     else:
         count = opened.delete(opened.ids_where(where))
-    _print_facts({"deleted": count, "rows": len(opened)}, json_)
+    print_facts({"deleted": count, "rows": len(opened)}, json_)
 
 
 @app.command()
@@ -170,41 +128,14 @@ def purge(idx: IndexPath, json_: Json = False) -> None:
 
     Example: leaveout purge idx
     """
-    _print_facts(_open(idx).purge(), json_)
-
-
-@app.command()
-def check(idx: IndexPath, json_: Json = False) -> None:
-    """Read every file of an index and compare it with its hashes; exit 1 if something is wrong.
-
-    Example: leaveout check idx
-    """
-    problems = _open(idx).check()
-    if json_:
-        print(to_line({"problems": problems}))
-    else:
-        print("\n".join(problems) or "all files are as they were written")
-    if problems:
-        raise typer.Exit(1)
-
-
-@app.command()
-def info(idx: IndexPath, json_: Json = False) -> None:
-    """Rows, bytes, settings, model and statistics of an index.
-
-    Example: leaveout info idx --json
-    """
-    _print_facts(_open(idx).info(), json_)
-
-
-# ---------------------------------------------------------------- asking
+    print_facts(open_index(idx).purge(), json_)
 
 
 @app.command()
 def search(
     idx: IndexPath,
-    query: Annotated[list[str] | None, typer.Option(help="Text of a query; may be given again.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Context before --query that is not itself asked about.")] = None,
+    query: QueryText = None,
+    prompt: Prompt = None,
     queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Hits per query.")] = 10,
     where: Where = None,
@@ -216,8 +147,8 @@ def search(
 
     Example: leaveout search idx --prompt "Capital of Norway?" --query " Bergen" -k 5
     """
-    opened = _open(idx, model)
-    rows = list(_query_rows(query, prompt, queries))
+    opened = open_index(idx, model)
+    rows = list(query_rows(query, prompt, queries))
     encoded = opened.encode(rows)
     found = opened.search(encoded, k=k, where=where)
     if html is not None:
@@ -237,7 +168,7 @@ def explain(
     idx: IndexPath,
     query: Annotated[str, typer.Option(help="Text of the query.")],
     id: Annotated[str, typer.Option("--id", help="Id of a row.")],
-    prompt: Annotated[str | None, typer.Option(help="Context before --query that is not itself asked about.")] = None,
+    prompt: Prompt = None,
     html: Annotated[Path | None, typer.Option(help="Also write a heat map.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Pairs of tokens to list.")] = 15,
     model: ModelAt = None,
@@ -251,8 +182,8 @@ def explain(
 
     from leaveout.pages import explain_page
 
-    opened = _open(idx, model)
-    found = opened.explain(next(_query_rows([query], prompt, None)), id)
+    opened = open_index(idx, model)
+    found = opened.explain(next(query_rows([query], prompt, None)), id)
     if html is not None:
         html.write_text(explain_page(query, found), encoding="utf-8")
     order = np.argsort(-np.abs(found.pairs), axis=None)[:top]
@@ -297,7 +228,7 @@ def select(
     """
     from leaveout.corpus import Corpus
 
-    opened = _open(idx, model)
+    opened = open_index(idx, model)
     options: dict[str, Any] = {"combine": combine, "where": where}
     if unwanted is not None:
         options["unwanted"] = list(Corpus.open(unwanted))
@@ -309,105 +240,17 @@ def select(
     facts = {"selected": len(hits), "of": len(opened), "out": str(out)}
     if hits:
         facts |= {"best_score": hits[0].score, "last_score": hits[-1].score}
-    _print_facts(facts, json_)
+    print_facts(facts, json_)
 
 
-# ---------------------------------------------------------------- the rest
-
-
-@app.command()
-def doctor(
-    model: Annotated[
-        str, typer.Argument(help="Path or id of a causal language model, a .gguf file, or a recipe (.yaml).")
-    ],
-    dtype: Dtype = "float32",
-    device: Device = "cpu",
-    json_: Json = False,
-) -> None:
-    """Check a model before indexing with it: head, numbers, batch and padding invariance, tokenizer; or, of a training
-    recipe, whether its power series stay bounded.
-
-    Example: leaveout doctor EleutherAI/pythia-70m
-    """
-    _one_thread(device)
-    if model.endswith((".yaml", ".yml")):
-        _diagnose_recipe(Path(model), json_)
-        return
-    from leaveout.readout.doctor import diagnose
-    from leaveout.readout.model import ModelOptions
-
-    checks = diagnose(model, options=ModelOptions(dtype=dtype, device=device))
-    words = {True: "pass", False: "FAIL", None: "note"}
-    if json_:
-        print(to_line({"checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks]}))
-    else:
-        print_table(["check", "result", "detail"], [(c.name, words[c.passed], c.detail) for c in checks])
-    if any(c.passed is False for c in checks):
-        raise typer.Exit(1)
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="Directory for the indexes and the report.")] = Path("demo"),
-    workers: Workers = 1,
-    json_: Json = False,
-) -> None:
-    """Index some 300 rows with SmolLM2-135M, then find planted culprits for a few answers.
-
-    Example: leaveout demo --out demo
-    """
-    from leaveout.demo.run import run_demo
-
-    _one_thread("cpu")
-    result = run_demo(out, workers)
-    if json_:
-        print(to_line(result))
-
-
-# ---------------------------------------------------------------- helpers
-
-
-def _diagnose_recipe(path: Path, json_: bool) -> None:
-    from leaveout.training.recipe import Recipe
-    from leaveout.training.stability import check_stability
-    from leaveout.training.train import RunOptions
-
-    found = check_stability(Recipe.from_yaml(path), RunOptions(progress=True))
-    if json_:
-        growth = [value if value < float("inf") else None for value in found.growth]
-        print(to_line({"verdict": found.verdict, "growth": growth, "advice": found.advice}))
-    else:
-        print(found)
-    if found.verdict == "unstable":
-        raise typer.Exit(1)
-
-
-def _open(path: Path, model: str | None = None) -> Index:
+def open_index(path: Path, model: str | None = None) -> Index:
+    """The index in a directory, with one torch thread."""
+    if is_run(path):
+        raise FormatError(f"{path} is a training run, not an index: ask it with `leaveout predict`.")
     from leaveout.readout.index import Index
 
-    _one_thread("cpu")
+    one_thread()
     return Index.open(path, model)
-
-
-def _one_thread(device: str) -> None:
-    """One torch thread: more of them are slower on shared cores, and --workers uses the others."""
-    import torch
-
-    if device == "cpu":
-        torch.set_num_threads(1)
-
-
-def _query_rows(query: list[str] | None, prompt: str | None, file: Path | None) -> Iterator[Any]:
-    if (query is None) == (file is None):
-        raise typer.BadParameter("give either --query or --queries")
-    if file is not None:
-        from leaveout.corpus import Corpus
-
-        if prompt is not None:
-            raise typer.BadParameter("--prompt goes with --query; rows of --queries have their own prompts")
-        yield from Corpus.open(file)
-    for text in query or []:
-        yield text if prompt is None else {"prompt": prompt, "response": text}
 
 
 def _meta(meta: dict[str, Any]) -> str:
@@ -426,16 +269,4 @@ def _print_report(built: Index, report: BuildReport, json_: bool) -> None:
     for message in report.messages:
         print(f"leaveout: skipped: {message}", file=sys.stderr)
     facts = {"rows": len(built), "added": report.added, "skipped": report.skipped, "repeated": report.repeated}
-    _print_facts({**facts, "seconds": round(report.seconds, 1), "index": str(built.path)}, json_)
-
-
-def _print_facts(facts: dict[str, Any], json_: bool) -> None:
-    if json_:
-        print(to_line(facts))
-        return
-    for key, value in facts.items():
-        print(f"{key}: {json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value}")
-
-
-if __name__ == "__main__":
-    main()
+    print_facts({**facts, "seconds": round(report.seconds, 1), "index": str(built.path)}, json_)

@@ -1,0 +1,120 @@
+"""Commands about either engine: info, check and doctor, and the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leaveout.cli.program import Device, Dtype, Json, Workers, app, one_thread, print_facts
+from leaveout.cli.readout import open_index
+from leaveout.cli.runs import is_run, open_run
+from leaveout.report import print_table, to_line
+
+Place = Annotated[Path, typer.Argument(metavar="IDX|RUN", help="Directory of an index or of a training run.")]
+
+
+@app.command()
+def info(place: Place, json_: Json = False) -> None:
+    """Rows, bytes, settings and model of an index; or recipe, units and measurements of a training run.
+
+    Example: leaveout info idx --json
+    """
+    print_facts(_run_facts(place) if is_run(place) else open_index(place).info(), json_)
+
+
+@app.command()
+def check(place: Place, json_: Json = False) -> None:
+    """Read every file of an index or a training run and compare it with its hashes; exit 1 if something is wrong.
+
+    Example: leaveout check idx
+    """
+    if is_run(place):
+        from leaveout.store import Store
+
+        parts = [part for part in (place / "examples", place / "bank") if part.is_dir()]
+        problems = [f"{part.name}: {found}" for part in parts for found in Store.open(part).check()]
+    else:
+        problems = open_index(place).check()
+    if json_:
+        print(to_line({"problems": problems}))
+    else:
+        print("\n".join(problems) or "all files are as they were written")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str, typer.Argument(help="Path or id of a causal language model, a .gguf file, or a recipe (.yaml).")
+    ],
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_: Json = False,
+) -> None:
+    """Check a model before indexing with it: head, numbers, batch and padding invariance, tokenizer; or, of a training
+    recipe, whether its power series stay bounded.
+
+    Example: leaveout doctor EleutherAI/pythia-70m
+    """
+    one_thread(device)
+    if model.endswith((".yaml", ".yml")):
+        _diagnose_recipe(Path(model), json_)
+        return
+    from leaveout.readout.doctor import diagnose
+    from leaveout.readout.model import ModelOptions
+
+    checks = diagnose(model, options=ModelOptions(dtype=dtype, device=device))
+    words = {True: "pass", False: "FAIL", None: "note"}
+    if json_:
+        print(to_line({"checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks]}))
+    else:
+        print_table(["check", "result", "detail"], [(c.name, words[c.passed], c.detail) for c in checks])
+    if any(c.passed is False for c in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory for indexes, run and report.")] = Path("demo"),
+    workers: Workers = 1,
+    json_: Json = False,
+) -> None:
+    """Find planted culprits for a few answers with SmolLM2-135M; then train a small model, predict it without each of
+    its sources, and retrain it to see.
+
+    Example: leaveout demo --out demo
+    """
+    from leaveout.demo.run import run_demo
+
+    one_thread()
+    result = run_demo(out, workers)
+    if json_:
+        print(to_line(result))
+
+
+def _run_facts(path: Path) -> dict[str, Any]:
+    run = open_run(path)
+    recipe = run.recipe
+    return {
+        "run": str(path), "recipe": recipe.hash(), "kind": recipe.kind, "examples": len(recipe.examples),
+        "units": len(recipe.unit_names), "steps": len(recipe.batches()), "optimizer": recipe.optimizer.name,
+        "parameters": sum(p.numel() for p in run.parameters.values()), **run.bank.info(),
+    }  # fmt: skip
+
+
+def _diagnose_recipe(path: Path, json_: bool) -> None:
+    from leaveout.training.recipe import Recipe
+    from leaveout.training.stability import check_stability
+    from leaveout.training.train import RunOptions
+
+    found = check_stability(Recipe.from_yaml(path), RunOptions(progress=True))
+    if json_:
+        growth = [value if value < float("inf") else None for value in found.growth]
+        print(to_line({"verdict": found.verdict, "growth": growth, "advice": found.advice}))
+    else:
+        print(found)
+    if found.verdict == "unstable":
+        raise typer.Exit(1)

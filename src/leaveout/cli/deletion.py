@@ -1,0 +1,314 @@
+"""Commands of the deletion engine: train, measure, plan, predict a model without some of its data, and verify."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from leaveout.cli.program import (
+    BYTES,
+    SECONDS,
+    Json,
+    Prompt,
+    QueryText,
+    Workers,
+    amount,
+    app,
+    one_thread,
+    print_facts,
+    quantity,
+)
+from leaveout.cli.runs import (
+    Memory,
+    QueryFile,
+    RunPath,
+    SetsFile,
+    Without,
+    WithoutWhere,
+    is_run,
+    open_run,
+    read_queries,
+    read_sets,
+)
+from leaveout.errors import FormatError, UnsupportedError
+from leaveout.report import print_table, shorten, to_line
+
+if TYPE_CHECKING:
+    from leaveout.deletion.plan import Choice
+    from leaveout.deletion.predict import Prediction
+    from leaveout.deletion.settings import MeasureSettings
+
+Estimator = Annotated[
+    str,
+    typer.Option(
+        help="posterior, least_squares, mean, median_of_means, leave_one_out, pairwise, datamodels or first_order."
+    ),
+]
+Degree = Annotated[
+    int | None, typer.Option(min=1, help="Highest order: of mean, median_of_means and least_squares only.")
+]
+Html = Annotated[Path | None, typer.Option(help="Also write a page with a picture of the intervals.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe (docs/deletion.md).")],
+    out: Annotated[Path, typer.Option("--out", help="Directory of the run.")],
+    json_: Json = False,
+) -> None:
+    """Train a recipe on all its data; killed, the same command goes on, finished, it reopens the run.
+
+    Example: leaveout train recipe.yaml --out run
+    """
+    one_thread()
+    from leaveout.deletion.run import TrainingRun
+
+    began = time.monotonic()
+    run = TrainingRun.open(recipe, out, progress=True)
+    facts = {"examples": len(run.recipe.examples), "units": len(run.recipe.unit_names)}
+    facts |= {"parameters": sum(p.numel() for p in run.parameters.values()), "steps": len(run.recipe.batches())}
+    print_facts({"run": str(out), **facts, "seconds": round(time.monotonic() - began, 1)}, json_)
+
+
+@app.command()
+def measure(
+    run: RunPath,
+    directions: Annotated[int, typer.Option(min=0, help="Jet runs along random directions.")] = 0,
+    degree: Annotated[int, typer.Option(min=1, help="Degree of the jets.")] = 1,
+    retrain: Annotated[int, typer.Option(min=0, help="Retrainings by --design.")] = 0,
+    design: Annotated[
+        str, typer.Option(help="auto, singles, pairs, all pairs, random, subsets, along or extremes.")
+    ] = "auto",
+    without: Without = None,
+    without_where: WithoutWhere = None,
+    sets: SetsFile = None,
+    heldout: Annotated[
+        str | None, typer.Option(help="Retrainings for calibration: a number of random sets, or a file of sets.")
+    ] = None,
+    gradient: Annotated[bool, typer.Option("--gradient", help="The exact first order of the queries.")] = False,
+    query: QueryText = None,
+    prompt: Prompt = None,
+    queries: QueryFile = None,
+    workers: Workers = 1,
+    memory: Memory = None,
+    seed: Annotated[int, typer.Option(help="Of random directions and sets.")] = 0,
+    sizes: Annotated[str | None, typer.Option(help="Sizes of random sets, such as 4,10.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of jets: complex64 or complex128 (default: the run's).")] = None,
+    merge: Annotated[Path | None, typer.Option(help="Add the measurements of another run of the same recipe.")] = None,
+    json_: Json = False,
+) -> None:
+    """Add measurements to the bank of a run: jets, retrainings, the exact first order, or another run's bank. What is
+    there is not measured again, so that a killed command can be repeated. Without queries, trained parameters are
+    kept, and any query can be asked later.
+
+    Example: leaveout measure run --directions 256 --retrain 50 --heldout 16 --queries questions.jsonl
+    """
+    if dtype not in (None, "complex64", "complex128"):
+        raise typer.BadParameter(f"--dtype must be complex64 or complex128, got {dtype}")
+    named = without is not None or without_where is not None or sets is not None
+    if not (directions or retrain or named or heldout or gradient or merge):
+        raise typer.BadParameter(
+            "say what to measure: --directions, --retrain, --without, --heldout, --gradient or --merge"
+        )
+    settings = _settings(workers, memory, seed, sizes, dtype)
+    opened = open_run(run)
+    before = len(opened.bank)
+    if merge is not None:
+        if not is_run(merge):
+            raise FormatError(f"{merge} is not a training run: name the directory of one with the same recipe.")
+        opened.bank.merge(merge / "bank")
+    opened.measure(
+        directions, degree, retrain=retrain, design=design, gradient=gradient, settings=settings,
+        without=read_sets(opened, without, without_where, sets) if named else None,
+        heldout=None if heldout is None else int(heldout) if heldout.isdecimal() else Path(heldout),
+        queries=None if query is None and queries is None else read_queries(query, prompt, queries),
+    )  # fmt: skip
+    print_facts({"run": str(run), "added": len(opened.bank) - before, **opened.bank.info()}, json_)
+
+
+@app.command()
+def plan(
+    run: RunPath,
+    budget: Annotated[str, typer.Option(help="Wall time, such as 600s, 10min or 2h.")],
+    query: QueryText = None,
+    prompt: Prompt = None,
+    queries: QueryFile = None,
+    without: Without = None,
+    without_where: WithoutWhere = None,
+    sets: SetsFile = None,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="The sets stand for others like them: retraining just these is no help.")
+    ] = False,
+    disk: Annotated[str | None, typer.Option(help="At most so much for the bank, such as 2GB.")] = None,
+    memory: Annotated[str | None, typer.Option(help="At most so much for an estimator, such as 4GB.")] = None,
+    workers: Workers = 1,
+    json_: Json = False,
+) -> None:
+    """Say which measurements to buy for a budget, after timing a few steps of each: time, disk, memory, and the error
+    to expect (0: exact, 1: nothing is known), best first, with the command that buys them.
+
+    Example: leaveout plan run --queries questions.jsonl --without rivers --budget 10min
+    """
+    from leaveout.deletion.plan import Budget, make_plan
+
+    seconds = quantity(budget, SECONDS, "--budget")
+    opened = open_run(run)
+    removed = read_sets(opened, without, without_where, sets)
+    limits = quantity(disk, BYTES, "--disk"), quantity(memory, BYTES, "--memory")
+    assert seconds is not None
+    found = make_plan(
+        opened, read_queries(query, prompt, queries), removed, Budget(seconds, *limits, workers, examples=examples)
+    )
+    asked = _options(query=query, prompt=prompt, queries=queries)
+    named = _options(without=without, without_where=without_where, sets=sets)
+    commands = [_measure_command(run, choice, asked, named, workers) for choice in found.choices]
+    if json_:
+        keys = ("name", "seconds", "disk", "memory", "error")
+        listed = [
+            {**{key: getattr(choice, key) for key in keys}, "command": command}
+            for choice, command in zip(found.choices, commands, strict=True)
+        ]
+        stability = None if found.stability is None else found.stability.verdict
+        print(to_line({"choices": listed, "stability": stability, "budget": seconds}))
+        return
+    lines = [
+        (number, c.name, round(c.seconds, 1), amount(c.disk), amount(c.memory), c.error)
+        for number, c in enumerate(found.choices, 1)
+    ]
+    print_table(["", "choice", "seconds", "disk", "memory", "expected error"], lines)
+    print("\n".join(f"{number}. {command}" for number, command in enumerate(commands, 1)))
+
+
+@app.command()
+def predict(
+    run: RunPath,
+    query: QueryText = None,
+    prompt: Prompt = None,
+    queries: QueryFile = None,
+    without: Without = None,
+    without_where: WithoutWhere = None,
+    sets: SetsFile = None,
+    estimator: Estimator = "posterior",
+    degree: Degree = None,
+    curve: Annotated[Path | None, typer.Option(help="Also draw predictions as the share removed grows (.png).")] = None,
+    html: Html = None,
+    json_: Json = False,
+) -> None:
+    """Predict queries under the model trained without some data, with 95 % intervals, from the bank. Nothing is
+    trained. One JSON line per query and set.
+
+    Example: leaveout predict run --query thames --without rivers --without herbs,dogs
+    """
+    options = _estimator_options(estimator, degree)
+    opened = open_run(run)
+    asked, removed = read_queries(query, prompt, queries), read_sets(opened, without, without_where, sets)
+    found = opened.bank.predict(asked, removed, estimator, **options)
+    if curve is not None:
+        _draw(opened.bank.curve(asked, removed, estimator, **options), curve)
+    _print_prediction(found, None, html, json_)
+
+
+@app.command()
+def verify(
+    run: RunPath,
+    query: QueryText = None,
+    prompt: Prompt = None,
+    queries: QueryFile = None,
+    without: Without = None,
+    without_where: WithoutWhere = None,
+    sets: SetsFile = None,
+    estimator: Estimator = "posterior",
+    degree: Degree = None,
+    html: Html = None,
+    workers: Workers = 1,
+    memory: Memory = None,
+    json_: Json = False,
+) -> None:
+    """Predict, retrain without the data, and compare: is the actual value inside the 95 % interval? The retrainings
+    are kept and used for nothing else. With --json a last line holds the summary.
+
+    Example: leaveout verify run --query thames --without rivers
+    """
+    options = _estimator_options(estimator, degree)
+    settings = _settings(workers, memory)
+    opened = open_run(run)
+    asked, removed = read_queries(query, prompt, queries), read_sets(opened, without, without_where, sets)
+    found = opened.verify(asked, removed, estimator, settings, **options)
+    _print_prediction(found.prediction, found.summary(), html, json_)
+
+
+def _settings(
+    workers: int, memory: str | None, seed: int = 0, sizes: str | None = None, dtype: str | None = None
+) -> MeasureSettings:
+    limit = quantity(memory, BYTES, "--memory")
+    parts = [] if sizes is None else sizes.split(",")
+    if any(not part.strip().isdecimal() or int(part) < 1 for part in parts):
+        raise typer.BadParameter(f"--sizes must be positive numbers with commas, such as 4,10, got {sizes!r}")
+    from leaveout.deletion.settings import MeasureSettings
+
+    return MeasureSettings(workers, limit, seed, tuple(int(part) for part in parts), dtype, progress=True)
+
+
+def _estimator_options(estimator: str, degree: int | None) -> dict[str, Any]:
+    if degree is None:
+        return {}
+    if estimator not in ("mean", "median_of_means", "least_squares"):
+        raise typer.BadParameter("--degree goes with mean, median_of_means or least_squares")
+    return {"degree": degree}
+
+
+def _draw(curves: Any, path: Path) -> None:
+    from leaveout.deletion.predict import draw_curves
+
+    try:
+        draw_curves(curves, path)
+    except ImportError:
+        raise UnsupportedError("Curves are drawn by matplotlib: pip install 'leaveout[plots]'.") from None
+
+
+def _print_prediction(found: Prediction, summary: dict[str, Any] | None, html: Path | None, json_: bool) -> None:
+    lines = list(found.lines())
+    if html is not None:
+        from leaveout.pages import prediction_page
+
+        html.write_text(prediction_page(lines, found.estimator, summary), encoding="utf-8")
+    if json_:
+        print("\n".join(map(to_line, lines)))
+        if summary is not None:
+            print(to_line({"summary": summary}))
+        return
+    from leaveout.report import prediction_table
+
+    print_table(*prediction_table([{**line, "query": shorten(line["query"], 60)} for line in lines]))
+    if summary is not None:
+        print_facts({name: "unknown" if value is None else value for name, value in summary.items()}, False)
+
+
+# --- the command that a plan's choice stands for -------------------------------------------------------------------
+
+
+def _options(**given: Any) -> str:
+    """Options as the user gave them, to be repeated in another command."""
+    parts = []
+    for name, value in given.items():
+        for one in value if isinstance(value, list) else [] if value is None else [value]:
+            parts.append(f"--{name.replace('_', '-')} {shlex.quote(str(one))}")
+    return " ".join(parts)
+
+
+def _measure_command(run: Path, choice: Choice, asked: str, named: str, workers: int) -> str:
+    """The command that carries out a choice."""
+    arguments, settings = choice.arguments, choice.arguments.get("settings")
+    parts = [_options(**{name: arguments.get(name) for name in ("directions", "degree", "retrain", "design")})]
+    if arguments.get("gradient"):
+        parts.append("--gradient")
+    if arguments.get("without") is not None:
+        parts.append(named)
+    sizes = ",".join(map(str, settings.sizes)) if settings else ""
+    parts += [_options(heldout=arguments.get("heldout") or None, sizes=sizes or None), asked]
+    parts.append(_options(workers=workers if workers > 1 else None))
+    return " ".join(["leaveout measure", shlex.quote(str(run)), *filter(None, parts)])

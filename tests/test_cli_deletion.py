@@ -1,0 +1,301 @@
+"""The deletion engine's commands, in this process: answers against the Python API, and one sentence for every error."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+
+from command import run_command
+from leaveout import Recipe, TrainingRun, UnsupportedError, report
+from leaveout.deletion.plan import Budget
+
+NAMES = ("ana", "bob", "cleo", "dan", "eva", "finn", "gus", "hana", "ivo", "jana", "kim", "lou")
+RECIPE = "kind: microgpt\ndata: names.txt\nunits: units.json\nsteps: 12\n"
+QUERIES = ("nina", "bea")
+
+
+def write_recipe(place):
+    """Twelve names in four units."""
+    (place / "names.txt").write_text("\n".join(NAMES) + "\n")
+    recipe = place / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("units: units.json\n", ""))
+    group = {name: "abcd"[number // 3] for number, name in enumerate(NAMES)}
+    (place / "units.json").write_text(json.dumps({id: group[id.split(":")[1]] for id in Recipe.from_yaml(recipe).ids}))
+    recipe.write_text(RECIPE)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A directory with a recipe and its run, measured by retraining; not to be changed."""
+    place = tmp_path_factory.mktemp("deletion")
+    run = TrainingRun.open(write_recipe(place), place / "run")
+    run.measure(retrain=8, heldout=3)
+    return place
+
+
+@pytest.fixture
+def leaveout(monkeypatch, capsys):
+    def run(*arguments):
+        return run_command(monkeypatch, capsys, *arguments)
+
+    return run
+
+
+def asking(*names):
+    return [part for name in names for part in ("--query", name)]
+
+
+def test_train_measure_and_info_count_what_is_there(leaveout, tmp_path):
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    for _ in range(2):  # the second time it reopens
+        code, out, _ = leaveout("train", recipe, "--out", run, "--json")
+        assert code == 0
+        assert {"examples": 12, "units": 4, "steps": 12}.items() <= json.loads(out).items()
+    command = (
+        "measure",
+        run,
+        "--directions",
+        3,
+        "--degree",
+        2,
+        "--retrain",
+        5,
+        "--heldout",
+        2,
+        "--sizes",
+        "2",
+        "--seed",
+        7,
+    )
+    code, out, err = leaveout(*command, "--workers", 2, "--dtype", "complex128", "--memory", "1GB", "--json")
+    assert code == 0 and "jets of degree 2" in err
+    counts = {"jets of degree 2": 3, "retraining, auto, fit": 5, "retraining, heldout": 2}
+    facts = json.loads(out)
+    assert facts["added"] == sum(counts.values())
+    for name, n in counts.items():
+        assert [v for k, v in facts["measurements"].items() if k.startswith(name)] == [n]
+    assert json.loads(leaveout(*command, "--dtype", "complex128", "--json")[1])["added"] == 0
+    info = json.loads(leaveout("info", run, "--json")[1])
+    assert (info["kind"], info["examples"], info["units"]) == ("microgpt", 12, 4)
+    assert info["measurements"] == facts["measurements"]
+    assert leaveout("check", run)[:2] == (0, "all files are as they were written\n")
+    part = next((run / "bank").glob("*.safetensors"))
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    code, out, _ = leaveout("check", run)
+    assert code == 1 and part.name in out
+
+
+def test_predict_says_what_the_api_says(leaveout, trained, tmp_path):
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps({"text": name}) + "\n" for name in QUERIES))
+    (tmp_path / "sets.jsonl").write_text('["a", "c"]\n{"d": 0.5}\n')
+    options = [
+        "--without",
+        "a",
+        "--without",
+        "b, c",
+        "--without-where",
+        "unit = 'd'",
+        "--sets",
+        tmp_path / "sets.jsonl",
+    ]
+    code, out, _ = leaveout("predict", trained / "run", "--queries", tmp_path / "queries.jsonl", *options, "--json")
+    assert code == 0
+    lines = [json.loads(line) for line in out.splitlines()]
+    labels = ["a", "b, c", "unit = 'd'", "a, c", "d=0.5"]
+    assert [(line["query"], line["without"]) for line in lines] == [(q, w) for q in QUERIES for w in labels]
+    sets = [["a"], ["b", "c"], ["d"], ["a", "c"], {"d": 0.5}]
+    found = TrainingRun.load(trained / "run").bank.predict(list(QUERIES), sets)
+    for key, values in (("base", found.base), ("predicted", found.mean), ("std", found.std)):
+        np.testing.assert_allclose([line[key] for line in lines], values.ravel(), rtol=1e-9)
+    assert {line["estimator"] for line in lines} == {"posterior"}
+    assert all("actual" not in line for line in lines)
+
+
+def test_predict_by_another_estimator_gives_other_numbers(leaveout, trained):
+    ask = ["predict", trained / "run", *asking("nina"), "--without", "a,b", "--json"]
+    by_sum = json.loads(leaveout(*ask, "--estimator", "leave_one_out")[1])
+    run = TrainingRun.load(trained / "run")
+    single = run.retrain(["nina"], [["a"], ["b"]])[0] - by_sum["base"]
+    assert by_sum["predicted"] - by_sum["base"] == pytest.approx(single.sum(), abs=1e-5)
+    assert json.loads(leaveout(*ask)[1])["predicted"] != by_sum["predicted"]
+
+
+def test_verify_compares_with_plain_retraining(leaveout, trained, tmp_path):
+    ask = [*asking(*QUERIES), "--without", "b,d", "--without", "a", "--without", "a,b,c"]
+    code, out, _ = leaveout("verify", trained / "run", *ask, "--json", "--html", tmp_path / "page.html")
+    assert code == 0
+    *lines, last = [json.loads(line) for line in out.splitlines()]
+    actual = TrainingRun.load(trained / "run").retrain(list(QUERIES), [["b", "d"], ["a"], ["a", "b", "c"]])
+    np.testing.assert_allclose([line["actual"] for line in lines], actual.ravel(), rtol=1e-6)
+    for line in lines:
+        reach = 1.959964 * line["std"]
+        assert line["inside"] == (abs(line["actual"] - line["predicted"]) <= reach)
+    assert last["summary"]["coverage"] == pytest.approx(np.mean([line["inside"] for line in lines]))
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('class="ring"') == page.count('class="dot"') == 6
+    code, out, _ = leaveout("verify", trained / "run", *ask)
+    assert code == 0 and "inside" in out and "coverage" in out
+
+
+def test_curve_is_drawn_and_page_escapes_queries(leaveout, trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = tmp_path / "curve.png", tmp_path / "page.html"
+    ask = [*asking("nina"), "--without-where", "unit < 'b'", "--curve", files[0], "--html", files[1]]
+    code, out, _ = leaveout("predict", trained / "run", *ask)
+    assert code == 0 and "nina" in out
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+    assert "unit &lt; &#x27;b&#x27;" in files[1].read_text()
+
+
+def test_plan_lists_choices_whose_commands_run(leaveout, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    ask = [*asking("nina"), "--without", "a,b", "--budget", "1s"]
+    code, out, _ = leaveout("plan", run, *ask, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["stability"] == "stable" and found["budget"] == 1
+    choices = {choice["name"]: choice for choice in found["choices"]}
+    assert all(choice["seconds"] <= 1 and 0 <= choice["error"] <= 1 for choice in choices.values())
+    errors = [round(choice["error"], 3) for choice in found["choices"]]
+    assert errors == sorted(errors)
+    named = choices["retraining the sets themselves"]["command"]
+    assert named == f"leaveout measure {run} --without a,b --query nina"
+    pairs = choices["retrainings of all units and pairs"]["command"]
+    assert "--design 'all pairs'" in pairs and "--sizes 2" in pairs
+    assert "--gradient" in choices["exact first order, and retrainings"]["command"]
+    for command in (named, choices["jets of degree 1"]["command"]):
+        assert leaveout(*shlex.split(command)[1:])[0] == 0
+    line = json.loads(leaveout("verify", run, *asking("nina"), "--without", "a,b", "--json")[1].splitlines()[0])
+    assert line["predicted"] == pytest.approx(line["actual"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["predict", "RUN", "--query", "nina", "--without", ""], 1, "deletion set is empty"),
+        (["predict", "RUN", "--query", "nina", "--without", "a,b,c,d"], 1, "leave something to train on"),
+        (
+            ["predict", "RUN", "--query", "nina", "--without", "nobody"],
+            1,
+            "no unit and no example with the id 'nobody'",
+        ),
+        (["predict", "RUN", "--query", "nina", "--without-where", "unit = 'z'"], 1, "nothing would be left out"),
+        (["predict", "RUN", "--query", "nina", "--without-where", "nosuch = 1"], 1, "nosuch"),
+        (
+            ["predict", "RUN", "--query", "nina", "--without", "a", "--estimator", "oracle"],
+            1,
+            "estimator must be one of",
+        ),
+        (["predict", "RUN", "--query", "nina", "--without", "a", "--estimator", "mean"], 1, "needs jet runs"),
+        (["predict", "RUN", "--query", "nina", "--without", "a", "--degree", "2"], 2, "--degree goes with"),
+        (["predict", "RUN", "--query", "Nina", "--without", "a"], 1, "the character 'N'"),
+        (["predict", "RUN", "--query", "nina"], 2, "say what is left out"),
+        (["predict", "RUN", "--without", "a"], 2, "give either --query or --queries"),
+        (["predict", "nowhere", "--query", "nina", "--without", "a"], 1, "leaveout train RECIPE --out nowhere"),
+        (["predict", "RUN", "--queries", "missing.jsonl", "--without", "a"], 1, "missing.jsonl"),
+        (["predict", "RUN", "--query", "nina", "--sets", "missing.jsonl"], 1, "missing.jsonl"),
+        (["measure", "RUN", "--retrain", "5", "--design", "clever"], 1, "design must be one of auto"),
+        (["measure", "RUN", "--gradient"], 1, "pass queries"),
+        (["measure", "RUN"], 2, "say what to measure"),
+        (["measure", "RUN", "--retrain", "5", "--sizes", "4;5"], 2, "--sizes must be positive numbers"),
+        (["measure", "RUN", "--directions", "5", "--dtype", "int8"], 2, "complex64 or complex128"),
+        (["measure", "RUN", "--retrain", "5", "--memory", "4 apples"], 2, "--memory must be a number"),
+        (["measure", "RUN", "--merge", "nowhere"], 1, "nowhere is not a training run"),
+        (["plan", "RUN", "--query", "nina", "--without", "a", "--budget", "soon"], 2, "--budget must be a number"),
+        (["plan", "RUN", "--query", "nina", "--without", "a", "--budget", "0s"], 1, "must be positive"),
+        (["train", "missing.yaml", "--out", "OUT"], 1, "missing.yaml"),
+        (["train", "OTHER", "--out", "RUN"], 1, "was trained by another recipe"),
+        (["info", "nowhere"], 1, "nowhere"),
+        (["search", "RUN", "--query", "nina"], 1, "is a training run, not an index"),
+    ],
+)
+def test_errors_are_one_sentence(leaveout, trained, tmp_path, arguments, code, message):
+    other = tmp_path / "other.yaml"
+    other.write_text("kind: microgpt\ndata: names.txt\nsteps: 2\n")
+    (tmp_path / "names.txt").write_text("ada\nbo\n")
+    places = {"RUN": trained / "run", "OUT": tmp_path / "out", "OTHER": other}
+    found, out, err = leaveout(*(places.get(argument, argument) for argument in arguments))
+    assert (found, out) == (code, ""), err
+    assert message in " ".join(err.replace("│", " ").split())
+    assert "Traceback" not in err
+    if code == 1:
+        assert err.strip().startswith("leaveout: ") and len(err.strip().splitlines()) == 1
+
+
+def test_empty_bank_changed_recipe_and_merge(leaveout, tmp_path):
+    recipe = write_recipe(tmp_path)
+    for name in ("one", "two"):
+        assert leaveout("train", recipe, "--out", tmp_path / name)[0] == 0
+    ask = [*asking("nina"), "--without", "a"]
+    code, _, err = leaveout("predict", tmp_path / "one", *ask)
+    assert code == 1 and "needs measurements" in err
+    assert leaveout("measure", tmp_path / "two", "--retrain", 4, *asking("nina"))[0] == 0
+    code, out, _ = leaveout("measure", tmp_path / "one", "--merge", tmp_path / "two", "--json")
+    assert (code, json.loads(out)["added"]) == (0, 4)
+    answers = [leaveout("predict", tmp_path / name, *ask, "--json")[1] for name in ("one", "two")]
+    assert answers[0] == answers[1] != ""
+    code, _, err = leaveout("predict", tmp_path / "one", *asking("bea"), "--without", "a")
+    assert code == 1 and "measured for other queries" in err
+    recipe.write_text(RECIPE.replace("12", "13"))
+    code, _, err = leaveout("predict", tmp_path / "one", *ask)
+    assert code == 1 and "recipe or its data changed" in err
+
+
+def test_plan_hands_all_limits_on(leaveout, trained, monkeypatch):
+    seen = []
+
+    def stop(run, queries, sets, budget):
+        seen.append(budget)
+        raise UnsupportedError("Enough seen.")
+
+    monkeypatch.setattr("leaveout.deletion.plan.make_plan", stop)
+    ask = [*asking("nina"), "--without", "a", "--budget", "1.5min", "--workers", 2]
+    assert leaveout("plan", trained / "run", *ask, "--disk", "2GB", "--memory", "500 MB", "--examples")[0] == 1
+    assert seen == [Budget(90, 2 * 10**9, 500 * 10**6, 2, examples=True)]
+
+
+def test_classifier_asks_npz_and_refuses_not_a_number(leaveout, tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(12, 3)).astype(np.float32), np.arange(12) % 2
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    (tmp_path / "recipe.yaml").write_text(
+        "kind: classifier\ndata: data.npz\nmodel: {hidden: [4]}\nepochs: 2\noptimizer: {name: sgd, lr: 0.05}\n"
+    )
+    run = tmp_path / "run"
+    assert leaveout("train", tmp_path / "recipe.yaml", "--out", run)[0] == 0
+    np.savez(tmp_path / "ask.npz", x=x[:2] + 1, y=y[:2])
+    assert leaveout("measure", run, "--retrain", 12, "--queries", tmp_path / "ask.npz")[0] == 0
+    code, out, _ = leaveout("predict", run, "--queries", tmp_path / "ask.npz", "--without", "0,3", "--json")
+    assert (code, len(out.splitlines())) == (0, 2)
+    np.savez(tmp_path / "nan.npz", x=np.full((1, 3), np.nan, np.float32), y=y[:1])
+    code, _, err = leaveout("predict", run, "--queries", tmp_path / "nan.npz", "--without", "0")
+    assert code == 1 and "has the value nan" in err
+    np.savez(tmp_path / "half.npz", x=x)
+    code, _, err = leaveout("predict", run, "--queries", tmp_path / "half.npz", "--without", "0")
+    assert code == 1 and "has no array 'y'" in err
+
+
+def test_interval_chart_puts_values_on_one_axis():
+    line = {
+        "query": "<q>",
+        "without": "s",
+        "base": 1.0,
+        "predicted": 2.0,
+        "std": None,
+        "actual": 3.0,
+        "verdict": "rises",
+    }
+    shown = report.interval_chart([line])
+    assert 'cx="550.0"' in shown and 'cx="790.0"' in shown and "M310.0" in shown
+    assert 'class="bar"' not in shown and "<q>" not in shown
+    assert report.interval_chart([{**line, "std": 0.1}]).count('class="bar"') == 1
+    assert "7 more are not drawn" in report.interval_chart([line] * (report.CHART_ROWS + 7))
+    headers, rows = report.prediction_table([line])
+    assert dict(zip(headers, rows[0], strict=True))["inside"] == "unknown"

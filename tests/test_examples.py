@@ -1,0 +1,131 @@
+"""Each example runs in a tiny form; what it calls actual is what an ordinary retraining gives."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from leaveout.errors import UnsupportedError
+from leaveout.training.recipe import Recipe
+from leaveout.training.train import query_losses, train_plain
+from readout.tiny import make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of the examples or benchmarks by name; the number of threads is put back afterwards."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    threads = torch.get_num_threads()
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+
+
+def test_names_predicts_documents_and_first_letters(script, capsys):
+    names = script("names")
+    documents, letters = names.main(["--n", "40", "--budget", "1"])
+    recipe = Recipe.microgpt(names.HERE.joinpath("names.txt").read_text().split(), n=40)
+    kept = torch.tensor([float(row.text[0] not in "st") for row in recipe.examples])
+    actual = query_losses(recipe, train_plain(recipe, kept), names.QUERIES).double()
+    where = letters.prediction.without.index("s, t")
+    np.testing.assert_allclose(letters.prediction.actual[:, where], actual, rtol=1e-4)
+    assert letters.summary()["spearman"] > 0.7 and documents.summary()["spearman"] > 0.5
+    text = capsys.readouterr().out
+    assert text.count("measuring: ") == 2 and "expected error" in text
+    assert "95 % interval" in text and " inside" in text
+
+
+def test_names_yaml_is_the_recipe_of_the_script(script):
+    names = script("names")
+    from_script = Recipe.microgpt((names.HERE / "names.txt").read_text().split(), n=200)
+    assert Recipe.from_yaml(names.HERE / "names.yaml").hash() == from_script.hash()
+
+
+def test_digits_predicts_images_writers_and_classes(script, capsys):
+    pytest.importorskip("sklearn")
+    digits = script("digits")
+    found = digits.main(["--n", "200", "--retrain", "40"])
+    assert [len(v.prediction.without) for v in found] == [5, 8 // 2 + 2, 15]
+    for verification in found:
+        assert verification.summary()["spearman"] > 0.6
+        assert verification.inside.mean() >= 0.5
+    assert "Without a share of a class" in capsys.readouterr().out
+
+
+def test_finetune_predicts_sources(script, tmp_path, capsys):
+    finetune = script("finetune")
+    path = tmp_path / "model"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model, tokenizer = LlamaForCausalLM(config), make_tokenizer()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    found = finetune.main(["--model", str(path), "--out", str(tmp_path / "run")])
+    assert found.prediction.without[-5:] == ("sea=0.5", "farm=0.5", "bedtime=0.5", "kitchen=0.5", "rules=0.5")
+    assert found.summary()["spearman"] > 0.7
+    rows, queries = finetune.split(finetune.HERE / "finetune.jsonl")
+    recipe = finetune.make_recipe(rows, str(path))
+    kept = torch.tensor([0.0 if unit in ("sea", "farm", "bedtime") else 1.0 for unit in recipe.unit_names])
+    actual = query_losses(recipe, train_plain(recipe, kept), queries).double()
+    np.testing.assert_allclose(found.prediction.actual[:, 0], actual, rtol=1e-4)
+    assert "learned most from" in capsys.readouterr().out
+
+
+# peft asks transformers for a property under its old name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.real
+@pytest.mark.slow
+def test_finetune_recipe_of_smollm2_trains_adapters_of_the_last_layer(script):
+    finetune = script("finetune")
+    try:
+        finetune.find_model()
+    except UnsupportedError as missing:
+        pytest.skip(str(missing))
+    rows, _ = finetune.split(finetune.HERE / "finetune.jsonl")
+    recipe = finetune.make_recipe(rows[:4], None)
+    before, after = (query_losses(recipe, train_plain(r), rows[:1]).item() for r in (recipe.with_(lr=0.0), recipe))
+    assert after < before
+    assert all(".29." in name and "lora" in name for name in train_plain(recipe.with_(steps=0)))
+
+
+def test_coverage_benchmark_reserves_sets_of_every_kind_and_tests_the_others(script):
+    coverage = script("coverage")
+    sets = {"a": [[str(i)] for i in range(30)], "b": [["x", str(i)] for i in range(10)], "again": [["3"], ["y"], ["z"]]}
+    reserved, test = coverage.reserve(sets, 8, seed=0)
+    tested = [frozenset(s) for found in test.values() for s in found]
+    kept = {frozenset(s) for s in reserved}
+    assert len(reserved) == 8 and not kept & set(tested)
+    assert len(tested) + 8 == len(set(tested)) + 8 == 30 + 10 + 2  # the set of two kinds counts once
+    assert any("x" in s for s in kept) and kept & {frozenset("y"), frozenset("z")}
+
+
+def test_coverage_benchmark_smoke(script, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    coverage = script("coverage")
+    out = tmp_path / "digits.json"
+    assert coverage.main(["--case", "digits", "--json", str(out), "--smoke"]) == 0
+    result = json.loads(out.read_text())
+    assert result["smoke"] is True and result["reserved"] == 16
+    for found in result["measurements"].values():
+        pooled = sum(s["sets"] * s["coverage"] for s in found["kinds"].values()) / result["test_sets"]
+        assert found["all"]["coverage"] == pytest.approx(pooled)
+        assert 0.5 < found["all"]["coverage"] <= 1
+    assert "coverage" not in capsys.readouterr().err
+
+
+def test_coverage_by_own_half_of_equal_errors_is_the_level(script):
+    coverage = script("coverage")
+    z = np.abs(np.random.default_rng(0).standard_normal((10, 400)))
+    assert coverage.by_own_half(7 * z) == pytest.approx(0.95, abs=5 * (0.05 * 0.95 * 2 / 4000) ** 0.5)
+    assert coverage.by_own_half(z[:, :3]) is None

@@ -13,18 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from leaveout.deletion.estimators import SIMPLE
+from leaveout.deletion.measurements import JetBlock, Measurements
 from leaveout.deletion.plan import Budget, make_plan
+from leaveout.deletion.posterior import Posterior
+from leaveout.deletion.predict import Prediction
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
@@ -120,9 +125,15 @@ class Scores:
     coverage: dict[str, Any] = field(default_factory=dict)
     arms: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, name: str, run: TrainingRun, estimator: str, cpu: float, **options: Any) -> None:
+    def add(
+        self, name: str, run: TrainingRun, estimator: str, cpu: float, m: int | None = None, **options: Any
+    ) -> None:
+        """Scores one estimator on a bank; with m, on its first m jet runs only."""
         began = time.process_time()
-        p = run.bank.predict(self.setting.queries, self.setting.sets, estimator, **options)
+        if m is None:
+            p = run.bank.predict(self.setting.queries, self.setting.sets, estimator, **options)
+        else:
+            p = limited(run, self.setting, estimator, m, **options)
         low, high = p.interval()
         actual = self.setting.effects + p.base
         inside = (low <= actual) & (actual <= high)
@@ -149,8 +160,26 @@ class Scores:
         )  # fmt: skip
 
 
-def spent(run: TrainingRun) -> float:
-    return float(run.bank.info()["cpu_seconds"])
+def limited(run: TrainingRun, s: Setting, estimator: str, m: int, vectors: bool = False, **options: Any) -> Prediction:
+    """The prediction from the first m jet runs of a bank."""
+    data = run.bank.measurements(s.queries)
+    psi = np.concatenate([b.psi for b in data.jets])[:m]
+    c = np.concatenate([b.c for b in data.jets], 1)[:, :m]
+    made: Any = Posterior if estimator == "posterior" else SIMPLE[estimator]
+    alone = Measurements(data.base, data.sizes, (JetBlock(psi, c),))
+    if vectors:
+        alone = replace(alone, features=data.features, scores=data.scores)
+    fitted = made(alone, **options)
+    effect, std = fitted.predict(s.sets.x)
+    return Prediction(
+        tuple(s.queries), s.sets.labels, np.repeat(data.base[:, None], len(s.sets), 1), effect, std, estimator
+    )
+
+
+def spent(run: TrainingRun, *kinds: str) -> float:
+    """CPU seconds of a bank's measurements, or of some kinds of them."""
+    records = [r.meta for r in run.bank.store.iter_rows()]
+    return float(sum(m["cpu_seconds"] for m in records if not kinds or m["kind"] in kinds))
 
 
 def truth(s: Setting) -> None:
@@ -158,7 +187,7 @@ def truth(s: Setting) -> None:
     run = s.run("truth")
     values = run.retrain(s.queries, s.sets)
     s.effects = values - run.bank.base(_asked(s.queries))[:, None]
-    s.retraining = spent(run) / len(s.sets)
+    s.retraining = spent(run) / len(run.bank)
 
 
 def _asked(queries: Sequence[str]) -> Any:
@@ -169,29 +198,22 @@ def _asked(queries: Sequence[str]) -> Any:
 
 def paper_arms(s: Setting, scores: Scores, sizes: Sequence[int], degree: int) -> dict[str, Any]:
     """The paper's stored sketch at several numbers of directions, read by the paper's estimators and by ours."""
-    run, wall = s.run("sketch"), 0.0
+    run = s.run("sketch")
     queries = [*s.queries, "max"] if all(c in _alphabet(s) for c in "max") else s.queries
-    for m in sizes:
-        began = time.monotonic()
-        settings = MeasureSettings(workers=2, progress=True, check=m == sizes[0])
-        run.measure(m, degree, queries=queries, settings=settings)
-        wall += time.monotonic() - began
-        cpu = spent(run)
-        scores.add(f"mean, {m} directions, degree 1", run, "mean", cpu, degree=1)
-        scores.add(
-            f"least squares, {m} directions",
-            run,
-            "least_squares",
-            cpu,
-            degree=min(degree, 2) if s.recipe.ids and len(s.recipe.unit_names) < 64 else 1,
-        )
-        scores.add(f"posterior, {m} directions", run, "posterior", cpu)
-    for r in range(2, degree + 1):
-        scores.add(f"mean, {m} directions, degree {r}", run, "mean", cpu, degree=r)
-    scores.add(f"median of means, {m} directions", run, "median_of_means", cpu, degree=1)
+    began = time.monotonic()
+    run.measure(max(sizes), degree, queries=queries, settings=MeasureSettings(workers=2, progress=True))
+    wall, whole = time.monotonic() - began, spent(run)
     run.measure_vectors()
-    scores.add(f"posterior with update vectors, {m} directions", run, "posterior", cpu)
-    return {"directions": m, "degree": degree, "wall_seconds": wall, "cpu_seconds": cpu, "workers": 2}
+    exact = 2 if len(s.recipe.unit_names) < 64 else 1
+    for m in sizes:
+        cpu = whole * m / max(sizes)
+        scores.add(f"mean, {m} directions, degree 1", run, "mean", cpu, m, degree=1)
+        scores.add(f"least squares, {m} directions", run, "least_squares", cpu, m, degree=min(degree, exact))
+        scores.add(f"posterior without update vectors, {m} directions", run, "posterior", cpu, m)
+    for r in range(2, degree + 1):
+        scores.add(f"mean, {m} directions, degree {r}", run, "mean", cpu, m, degree=r)
+    scores.add(f"median of means, {m} directions", run, "median_of_means", cpu, m, degree=1)
+    return {"directions": m, "degree": degree, "wall_seconds": wall, "cpu_seconds": whole, "workers": 2}
 
 
 def _alphabet(s: Setting) -> str:
@@ -213,12 +235,28 @@ def figure3(s: Setting) -> dict[str, Any] | None:
 
 
 def vector_arms(s: Setting, scores: Scores, sizes: Sequence[int]) -> None:
-    """The posterior on jets alone, with the units' update vectors as prior."""
+    """The posterior on jets of degree 1 alone, with the units' update vectors as prior."""
     run = s.run("jets with vectors")
     vectors = _vectors(run)
+    run.measure(max(sizes), 1, queries=s.queries, settings=MeasureSettings(check=False))
     for m in sizes:
-        run.measure(m, 1, queries=s.queries, settings=MeasureSettings(check=False))
-        scores.add(f"posterior with update vectors, {m} directions, degree 1", run, "posterior", spent(run) + vectors)
+        cpu = spent(run) * m / max(sizes) + vectors
+        scores.add(f"posterior, {m} directions, degree 1", run, "posterior", cpu, m, vectors=True)
+
+
+def first_order_check(s: Setting, directions: int) -> dict[str, float]:
+    """Least squares on degree-1 jets against reverse mode, both in double precision; and least squares in single."""
+    double = TrainingRun.open(s.recipe.with_(dtype="float64"), s.work / "double")
+    settings = MeasureSettings(workers=2, check=False)
+    double.measure(directions, 1, gradient=True, queries=s.queries, settings=settings)
+    exact = double.bank.predict(s.queries, s.sets, "first_order").effect
+    found = double.bank.predict(s.queries, s.sets, "least_squares", degree=1).effect
+    single = limited(s.run("sketch"), s, "least_squares", directions, degree=1).effect
+    size = np.abs(exact).max()
+    return {
+        "directions": directions, "complex128": float(np.abs(found - exact).max() / size),
+        "complex64": float(np.abs(single - exact).max() / size),
+    }  # fmt: skip
 
 
 def _vectors(run: TrainingRun) -> float:
@@ -231,10 +269,12 @@ def budget_arms(s: Setting, scores: Scores, budget: int) -> dict[str, Any]:
     """All that one budget can buy, at equal CPU seconds: what the planner chooses, and each competitor alone."""
     seconds, units = budget * s.retraining, len(s.recipe.unit_names)
     settings = MeasureSettings(sizes=(4,) if units < 64 else (), check=False)
+    for arm in ("plan", "retrainings", "gradient"):  # what was bought by another plan must not help this one
+        shutil.rmtree(s.work / f"{arm} {budget}", ignore_errors=True)
+    n = min(HELDOUT, budget // 6)
+    reserved = DeletionSets(s.heldout.x[:n], s.heldout.labels[:n])
     run = s.run(f"plan {budget}")
     plan = make_plan(run, s.queries, s.heldout, Budget(seconds, examples=True))
-    n = plan.best.arguments["heldout"]
-    reserved = DeletionSets(s.heldout.x[:n], s.heldout.labels[:n])
     bought = {**plan.best.arguments, "heldout": reserved, "settings": settings}
     run.measure(**bought)
     name = f"posterior, plan, {budget}"
@@ -265,13 +305,14 @@ def budget_arms(s: Setting, scores: Scores, budget: int) -> dict[str, Any]:
     if m >= 2:
         run = s.run(f"jets {budget}")
         run.measure(m, 1, queries=s.queries, settings=settings)
+        cpu = spent(run) * m / len(run.bank)
         for estimator in ("least_squares", "mean"):
-            scores.add(f"{estimator.replace('_', ' ')} on jets, {budget}", run, estimator, spent(run))
+            scores.add(f"{estimator.replace('_', ' ')} on jets, {budget}", run, estimator, cpu, m)
     if plan.costs.gradient is not None and plan.costs.gradient < seconds:
         run = s.run(f"gradient {budget}")
         run.measure(gradient=True, queries=s.queries, settings=settings)
-        scores.add(f"metagradient, {budget}", run, "first_order", spent(run))
-        left = int((seconds - spent(run)) / s.retraining) - n
+        scores.add(f"metagradient, {budget}", run, "first_order", spent(run, "gradient"))
+        left = int((seconds - spent(run, "gradient")) / s.retraining) - n
         if left > 0:
             run.measure(retrain=left, heldout=reserved, queries=s.queries, settings=settings)
             scores.add(f"posterior with metagradient, {budget}", run, "posterior", spent(run))
@@ -322,7 +363,8 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "question": "How well is a retrained model predicted from each kind of measurement, at equal cost?",
         "smoke": args.smoke, "units": args.units, "n": args.n, "sets": len(s.sets), "queries": s.queries,
         "retraining_cpu_seconds": s.retraining, **scores.out, "coverage": scores.coverage, "arms": scores.arms,
-        "sketch": sketch, "figure3": figure3(s), "plans": plans, "timing": None if args.smoke else timing(s),
+        "sketch": sketch, "first_order": first_order_check(s, max(_sizes(args))) if documents else None,
+        "figure3": figure3(s), "plans": plans, "timing": None if args.smoke else timing(s),
         "recipe": s.recipe.hash(), **provenance(args.seed),
     }  # fmt: skip
 

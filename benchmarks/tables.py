@@ -130,12 +130,86 @@ def retraining(result: dict[str, Any]) -> str:
     return table(head, [[f"{result['runs']:,}, float32", f"{result['steps']:,}", f"{result['cpu_seconds']:.0f}"]])
 
 
-README, JETS = "README.md", "docs/jets.md"
+KINDS = {
+    "1": "one document",
+    "50": "50 random",
+    "300": "300 random",
+    "contains a letter": "contains a letter",
+    "block of 50": "block of 50",
+    "mean": "mean of nine kinds",
+}
+
+
+def deletion(result: dict[str, Any]) -> str:
+    """Pearson / Spearman / median relative error per kind of deletion set, and coverage."""
+    head = [
+        f"n = {result['n']:,}, {result['sets']} sets, {len(result['queries'])} queries",
+        "cost",
+        *KINDS.values(),
+        "inside 95 %",
+    ]
+    lines = []
+    for name, arm in result["arms"].items():
+        numbers = [
+            "/".join(f"{result[key][name][kind]:.2f}" for key in ("pearson", "spearman", "relative_error"))
+            for kind in KINDS
+        ]
+        inside = result["coverage"][name]["mean"]
+        lines.append(
+            [name, f"{arm['retraining_equivalents']:,.0f}", *numbers, "" if inside is None else f"{inside:.0%}"]
+        )
+    return table(head, lines)
+
+
+def letters(result: dict[str, Any]) -> str:
+    head = [f"26 first letters, {len(result['queries'])} queries", "cost"]
+    head += ["sets of 4: Spearman", "relative error", "sets of 8: Spearman", "relative error", "inside 95 %"]
+    lines = []
+    for name, arm in result["arms"].items():
+        numbers = [f"{result[key][name][k]:.2f}" for k in ("4", "8") for key in ("spearman", "relative_error")]
+        inside = result["coverage"][name]["mean"]
+        lines.append(
+            [name, f"{arm['retraining_equivalents']:,.0f}", *numbers, "" if inside is None else f"{inside:.0%}"]
+        )
+    return table(head, lines)
+
+
+def coverage(result: dict[str, Any]) -> str:
+    names = {
+        "retrainings": f"{result['retrainings']} retrainings",
+        "retrainings and gradient": "and the exact first order",
+    }
+    head = [
+        f"{result['case']}: {result['test_sets']} sets, {result['queries']} queries",
+        "inside 95 %",
+        "Spearman",
+        "relative error",
+    ]
+    return table(
+        head,
+        [
+            [
+                names.get(name, name),
+                f"{f['all']['coverage']:.1%}",
+                f"{f['all']['spearman']:.2f}",
+                f"{f['all']['relative_error']:.2f}",
+            ]
+            for name, f in result["measurements"].items()
+        ],
+    )
+
+
+README, JETS, DELETION = "README.md", "docs/jets.md", "docs/deletion.md"
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "index_cost": (README, "readout_index_cost.json", index_cost),
     "search": (README, "readout_search.json", search),
     "retrieval": (README, "readout_retrieval.json", retrieval),
     "projection": (README, "readout_projection.json", projection),
+    "deletion": (README, "deletion_accuracy_documents.json", deletion),
+    "letters": (README, "deletion_accuracy_letters.json", letters),
+    "coverage_names": (DELETION, "deletion_coverage_names.json", coverage),
+    "coverage_digits": (DELETION, "deletion_coverage_digits.json", coverage),
+    "coverage_lm": (DELETION, "deletion_coverage_lm.json", coverage),
     "speed": (JETS, "jets_speed.json", speed),
     "retraining": (JETS, "jets_loo_retraining.json", retraining),
 }

@@ -223,7 +223,7 @@ def test_tables_fill_the_readme_and_check_agrees(tables, smoke_results, tmp_path
             lambda text: text.replace("end:search", "end:retrieval"),
             "the table search ends with the marker of retrieval",
         ),
-        (lambda text: text.replace(":search ", ":serach "), "the tables marked in the README are"),
+        (lambda text: text.replace(":search ", ":serach "), "the tables marked in README.md are"),
         (lambda text: "# Title\n", r"are \[\], but there are"),
     ],
 )

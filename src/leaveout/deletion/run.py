@@ -370,5 +370,6 @@ def _saved_parameters(store: Store, recipe: Recipe, path: Path) -> Parameters:
             "a new directory."
         )
     side = store.side("parameters")
-    assert side is not None
+    if side is None or "p0" not in side:
+        raise MismatchError(f"{path} was trained by an older leaveout: train into a new directory.")
     return {name: torch.from_numpy(np.array(side[f"p{i}"])) for i, name in enumerate(task_of(recipe).trained)}

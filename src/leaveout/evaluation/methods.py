@@ -1,0 +1,203 @@
+"""Attribution methods by name: scores [query, example] or [query, unit] of one training run.
+
+A name may end in `@start`, `@third` or `@final` (default): the parameters that a model-based method looks at, before
+training, after a third of its steps, and after all of them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from leaveout.baselines import bm25, random_scores
+from leaveout.baselines.ekfac import EkFac
+from leaveout.baselines.embedding import EmbeddingCosine
+from leaveout.baselines.gradient_dot import GradientDot
+from leaveout.baselines.rapidin import RapidIn
+from leaveout.baselines.snapshots import take_snapshots
+from leaveout.baselines.tracin import TracIn
+from leaveout.corpus import Corpus, Row
+from leaveout.deletion.run import TrainingRun
+from leaveout.deletion.sets import DeletionSets
+from leaveout.deletion.settings import MeasureSettings
+from leaveout.errors import UnsupportedError
+from leaveout.readout.index import Index
+from leaveout.readout.model import Readout, load_readout
+from leaveout.readout.settings import PRESETS, SignatureSettings
+from leaveout.training.queries import Query
+from leaveout.training.tasks import Task, task_of
+from leaveout.training.train import Parameters
+
+CHECKPOINTS = ("start", "third", "final")
+SNAPSHOTS = 4  # of TracIn, evenly along the run
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of one method, [query, example] or [query, unit], and the CPU seconds that they took."""
+
+    scores: np.ndarray
+    cpu_seconds: float | None = None
+
+
+@dataclass
+class Scorer:
+    """What methods need of a training run. Memory: one copy of the trained parameters for each checkpoint in use."""
+
+    run: TrainingRun
+    queries: Sequence[Query]
+    seed: int = 0
+    settings: MeasureSettings = field(default_factory=MeasureSettings)
+    _parameters: dict[str, Parameters] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def task(self) -> Task:
+        return task_of(self.run.recipe)
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        return self.run.recipe.examples
+
+    @property
+    def query_rows(self) -> list[Any]:
+        """The queries in the form of the examples. Raises: UnsupportedError for one that is not the loss of a row."""
+        for query in self.queries:
+            if callable(query.row) or query.measure != "loss":
+                raise UnsupportedError(
+                    f"The query {query.name!r} is not the loss of a row, and only `metagradient` and `posterior` score others."
+                )
+        return [query.row for query in self.queries]
+
+    def parameters(self, at: str) -> Parameters:
+        """Trained parameters at a checkpoint."""
+        if at not in self._parameters:
+            n_steps = len(self.run.recipe.batches())
+            steps = {"start": 0, "third": n_steps // 3}
+            self._parameters[at] = (
+                self.run.parameters if at == "final" else take_snapshots(self.run.recipe, [steps[at]])[0].parameters
+            )
+        return self._parameters[at]
+
+    def texts(self, rows: Sequence[Any]) -> list[str]:
+        """What is learned of each row: its responses."""
+        found = [as_row(row) for row in rows]
+        return ["".join(row.text[start:end] for start, end in row.responses) for row in found]
+
+    def readout(self, at: str) -> Readout:
+        """The language model of the run at a checkpoint."""
+        values, own = self.parameters(at), dict(self.task.model.named_parameters())
+        with torch.no_grad():
+            for name, value in values.items():
+                own[name].copy_(value)
+        return load_readout(self.task.model, tokenizer_of(self.run))
+
+    def signatures(self, preset: str | SignatureSettings, at: str) -> np.ndarray:
+        """Scores of the readout engine [query, example], from an index in a temporary directory."""
+        asked, readout = self.query_rows, self.readout(at)
+        limit = self.run.recipe.max_tokens
+        rows = [indexed(as_row(row), str(i), readout.tokenizer, limit) for i, row in enumerate(self.rows)]
+        queries = [indexed(as_row(row), str(i), readout.tokenizer, limit) for i, row in enumerate(asked)]
+        with tempfile.TemporaryDirectory() as place:
+            return Index.build(readout, rows, Path(place) / "index", preset).score(queries)
+
+    def of_units(self, estimator: str) -> np.ndarray:
+        """Predicted effects of leaving out each unit alone [query, unit], nats."""
+        names = self.run.recipe.unit_names
+        return self.run.bank.predict(self.queries, DeletionSets(np.eye(len(names)), names), estimator).effect
+
+    def metagradient(self) -> np.ndarray:
+        self.run.measure(gradient=True, queries=self.queries, settings=self.settings)
+        return self.of_units("first_order")
+
+    def tracin(self) -> np.ndarray:
+        n_steps = len(self.run.recipe.batches())
+        steps = sorted({-(-n_steps * (i + 1) // SNAPSHOTS) for i in range(SNAPSHOTS)})
+        return TracIn(self.task, take_snapshots(self.run.recipe, steps)).score(self.query_rows, self.rows)
+
+
+METHODS: dict[str, Callable[[Scorer, str], np.ndarray]] = {
+    "random": lambda s, at: random_scores.score([""] * len(s.queries), [""] * len(s.rows), s.seed),
+    "bm25": lambda s, at: bm25.score(s.texts(s.query_rows), s.texts(s.rows)),
+    "embedding": lambda s, at: EmbeddingCosine(s.task, s.parameters(at)).score(s.query_rows, s.rows),
+    "gradient dot": lambda s, at: GradientDot(s.task, s.parameters(at)).score(s.query_rows, s.rows),
+    "gradient cosine": lambda s, at: GradientDot(s.task, s.parameters(at), cosine=True).score(s.query_rows, s.rows),
+    "tracin": lambda s, at: s.tracin(),
+    "rapidin": lambda s, at: RapidIn(s.task, s.parameters(at), seed=s.seed).score(s.query_rows, s.rows),
+    "ek-fac": lambda s, at: EkFac(s.task, s.parameters(at), seed=s.seed).score(s.query_rows, s.rows),
+    **{name: lambda s, at, name=name: s.signatures(name, at) for name in PRESETS},
+    "metagradient": lambda s, at: s.metagradient(),
+    "posterior": lambda s, at: s.of_units("posterior"),
+}
+"""Name -> scores. `metagradient` is measured into the run's bank; `posterior` uses what the bank has, and adds nothing."""
+
+
+def score_methods(
+    run: TrainingRun,
+    queries: Sequence[Query],
+    names: Sequence[str],
+    seed: int = 0,
+    settings: MeasureSettings | None = None,
+) -> dict[str, Scored]:
+    """Scores of methods by name, such as "default@start".
+
+    Raises: ValueError for an unknown name, before anything is computed; UnsupportedError where a method does not fit the
+            recipe or a package is missing.
+    """
+    parsed = {name: parse(name) for name in names}
+    scorer = Scorer(run, queries, seed, settings or MeasureSettings())
+    out = {}
+    for name, (method, at) in parsed.items():
+        began = time.process_time()
+        out[name] = Scored(METHODS[method](scorer, at), time.process_time() - began)
+    return out
+
+
+def parse(name: str) -> tuple[str, str]:
+    """Method and checkpoint of a name. Raises: ValueError for an unknown one."""
+    method, _, at = name.partition("@")
+    at = at or "final"
+    if method not in METHODS:
+        raise ValueError(f"there is no method {method!r}: give one of {', '.join(METHODS)}")
+    if at not in CHECKPOINTS:
+        raise ValueError(f"there is no checkpoint {at!r} in {name!r}: give one of {', '.join(CHECKPOINTS)}")
+    return method, at
+
+
+def as_row(row: Any) -> Row:
+    """A row of text. Raises: UnsupportedError for examples without text."""
+    if isinstance(row, (str, dict)):
+        row = next(iter(Corpus.open([row])))
+    if not isinstance(row, Row):
+        raise UnsupportedError(
+            "The examples of this recipe have no text: judge methods that need none, or scores of your own."
+        )
+    return row
+
+
+def indexed(row: Row, id: str, tokenizer: Any, limit: int) -> dict[str, str]:
+    """A row for an index, cut to the tokens that the recipe trains on."""
+    offsets = tokenizer(row.text, return_offsets_mapping=True, truncation=True, max_length=limit)["offset_mapping"]
+    text = row.text[: max(end for _, end in offsets)]
+    return {"id": id, "text": text, "prompt_text": text[: row.responses[0][0]]}
+
+
+def tokenizer_of(run: TrainingRun) -> Any:
+    """The tokenizer of a language-model recipe. Raises: UnsupportedError for another kind."""
+    if run.recipe.kind != "causal-lm":
+        raise UnsupportedError(
+            f"A {run.recipe.kind} recipe has no language model to index: leave the readout presets out."
+        )
+    source: Any = run.recipe.model
+    if callable(source):
+        return source()[1]  # type: ignore[index]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source)

@@ -1,0 +1,245 @@
+"""Evaluation against plain retraining and scipy: truth, its noise, judged scores, methods by name, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import rankdata
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from leaveout.baselines.stored import load_scores
+from leaveout.corpus import Corpus
+from leaveout.deletion import directions
+from leaveout.deletion.run import TrainingRun
+from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.evaluation import EvaluationSettings, evaluate
+from leaveout.evaluation.methods import METHODS, Scorer, indexed, score_methods
+from leaveout.evaluation.truth import second_order, single_effects, subset_truth
+from leaveout.training.queries import as_queries
+from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.train import query_losses, train_plain
+
+NAMES = [a + b for a in ("an", "bo", "ci", "du", "el", "fa") for b in ("na", "ri", "so", "tu")]
+QUERIES = ["anri", "bona", "citu"]
+SMALL = EvaluationSettings(subsets=12, second_order=False, removal_queries=2, removal_share=0.25, draws=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return Recipe.microgpt(NAMES, n=24, order="shuffled")
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    return TrainingRun.open(recipe, tmp_path_factory.mktemp("evaluated") / "run")
+
+
+def plainly(recipe, x):
+    """Losses [query, set] by plain training, one model after another."""
+    out = [query_losses(recipe, train_plain(recipe, torch.tensor(1 - row)), QUERIES) for row in x]
+    return torch.stack(out, 1).double().numpy()
+
+
+def rank_correlation(a, b):
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+
+
+def test_lds_and_qld_agree_with_plain_retraining(run, recipe):
+    given = {name: np.random.default_rng(seed).standard_normal((3, 24)) for seed, name in ((1, "mine"), (2, "other"))}
+    report = evaluate(run, QUERIES, scores=given, settings=SMALL)
+    x = directions.subsets(0, 12, 24, 0, 0.5)
+    losses = plainly(recipe, x)
+    random = np.zeros((3, 24))
+    for row, order in zip(random, np.argsort(-np.random.default_rng(0).random((3, 24)), axis=1), strict=True):
+        row[order[:6]] = 1
+    chance = plainly(recipe, random)
+    for judged, scores in zip(report.judged, given.values(), strict=True):
+        wanted = [rank_correlation(x @ scores[q], losses[q]) for q in range(3)]
+        assert np.allclose(judged.lds, wanted, atol=1e-9)
+        assert judged.qld is not None
+        for place, q in enumerate((0, 2)):
+            top = np.zeros((1, 24))
+            top[0, np.argsort(-scores[q])[:6]] = 1
+            assert judged.qld[place] == pytest.approx(plainly(recipe, top)[q, 0] - chance[q].mean(), abs=1e-5)
+    assert report.removal_queries == ("anri", "citu") and report.removed_units == 6
+
+
+def test_truth_is_trained_once_and_no_estimator_is_fitted_to_it(run, monkeypatch):
+    first = evaluate(run, QUERIES, ["random"], settings=SMALL)
+    assert not len(run.bank.measurements(QUERIES).retrainings)
+    monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
+    again = evaluate(run, QUERIES, ["random"], settings=SMALL)
+    assert next(again.lines())["lds"] == next(first.lines())["lds"]
+
+
+def test_ceiling_comes_from_a_second_order_and_the_truth_is_the_mean(run, recipe):
+    asked = as_queries(QUERIES)
+    second = second_order(run)
+    assert second.recipe.batches() != recipe.batches() and second.path.parent == run.path
+    truth = subset_truth(run, asked, 12, second=second)
+    x = directions.subsets(0, 12, 24, 0, 0.5)
+    one, other = plainly(recipe, x), plainly(recipe.with_(seed=recipe.seed + 1), x)
+    assert np.allclose(truth.values, (one + other) / 2, atol=1e-5)
+    r = np.mean([rank_correlation(a, b) for a, b in zip(one, other, strict=True)])
+    assert truth.ceiling is not None
+    assert truth.ceiling.ceiling.mean == pytest.approx(np.sqrt(2 * r / (1 + r)))
+    report = evaluate(
+        run, QUERIES, ["metagradient"], settings=EvaluationSettings(subsets=12, removal_queries=0, draws=0)
+    )
+    assert report.ceiling == truth.ceiling and any("ceiling" in note for note in report.notes())
+
+
+def test_an_order_that_never_changes_has_no_ceiling(tmp_path):
+    fixed = TrainingRun.open(Recipe.microgpt(NAMES, n=24, order="given"), tmp_path / "run")
+    with pytest.raises(UnsupportedError, match="order: shuffled"):
+        subset_truth(fixed, as_queries(QUERIES), 2, second=second_order(fixed))
+
+
+def test_first_order_beats_chance_and_leave_one_out_is_its_own_truth(run):
+    assert single_effects(run, as_queries(QUERIES)) is None
+    run.measure(retrain=24, design="singles", queries=QUERIES)
+    effects = single_effects(run, as_queries(QUERIES))
+    assert effects is not None
+    report = evaluate(run, QUERIES, ["metagradient", "random"], {"leave one out": effects}, SMALL)
+    assert report.interval("leave one out", "leave_one_out") == (1, 1, 1)
+    exact, chance = (report.interval(name, "leave_one_out") for name in ("metagradient", "random"))
+    assert exact is not None and chance is not None and exact.mean > 0.9 > 0.5 > chance.mean
+    assert [line["method"] for line in report.lines()][-1] == "random"
+    gap = report.difference("metagradient", "random")
+    assert gap is not None and gap.mean > 0.3
+    negated = evaluate(run, QUERIES, scores={"a": effects, "b": -effects}, settings=SMALL)
+    assert np.allclose(negated.judged[0].lds, -negated.judged[1].lds)
+
+
+def test_report_gives_lines_table_and_the_undefined(run):
+    report = evaluate(run, QUERIES, ["random"], {"flat": np.zeros((3, 24))}, SMALL)
+    lines = list(report.lines())
+    assert json.loads(json.dumps(lines, allow_nan=False)) == lines
+    flat = lines[-1]
+    assert flat["method"] == "flat" and flat["undefined"] == 3 and flat["lds"] is None and flat["qld"] is not None
+    headers, rows = report.table()
+    assert len(headers) == len(rows[0]) == 5 and "3 queries undefined" in rows[-1][1]
+    with pytest.raises(ValueError, match="'magic' was not judged"):
+        report.interval("magic")
+
+
+def test_scores_of_examples_are_summed_over_their_unit(run, recipe, tmp_path):
+    letters = TrainingRun.open(recipe.grouped([row.text[0] for row in recipe.examples]), tmp_path / "run")
+    each = np.random.default_rng(2).standard_normal((3, 24))
+    units = [row.text[0] for row in recipe.examples]
+    summed = np.stack([each[:, [u == name for u in units]].sum(1) for name in dict.fromkeys(units)], 1)
+    report = evaluate(letters, QUERIES, scores={"rows": each, "units": summed}, settings=SMALL)
+    assert np.allclose(report.judged[0].lds, report.judged[1].lds) and np.isfinite(report.judged[0].lds).all()
+
+
+def test_files_of_scores_can_be_judged(run, tmp_path):
+    np.save(tmp_path / "s.npy", np.random.default_rng(3).standard_normal((3, 24)).astype(np.float32))
+    scores = load_scores(tmp_path / "s.npy", QUERIES, run.recipe.ids)
+    assert evaluate(run, QUERIES, scores={"file": scores}, settings=SMALL).interval("file") is not None
+
+
+def test_wrong_calls_are_refused_before_anything_is_trained(run, monkeypatch):
+    monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
+    good = np.zeros((3, 24))
+    for call, error, message in (
+        (lambda: evaluate(run, QUERIES), ValueError, "nothing to judge"),
+        (lambda: evaluate(run, QUERIES, ["magic"]), ValueError, "no method 'magic'"),
+        (lambda: evaluate(run, QUERIES, ["random@middle"]), ValueError, "no checkpoint 'middle'"),
+        (lambda: evaluate(run, QUERIES, ["random"], {"random": good}), ValueError, "stands twice"),
+        (lambda: evaluate(run, QUERIES, scores={"x": good[:2]}), MismatchError, r"\[3, 24\]"),
+        (lambda: evaluate(run, QUERIES, scores={"x": good * np.nan}), FormatError, "not finite"),
+        (lambda: evaluate(run, QUERIES, ["default"]), UnsupportedError, "no language model"),
+        (lambda: subset_truth(run, as_queries(QUERIES), 1), ValueError, "at least 2"),
+        (lambda: subset_truth(run, as_queries(QUERIES), 4, 1.0), ValueError, "between 0 and 1"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_a_recipe_without_text_has_no_text_methods(tmp_path):
+    rows = tuple((torch.eye(2)[i % 2] + 0.1 * i, i % 2) for i in range(8))
+    shapes = Recipe("classifier", rows, optimizer=OptimizerSettings("sgd", 0.1), batch_size=4, epochs=2)
+    found = TrainingRun.open(shapes, tmp_path / "run")
+    with pytest.raises(UnsupportedError, match="no text"):
+        score_methods(found, as_queries([(torch.ones(2), 1)]), ["bm25"])
+    assert score_methods(found, as_queries([(torch.ones(2), 1)]), ["gradient dot"])["gradient dot"].scores.shape == (
+        1,
+        8,
+    )
+
+
+def test_every_method_is_on_the_page():
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in METHODS)
+
+
+# --- a language model --------------------------------------------------------------------------------------------
+
+WORDS = ("plums", "boats", "hats", "owls")
+
+
+def language_model():
+    """A Llama of one small layer whose tokens are bytes, with its tokenizer."""
+    letters = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    config = LlamaConfig(
+        vocab_size=len(letters), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config), PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    rows = [{"prompt": f"sell {word} {i}:", "completion": f" {word} {word}"} for i in range(3) for word in WORDS]
+    recipe = Recipe(
+        "causal-lm", tuple(Corpus.open(rows)), model=language_model, optimizer=OptimizerSettings("sgd", 0.3), epochs=3,
+        batch_size=4, order="shuffled", max_tokens=24,
+    )  # fmt: skip
+    return TrainingRun.open(recipe, tmp_path_factory.mktemp("tuned") / "run")
+
+
+ASKED = [{"prompt": f"buy {word}:", "completion": f" {word} {word}"} for word in WORDS]
+
+
+def test_every_method_scores_a_language_model(tuned):
+    asked = as_queries(ASKED)
+    tuned.measure(retrain=12, design="singles", queries=asked)
+    names = [*METHODS, "default@start", "gradient dot@third"]
+    found = score_methods(tuned, asked, names)
+    for name in names:
+        assert found[name].scores.shape == (4, 12) and np.isfinite(found[name].scores).all(), name
+    best = found["bm25"].scores.argmax(1)
+    assert [tuned.recipe.examples[i].text.split()[1] for i in best] == list(WORDS)
+    for name in ("default", "gradient dot"):
+        other = "default@start" if name == "default" else "gradient dot@third"
+        assert not np.allclose(found[name].scores, found[other].scores, rtol=0.05)
+
+
+def test_the_readout_of_a_run_has_the_trained_parameters(tuned):
+    scorer = Scorer(tuned, as_queries(ASKED))
+    for at, wanted in (("final", tuned.parameters), ("start", dict(language_model()[0].named_parameters()))):
+        model = scorer.readout(at).lm
+        assert all(torch.equal(p, wanted[name]) for name, p in model.named_parameters())
+
+
+def test_rows_are_indexed_as_they_are_trained_on(tuned):
+    tokenizer = language_model()[1]
+    (row,) = Corpus.open([{"prompt": "a long prompt", "completion": " and a longer answer"}])
+    assert indexed(row, "7", tokenizer, 20) == {
+        "id": "7", "text": "a long prompt and a ", "prompt_text": "a long prompt",
+    }  # fmt: skip
+    assert indexed(row, "7", tokenizer, 999)["text"] == row.text

@@ -299,3 +299,16 @@ def test_interval_chart_puts_values_on_one_axis():
     assert "7 more are not drawn" in report.interval_chart([line] * (report.CHART_ROWS + 7))
     headers, rows = report.prediction_table([line])
     assert dict(zip(headers, rows[0], strict=True))["inside"] == "unknown"
+
+
+def test_evaluate_judges_methods_and_scores_of_ones_own(leaveout, trained, tmp_path):
+    np.save(tmp_path / "mine.npy", np.random.default_rng(0).normal(size=(2, 12)).astype(np.float32))
+    place = tmp_path / "run"
+    shutil.copytree(trained / "run", place)
+    options = ("--scores", tmp_path / "mine.npy", "--subsets", 6, "--qld", 0, "--no-ceiling")
+    code, out, err = leaveout("evaluate", place, *asking(*QUERIES), "--method", "random", *options, "--json")
+    assert code == 0, err
+    assert {"random", "mine"} <= {line.get("method") for line in map(json.loads, out.splitlines())}
+    code, _, err = leaveout("evaluate", place, *asking(*QUERIES), "--method", "magic", *options)
+    assert code == 1 and "magic" in err
+    assert leaveout("evaluate", place, *asking(*QUERIES))[0] == 2

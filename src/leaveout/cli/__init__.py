@@ -12,7 +12,10 @@ from leaveout.cli import readout
 from leaveout.cli import deletion
 
 # isort: split
+from leaveout.cli import evaluation
+
+# isort: split
 from leaveout.cli import checks
 from leaveout.cli.program import app, main
 
-__all__ = ["app", "checks", "deletion", "main", "readout"]
+__all__ = ["app", "checks", "deletion", "evaluation", "main", "readout"]

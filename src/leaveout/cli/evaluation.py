@@ -1,0 +1,58 @@
+"""The command that judges attribution scores by retraining."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from leaveout.cli.program import Json, Prompt, QueryText, Workers, app
+from leaveout.cli.runs import QueryFile, RunPath, open_run, read_queries
+from leaveout.report import print_table, to_line
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    query: QueryText = None,
+    prompt: Prompt = None,
+    queries: QueryFile = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Name of a method such as default, paper@start or ek-fac; again for more.")
+    ] = None,
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="Scores of your own, .npy, .csv or .jsonl; again for more.")
+    ] = None,
+    subsets: Annotated[int, typer.Option(min=4, help="Retrainings on random subsets, shared by all methods.")] = 64,
+    removed: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share that a subset leaves out.")] = 0.5,
+    qld: Annotated[int, typer.Option(min=0, help="Queries of the QLD; each is one retraining a method.")] = 10,
+    ceiling: Annotated[bool, typer.Option(help="Retrain the subsets with a second seed: the noise ceiling.")] = True,
+    workers: Workers = 1,
+    json_: Json = False,
+) -> None:
+    """Judge attribution methods by retraining: LDS, QLD and leave-one-out, with intervals and the noise ceiling.
+
+    Example: leaveout evaluate run --queries queries.jsonl --method default --method bm25 --subsets 64
+    """
+    opened = open_run(run)
+    from leaveout.baselines.stored import load_scores
+    from leaveout.deletion.settings import MeasureSettings
+    from leaveout.evaluation import EvaluationSettings, evaluate
+
+    if not method and not scores:
+        raise typer.BadParameter("say what is judged: --method or --scores")
+    asked = read_queries(query, prompt, queries)
+    names = [q.name for q in asked]
+    given = {file.stem: load_scores(file, names, opened.recipe.ids) for file in scores or []}
+    settings = EvaluationSettings(
+        subsets=subsets, removed=removed, second_order=ceiling, removal_queries=qld,
+        measure=MeasureSettings(workers=workers, progress=True),
+    )  # fmt: skip
+    report = evaluate(opened, asked, method or [], given, settings)
+    if json_:
+        for line in report.lines():
+            print(to_line(line))
+        return
+    print_table(*report.table())
+    print("\n".join(report.notes()))

@@ -48,7 +48,7 @@ def ray_worker(start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> Ite
     Raises: UnsupportedError if ray is not installed.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UnsupportedError("the backend ray needs the package ray: pip install 'leaveout[ray]'") from error
     connects = not ray.is_initialized()

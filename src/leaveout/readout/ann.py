@@ -86,7 +86,7 @@ def remove(path: Path) -> None:
 
 def _faiss() -> Any:
     try:
-        import faiss
+        import faiss  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UnsupportedError("this needs the package faiss: pip install 'leaveout[ann]'") from error
     return faiss

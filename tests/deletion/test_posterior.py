@@ -181,7 +181,7 @@ def test_removing_all_that_helps_a_query_is_called_uncertain():
     data = Measurements(np.zeros(2), np.ones(units), retrainings=Retrainings(x, x @ effects.T), gradient=effects)
     sets = np.zeros((2, units))
     sets[0, :3], sets[1, 20:23] = 1, 1
-    mean, std = Posterior(data).predict(sets)
+    mean, std = Posterior(data, many(first=1e-3)).predict(sets)
     assert std[0, 0] > 1.0 and std[0, 0] > 10 * std[1, 0]  # three of the three
     assert std[0, 1] < 0.2 and mean[0, 0] == pytest.approx(3, rel=0.1)  # none of the three
 

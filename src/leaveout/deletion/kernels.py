@@ -90,7 +90,7 @@ class FewUnits:
     second: float = 0.02
     third: float = 1e-3
     fourth: float = 1e-3
-    squares: float = 0.2
+    squares: float = 0.05
     first: float = 1.0
 
     def orders(self, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:

@@ -75,7 +75,7 @@ class Posterior:
         if data.noise is not None and len(data.retrainings) and (data.noise > 0).any():
             scale = np.median(data.noise**2 / np.maximum(self.tau, 1e-300))
             self._fit(max(NUGGET, float(scale)))
-        if isinstance(self.kernel, (ManyUnits, FewUnits)):
+        if isinstance(self.kernel, ManyUnits):  # few units each hold a large share of every query's help
             self._curved = replace(self.kernel, first=0.0)
             self._helps = np.maximum(self.predict(np.eye(data.units))[0], 0)
 

@@ -21,18 +21,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from leaveout.deletion.directions import complex_uniform
 from leaveout.jets import roots
 from leaveout.training.provenance import provenance
 from leaveout.training.recipe import Recipe
 from leaveout.training.stability import growth_scale
 from leaveout.training.train import train_roots
-
-
-def directions(n: int, units: int, seed: int) -> Tensor:
-    """Uniform on the complex unit sphere [n, units]."""
-    g = torch.Generator().manual_seed(seed)
-    psi = torch.randn(n, units, generator=g, dtype=torch.complex128)
-    return psi / psi.norm(dim=1, keepdim=True)
 
 
 def coefficients(recipe: Recipe, psi: Tensor, radius: float, degree: int, query: str) -> tuple[Tensor, Tensor]:
@@ -49,7 +43,7 @@ def measure(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     partial = args.json.with_suffix(".partial")
     if partial.exists():  # a killed run goes on; delete the file after changing an option
         rows = json.loads(partial.read_text())
-    todo = directions(args.directions, 1000, args.seed)[len(rows["theta"]) :]
+    todo = torch.from_numpy(complex_uniform(len(rows["theta"]), args.directions, 1000, args.seed))
     for psi in tqdm(todo, desc="directions", file=sys.stderr):
         radii = args.radii if not rows["theta"] else args.radii[-1:]
         found = [coefficients(recipe, psi, radius, args.degree, args.query) for radius in radii]

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from leaveout.deletion.directions import complex_uniform
 from leaveout.jets import roots
+from leaveout.training.complex_copies import train_roots
 from leaveout.training.provenance import provenance
 from leaveout.training.recipe import Recipe
 from leaveout.training.stability import growth_scale
-from leaveout.training.train import train_roots
 
 
 def coefficients(recipe: Recipe, psi: Tensor, radius: float, degree: int, query: str) -> tuple[Tensor, Tensor]:

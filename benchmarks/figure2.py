@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from leaveout.training.outputs import query_losses
 from leaveout.training.provenance import provenance
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import JetSettings, RunOptions, query_losses, train_jets, train_plain
+from leaveout.training.train import JetSettings, RunOptions, train_jets, train_plain
 
 DEGREE = 6
 PUBLISHED = {

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
+from leaveout.training.outputs import query_losses
 from leaveout.training.provenance import provenance
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import RunOptions, query_losses, train_batch, train_plain
+from leaveout.training.train import RunOptions, train_batch, train_plain
 
 QUERIES = ["max", "zoe", "emma"]
 

@@ -20,9 +20,9 @@ from torch import nn
 
 from leaveout.deletion.run import MeasureSettings, TrainingRun
 from leaveout.deletion.verify import Verification
+from leaveout.training.outputs import query_losses
 from leaveout.training.queries import Query
 from leaveout.training.recipe import OptimizerSettings, Recipe
-from leaveout.training.train import query_losses
 
 BLOCK = 25
 

@@ -20,9 +20,10 @@ from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
 from leaveout.evaluation.methods import METHODS, Scorer, indexed, score_methods
 from leaveout.evaluation.truth import second_order, single_effects, subset_truth
+from leaveout.training.outputs import query_losses
 from leaveout.training.queries import as_queries
 from leaveout.training.recipe import OptimizerSettings, Recipe
-from leaveout.training.train import query_losses, train_plain
+from leaveout.training.train import train_plain
 
 NAMES = [a + b for a in ("an", "bo", "ci", "du", "el", "fa") for b in ("na", "ri", "so", "tu")]
 QUERIES = ["anri", "bona", "citu"]

@@ -12,8 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from leaveout.errors import UnsupportedError
+from leaveout.training.outputs import query_losses
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import query_losses, train_plain
+from leaveout.training.train import train_plain
 from readout.tiny import make_tokenizer
 
 ROOT = Path(__file__).parents[1]

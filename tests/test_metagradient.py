@@ -13,9 +13,10 @@ from torch import nn
 from leaveout.corpus import Corpus
 from leaveout.errors import StabilityError, UnsupportedError
 from leaveout.training.metagradient import FlatRun, metagradient, plan_reverse, walk_back
+from leaveout.training.outputs import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
-from leaveout.training.train import JetSettings, RunOptions, query_losses, train_batch, train_jets, train_plain
+from leaveout.training.train import JetSettings, RunOptions, train_batch, train_jets, train_plain
 from leaveout.training.updates import Sketch, UnitVectors, influence, query_gradients, unit_vectors
 
 NAMES = ["anna", "bob", "eve", "kim", "lena", "max", "otto", "vera"]

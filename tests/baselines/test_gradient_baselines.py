@@ -16,9 +16,10 @@ from leaveout.baselines.snapshots import take_snapshots
 from leaveout.baselines.tracin import TracIn
 from leaveout.baselines.z0_inf import Z0Inf
 from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.training.outputs import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
-from leaveout.training.train import query_losses, train_batch, train_plain
+from leaveout.training.train import train_batch, train_plain
 
 # Largest difference over the largest number: rounding of another order of summation, and float16 for RapidIn.
 CLOSE = {"classifier": 1e-6, "microgpt": 1e-6, "causal-lm": 1e-5}

@@ -19,10 +19,11 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.training.outputs import query_losses
 from leaveout.training.queries import Query
 from leaveout.training.queries import margin as margin_of
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import query_losses, train_plain
+from leaveout.training.train import train_plain
 
 from .conftest import FAST, NAMES, QUERIES
 

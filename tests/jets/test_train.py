@@ -13,19 +13,13 @@ from leaveout.errors import FormatError, MismatchError, StabilityError, Unsuppor
 from leaveout.jets import roots
 from leaveout.training import stability
 from leaveout.training import train as training
+from leaveout.training.complex_copies import train_roots
 from leaveout.training.memory import available_memory, plan_memory
+from leaveout.training.outputs import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.stability import Stability, check_stability, growth_scale, random_directions
 from leaveout.training.tasks import task_of
-from leaveout.training.train import (
-    JetSettings,
-    RunOptions,
-    query_losses,
-    train_batch,
-    train_jets,
-    train_plain,
-    train_roots,
-)
+from leaveout.training.train import JetSettings, RunOptions, train_batch, train_jets, train_plain
 
 OPTIMIZERS = {
     "sgd": OptimizerSettings("sgd", 0.1, weight_decay=0.01), "momentum": OptimizerSettings("sgd", 0.05, 0.9, True),

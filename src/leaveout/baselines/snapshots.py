@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Batch, task_of
-from leaveout.training.train import Loop, Parameters, RunOptions, make_optimizer
+from leaveout.training.train import Loop, Parameters, RunOptions, clipper, make_optimizer, own_parameters
 
 
 @dataclass(frozen=True)
@@ -35,28 +35,20 @@ def take_snapshots(recipe: Recipe, steps: Sequence[int], progress: bool = False)
     if not steps or steps[0] < 0 or steps[-1] > n_steps or any(a >= b for a, b in itertools.pairwise(steps)):
         raise ValueError(f"snapshots need ascending steps within 0 ... {n_steps}, not {list(steps)}.")
     task = task_of(recipe)
-    own = dict(task.model.named_parameters())
-    params = {name: own[name] for name in task.trained}
+    params = own_parameters(task)
     kept: list[Parameters] = []
-    step = 0
 
-    def keep() -> None:
+    def keep(step: int) -> None:
         if step in steps:
             kept.append({name: p.detach().clone() for name, p in params.items()})
 
     def backward(batch: Batch, numbers: Tensor) -> None:
         (task.loss(task.model, batch).sum() / recipe.batch_size).backward()
 
-    def before_step() -> None:  # the loop calls it once a step, when all gradients are there
-        nonlocal step
-        keep()
-        step += 1
-        if recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(list(params.values()), recipe.clip_norm)
-
-    loop = Loop(recipe, task, params, make_optimizer(recipe, list(params.values())), backward, before_step)
-    loop.run(None, "snapshots", RunOptions(progress=progress))
-    keep()
+    keep(0)
+    Loop(
+        recipe, task, params, make_optimizer(recipe, list(params.values())), backward, clipper(recipe, params), keep
+    ).run(None, "snapshots", RunOptions(progress=progress))
     rates = [recipe.rate(i, n_steps) for i in range(n_steps)]
     befores = [0, *steps[:-1]]
     return [

@@ -27,10 +27,11 @@ from leaveout.deletion.predict import Curve, Prediction
 from leaveout.deletion.sets import deletion_sets
 from leaveout.errors import FormatError, MismatchError
 from leaveout.store import Record, Segment, Store
+from leaveout.training.outputs import jet_values, query_losses
 from leaveout.training.queries import Query, as_queries, query_function
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import task_of
-from leaveout.training.train import Parameters, jet_values, query_losses
+from leaveout.training.train import Parameters
 from leaveout.training.updates import UnitVectors, influence, query_gradients
 
 ESTIMATORS = ("posterior", *SIMPLE)

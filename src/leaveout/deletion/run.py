@@ -32,19 +32,12 @@ from leaveout.executor import run_tasks
 from leaveout.store import Record, Store
 from leaveout.training.memory import runs_together
 from leaveout.training.metagradient import metagradient
+from leaveout.training.outputs import query_losses
 from leaveout.training.queries import Query, as_queries, query_function
 from leaveout.training.recipe import Recipe
 from leaveout.training.stability import check_stability
 from leaveout.training.tasks import task_of
-from leaveout.training.train import (
-    JetSettings,
-    Parameters,
-    RunOptions,
-    query_losses,
-    train_batch,
-    train_jets,
-    train_plain,
-)
+from leaveout.training.train import JetSettings, Parameters, RunOptions, train_batch, train_jets, train_plain
 from leaveout.training.updates import unit_vectors
 
 WIDTH = 8192

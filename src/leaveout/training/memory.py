@@ -60,7 +60,7 @@ def plan_memory(
     count = sum(params[name].numel() for name in task.trained)
     name = "momentum" if recipe.optimizer.name == "sgd" and recipe.optimizer.momentum else recipe.optimizer.name
     state = COPIES[name] * degree * dtype.itemsize * count
-    kept = _kept_bytes(recipe, task) * degree * dtype.itemsize // recipe.real_dtype.itemsize
+    kept = kept_bytes(recipe, task) * degree * dtype.itemsize // recipe.real_dtype.itemsize
     fits = limit // max(1, state + kept)
     if fits < 1:
         raise UnsupportedError(
@@ -79,11 +79,11 @@ def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = Non
     limit = limit if limit is not None else available_memory() // 2
     params = dict(task.model.named_parameters())
     count = sum(params[name].numel() for name in task.trained)
-    each = 5 * recipe.real_dtype.itemsize * count + _kept_bytes(recipe, task)
+    each = 5 * recipe.real_dtype.itemsize * count + kept_bytes(recipe, task)
     return max(1, min(most, limit // max(1, each)))
 
 
-def _kept_bytes(recipe: Recipe, task: Task) -> int:
+def kept_bytes(recipe: Recipe, task: Task) -> int:
     """Bytes that autograd keeps for the largest micro-batch of the plain run, parameters not counted."""
     largest = max(recipe.batches(), key=lambda batch: sum(_size(recipe.examples[i]) for i in batch))
     seen: dict[int, int] = {}

@@ -25,10 +25,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from leaveout.errors import StabilityError, UnsupportedError
-from leaveout.training.memory import COPIES, _kept_bytes, available_memory, kept_memory
+from leaveout.training.memory import COPIES, available_memory, kept_bytes, kept_memory
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import task_of
-from leaveout.training.train import Parameters, Queries, RunOptions, _flushed_denormals, _own, _parts, make_optimizer
+from leaveout.training.train import (
+    Parameters,
+    Queries,
+    RunOptions,
+    flushed_denormals,
+    make_optimizer,
+    micro_batches,
+    own_parameters,
+)
 
 MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 SecondPass = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -86,7 +94,7 @@ def metagradient(
     """
     options = options or RunOptions()
     began = time.process_time()
-    with sdpa_kernel(SDPBackend.MATH), kept_memory(), _flushed_denormals():
+    with sdpa_kernel(SDPBackend.MATH), kept_memory(), flushed_denormals():
         run = FlatRun(recipe)
         n_queries = run.count(queries)
         plan = plan_reverse(run, n_queries, memory if memory is not None else options.memory)
@@ -119,7 +127,7 @@ class FlatRun:
         self.steps = len(self.batches)
         if not self.steps:
             raise ValueError("the recipe takes no step: give epochs, steps or order that make at least one")
-        own: Parameters = _own(self.task)
+        own: Parameters = own_parameters(self.task)
         unused = self._unused(own)
         self.idle = [own[name] for name in unused]
         self.names = [name for name in own if name not in unused]
@@ -137,7 +145,7 @@ class FlatRun:
         self.optimizer.state[self.theta].update(zip(moments, self.state[1:], strict=True))
 
     def _unused(self, own: Parameters) -> list[str]:
-        part = next(_parts(self.batches[0], self.recipe.accumulate))
+        part = next(micro_batches(self.batches[0], self.recipe.accumulate))
         grads = torch.autograd.grad(self._loss(part), list(own.values()), allow_unused=True)
         return [name for name, g in zip(own, grads, strict=True) if g is None]
 
@@ -155,11 +163,11 @@ class FlatRun:
 
     def parameters(self) -> Parameters:
         """A copy of the trained parameters by name, constants included."""
-        return {name: p.detach().clone() for name, p in _own(self.task).items()}
+        return {name: p.detach().clone() for name, p in own_parameters(self.task).items()}
 
     def gradient(self, step: int) -> Tensor:
         """The gradient [parameters] of a step, before clipping."""
-        parts = _parts(self.batches[step], self.recipe.accumulate)
+        parts = micro_batches(self.batches[step], self.recipe.accumulate)
         return torch.stack([self.flat(self._gradients(self._loss(part), step)) for part in parts]).sum(0)
 
     def _gradients(self, loss: Tensor, step: int, create_graph: bool = False) -> list[Tensor]:
@@ -237,7 +245,7 @@ def plan_reverse(run: FlatRun, queries: int, limit: int | None = None) -> Revers
     state = len(run.state) * vector
     # Cotangents, b, the products twice, and two temporaries; the second pass goes through both halves of the first one.
     # Measured on perceptrons of 4e4 to 4e5 parameters, batches of 8 to 256: the process grew by 0.7 to 1.2 of the plan.
-    per_query = (COPIES[run.kind] + 4) * vector + 4 * _kept_bytes(run.recipe, run.task)
+    per_query = (COPIES[run.kind] + 4) * vector + 4 * kept_bytes(run.recipe, run.task)
     together = max(1, min(queries, limit // 2 // per_query))
     checkpoints = min((limit - together * per_query) // state - 1, run.steps + 1)
     if checkpoints < 2:
@@ -306,7 +314,7 @@ class Reverse:
 
     def _back(self, step: int) -> None:
         run, recipe = self.run, self.run.recipe
-        parts = list(_parts(run.batches[step], recipe.accumulate))
+        parts = list(micro_batches(run.batches[step], recipe.accumulate))
         # One part at a time holds its graph: with several, the whole gradient is needed before going back through any.
         passes = [run.second_pass(parts[0], step)] if len(parts) == 1 else []
         gradient = passes[0][0] if passes else run.gradient(step)

@@ -1,4 +1,4 @@
-"""Run a recipe: plainly, for many weightings at once, or in jets; and evaluate queries on what it trained.
+"""Run a recipe: plainly, for many weightings at once, or in jets.
 
 All three run the same loop on the same task; the loss of a step is sum(weight * loss) / batch size. A weight is one
 number per unit (plain), one per run and unit (batch), or the series 1 - z psi per direction and unit (jets).
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from leaveout.errors import StabilityError
-from leaveout.jets import Jet, Series, Space, install, restore, roots
+from leaveout.jets import Jet, Series, Space, install, restore
 from leaveout.training.checkpoint import Checkpoint, restore_state, state_of
 from leaveout.training.memory import MemoryPlan, kept_memory, plan_memory
 from leaveout.training.optimizers import PaperAdam
@@ -82,7 +82,7 @@ class Loop:
     optimizer: torch.optim.Optimizer
     backward: Callable[[Batch, Tensor], None]  # (batch, example numbers): adds to the gradients
     clip: Callable[[], None]
-    check: Callable[[int], None] = lambda step: None
+    after: Callable[[int], None] = lambda step: None  # called with the number of steps done
 
     def run(self, checkpoint: Checkpoint | None, label: str, options: RunOptions) -> None:
         batches = self.recipe.batches()
@@ -95,12 +95,11 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.rate(step, len(batches))
             self.optimizer.zero_grad()
-            for part in _parts(batches[step], self.recipe.accumulate):
+            for part in micro_batches(batches[step], self.recipe.accumulate):
                 self.backward(self.task.encode([self.recipe.examples[i] for i in part]), torch.tensor(part))
             self.clip()
             self.optimizer.step()
-            if (step + 1) % CHECK_EVERY == 0 or step + 1 == len(batches):
-                self.check(step + 1)
+            self.after(step + 1)
             if checkpoint is not None and (checkpoint.due or step + 1 == len(batches)):
                 checkpoint.save(step + 1, state_of(self.params, self.optimizer))
 
@@ -112,7 +111,8 @@ class Loop:
         return saved[0]
 
 
-def _parts(batch: tuple[int, ...], n: int) -> Iterator[tuple[int, ...]]:
+def micro_batches(batch: tuple[int, ...], n: int) -> Iterator[tuple[int, ...]]:
+    """The n equal parts of a step's example numbers whose gradients are accumulated."""
     size = len(batch) // n
     return (batch[i : i + size] for i in range(0, len(batch), size))
 
@@ -126,7 +126,7 @@ def train_plain(recipe: Recipe, weights: Tensor | None = None, options: RunOptio
     Guarantee: the numbers of an ordinary PyTorch loop over the same batches, bit for bit, when no weight is given.
     """
     options, task = options or RunOptions(), task_of(recipe)
-    params = _own(task)
+    params = own_parameters(task)
     by_example = None if weights is None else weights.to(recipe.real_dtype)[recipe.unit_of]
 
     def backward(batch: Batch, numbers: Tensor) -> None:
@@ -134,17 +134,19 @@ def train_plain(recipe: Recipe, weights: Tensor | None = None, options: RunOptio
         weighted = losses if by_example is None else losses * by_example[numbers]
         (weighted.sum() / recipe.batch_size).backward()
 
-    loop = Loop(recipe, task, params, make_optimizer(recipe, list(params.values())), backward, _clipper(recipe, params))
+    loop = Loop(recipe, task, params, make_optimizer(recipe, list(params.values())), backward, clipper(recipe, params))
     loop.run(options.checkpoint("plain", recipe.hash(), weights), "train", options)
     return {name: p.detach() for name, p in params.items()}
 
 
-def _own(task: Task) -> dict[str, Any]:
+def own_parameters(task: Task) -> dict[str, Any]:
+    """The trained parameters of a task's model by name, in the order of the task."""
     own = dict(task.model.named_parameters())
     return {name: own[name] for name in task.trained}
 
 
-def _clipper(recipe: Recipe, params: dict[str, Any]) -> Callable[[], None]:
+def clipper(recipe: Recipe, params: dict[str, Any]) -> Callable[[], None]:
+    """The global-norm clipping of a recipe, over these parameters' gradients."""
     def clip() -> None:
         if recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(list(params.values()), recipe.clip_norm)
@@ -188,7 +190,7 @@ def train_batch(recipe: Recipe, weights: Tensor, options: RunOptions | None = No
 
 def _train_stack(recipe: Recipe, task: Task, weights: Tensor, options: RunOptions, number: int) -> Parameters:
     runs = weights.shape[0]
-    params = {n: nn.Parameter(p.detach().expand(runs, *p.shape).clone()) for n, p in _own(task).items()}
+    params = {n: nn.Parameter(p.detach().expand(runs, *p.shape).clone()) for n, p in own_parameters(task).items()}
     by_example = weights.to(recipe.real_dtype)[:, recipe.unit_of]
 
     def backward(batch: Batch, numbers: Tensor) -> None:
@@ -289,19 +291,20 @@ def _jet_round(
     options: RunOptions, number: int,
 ) -> Round:  # fmt: skip
     psi, space = directions
-    replaced = install(task.model, {n: space.constant(p) for n, p in _own(task).items()})
+    replaced = install(task.model, {n: space.constant(p) for n, p in own_parameters(task).items()})
     try:
-        params = _own(task)
+        params = own_parameters(task)
         by_example = psi.to(space.dtype)[:, recipe.unit_of]
+        n_steps = len(recipe.batches())
         loop = Loop(
             recipe, task, params, make_optimizer(recipe, list(params.values()), fused=True),
             lambda batch, numbers: _jet_backward(recipe, task, space, batch, by_example[:, numbers]),
-            _clipper(recipe, params), lambda step: _check_finite(params, step),
+            clipper(recipe, params), lambda step: _check_finite(params, step, n_steps),
         )  # fmt: skip
         checkpoint = options.checkpoint(f"jets-{number}", recipe.hash(), psi, space.degree, space.dtype)
-        with _flushed_denormals(), kept_memory():
+        with flushed_denormals(), kept_memory():
             loop.run(checkpoint, f"degree {space.degree}, {space.directions} directions", options)
-            losses = None if queries is None else _query_series(task, space, queries)
+            losses = None if queries is None else query_series(task, space, queries)
         kept = params if settings.keep_parameters else {}
         return losses, {n: p.c.clone() for n, p in kept.items()}, {n: p.h for n, p in kept.items()}
     finally:
@@ -315,7 +318,9 @@ def _jet_backward(recipe: Recipe, task: Task, space: Space, batch: Batch, psi: T
     ((task.loss(task.model, batch) * weights).sum() / recipe.batch_size).backward()
 
 
-def _check_finite(params: dict[str, Any], step: int) -> None:
+def _check_finite(params: dict[str, Any], step: int, n_steps: int) -> None:
+    if step % CHECK_EVERY and step < n_steps:
+        return
     for name, p in params.items():
         finite = p.h.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
@@ -327,7 +332,7 @@ def _check_finite(params: dict[str, Any], step: int) -> None:
 
 
 @contextmanager
-def _flushed_denormals() -> Iterator[None]:
+def flushed_denormals() -> Iterator[None]:
     """Moments of weights that no longer get a gradient decay to denormal numbers, which slow a step down tenfold."""
     torch.set_flush_denormal(True)
     try:
@@ -336,7 +341,8 @@ def _flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def _query_series(task: Task, space: Space, queries: Queries) -> Series:
+def query_series(task: Task, space: Space, queries: Queries) -> Series:
+    """Series of queries [queries] under the jets that the task's model holds."""
     with torch.no_grad():
         if callable(queries):
             values = [queries(task.model)]
@@ -352,92 +358,3 @@ def _joined(parts: list[Round], plan: MemoryPlan) -> JetRun:
     losses = None if first[0] is None else Series(first[0].c, torch.cat([p[0].h for p in parts if p[0] is not None], 1))
     coefficients = {name: torch.cat([p[2][name] for p in parts], 1) for name in first[2]}
     return JetRun(losses, first[1], coefficients, plan)
-
-
-# --- queries, and the second engine ------------------------------------------------------------------------------
-
-
-def query_losses(recipe: Recipe, params: Parameters, queries: Queries) -> Tensor:
-    """Losses of queries under trained parameters [*shape] or [runs, *shape]: [queries] or [runs, queries], nats."""
-    task = task_of(recipe)
-    own = _own(task)
-    stacked = all(params[name].dim() == p.dim() + 1 for name, p in own.items())
-    runs = params if stacked else {name: p.unsqueeze(0) for name, p in params.items()}
-    with torch.no_grad():
-        if callable(queries):
-            out = torch.cat([_values_of_runs(task, part, queries) for part in _chunks_of_runs(runs)])
-        else:
-            out = torch.cat([losses_of_runs(task, runs, task.encode([q])) for q in queries], 1)
-    return out if stacked else out[0]
-
-
-def _chunks_of_runs(runs: Parameters, size: int = 64) -> Iterator[Parameters]:
-    n = len(next(iter(runs.values())))
-    return ({name: p[i : i + size] for name, p in runs.items()} for i in range(0, n, size))
-
-
-class _Asked(nn.Module):
-    """The values of queries as a module, so that parameters can be given by name."""
-
-    def __init__(self, model: nn.Module, queries: Callable[[nn.Module], Tensor]) -> None:
-        super().__init__()
-        self.model, self.queries = model, queries
-
-    def forward(self) -> Tensor:
-        return self.queries(self.model)
-
-
-def _values_of_runs(task: Task, runs: Parameters, queries: Callable[[nn.Module], Tensor]) -> Tensor:
-    asked = _Asked(task.model, queries)
-
-    def one(values: Parameters) -> Tensor:
-        return torch.func.functional_call(asked, {f"model.{name}": v for name, v in values.items()}, ())
-
-    try:
-        return torch.vmap(one)(runs)
-    except RuntimeError:  # a function whose course depends on its values cannot be batched
-        n = len(next(iter(runs.values())))
-        return torch.stack([one({name: p[i] for name, p in runs.items()}) for i in range(n)])
-
-
-def jet_values(recipe: Recipe, constants: Parameters, coefficients: Parameters, queries: Queries) -> Series:
-    """Series of queries [queries] from what a jet run kept: its `constants` and `coefficients`."""
-    task = task_of(recipe)
-    first = next(iter(coefficients.values()))
-    space = Space(first.shape[0], first.shape[1], first.dtype)
-    replaced = install(task.model, {n: space.jet(constants[n], h) for n, h in coefficients.items()})
-    try:
-        return _query_series(task, space, queries)
-    finally:
-        restore(task.model, replaced)
-
-
-def train_roots(
-    recipe: Recipe, psi: Tensor, circle: roots.Circle, queries: Sequence[Any] = ()
-) -> tuple[Parameters, Tensor]:
-    """One direction psi [units] by complex copies: parameters [points, *shape], query losses [points, queries].
-
-    `roots.coefficients` turns both into series. The independent engine: slower at low degrees, the way to high ones.
-    """
-    task, s = task_of(recipe), recipe.optimizer
-    gradient = roots.Gradient(task.model, task.loss, task.trained)
-    chosen: dict[str, Any] = {k: v for k, v in (("betas", s.betas), ("eps", s.eps)) if v is not None}
-    optimizer: roots.Sgd | roots.Adam
-    if s.name == "sgd":
-        optimizer = roots.Sgd(s.lr, s.momentum, s.nesterov, s.weight_decay)
-    else:
-        decay = {"weight_decay": s.weight_decay, "decoupled": s.name == "adamw"}
-        optimizer = roots.Adam(s.lr, **chosen, **decay, eps_inside=s.name == "paper-adam")
-    steps = recipe.with_(dtype="float64").batches()
-    batches = [_doubled(task.encode([recipe.examples[i] for i in batch])) for batch in steps]
-    circle.schedule = lambda step: recipe.rate(step, len(steps))
-    circle.clip_norm = recipe.clip_norm
-    entries = psi.to(torch.complex128)[recipe.unit_of]
-    params = roots.train(gradient, batches, torch.stack([entries[list(batch)] for batch in steps]), optimizer, circle)
-    ones = torch.ones(circle.points, 1, dtype=torch.complex128)
-    losses = [gradient(params, _doubled(task.encode([q])), ones)[1] for q in queries]
-    return params, torch.cat(losses, 1) if losses else torch.zeros(circle.points, 0)
-
-
-def _doubled(batch: Batch) -> Batch:
-    return tuple(t.double() if t.is_floating_point() else t for t in batch)

@@ -15,11 +15,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from leaveout.training.memory import _kept_bytes, available_memory, kept_memory
+from leaveout.training.memory import available_memory, kept_bytes, kept_memory
 from leaveout.training.metagradient import AdamForm, FlatRun, clip_adjoint
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import IGNORED
-from leaveout.training.train import Bound, Parameters, Queries, RunOptions, _flushed_denormals, _own, _parts
+from leaveout.training.train import (
+    Bound,
+    Parameters,
+    Queries,
+    RunOptions,
+    flushed_denormals,
+    micro_batches,
+    own_parameters,
+)
 
 SEED = 2604
 ROUND = 64
@@ -77,7 +85,7 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
     free) is less. Examples of a batch must not change each other's loss, apart from `loss_per`.
     """
     options = options or RunOptions()
-    with sdpa_kernel(SDPBackend.MATH), kept_memory(), _flushed_denormals():
+    with sdpa_kernel(SDPBackend.MATH), kept_memory(), flushed_denormals():
         run = FlatRun(recipe)
         sketch = Sketch.of(sum(run.sizes), width)
         together = _together(run, options.memory)
@@ -104,7 +112,7 @@ def query_gradients(recipe: Recipe, params: Parameters, queries: Queries, width:
     with sdpa_kernel(SDPBackend.MATH):
         run = FlatRun(recipe)
         with torch.no_grad():
-            for name, p in _own(run.task).items():
+            for name, p in own_parameters(run.task).items():
                 p.copy_(params[name])
         sketch = Sketch.of(sum(run.sizes), width)
         out = torch.zeros(run.count(queries), sketch.width)
@@ -142,7 +150,7 @@ def example_gradients(
 
     `alone`: each example's own loss, as for a query; else its loss within the step whose batch `numbers` is.
     """
-    whole = [tuple(numbers)] if alone else _parts(tuple(numbers), run.recipe.accumulate)
+    whole = [tuple(numbers)] if alone else micro_batches(tuple(numbers), run.recipe.accumulate)
     for part in whole:
         scales = None if alone else _token_scales(run, part)
         for first in range(0, len(part), together):
@@ -193,5 +201,5 @@ def _update_scale(run: FlatRun, step: int, gradient: Tensor) -> Tensor:
 def _together(run: FlatRun, limit: int | None) -> int:
     """Examples whose gradients fit: each needs its gradient twice, a scaled copy, and what a backward pass keeps."""
     limit = limit if limit is not None else available_memory() // 2
-    each = 3 * sum(run.sizes) * run.recipe.real_dtype.itemsize + 3 * _kept_bytes(run.recipe, run.task)
+    each = 3 * sum(run.sizes) * run.recipe.real_dtype.itemsize + 3 * kept_bytes(run.recipe, run.task)
     return max(1, min(ROUND, limit // each))

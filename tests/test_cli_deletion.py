@@ -194,7 +194,11 @@ def test_plan_lists_choices_whose_commands_run(leaveout, trained, tmp_path):
             "estimator must be one of",
         ),
         (["predict", "RUN", "--query", "nina", "--without", "a", "--estimator", "mean"], 1, "needs jet runs"),
-        (["predict", "RUN", "--query", "nina", "--without", "a", "--degree", "2"], 2, "--degree goes with"),
+        (
+            ["predict", "RUN", "--query", "nina", "--without", "a", "--estimator", "pairwise", "--degree", "2"],
+            2,
+            "--degree goes with",
+        ),
         (["predict", "RUN", "--query", "Nina", "--without", "a"], 1, "the character 'N'"),
         (["predict", "RUN", "--query", "nina"], 2, "say what is left out"),
         (["predict", "RUN", "--without", "a"], 2, "give either --query or --queries"),

@@ -49,7 +49,8 @@ Estimator = Annotated[
     ),
 ]
 Degree = Annotated[
-    int | None, typer.Option(min=1, help="Highest order: of mean, median_of_means and least_squares only.")
+    int | None,
+    typer.Option(min=1, help="Highest order of jets used: of posterior, least_squares, mean and median_of_means."),
 ]
 Html = Annotated[Path | None, typer.Option(help="Also write a page with a picture of the intervals.")]
 
@@ -98,6 +99,7 @@ def measure(
     seed: Annotated[int, typer.Option(help="Of random directions and sets.")] = 0,
     sizes: Annotated[str | None, typer.Option(help="Sizes of random sets, such as 4,10.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of jets: complex64 or complex128 (default: the run's).")] = None,
+    real: Annotated[bool, typer.Option("--real", help="Jets along real orthogonal directions: half the cost.")] = False,
     merge: Annotated[Path | None, typer.Option(help="Add the measurements of another run of the same recipe.")] = None,
     json_: Json = False,
 ) -> None:
@@ -107,14 +109,12 @@ def measure(
 
     Example: leaveout measure run --directions 256 --retrain 50 --heldout 16 --queries questions.jsonl
     """
-    if dtype not in (None, "complex64", "complex128"):
-        raise typer.BadParameter(f"--dtype must be complex64 or complex128, got {dtype}")
     named = without is not None or without_where is not None or sets is not None
     if not (directions or retrain or named or heldout or gradient or merge):
         raise typer.BadParameter(
             "say what to measure: --directions, --retrain, --without, --heldout, --gradient or --merge"
         )
-    settings = _settings(workers, memory, seed, sizes, dtype)
+    settings = _settings(workers, memory, seed, sizes, dtype, real)
     opened = open_run(run)
     before = len(opened.bank)
     if merge is not None:
@@ -173,14 +173,14 @@ def plan(
             for choice, command in zip(found.choices, commands, strict=True)
         ]
         stability = None if found.stability is None else found.stability.verdict
-        print(to_line({"choices": listed, "stability": stability, "budget": seconds}))
+        print(to_line({"choices": listed, "stability": stability, "notes": list(found.notes), "budget": seconds}))
         return
     lines = [
         (number, c.name, round(c.seconds, 1), amount(c.disk), amount(c.memory), c.error)
         for number, c in enumerate(found.choices, 1)
     ]
     print_table(["", "choice", "seconds", "disk", "memory", "expected error"], lines)
-    print("\n".join(f"{number}. {command}" for number, command in enumerate(commands, 1)))
+    print("\n".join([*(f"{n}. {command}" for n, command in enumerate(commands, 1)), *found.notes]))
 
 
 @app.command()
@@ -242,7 +242,12 @@ def verify(
 
 
 def _settings(
-    workers: int, memory: str | None, seed: int = 0, sizes: str | None = None, dtype: str | None = None
+    workers: int,
+    memory: str | None,
+    seed: int = 0,
+    sizes: str | None = None,
+    dtype: str | None = None,
+    real: bool = False,
 ) -> MeasureSettings:
     limit = quantity(memory, BYTES, "--memory")
     parts = [] if sizes is None else sizes.split(",")
@@ -250,14 +255,18 @@ def _settings(
         raise typer.BadParameter(f"--sizes must be positive numbers with commas, such as 4,10, got {sizes!r}")
     from leaveout.deletion.settings import MeasureSettings
 
-    return MeasureSettings(workers, limit, seed, tuple(int(part) for part in parts), dtype, progress=True)
+    numbers = tuple(int(part) for part in parts)
+    try:
+        return MeasureSettings(workers, limit, seed, numbers, dtype, real, progress=True)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _estimator_options(estimator: str, degree: int | None) -> dict[str, Any]:
     if degree is None:
         return {}
-    if estimator not in ("mean", "median_of_means", "least_squares"):
-        raise typer.BadParameter("--degree goes with mean, median_of_means or least_squares")
+    if estimator not in ("posterior", "mean", "median_of_means", "least_squares"):
+        raise typer.BadParameter("--degree goes with posterior, mean, median_of_means or least_squares")
     return {"degree": degree}
 
 

@@ -9,6 +9,7 @@ change between versions.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -30,13 +31,13 @@ from leaveout.store import Record, Segment, Store
 from leaveout.training.outputs import jet_values, query_losses
 from leaveout.training.queries import Query, as_queries, query_function
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import task_of
+from leaveout.training.tasks import Task, task_of
 from leaveout.training.train import Parameters
 from leaveout.training.updates import UnitVectors, influence, query_gradients
 
 ESTIMATORS = ("posterior", *SIMPLE)
 DAMPING = 10.0
-"""Of the influence scores, in mean diagonals of the Fisher matrix: of 0.01 to 100 the best prior mean on names."""
+"""Of the influence scores, in mean diagonals of the Fisher matrix (docs/deletion.md)."""
 ROUNDING = 1e-6
 """Part of a query's value that float32 training does not fix."""
 ROLES = ("fit", "heldout", "truth")
@@ -74,6 +75,20 @@ class Bank:
     def _settings(self) -> dict[str, Any]:
         return {"what": "measurements", "recipe": self.recipe.hash(), "units": len(self.recipe.unit_names)}
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of examples of each unit [units]."""
+        return np.bincount(self.recipe.unit_of.numpy()).astype(np.float64)
+
+    def features(self) -> np.ndarray | None:
+        """The units' update vectors [units, k], None before `TrainingRun.measure_vectors`."""
+        side = self.store.side("vectors")
+        return None if side is None else np.asarray(side["updates"], np.float64)
+
+    @functools.cached_property
+    def _task(self) -> Task:
+        return task_of(self.recipe)
+
     def __len__(self) -> int:
         return len(self.store)
 
@@ -91,9 +106,9 @@ class Bank:
         keep = self.missing(ids)
         if not keep:
             return
-        for name, values in measured.numbers.items():
+        for name, values in {"an effect": measured.vectors, **measured.numbers}.items():
             if not np.isfinite(values).all():
-                what = "a query value" if name in ("values", "gradient") else "a trained parameter"
+                what = {"values": "a query value", "parameters": "a trained parameter"}.get(name, name)
                 raise FormatError(f"A {measured.kind} gave {what} that is not finite: ask `leaveout doctor RECIPE`.")
         asked = None if queries is None else [q.digest for q in queries]
         digest = "" if asked is None else _digest(asked)
@@ -113,15 +128,19 @@ class Bank:
             store.set_state(key, value)
         self.store.refresh()
 
-    def put_vectors(self, vectors: UnitVectors) -> None:
+    def put_vectors(self, vectors: UnitVectors, cpu_seconds: float) -> None:
         """Keeps what similarity between units and cheap scores are computed from."""
         with Store.open(self.path, write=True) as store:
+            store.set_state("vectors cpu_seconds", cpu_seconds)
             store.put_side("vectors", {"updates": vectors.updates, "final": vectors.final})
         self.store.refresh()
         self._fits.clear()
 
     def merge(self, other: str | os.PathLike[str]) -> int:
-        """Adds the measurements of another bank of the same recipe; how many were new. A killed merge can be repeated."""
+        """Adds the measurements of another bank of the same recipe; how many were new. A killed merge can be repeated.
+
+        The same measurement of two machines may differ by rounding, which `Store.merge` would refuse: ours is kept.
+        """
         before = len(self)
         if not Path(other).is_dir():
             raise FormatError(f"{other} is not a bank: give the directory `bank` of another run.")
@@ -148,7 +167,7 @@ class Bank:
     def info(self) -> dict[str, Any]:
         """Counts by kind, design and degree, bytes, and CPU seconds spent."""
         counts: dict[str, int] = {}
-        seconds = 0.0
+        seconds = self.store.state("vectors cpu_seconds") or 0.0
         for record in self.store.iter_rows():
             m = record.meta
             degree = f" of degree {m['degree']}" if "degree" in m else ""
@@ -157,9 +176,11 @@ class Bank:
             seconds += float(m.get("cpu_seconds", 0))
         return {"measurements": counts, "cpu_seconds": round(seconds, 3), "bytes": self.store.info()["bytes"]}
 
-    def measurements(self, queries: Any, noise: Any = None) -> Measurements:
+    def measurements(self, queries: Any, noise: Any = None, features: np.ndarray | None = None) -> Measurements:
         """All that the bank knows about some queries.
 
+        features [units, k]: what says which units are alike, instead of the update vectors; signatures of a readout
+            index, in the order of `recipe.unit_names`, for example.
         noise: standard deviation of one retraining's value, one number or one per query; 0 where training is exact.
         Memory: 16 bytes x measurements x units, and the query values.
         Raises: MismatchError if a query was not measured and no parameters were kept; FormatError for a NaN value.
@@ -167,7 +188,8 @@ class Bank:
         asked = as_queries(queries)
         base = self.base(asked)
         parts = list(self._parts(asked))
-        sizes = np.bincount(self.recipe.unit_of.numpy()).astype(np.float64)
+        if features is not None and (features.ndim != 2 or len(features) != len(self.sizes)):
+            raise ValueError(f"wanted features [{len(self.sizes)} units, k], got {list(features.shape)}")
         of_role = {role: [p for p in parts if p[0] == role] for role in ROLES}
         side, gradient = self.store.side("vectors"), self._gradient(asked)
         if not parts and gradient is None and len(self):
@@ -176,18 +198,18 @@ class Bank:
                 "without keeping parameters; measure again with these queries, or with none given."
             )
         return Measurements(
-            base, sizes,
+            base, self.sizes,
             _distinct([JetBlock(*p[1:]) for p in parts if p[0] == "jets"]),
             _gathered(of_role["fit"], base), _gathered(of_role["heldout"], base),
             None if noise is None else np.broadcast_to(np.asarray(noise, np.float64), base.shape),
             gradient,
             None if side is None or gradient is not None else self._scores(asked, side),
-            None if side is None else np.asarray(side["updates"], np.float64),
+            self.features() if features is None else np.asarray(features, np.float64),
         )  # fmt: skip
 
     def base(self, asked: Sequence[Query]) -> np.ndarray:
         """Values of queries under the model trained on everything [queries]."""
-        values = query_losses(self.recipe, self.constants, query_function(task_of(self.recipe), asked)).double().numpy()
+        values = query_losses(self.recipe, self.constants, query_function(self._task, asked)).double().numpy()
         for q, value in zip(asked, values, strict=True):
             if not np.isfinite(value):
                 raise FormatError(
@@ -210,35 +232,48 @@ class Bank:
         *,
         calibrate: bool = True,
         noise: Any = None,
+        features: np.ndarray | None = None,
         **options: Any,
     ) -> Prediction:
         """Values of queries under the model trained without deletion sets, with standard deviations.
 
-        queries, without: see `as_queries` and `deletion_sets`; options: those of the estimator (degree, groups, kernel).
-        calibrate: scale standard deviations by the held-out retrainings, if there are any.
+        queries, without: see `as_queries` and `deletion_sets`; noise, features: see `measurements`
+        calibrate: scale standard deviations by the held-out retrainings, if there are any
+        options: those of the estimator (degree, groups, kernel)
         """
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
         asked, sets = as_queries(queries), deletion_sets(self.recipe, without)
-        fitted, factor = self.fit(asked, estimator, noise, **options)
+        fitted, factor = self.fit(asked, estimator, noise, features, **options)
         effect, std = fitted.predict(sets.x)
         factor = factor if calibrate else 1.0
         base = np.repeat(self.base(asked)[:, None], len(sets), 1)
         std = np.hypot(std * factor, ROUNDING * (1 + np.abs(base)) * (sets.x != 0).any(1))
         return Prediction(tuple(q.name for q in asked), sets.labels, base, effect, std, estimator, factor)
 
-    def fit(self, asked: Sequence[Query], estimator: str, noise: Any = None, **options: Any) -> tuple[Fitted, float]:
+    def fit(
+        self,
+        asked: Sequence[Query],
+        estimator: str,
+        noise: Any = None,
+        features: np.ndarray | None = None,
+        **options: Any,
+    ) -> tuple[Fitted, float]:
         """The fitted estimator and its calibration factor; kept until the bank changes."""
-        key = (tuple(q.digest for q in asked), estimator, str(noise), tuple(sorted(map(str, options.items()))))
-        if key not in self._fits:
-            data = self.measurements(asked, noise)
-            made: Any = Posterior if estimator == "posterior" else SIMPLE[estimator]
-            fitted = made(data, **options)
-            factor = calibration(data, fitted)
-            if estimator == "posterior" and len(data.heldout):
-                fitted = made(data.with_heldout(), **options)  # the factor stays that of the smaller, worse fit
+        given = [noise, features, *(value for _, value in sorted(options.items()))]
+        plain = all(value is None or isinstance(value, (int, float, str)) for value in given)
+        key = (tuple(q.digest for q in asked), estimator, *sorted(options), *given)
+        if plain and key in self._fits:
+            return self._fits[key]
+        data = self.measurements(asked, noise, features)
+        made: Any = Posterior if estimator == "posterior" else SIMPLE[estimator]
+        fitted = made(data, **options)
+        factor = calibration(data, fitted)
+        if estimator == "posterior" and len(data.heldout):
+            fitted = made(data.with_heldout(), **options)  # the factor stays that of the smaller, worse fit
+        if plain:  # arrays and kernels have no cheap identity: their fits are not kept
             self._fits[key] = fitted, factor
-        return self._fits[key]
+        return fitted, factor
 
     def curve(
         self, queries: Any, without: Any, estimator: str = "posterior", points: int = 21, **options: Any
@@ -298,7 +333,7 @@ class Bank:
     def _asked(self, part: Segment, meta: dict[str, Any], asked: Sequence[Query]) -> np.ndarray:
         """Query values computed from stored parameters, in the form of stored values."""
         flat = part.arrays()["parameters"]
-        ask = query_function(task_of(self.recipe), asked)
+        ask = query_function(self._task, asked)
         if meta["kind"] == "retraining":
             runs = {n: torch.from_numpy(np.array(v)) for n, v in _split(flat, self.constants).items()}
             return query_losses(self.recipe, runs, ask).double().numpy()
@@ -325,7 +360,7 @@ class Bank:
     def _scores(self, asked: Sequence[Query], side: dict[str, np.ndarray]) -> np.ndarray:
         vectors = UnitVectors(np.asarray(side["updates"]), np.asarray(side["final"]), self.constants)
         width = vectors.final.shape[1]
-        gradients = query_gradients(self.recipe, self.constants, query_function(task_of(self.recipe), asked), width)
+        gradients = query_gradients(self.recipe, self.constants, query_function(self._task, asked), width)
         return influence(vectors, gradients, DAMPING)
 
 

@@ -45,7 +45,7 @@ class Measurements:
 
     base      values of the queries under the model trained on everything [queries]
     sizes     number of examples of each unit [units]
-    jets, retrainings; heldout: retrainings kept for calibration, which no estimator fits
+    jets, retrainings; heldout: retrainings kept for calibration; `posterior` learns from them after it
     noise     standard deviation of one retraining's value per query [queries]: 0 where training is deterministic
     gradient  exact first-order effects [queries, units], if they were computed
     scores    cheap scores [queries, units] in the direction of the effects, if any; their scale does not matter

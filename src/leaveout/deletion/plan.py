@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from leaveout.deletion import directions
-from leaveout.deletion.kernels import FewUnits, Kernel, ManyUnits, similar_units
-from leaveout.deletion.posterior import LARGEST, NUGGET, expected_error
+from leaveout.deletion.posterior import LARGEST, NUGGET, default_kernel, expected_error
 from leaveout.deletion.sets import DeletionSets, deletion_sets
 from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
 from leaveout.errors import LeaveoutError, UnsupportedError
@@ -59,12 +58,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """CPU seconds of retrainings, of jet directions by degree, of the exact first order of all queries, of the probe."""
+    """CPU seconds of retrainings, of jet directions by degree, of the exact first order of all queries, of the probe.
+
+    notes: what the recipe does not allow, and why
+    """
 
     retraining: Cost
     jets: dict[int, Cost]
     gradient: float | None
     probe: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Choices from best to worst, and what they rest on."""
+    """Choices from best to worst, what they rest on, and what is not among them and why."""
 
     choices: tuple[Choice, ...]
     costs: Costs
     stability: Stability | None
     budget: float
+    notes: tuple[str, ...] = ()
 
     @property
     def best(self) -> Choice:
@@ -117,15 +121,14 @@ class Budget:
 def make_plan(run: TrainingRun, queries: Any, without: Any, budget: Budget) -> Plan:
     """The plan for predicting some queries without some deletion sets within a budget.
 
-    Cost: a stability check, a few steps of each kind of run, and the units' update vectors (about two trainings).
+    Cost: a stability check, a few steps of each kind of run, and the units' update vectors (one training and more).
     Raises: UnsupportedError if not one choice fits the budget.
     """
     if not budget.seconds > 0:
         raise ValueError(f"the budget must be positive, got {budget.seconds} seconds")
     recipe, asked, sets = run.recipe, as_queries(queries), deletion_sets(run.recipe, without)
-    stability = _stability(recipe)
-    usable = stability is not None and stability.verdict != "unstable"
-    costs = probe(recipe, asked, jets=usable)
+    stability, notes = _stability(recipe)
+    costs = probe(recipe, asked, jets=not notes)
     if len(recipe.unit_names) > directions.FEW:
         run.measure_vectors()
     prior = _Prior(run)
@@ -137,14 +140,18 @@ def make_plan(run: TrainingRun, queries: Any, without: Any, budget: Budget) -> P
         )
     # Errors within a tenth of each other are equal for what a plan knows; then the cheaper choice is the better one.
     choices.sort(key=lambda c: (round(10 * np.log(max(c.error, 1e-3))), c.seconds))
-    return Plan(tuple(choices), costs, stability, budget.seconds)
+    return Plan(tuple(choices), costs, stability, budget.seconds, (*notes, *costs.notes))
 
 
-def _stability(recipe: Recipe) -> Stability | None:
+def _stability(recipe: Recipe) -> tuple[Stability | None, tuple[str, ...]]:
+    """The stability check, and why jets cannot be bought if so."""
     try:
-        return check_stability(recipe, advise=False)
-    except LeaveoutError:
-        return None  # an operation without a rule: no jets, but retraining works
+        found = check_stability(recipe, advise=False)
+    except LeaveoutError as error:
+        return None, (f"No jets: {error}",)
+    if found.verdict == "unstable":
+        return found, (f"No jets: the power series of this run grow {found.ratio:.2g} times from degree to degree.",)
+    return found, ()
 
 
 def probe(recipe: Recipe, asked: list[Query], jets: bool = True) -> Costs:
@@ -165,13 +172,13 @@ def probe(recipe: Recipe, asked: list[Query], jets: bool = True) -> Costs:
 
     retraining = _line(retrain, runs_together(recipe, task_of(recipe), RUNS_TOGETHER))
     found = {d: _line(lambda n, d=d: measure(n, d), JETS_TOGETHER) for d in (1, 2)} if jets else {}
-    gradient: float | None = None
+    gradient, notes = None, ()
     try:
         ask = query_function(task_of(short), asked)
         gradient = _seconds(lambda: metagradient(short, ask, RunOptions())) * scale
-    except LeaveoutError:
-        pass  # a recipe that reverse mode does not support
-    return Costs(retraining, found, gradient, time.process_time() - began)
+    except LeaveoutError as error:
+        notes = (f"No exact first order: {error}",)
+    return Costs(retraining, found, gradient, time.process_time() - began, notes)
 
 
 def _line(seconds: Callable[[int], float], together: int) -> Cost:
@@ -197,14 +204,8 @@ class _Prior:
     """The kernels before anything is measured, with and without the exact first order."""
 
     def __init__(self, run: TrainingRun) -> None:
-        units = len(run.recipe.unit_names)
-        side = run.bank.store.side("vectors")
-        if units <= directions.FEW:
-            self.full: Kernel = FewUnits(np.bincount(run.recipe.unit_of.numpy()).astype(float))
-        else:
-            features = None if side is None else np.asarray(side["updates"], np.float64)
-            self.full = ManyUnits(*similar_units(features, units))
-        self.curved: Kernel = replace(self.full, first=1e-3)  # type: ignore[type-var]
+        sizes, features = run.bank.sizes, run.bank.features()
+        self.full, self.curved = default_kernel(sizes, features), default_kernel(sizes, features, exact=True)
 
     def error(
         self, sets: DeletionSets, x: np.ndarray, jets: list[tuple[np.ndarray, int]], exact: bool, noise: float
@@ -259,8 +260,8 @@ class _Spending:
 
     def named(self) -> Choice:
         seconds = self.costs.retraining.of(len(self.sets)) / self.budget.workers
-        arguments = {"without": self.sets}
-        return Choice("retraining the sets themselves", arguments, seconds, *self._bytes(len(self.sets), 0, 0), NUGGET)
+        arguments = {"without": self.sets, "queries": self.asked}
+        return Choice("retraining the sets themselves", arguments, seconds, *self._bytes(len(self.sets), 0, 0), 0.0)
 
     def make(
         self, name: str, retrain: int = 0, jets: int = 0, degree: int = 1, gradient: bool = False, pairs: bool = False

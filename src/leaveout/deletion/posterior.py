@@ -22,21 +22,26 @@ JET_NUGGET = 1e-6
 """Variance of a jet coefficient's own error, relative to its prior variance: rounding in complex64."""
 NUGGET = 1e-4
 """Variance of a retraining's own error, relative to the prior variance of one unit's first order, at least."""
+KNOWN = 1e-3
+"""Prior variance of the first order when it is known exactly, instead of 1: its own error in single precision."""
 LEAST_FACTOR = 1.0
 """A few held-out sets are no reason to make intervals narrower than the prior says (docs/deletion.md)."""
 CONCENTRATED = 16.0
-"""Relative error that is added for a set which removes all that helps a query, falling with the cube of that share:
-on names the true effect was 3 times the predicted one at a share of one half, 5 times above .6, and right below .4."""
+"""Relative error that is added for a set which removes all that helps a query, falling with the cube of that share
+(found on names, see docs/deletion.md)."""
 LARGEST = 12_000
 """Measurements in one Gram matrix: 1.2 GB in float64."""
 
 
-def default_kernel(data: Measurements) -> Kernel:
-    """Subsets for few units, similar units by the features for many. An exact first order leaves none to learn."""
-    first = 0.0 if data.gradient is not None else 1.0
-    if data.units <= FEW:
-        return FewUnits(data.sizes, first=max(first, 1e-3))
-    return ManyUnits(*similar_units(data.features, data.units), first=max(first, 1e-3))
+def default_kernel(sizes: np.ndarray, features: np.ndarray | None, exact: bool = False) -> Kernel:
+    """Subsets for few units, similar units by their features for many; `exact`: the first order is known already.
+
+    sizes [units]: examples of each unit; features [units, k]: see `Measurements`.
+    """
+    first = KNOWN if exact else 1.0
+    if len(sizes) <= FEW:
+        return FewUnits(sizes, first=first)
+    return ManyUnits(*similar_units(features, len(sizes)), first=first)
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,15 @@ class _Rows:
 class Posterior:
     """Mean and standard deviation of effects given all measurements; see the module.
 
-    kernel: default `default_kernel`; scores: prior mean beta * x . scores, with beta found from the data.
+    kernel: default `default_kernel`; degree: highest order of jets that is used, default all that the kernel knows.
+    The scores of the data are a prior mean beta * x . scores, with beta found from the data.
     Memory: 16 bytes times the square of the number of real measurements, at most LARGEST of them.
     """
 
-    def __init__(self, data: Measurements, kernel: Kernel | None = None) -> None:
-        self.data, self.kernel = data, kernel or default_kernel(data)
+    def __init__(self, data: Measurements, kernel: Kernel | None = None, degree: int | None = None) -> None:
+        if degree is not None:
+            data = replace(data, jets=tuple(JetBlock(b.psi, b.c[:degree], b.real) for b in data.jets))
+        self.kernel = kernel or default_kernel(data.sizes, data.features, data.gradient is not None)
         self._rows = [rows for block in data.jets for rows in _rows_of(block)]
         if len(data.retrainings):
             self._rows.append(_Rows(data.retrainings.x, 0))
@@ -94,10 +102,6 @@ class Posterior:
         residual = white_y - self.beta * white_m
         self.tau = (residual**2).mean(0)
         self._dual = _solved(self._lower.T, residual, upper=True)
-        self.log_likelihood = float(
-            -0.5 * len(self._y) * np.log(np.maximum(self.tau, 1e-300)).sum()
-            - len(self.tau) * np.log(np.diag(self._lower)).sum()
-        )
 
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean effect and standard deviation, both [queries, sets]."""

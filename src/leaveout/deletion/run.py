@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from leaveout.corpus import Row
 from leaveout.deletion import directions
 from leaveout.deletion.bank import Bank, Measured, measurement_ids
-from leaveout.deletion.predict import Prediction
+from leaveout.deletion.kernels import similar_units
 from leaveout.deletion.sets import DeletionSets, deletion_sets
 from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
 from leaveout.deletion.verify import Verification
@@ -115,13 +115,15 @@ class TrainingRun:
     ) -> Bank:
         """Adds measurements to the bank; what is there already is not measured again, a killed call can be repeated.
 
-        directions, degree  jet runs along complex uniform directions
+        directions, degree  jet runs along complex uniform directions, or real orthogonal ones (settings.real)
         retrain, design     retrainings by a design (see `directions.DESIGNS`); without: retrain these deletion sets as well
         heldout             deletion sets, or a number of random ones, retrained to calibrate standard deviations only
         gradient            the exact first order of the queries (which then must be given)
         queries             ask only these, and keep their values instead of trained parameters
         """
         settings = settings or MeasureSettings()
+        if directions < 0 or retrain < 0 or degree < 1:
+            raise ValueError(f"wanted counts from 0 and a degree from 1, got {directions}, {retrain} and {degree}")
         asked = None if queries is None else as_queries(queries)
         if asked is not None:
             self.bank.base(asked)
@@ -150,22 +152,18 @@ class TrainingRun:
         if units < 2:
             raise UnsupportedError("A recipe with one unit has nothing to leave out: give its examples more units.")
         similar = name in ("auto", "along", "extremes") and units > directions.FEW
-        vectors = self._eigenvectors() if similar else None
+        vectors = None
+        if similar:
+            self.measure_vectors()
+            vectors = similar_units(self.bank.features(), units)[0].T
         return directions.design(name, n, units, settings.seed, settings.sizes, vectors)
-
-    def _eigenvectors(self) -> np.ndarray:
-        """Directions in which similar units act together, the strongest first: [k, units]."""
-        self.measure_vectors()
-        side = self.bank.store.side("vectors")
-        assert side is not None
-        rows = np.asarray(side["updates"], np.float64)
-        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-        return np.linalg.svd(rows, full_matrices=False)[0].T
 
     def measure_vectors(self) -> None:
         """Computes the units' update vectors once: similarity and cheap scores for `posterior`."""
-        if self.bank.store.side("vectors") is None:
-            self.bank.put_vectors(unit_vectors(self.recipe, WIDTH))
+        if self.bank.features() is None:
+            began = time.process_time()
+            vectors = unit_vectors(self.recipe, WIDTH)
+            self.bank.put_vectors(vectors, time.process_time() - began)
 
     def _heldout(self, heldout: Any, settings: MeasureSettings) -> DeletionSets:
         if not isinstance(heldout, int):
@@ -187,24 +185,21 @@ class TrainingRun:
 
     def _measure_jets(self, n: int, degree: int, asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
         dtype = settings.dtype or str(self.recipe.real_dtype.to_complex()).removeprefix("torch.")
-        units = len(self.recipe.unit_names)
+        draw = directions.real_orthogonal if settings.real else directions.complex_uniform
+        meta = {
+            "design": "real orthogonal" if settings.real else "complex uniform", "seed": settings.seed,
+            "degree": degree, "dtype": dtype, "real": settings.real,
+        }  # fmt: skip
         tasks = []
         for start in range(0, n, JETS_TOGETHER):
-            psi = directions.complex_uniform(start, min(n, start + JETS_TOGETHER), units, settings.seed)
+            psi = draw(start, min(n, start + JETS_TOGETHER), len(self.recipe.unit_names), settings.seed)
+            psi = psi.astype(np.complex128)
             ids = measurement_ids("jets", psi, asked, degree, dtype)
             if missing := self.bank.missing(ids):
-                meta = {
-                    "design": "complex uniform",
-                    "seed": settings.seed,
-                    "degree": degree,
-                    "dtype": dtype,
-                    "real": False,
-                }
                 if not tasks and settings.check:
                     self._require_stability()
-                tasks.append(
-                    _Task("jets", psi[missing], [ids[i] for i in missing], [meta] * len(missing), degree, dtype)
-                )
+                metas = [meta] * len(missing)
+                tasks.append(_Task("jets", psi[missing], [ids[i] for i in missing], metas, degree, dtype))
         self._carry_out(tasks, asked, settings, f"jets of degree {degree}")
 
     def _require_stability(self) -> None:
@@ -269,7 +264,7 @@ class TrainingRun:
         """Predicts, retrains and compares. The retrainings are resumed after a kill and used for nothing else."""
         prediction = self.bank.predict(queries, without, estimator, **options)
         actual = self.retrain(queries, without, settings)
-        return Verification(Prediction(**{**vars(prediction), "actual": actual}))
+        return Verification(replace(prediction, actual=actual))
 
 
 # --- tasks in worker processes -----------------------------------------------------------------------------------
@@ -309,12 +304,14 @@ def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
 
 
 def _jets(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:
-    settings = JetSettings(task.degree, getattr(torch, task.dtype), keep_parameters=worker.ask is None)
-    run = train_jets(worker.recipe, torch.from_numpy(task.vectors), settings, worker.ask, options)
+    dtype, psi = getattr(torch, task.dtype), torch.from_numpy(task.vectors)
+    if task.metas[0]["real"]:
+        dtype, psi = dtype.to_real(), psi.real
+    run = train_jets(worker.recipe, psi, JetSettings(task.degree, dtype, worker.ask is None), worker.ask, options)
     if run.losses is not None:
         return {"values": run.losses.h.to(torch.complex128).numpy().swapaxes(0, 1)}
     flat = torch.cat([h.flatten(2) for h in run.coefficients.values()], -1)
-    return {"parameters": flat.transpose(0, 1).numpy()}
+    return {"parameters": flat.transpose(0, 1).to(getattr(torch, task.dtype)).numpy()}
 
 
 def _runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:

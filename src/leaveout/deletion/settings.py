@@ -15,6 +15,7 @@ class MeasureSettings:
     workers   processes, one torch thread each; memory: bytes for all of them together (default half of what is free)
     seed      of random designs; sizes: sizes of random sets, in turn (default: log-uniform up to 30 % of the units)
     dtype     of jets: complex64 or complex128 (default: the recipe's precision)
+    real      jets along real orthogonal directions: half the cost, one number an order, at most as many as units
     check     refuse a recipe whose power series grow (see `leaveout doctor`) before jets are bought
     """
 
@@ -23,5 +24,14 @@ class MeasureSettings:
     seed: int = 0
     sizes: tuple[int, ...] = ()
     dtype: str | None = None
+    real: bool = False
     check: bool = True
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if self.dtype not in (None, "complex64", "complex128"):
+            raise ValueError(f"dtype must be complex64 or complex128, got {self.dtype!r}")
+        if any(size < 1 for size in self.sizes):
+            raise ValueError(f"sizes of random sets must be at least 1, got {list(self.sizes)}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from leaveout.deletion.predict import Prediction
-from leaveout.metrics import spearman
+from leaveout.metrics import pearson, spearman
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,11 @@ def agreement(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float | No
     """Pearson and Spearman over sets, mean over queries, and the median relative error; both arrays [query, set]."""
     out: dict[str, float | None] = {"pearson": None, "spearman": None}
     if actual.shape[1] >= 3:
-        out["pearson"] = _known_mean([_pearson(p, a) for p, a in zip(predicted, actual, strict=True)])
+        out["pearson"] = _known_mean(list(pearson(predicted, actual)))
         out["spearman"] = _known_mean(list(spearman(predicted, actual)))
     some = np.abs(actual) > 0
     errors = np.abs(predicted - actual)[some] / np.abs(actual)[some]
     return {**out, "relative_error": float(np.median(errors)) if len(errors) else None}
-
-
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    size = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / size if size > 0 else math.nan
 
 
 def _known_mean(values: list[float]) -> float | None:

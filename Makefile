@@ -10,12 +10,12 @@ demo: $(READY)
 	$(BIN)/leaveout demo --out demo
 
 test: $(READY)
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/pyright
 	$(BIN)/pytest
 
 lint: $(READY)
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/pyright
 
 # Torch goes first and by name: a looser wish pulls a CUDA build of gigabytes. The language model's package

@@ -11,6 +11,7 @@ with and without the widening. Both were chosen on seed 42; another seed has oth
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -73,7 +74,7 @@ def by_share(s: accuracy.Setting, data: Measurements) -> list[dict[str, Any]]:
     mean = fitted.predict(s.sets.x)[0]
     covered = {"without": inside(s, data, 0.0), "with": inside(s, data, posterior.CONCENTRATED)}
     out = []
-    for low, high in zip(SHARES, SHARES[1:], strict=False):
+    for low, high in itertools.pairwise(SHARES):
         chosen = (share >= low) & (share <= high if high == 1 else share < high)
         # Small predicted effects say nothing about a ratio.
         large = chosen & (np.abs(mean) > 0.02)

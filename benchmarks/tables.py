@@ -199,7 +199,56 @@ def coverage(result: dict[str, Any]) -> str:
     )
 
 
-README, JETS, DELETION = "README.md", "docs/jets.md", "docs/deletion.md"
+def choices(result: dict[str, Any]) -> str:
+    head = [
+        "share of a query's help removed",
+        *(f"seed {seed}: actual over predicted | inside, not widened | widened" for seed in result["seeds"]),
+    ]
+    head = [part for text in head for part in text.split(" | ")]
+    seeds = [facts["by_share_of_help"] for facts in result["seeds"].values()]
+    lines = []
+    for bins in zip(*seeds, strict=True):
+        low, high = bins[0]["share"]
+        line = [f"{low:.0%} to {high:.0%}"]
+        for found in bins:
+            line += [
+                f"{found['actual_over_predicted']:.1f}",
+                f"{found['inside_without']:.0%}",
+                f"{found['inside_with']:.0%}",
+            ]
+        lines.append(line)
+    return table(head, lines)
+
+
+def damping(result: dict[str, Any]) -> str:
+    by_seed = {seed: facts["spearman_by_damping"] for seed, facts in result["seeds"].items()}
+    names = list(next(iter(by_seed.values())))
+    head = ["damping of the scores", *(n.removesuffix(".0") for n in names)]
+    return table(head, [[f"seed {seed}", *(f"{found[n]:.3f}" for n in names)] for seed, found in by_seed.items()])
+
+
+def influence(result: dict[str, Any]) -> str:
+    """All methods by LDS, and the QLD of those that have one."""
+    removal = {line["method"]: line["qld"]["mean"] for line in result["qld"]}
+    ceiling = result["ceiling"]["mean"]
+    head = [
+        f"{result['bank']['name']}: {result['bank']['optimizer']}, {result['subsets']} halves, ceiling {ceiling:.3f}",
+        "LDS",
+        "QLD, nats",
+    ]
+    return table(
+        head,
+        [
+            [
+                f"`{line['method']}`", f"{line['lds']['mean']:.3f} [{line['lds']['low']:.3f}, {line['lds']['high']:.3f}]",
+                f"{removal[line['method']]:.3f}" if line["method"] in removal else "",
+            ]
+            for line in result["lds"]
+        ],
+    )  # fmt: skip
+
+
+README, JETS, DELETION, EVALUATION = "README.md", "docs/jets.md", "docs/deletion.md", "docs/evaluation.md"
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "index_cost": (README, "readout_index_cost.json", index_cost),
     "search": (README, "readout_search.json", search),
@@ -210,6 +259,10 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "coverage_names": (DELETION, "deletion_coverage_names.json", coverage),
     "coverage_digits": (DELETION, "deletion_coverage_digits.json", coverage),
     "coverage_lm": (DELETION, "deletion_coverage_lm.json", coverage),
+    "choices": (DELETION, "deletion_prior_choices.json", choices),
+    "damping": (DELETION, "deletion_prior_choices.json", damping),
+    "influence_stories": (EVALUATION, "readout_influence_stories.json", influence),
+    "influence_neox": (EVALUATION, "readout_influence_neox.json", influence),
     "speed": (JETS, "jets_speed.json", speed),
     "retraining": (JETS, "jets_loo_retraining.json", retraining),
 }

@@ -186,7 +186,9 @@ def test_yaml_causal_lm(lm_directory):
 
 def test_loss_per_token_is_the_mean_over_the_tokens_of_the_batch(lm_directory):
     rows = tuple(Corpus.open(ROWS))
-    recipe = Recipe("causal-lm", rows, model=str(lm_directory / "model"), dtype="float64", loss_per="token", batch_size=4)
+    recipe = Recipe(
+        "causal-lm", rows, model=str(lm_directory / "model"), dtype="float64", loss_per="token", batch_size=4
+    )
     task = task_of(recipe)
     batch = task.encode(rows)
     wanted = task.model(input_ids=batch[0], labels=batch[1], attention_mask=torch.ones_like(batch[0])).loss

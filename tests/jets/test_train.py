@@ -71,7 +71,9 @@ RECIPES = {
 
 def lm(where, **changes):
     settings = {"batch_size": 2, "epochs": 2, "optimizer": OptimizerSettings("sgd", 0.2), "dtype": "float64"}
-    return Recipe("causal-lm", tuple(Corpus.open(ROWS, units="unit")), model=str(where / "model"), **settings, **changes)
+    return Recipe(
+        "causal-lm", tuple(Corpus.open(ROWS, units="unit")), model=str(where / "model"), **settings, **changes
+    )
 
 
 def made(name, where):

@@ -97,7 +97,6 @@ MODELS = {
 }  # fmt: skip
 
 
-
 def tilted(model, batch):
     """Plus a linear term, so that no gradient is near 0, where a root with epsilon outside is singular."""
     return classify(model, batch) + 0.5 * sum(p.sum() for p in model.parameters())

@@ -341,7 +341,9 @@ def test_rows_without_ids_may_repeat(lm, tokenizer, tmp_path):
 
 def test_ids_that_two_rows_share_are_refused(lm, tokenizer, tmp_path):
     rows = [{"id": "a", "text": "one tale"}, {"id": "b", "text": "two tales"}, {"id": "a", "text": "three tales"}]
-    with pytest.raises(FormatError, match="The id 'a' of row 3 is that of an earlier row: give every row its own id, or"):
+    with pytest.raises(
+        FormatError, match="The id 'a' of row 3 is that of an earlier row: give every row its own id, or"
+    ):
         Index.build(lm, rows, tmp_path / "strict", "paper", tokenizer)
     index = Index.build(lm, rows, tmp_path / "index", "paper", tokenizer, skip_bad=True)
     assert index.ids == ["a", "b"] and index.last_report.skipped == 1 and "'a'" in index.last_report.messages[0]

@@ -147,6 +147,7 @@ def own_parameters(task: Task) -> dict[str, Any]:
 
 def clipper(recipe: Recipe, params: dict[str, Any]) -> Callable[[], None]:
     """The global-norm clipping of a recipe, over these parameters' gradients."""
+
     def clip() -> None:
         if recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(list(params.values()), recipe.clip_norm)

@@ -162,6 +162,20 @@ def test_a_known_gradient_leaves_only_the_curvature_open():
     assert Posterior(data).beta == 1.0
 
 
+def test_a_known_gradient_alone_foretells_its_own_error():
+    """Effects with squares of the prior's size beside the known first order; no retraining at all."""
+    units, queries = 40, 5
+    rng = np.random.default_rng(0)
+    scale = np.array([1, 2, 1, 5, 0.1])[:, None]
+    gradient = scale * rng.standard_normal((queries, units))
+    squares = scale * np.sqrt(0.2) * rng.standard_normal((queries, units))
+    x = directions.random_sets(0, 200, units, 3)
+    data = Measurements(np.zeros(queries), np.ones(units), gradient=gradient)
+    mean, std = Posterior(data, ManyUnits(*similar_units(None, units), second=0, third=0, first=1e-3)).predict(x)
+    assert np.allclose(mean, gradient @ x.T)
+    assert 0.9 < (np.abs(squares @ x.T) < 1.96 * std).mean() < 0.995
+
+
 def test_expected_error_needs_no_values_and_agrees_with_the_posterior(monkeypatch):
     monkeypatch.setattr("leaveout.deletion.posterior.CONCENTRATED", 0.0)
     data, kernel, x, _ = problem(3)

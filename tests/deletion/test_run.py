@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from leaveout.deletion import plan as plan_module
 from leaveout.deletion.bank import Bank
 from leaveout.deletion.kernels import FewUnits
-from leaveout.deletion.plan import Budget, make_plan
+from leaveout.deletion.plan import Budget, Cost, Costs, make_plan
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
@@ -169,6 +170,29 @@ def test_plan_says_what_it_leaves_out(tmp_path):
     plan = make_plan(wild, QUERIES, [list(recipe.ids[:3])], Budget(60.0, examples=True))
     assert any(note.startswith("No jets: ") for note in plan.notes)
     assert not any("jets" in choice.name for choice in plan.choices)
+
+
+def test_plan_buys_the_exact_first_order_alone_where_it_leaves_room_for_nothing_else(recipe, tmp_path, monkeypatch):
+    costs = Costs(Cost(4.0, 0.1, 256), {}, gradient=9.0, probe=0.0)
+    monkeypatch.setattr("leaveout.deletion.plan.probe", lambda *args, **options: costs)
+    run, sets = TrainingRun.open(recipe, tmp_path / "run"), [list(recipe.ids[:3])]
+    names = {b: {c.name for c in make_plan(run, QUERIES, sets, Budget(b, examples=True)).choices} for b in (8, 10, 30)}
+    assert names[8] == {"retrainings"}
+    assert names[10] == {"retrainings", "exact first order"}
+    assert names[30] == {"retrainings", "exact first order, and retrainings"}
+    bought = next(
+        c for c in make_plan(run, QUERIES, sets, Budget(10, examples=True)).choices if c.name == "exact first order"
+    )
+    run.measure(**bought.arguments)
+    p = run.bank.predict(QUERIES, sets)
+    assert np.array_equal(p.effect, run.bank.predict(QUERIES, sets, "first_order").effect)
+    assert (np.isfinite(p.std) & (p.std > 0)).all()
+
+
+def test_probe_tells_starting_from_going_on(recipe, monkeypatch):
+    """A task of 2 s and 0.5 s a step."""
+    monkeypatch.setattr("leaveout.deletion.plan._seconds", lambda task: task())
+    assert plan_module._whole(recipe, lambda short: 2 + 0.5 * len(short.batches())) == 2 + 0.5 * len(recipe.batches())
 
 
 @pytest.mark.parametrize("bad", [{"workers": 0}, {"dtype": "float32"}, {"sizes": (0,)}])

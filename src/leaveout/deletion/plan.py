@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from leaveout.training.train import JetSettings, RunOptions, train_batch, train_
 if TYPE_CHECKING:
     from leaveout.deletion.run import TrainingRun
 
-PROBE_STEPS, PROBE_RUNS = 12, (8, 64)
+PROBE_STEPS, PROBE_RUNS = (4, 16), (8, 64)
 HELDOUT = 16
 """Retrainings kept for calibration, at most; at least five times as many are bought to be fitted."""
 DESIGN_LIMIT = 3000
@@ -155,27 +155,24 @@ def _stability(recipe: Recipe) -> tuple[Stability | None, tuple[str, ...]]:
 
 
 def probe(recipe: Recipe, asked: list[Query], jets: bool = True) -> Costs:
-    """Times the first steps of each kind of run, and scales them to the whole run."""
+    """Times the first steps of each kind of run, and from two lengths foretells the whole run."""
     began = time.process_time()
-    total = len(recipe.batches())
-    steps = min(total, PROBE_STEPS)
-    short = recipe.with_(steps=steps) if isinstance(recipe.order, str) else recipe.with_(order=recipe.order[:steps])
-    units, scale = len(recipe.unit_names), total / steps
+    units = len(recipe.unit_names)
 
     def retrain(n: int) -> float:
-        x = directions.random_sets(0, n, units)
-        return _seconds(lambda: train_batch(short, torch.from_numpy(1 - x), together=n)) * scale
+        weights = torch.from_numpy(1 - directions.random_sets(0, n, units))
+        return _whole(recipe, lambda short: train_batch(short, weights, together=n))
 
     def measure(n: int, degree: int) -> float:
         psi, settings = torch.from_numpy(directions.complex_uniform(0, n, units)), JetSettings(degree)
-        return _seconds(lambda: train_jets(short, psi, settings)) * scale
+        return _whole(recipe, lambda short: train_jets(short, psi, settings))
 
     retraining = _line(retrain, runs_together(recipe, task_of(recipe), RUNS_TOGETHER))
     found = {d: _line(lambda n, d=d: measure(n, d), JETS_TOGETHER) for d in (1, 2)} if jets else {}
     gradient, notes = None, ()
     try:
-        ask = query_function(task_of(short), asked)
-        gradient = _seconds(lambda: metagradient(short, ask, RunOptions())) * scale
+        ask = query_function(task_of(recipe), asked)
+        gradient = _whole(recipe, lambda short: metagradient(short, ask, RunOptions()))
     except LeaveoutError as error:
         notes = (f"No exact first order: {error}",)
     return Costs(retraining, found, gradient, time.process_time() - began, notes)
@@ -188,6 +185,18 @@ def _line(seconds: Callable[[int], float], together: int) -> Cost:
     a, b = seconds(few), seconds(many)
     each = max(b - a, 0.05 * b) / (many - few)
     return Cost(max(a - few * each, 0.0), each, together)
+
+
+def _whole(recipe: Recipe, task: Callable[[Recipe], Any]) -> float:
+    """CPU seconds of a task on the whole recipe, from what its first steps take beyond a start of their own."""
+    total = len(recipe.batches())
+    few, more = (min(total, steps) for steps in PROBE_STEPS)
+    found = []
+    for steps in (few, more):
+        short = recipe.with_(steps=steps) if isinstance(recipe.order, str) else recipe.with_(order=recipe.order[:steps])
+        found.append(_seconds(lambda short=short: task(short)))
+    start, end = found
+    return end if more == few else end + max(end - start, 0.0) / (more - few) * (total - more)
 
 
 def _seconds(task: Callable[[], Any]) -> float:
@@ -242,9 +251,13 @@ def _choices(
             yield spend.make(
                 f"jets of degree {degree}{name}", jets=m, degree=degree, retrain=min(max(0, rest), 4 * units)
             )
-    if costs.gradient is not None and costs.gradient < cpu - reserve:
-        rest = costs.retraining.affordable(cpu - costs.gradient) - heldout
-        yield spend.make("exact first order, and retrainings", retrain=min(max(0, rest), 4 * units), gradient=True)
+    if costs.gradient is None or costs.gradient > cpu:
+        return
+    rest = costs.retraining.affordable(cpu - costs.gradient) - heldout
+    if rest >= 8:
+        yield spend.make("exact first order, and retrainings", retrain=min(rest, 4 * units), gradient=True)
+    else:
+        yield replace(spend, heldout=0).make("exact first order", gradient=True)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class Posterior:
     """Mean and standard deviation of effects given all measurements; see the module.
 
     kernel: default `default_kernel`; degree: highest order of jets that is used, default all that the kernel knows.
-    The scores of the data are a prior mean beta * x . scores, with beta found from the data.
+    The scores of the data are a prior mean beta * x . scores, with beta found from the data; an exact first order is
+    the mean itself, and may be all that is known.
     Memory: 16 bytes times the square of the number of real measurements, at most LARGEST of them.
     """
 
@@ -69,15 +70,15 @@ class Posterior:
         if len(data.retrainings):
             self._rows.append(_Rows(data.retrainings.x, 0))
         count = sum(len(r.points) for r in self._rows)
-        if not count:
+        if not count and data.gradient is None:
             raise UnsupportedError("`posterior` needs measurements: buy some with `measure` (`plan` says which).")
         if count > LARGEST:
             raise UnsupportedError(f"`posterior` can use {LARGEST:,} numbers, the bank has {count:,}: lower `degree`.")
         self._gram = _gram(self.kernel, self._rows)
         self._y = _targets(data)
+        self._gradient = data.gradient
         slope = data.gradient if data.gradient is not None else data.scores
         self._slope = np.zeros((len(data.base), data.units)) if slope is None else np.asarray(slope, np.float64)
-        self._fixed = data.gradient is not None
         self._helps: np.ndarray | None = None
         self._fit(NUGGET)
         if data.noise is not None and len(data.retrainings) and (data.noise > 0).any():
@@ -95,10 +96,14 @@ class Posterior:
         except np.linalg.LinAlgError:
             matrix[np.diag_indices_from(matrix)] += 1e-6 * np.trace(matrix) / len(matrix)
             self._lower = np.linalg.cholesky(matrix)
+        if self._gradient is not None and not self._rows:  # the scale of the first order foretells that of the rest
+            self.beta, self.tau = 1.0, (self._gradient**2).mean(1)
+            self._dual = self._y
+            return
         shape = np.stack([_apply(self._rows, row) for row in self._slope], 1)  # [measurements, queries]
         white_y = _solved(self._lower, self._y)
         white_m = _solved(self._lower, shape)
-        self.beta = 1.0 if self._fixed else _shared_slope(white_y, white_m)
+        self.beta = 1.0 if self._gradient is not None else _shared_slope(white_y, white_m)
         residual = white_y - self.beta * white_m
         self.tau = (residual**2).mean(0)
         self._dual = _solved(self._lower.T, residual, upper=True)
@@ -106,7 +111,7 @@ class Posterior:
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean effect and standard deviation, both [queries, sets]."""
         sets = _Rows(x, 0)
-        cross = np.concatenate([_covariance(self.kernel, rows, sets) for rows in self._rows])
+        cross = _stacked([_covariance(self.kernel, rows, sets) for rows in self._rows], len(x))
         mean = self.beta * (self._slope @ x.T) + self._dual.T @ cross
         known = (_solved(self._lower, cross) ** 2).sum(0)
         left = np.clip(self.kernel.diagonal(x) - known, 0, None)
@@ -147,6 +152,8 @@ def expected_error(
 
 def _own_error(rows: list[_Rows], gram: np.ndarray, nugget: float) -> np.ndarray:
     """Variance of each measured number's own error, [measurements]."""
+    if not rows:
+        return np.zeros(0)
     retraining = np.concatenate([np.full(len(r.points), r.order == 0) for r in rows])
     return np.where(retraining, nugget, JET_NUGGET * np.diag(gram)) + 1e-10 * np.trace(gram) / len(gram)
 
@@ -167,7 +174,11 @@ def _targets(data: Measurements) -> np.ndarray:
                 out.append(block.c[r].imag)
     if len(data.retrainings):
         out.append(data.retrainings.y)
-    return np.concatenate(out)
+    return _stacked(out, len(data.base))
+
+
+def _stacked(parts: list[np.ndarray], columns: int) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros((0, columns))
 
 
 def _apply(rows: list[_Rows], slope: np.ndarray) -> np.ndarray:
@@ -193,7 +204,7 @@ def _gram(kernel: Kernel, rows: list[_Rows]) -> np.ndarray:
         for j in range(i, len(rows)):
             blocks[i][j] = _covariance(kernel, a, rows[j])
             blocks[j][i] = blocks[i][j].T
-    return np.block(blocks)
+    return np.block(blocks) if rows else np.zeros((0, 0))
 
 
 def _covariance(kernel: Kernel, a: _Rows, b: _Rows) -> np.ndarray:

@@ -12,6 +12,7 @@ import typer
 from leaveout.cli.program import (
     BYTES,
     SECONDS,
+    Backend,
     Json,
     Prompt,
     QueryText,
@@ -95,6 +96,7 @@ def measure(
     prompt: Prompt = None,
     queries: QueryFile = None,
     workers: Workers = 1,
+    backend: Backend = "processes",
     memory: Memory = None,
     seed: Annotated[int, typer.Option(help="Of random directions and sets.")] = 0,
     sizes: Annotated[str | None, typer.Option(help="Sizes of random sets, such as 4,10.")] = None,
@@ -114,7 +116,7 @@ def measure(
         raise typer.BadParameter(
             "say what to measure: --directions, --retrain, --without, --heldout, --gradient or --merge"
         )
-    settings = _settings(workers, memory, seed, sizes, dtype, real)
+    settings = _settings(workers, backend, memory, seed, sizes, dtype, real)
     opened = open_run(run)
     before = len(opened.bank)
     if merge is not None:
@@ -225,6 +227,7 @@ def verify(
     degree: Degree = None,
     html: Html = None,
     workers: Workers = 1,
+    backend: Backend = "processes",
     memory: Memory = None,
     json_: Json = False,
 ) -> None:
@@ -234,7 +237,7 @@ def verify(
     Example: leaveout verify run --query thames --without rivers
     """
     options = _estimator_options(estimator, degree)
-    settings = _settings(workers, memory)
+    settings = _settings(workers, backend, memory)
     opened = open_run(run)
     asked, removed = read_queries(query, prompt, queries), read_sets(opened, without, without_where, sets)
     found = opened.verify(asked, removed, estimator, settings, **options)
@@ -243,6 +246,7 @@ def verify(
 
 def _settings(
     workers: int,
+    backend: Backend,
     memory: str | None,
     seed: int = 0,
     sizes: str | None = None,
@@ -257,7 +261,7 @@ def _settings(
 
     numbers = tuple(int(part) for part in parts)
     try:
-        return MeasureSettings(workers, limit, seed, numbers, dtype, real, progress=True)
+        return MeasureSettings(workers, backend, limit, seed=seed, sizes=numbers, dtype=dtype, real=real, progress=True)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

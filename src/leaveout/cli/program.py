@@ -28,6 +28,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Where = Annotated[str | None, typer.Option(help="SQL expression over id, unit, text and the rows' fields.")]
 Workers = Annotated[int, typer.Option(min=1, help="Worker processes, one thread each.")]
+Backend = Annotated[
+    str, typer.Option(help="Where workers run: processes, or ray (the cluster of RAY_ADDRESS, else this machine).")
+]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... (not run on a GPU by us).")]
 QueryText = Annotated[list[str] | None, typer.Option("--query", help="Text of a query; may be given again.")]

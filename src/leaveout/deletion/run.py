@@ -239,7 +239,7 @@ class TrainingRun:
         start = functools.partial(_start, self.recipe, asked, memory, self.path / "work")
         bar = tqdm(total=total, desc=label, unit="run", disable=not settings.progress or not total, file=sys.stderr)
         with bar:
-            for measured, ids in run_tasks(tasks, _work, start, workers) if tasks else ():
+            for measured, ids in run_tasks(tasks, _work, start, workers, settings.backend) if tasks else ():
                 self.bank.add(measured, ids, asked)
                 bar.update(len(ids))
         shutil.rmtree(self.path / "work", ignore_errors=True)
@@ -304,7 +304,7 @@ def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
 
 
 def _jets(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:
-    dtype, psi = getattr(torch, task.dtype), torch.from_numpy(task.vectors)
+    dtype, psi = getattr(torch, task.dtype), torch.tensor(task.vectors)  # Ray hands out arrays read-only
     if task.metas[0]["real"]:
         dtype, psi = dtype.to_real(), psi.real
     run = train_jets(worker.recipe, psi, JetSettings(task.degree, dtype, worker.ask is None), worker.ask, options)

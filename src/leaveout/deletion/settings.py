@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from leaveout.executor import Backend, refuse_crew
+
 JETS_TOGETHER, RUNS_TOGETHER = 128, 256
 """Directions and retrainings of one task, at most: what a kill can lose, and what one transaction holds."""
 
@@ -12,7 +14,8 @@ JETS_TOGETHER, RUNS_TOGETHER = 128, 256
 class MeasureSettings:
     """How measurements are made.
 
-    workers   processes, one torch thread each; memory: bytes for all of them together (default half of what is free)
+    workers   processes, one torch thread each; backend: `processes` of this machine or actors of a `ray` cluster
+    memory    bytes for all of them together (default half of what is free where each one runs)
     seed      of random designs; sizes: sizes of random sets, in turn (default: log-uniform up to 30 % of the units)
     dtype     of jets: complex64 or complex128 (default: the recipe's precision)
     real      jets along real orthogonal directions: half the cost, one number an order, at most as many as units
@@ -20,6 +23,7 @@ class MeasureSettings:
     """
 
     workers: int = 1
+    backend: Backend = "processes"
     memory: int | None = None
     seed: int = 0
     sizes: tuple[int, ...] = ()
@@ -29,8 +33,7 @@ class MeasureSettings:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        refuse_crew(self.workers, self.backend)
         if self.dtype not in (None, "complex64", "complex128"):
             raise ValueError(f"dtype must be complex64 or complex128, got {self.dtype!r}")
         if any(size < 1 for size in self.sizes):

@@ -150,6 +150,7 @@ class Scores:
         self.arms[name] = {
             "estimator": estimator, "measurements": run.bank.info()["measurements"], "measuring_cpu_seconds": cpu,
             "retraining_equivalents": cpu / self.setting.retraining, "factor": p.factor,
+            "vectors_cpu_seconds": run.bank.store.state("vectors cpu_seconds"),  # not among the above
             "predicting_cpu_seconds": time.process_time() - began,
         }  # fmt: skip
         row = self.out
@@ -275,7 +276,8 @@ def budget_arms(s: Setting, scores: Scores, budget: int) -> dict[str, Any]:
     reserved = DeletionSets(s.heldout.x[:n], s.heldout.labels[:n])
     run = s.run(f"plan {budget}")
     plan = make_plan(run, s.queries, s.heldout, Budget(seconds, examples=True))
-    bought = {**plan.best.arguments, "heldout": reserved, "settings": settings}
+    bought = {**plan.best.arguments, "settings": settings}
+    bought["heldout"] = reserved if bought["heldout"] else None
     run.measure(**bought)
     name = f"posterior, plan, {budget}"
     scores.add(name, run, "posterior", spent(run))

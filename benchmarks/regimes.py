@@ -4,8 +4,10 @@
 
 Three panels, microgpt on names, n = 1000 units: (1) noise: Gaussian noise is added to every retraining's value, as runs
 with another seed or on another machine would have, in units of the median effect of one document; (2) small shares: a
-tenth of each set is removed, truth by retraining with these weights; (3) Spearman against budget, from the JSON of
-`deletion_accuracy.py`. `--work` may be the directory of that benchmark: its banks are used again.
+part of each set's weight is removed, truth by retraining with these weights; (3) Spearman against budget, from the JSON
+of `deletion_accuracy.py`. In (1) and (2) the budget is what 512 jets of degree 1 cost, which settle the first order; the
+retrainings are as many as it pays for, and the exact first order by reverse mode costs a small part of it.
+`--work` may be the directory of that benchmark: its truth is used again.
 """
 
 from __future__ import annotations
@@ -35,28 +37,28 @@ from leaveout.training.provenance import provenance
 from leaveout.training.queries import as_queries
 
 NOISE = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
-SHARE = 0.1
-BUDGET = 1103
-NAMES = {"singles": "leave-one-out sums", "mixture": "posterior, retrainings", "jets": "posterior, jets of degree 1"}
+SHARES = (0.02, 0.1, 0.3, 1.0)
+DIRECTIONS = 512
+NAMES = {
+    "singles": "leave-one-out sums", "mixture": "posterior, retrainings", "jets": "posterior, jets of degree 1",
+    "gradient": "posterior, exact first order",
+}  # fmt: skip
 
 
 def banks(s: accuracy.Setting, smoke: bool) -> dict[str, Measurements]:
     """Three ways to spend the same budget."""
-    fast = MeasureSettings(check=False)
-    units = len(s.recipe.unit_names)
-    budget = 60 if smoke else BUDGET
-    singles, mixture, jets = s.run(f"singles {budget}"), s.run(f"retrainings {budget}"), s.run(f"jets {budget}")
-    if not len(singles.bank):
-        singles.measure(retrain=units, design="singles", queries=s.queries, settings=fast)
-    mixture.measure_vectors()
-    if not len(mixture.bank):
-        mixture.measure(retrain=budget, queries=s.queries, settings=fast)
-    if not len(jets.bank):
-        jets.measure(16 if smoke else 400, 1, queries=s.queries, settings=fast)
-    jets.measure_vectors()
+    fast, units = MeasureSettings(check=False), len(s.recipe.unit_names)
+    runs = {name: s.run(f"regimes {name}") for name in NAMES}
+    runs["jets"].measure_vectors()
+    runs["jets"].measure(24 if smoke else DIRECTIONS, 1, queries=s.queries, settings=fast)
+    budget = int(accuracy.spent(runs["jets"]) / s.retraining)
+    runs["singles"].measure(retrain=units, design="singles", queries=s.queries, settings=fast)
+    runs["mixture"].measure_vectors()
+    runs["mixture"].measure(retrain=budget, queries=s.queries, settings=fast)
+    runs["gradient"].measure(gradient=True, queries=s.queries, settings=fast)
     return {
         name: replace(run.bank.measurements(s.queries), heldout=Retrainings(np.zeros((0, units)), np.zeros((0, 0))))
-        for name, run in (("singles", singles), ("mixture", mixture), ("jets", jets))
+        for name, run in runs.items()
     }
 
 
@@ -87,14 +89,16 @@ def noise_panel(s: accuracy.Setting, data: dict[str, Measurements]) -> dict[str,
 
 
 def share_panel(s: accuracy.Setting, data: dict[str, Measurements]) -> dict[str, Any]:
-    """Median relative error for a tenth of each random set of 50 (or of 10, where there is none)."""
+    """Median relative error for parts of each random set of 50 (or of 10, where there is none)."""
     kind = "50" if "50" in s.kinds else "10"
     chosen = [i for i, k in enumerate(s.kinds) if k == kind]
-    sets = DeletionSets(SHARE * s.sets.x[chosen], tuple(s.sets.labels[i] for i in chosen))
-    run = s.run("truth")
-    actual = run.retrain(s.queries, sets) - run.bank.base(as_queries(s.queries))[:, None]
-    errors = {n: agreement(effects(n, d, sets.x), actual)["relative_error"] for n, d in data.items()}
-    return {"share": SHARE, "kind": kind, "relative_error": errors}
+    run, errors = s.run("truth"), {name: [] for name in data}
+    for share in SHARES:
+        sets = DeletionSets(share * s.sets.x[chosen], tuple(s.sets.labels[i] for i in chosen))
+        actual = run.retrain(s.queries, sets) - run.bank.base(as_queries(s.queries))[:, None]
+        for name, known in data.items():
+            errors[name].append(agreement(effects(name, known, sets.x), actual)["relative_error"])
+    return {"shares": list(SHARES), "kind": kind, "relative_error": errors}
 
 
 def plans(s: accuracy.Setting, budget: float) -> list[dict[str, Any]]:
@@ -122,10 +126,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
         xlabel="noise of a retraining / effect of one document", ylabel="Spearman", title="noise", xscale="symlog"
     )
     noise.legend(fontsize="small", frameon=False)
-    errors = result["small_shares"]["relative_error"]
-    share.bar([NAMES[n] for n in errors], list(errors.values()))
-    share.set(ylabel="median relative error", title="a tenth of a set removed", yscale="log")
-    share.tick_params(axis="x", labelrotation=12, labelsize="small")
+    for name, values in result["small_shares"]["relative_error"].items():
+        share.plot(result["small_shares"]["shares"], values, marker="o", label=NAMES[name])
+    share.set(
+        xlabel="weight removed", ylabel="median relative error", title="parts of a set", xscale="log", yscale="log"
+    )
     for label, points in result["budget"].items():
         budget.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=label)
     budget.set(xlabel="cost in retrainings, n = 1000 units", ylabel="Spearman", title="budget", xscale="log")
@@ -165,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {
             "question": "Where do jets win over retraining, at equal cost?", "smoke": args.smoke, "names": NAMES,
             "measurements": {name: d.describe() for name, d in data.items()},
+            "measuring_cpu_seconds": {name: accuracy.spent(s.run(f"regimes {name}")) for name in data},
             "noise": {"levels": list(NOISE), "spearman": noise_panel(s, data)},
             "small_shares": share_panel(s, data), "budget": by_budget(json.loads(args.accuracy.read_text())),
             "plans": plans(s, 368 if not args.smoke else 150), "cpu_seconds": time.process_time() - began,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import shutil
 import subprocess
@@ -11,6 +13,7 @@ import pytest
 
 from command import run_command
 from leaveout import cli
+from leaveout.readout import finding
 from readout.tiny import TEXTS, make_model, make_tokenizer
 
 ROWS = [
@@ -197,9 +200,36 @@ def test_doctor_of_a_recipe_tells_whether_its_series_stay_bounded(run, tmp_path,
         (["index", "no/such/model", "ROWS", "--out", "OUT"], 1, "no/such/model does not load"),
         (["index", "none.gguf", "ROWS", "--out", "OUT"], 1, "no GGUF file"),
         (["frobnicate"], 2, "frobnicate"),
+        (["search", "IDX", "--query", "x y z", "--approximate", "annoy"], 1, "give one of simhash, faiss"),
+        (["search", "IDX", "--query", "x y z", "--approximate", "simhash"], 1, "(`leaveout prepare`)"),
+        (["search", "IDX", "--query", "x y z", "--rescore", "9"], 2, "--rescore goes with --approximate"),
+        (["search", "IDX", "--query", "x y z", "--rescore", "-1", "--approximate", "simhash"], 2, "--rescore"),
+        (
+            ["search", "IDX", "--query", "x y z", "--group-by", "colour"],
+            1,
+            "give unit, or a field of the rows (source)",
+        ),
+        (["search", "IDX", "--query", "x y z", "--group-by", "source", "--unique"], 1, "give one of them"),
+        (["search", "IDX", "--query", "x y z", "--unique-above", "2"], 1, "give True, or a cosine between 0 and 1"),
+        (["search", "IDX", "--query", "x y z", "--workers", "0"], 2, "--workers"),
+        (["prepare", "IDX", "--kind", "annoy"], 1, "give one of simhash, faiss"),
+        (["prepare", "IDX", "--bits", "100"], 1, "give a multiple of 64"),
+        (["prepare", "IDX", "--kind", "faiss", "--bits", "64"], 2, "--bits goes with --kind simhash"),
+        (["prepare", "nowhere"], 1, "no index in nowhere"),
+        (["index", "MODEL", "ROWS", "--out", "OUT", "--shard", "1"], 2, "--shard must be auto or R/N"),
+        (["index", "MODEL", "ROWS", "--out", "OUT", "--shard", "2/2"], 1, "shard is (2, 2)"),
+        (["index", "MODEL", "ROWS", "--out", "OUT", "--shard", "auto"], 1, "start it with torchrun or srun"),
+        (["index", "MODEL", "ROWS", "--out", "OUT", "--backend", "dask"], 1, "give one of processes, ray"),
+        (["index", "MODEL", "ROWS", "--out", "OUT", "--statistics", "nowhere"], 1, "nowhere is not a store"),
+        (["append", "IDX", "ROWS", "--backend", "dask"], 1, "give one of processes, ray"),
+        (["merge", "OUT"], 2, "PART"),
+        (["merge", "OUT", "nowhere"], 1, "nowhere holds no index and no shards"),
+        (["merge", "OUT", "IDX", "IDX"], 1, "is given twice"),
     ],
 )
-def test_errors_are_one_sentence(run, idx, model, rows, tmp_path, arguments, code, message):
+def test_errors_are_one_sentence(run, idx, model, rows, tmp_path, monkeypatch, arguments, code, message):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
     places = {"IDX": idx, "MODEL": model, "ROWS": rows, "OUT": tmp_path / "out"}
     found, out, err = run(*(places.get(argument, argument) for argument in arguments))
     assert (found, out) == (code, "")
@@ -244,6 +274,126 @@ def test_index_by_workers_is_the_same(run, idx, model, rows, tmp_path):
     assert code == 0
     answers = [run("search", where, "--query", TEXTS[5], "--json")[1] for where in (idx, tmp_path / "two")]
     assert answers[0] == answers[1]
+
+
+# Parts that become one index.
+
+
+def answer(run, idx):
+    """Ids and scores that a query finds."""
+    hits = json.loads(run("search", idx, "--query", TEXTS[5], "--json")[1])["hits"]
+    return [hit["id"] for hit in hits], [hit["score"] for hit in hits]
+
+
+def test_shards_are_merged(run, idx, model, rows, tmp_path, monkeypatch):
+    parts, out = tmp_path / "parts", tmp_path / "all"
+    code, text, err = run("index", model, rows, "--out", parts, "--shard", "0/2", "--json")
+    assert (code, json.loads(text)["rows"]) == (0, 2) and f"leaveout merge IDX {parts}" in err
+    code, text, err = run("merge", out, parts)
+    assert (code, text) == (1, "") and "shard-00001-of-00002 is missing: run the build of that shard" in err
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, text, _ = run("index", model, rows, "--out", parts, "--shard", "auto", "--json")
+    assert (code, json.loads(text)["index"]) == (0, str(parts / "shard-00001-of-00002"))
+    code, text, _ = run("merge", out, parts, "--json")
+    assert code == 0 and {"rows": 4, "added": 4, "repeated": 0, "index": str(out)}.items() <= json.loads(text).items()
+    assert run("merge", tmp_path / "listed", *sorted(parts.iterdir()))[0] == 0
+    (names, scores), one = answer(run, out), answer(run, idx)
+    assert names == one[0] and scores == pytest.approx(one[1], rel=1e-3)
+    assert answer(run, tmp_path / "listed") == (names, scores)
+    code, _, err = run("merge", out, parts)
+    assert code == 1 and "holds a finished index: give a new directory" in err
+
+
+def test_indexes_of_other_rows_are_merged_if_they_whiten_alike(run, idx, model, tmp_path):
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps({"id": "e", "text": TEXTS[4]}) + "\n" + json.dumps(ROWS[0]) + "\n")
+    assert run("index", model, more, "--out", tmp_path / "apart")[0] == 0
+    code, text, err = run("merge", tmp_path / "all", idx, tmp_path / "apart")
+    assert (code, text) == (1, "") and "another whitening" in err and "--statistics" in err and "--shard" in err
+    assert run("index", model, more, "--out", tmp_path / "alike", "--statistics", idx)[0] == 0
+    code, text, _ = run("merge", tmp_path / "all", idx, tmp_path / "alike", "--json")
+    assert code == 0 and {"rows": 5, "added": 5, "repeated": 1}.items() <= json.loads(text).items()
+    assert run("append", idx, more)[0] == 0
+    (names, scores), one = answer(run, tmp_path / "all"), answer(run, idx)
+    assert names == one[0] and scores == pytest.approx(one[1], rel=1e-3)
+
+
+def test_backend_is_handed_on(run, idx, model, rows, tmp_path, monkeypatch):
+    """`processes` changes nothing, and `ray` asks for the package."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert run("index", model, rows, "--out", tmp_path / "one", "--backend", "processes", "--workers", "1")[0] == 0
+    assert answer(run, tmp_path / "one") == answer(run, idx)
+    (tmp_path / "more.jsonl").write_text(json.dumps({"id": "e", "text": TEXTS[4]}) + "\n")
+    for command in (["index", model, rows, "--out", tmp_path / "two"], ["append", idx, tmp_path / "more.jsonl"]):
+        code, _, err = run(*command, "--backend", "ray")
+        assert code == 1 and "the backend ray needs the package ray: pip install 'leaveout[ray]'" in err
+
+
+# Ways to search.
+
+
+def hits_of(run, idx, *options):
+    code, out, err = run("search", idx, "--query", TEXTS[5], "--json", *options)
+    assert code == 0, err
+    return json.loads(out)["hits"]
+
+
+def test_prepare_makes_what_approximate_reads(run, idx):
+    code, out, _ = run("prepare", idx, "--bits", "128", "--json")
+    assert code == 0 and {"prepared": "simhash", "rows": 4}.items() <= json.loads(out).items()
+    assert (idx / "simhash").is_dir()
+    exact = hits_of(run, idx)
+    listed = hits_of(run, idx, "--approximate", "simhash")
+    assert [hit["id"] for hit in listed] == [hit["id"] for hit in exact]
+    assert [hit["score"] for hit in listed] == pytest.approx([hit["score"] for hit in exact], rel=1e-4)
+    assert len(hits_of(run, idx, "--approximate", "simhash", "--rescore", "2", "-k", "2")) == 2
+    estimated = hits_of(run, idx, "--approximate", "simhash", "--rescore", "0")
+    assert {hit["score"] for hit in estimated}.isdisjoint(hit["score"] for hit in exact)
+
+
+def test_prepare_faiss_says_what_is_missing(run, idx, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    code, _, err = run("prepare", idx, "--kind", "faiss")
+    assert code == 1 and "pip install 'leaveout[ann]'" in err
+
+
+def test_prepare_faiss(run, idx):
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    assert run("prepare", idx, "--kind", "faiss")[0] == 0
+    assert hits_of(run, idx, "--approximate", "faiss")[0]["id"] == hits_of(run, idx)[0]["id"]
+
+
+def test_search_rolls_up(run, idx, tmp_path, monkeypatch):
+    rows = [{**ROWS[2], "id": "c again"}, {**ROWS[2], "id": "near c", "text": ROWS[2]["text"] + "."}]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("append", idx, tmp_path / "more.jsonl")[0] == 0
+    every = [hit["id"] for hit in hits_of(run, idx)]
+    assert set(every) == {"a", "b", "c", "d", "c again", "near c"}
+    threads, scan = [], finding.scan
+    monkeypatch.setattr(finding, "scan", lambda *given: threads.append(given[-1]) or scan(*given))
+    assert [hit["id"] for hit in hits_of(run, idx, "--workers", "3")] == every and threads == [3]
+    once = [id for id in every if id != max("c", "c again", key=every.index)]
+    assert [hit["id"] for hit in hits_of(run, idx, "--unique")] == once
+    kept = [hit["id"] for hit in hits_of(run, idx, "--unique-above", "0.95")]
+    assert kept == [id for id in every if id not in sorted({"c", "c again", "near c"}, key=every.index)[1:]]
+    sources = [hit["meta"].get("source") for hit in hits_of(run, idx, "--group-by", "source")]
+    assert len(sources) == 3 and set(sources) == {"web", "book", None}
+
+
+def test_options_have_the_names_and_defaults_of_the_python_interface(run):
+    from leaveout.readout import simhash
+    from leaveout.readout.build import BuildOptions
+    from leaveout.readout.finding import SearchOptions
+
+    commands = {command.callback.__name__: command.callback for command in cli.app.registered_commands}
+    given = {name: inspect.signature(command).parameters for name, command in commands.items()}
+    for option in dataclasses.fields(SearchOptions):
+        assert option.name == "rescore" or given["search"][option.name].default == option.default
+    for name in ("backend", "workers"):
+        assert given["index"][name].default == getattr(BuildOptions(), name) == given["append"][name].default
+    assert f"(default: {SearchOptions().rescore})" in " ".join(run("search", "--help")[1].split())
+    assert f"(default of simhash: {simhash.BITS})" in " ".join(run("prepare", "--help")[1].split())
 
 
 def test_help_needs_no_torch_and_the_version_is_printed():

@@ -378,14 +378,29 @@ def test_shards_that_do_not_belong_together_are_refused(lm, tokenizer, tmp_path,
     def build(name, rows, number, **options):
         return Index.build(lm, rows, tmp_path / name, "paper", tokenizer, shard=(number, 2), **options)
 
-    with pytest.raises(FormatError, match="holds no shards: give the directory that a build with shard wrote to"):
+    with pytest.raises(
+        FormatError, match="none holds no index and no shards: give the directory that a build wrote to"
+    ):
         Index.merge(tmp_path / "none", tmp_path / "one")
     build("part", CORPUS, 0)
-    with pytest.raises(MismatchError, match="shard-00001-of-00002 is missing or unfinished: run the build of that"):
+    with pytest.raises(
+        MismatchError, match="shard-00001-of-00002 is missing: run the build of that shard, or name its"
+    ):
         Index.merge(tmp_path / "part", tmp_path / "one")
     build("part", CORPUS[:21], 1)
-    with pytest.raises(MismatchError, match="shard-00001-of-00002 has another corpus than shard-00000-of-00002"):
+    with pytest.raises(
+        MismatchError, match=r"shard-00001-of-00002 has another corpus than .*shard-00000-of-00002: build"
+    ):
         Index.merge(tmp_path / "part", tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+    shutil.rmtree(tmp_path / "part" / "shard-00001-of-00002")
+    Store.create(tmp_path / "part" / "shard-00001-of-00002", Store.open(build("part", CORPUS, 0).path).settings).close()
+    with pytest.raises(MismatchError, match="shard-00001-of-00002 is unfinished: run the command that built it again"):
+        Index.merge(tmp_path / "part", tmp_path / "one")
+    build("part", CORPUS, 1)
+    shards = sorted((tmp_path / "part").iterdir())
+    with pytest.raises(MismatchError, match="shard-00002-of-00009 does not belong to the other 2 shards: leave it out"):
+        Index.merge([*shards, shutil.copytree(shards[0], tmp_path / "shard-00002-of-00009")], tmp_path / "one")
     same = [*CORPUS[:20], {**CORPUS[0], "text": "other"}]
     for number in range(2):
         build("same id", same, number)
@@ -394,6 +409,119 @@ def test_shards_that_do_not_belong_together_are_refused(lm, tokenizer, tmp_path,
     monkeypatch.setattr(shards_module, "PATIENCE", 0.1)
     with pytest.raises(MismatchError, match=r"no statistics in .* after 0 s: start the process of shard 0 as well"):
         Index.build(lm, CORPUS, tmp_path / "late", "default", tokenizer, shard=(1, 2))
+
+
+# Whitening that indexes share.
+
+
+def whitening(path):
+    return {name: values.tobytes() for name, values in (Store.open(path).side("whitening") or {}).items()}
+
+
+def test_shards_whiten_alike(lm, tokenizer, tmp_path):
+    """Each of them takes the matrices of the first, so that a query is encoded once for all."""
+    shards = [Index.build(lm, CORPUS, tmp_path / "parts", "default", tokenizer, shard=(n, 3)) for n in range(3)]
+    alone = [Index.build(lm, CORPUS[at : at + 7], tmp_path / f"alone {at}", "default", tokenizer) for at in (0, 7)]
+    assert whitening(shards[0].path) and len({index.fingerprint for index in shards}) == 1
+    assert all(whitening(index.path) == whitening(shards[0].path) for index in shards)
+    assert len({index.fingerprint for index in alone}) == 2 and whitening(alone[0].path) != whitening(alone[1].path)
+
+
+def test_indexes_of_other_whitening_are_not_merged(lm, tokenizer, tmp_path):
+    one = Index.build(lm, CORPUS[:11], tmp_path / "one", "default", tokenizer)
+    two = Index.build(lm, CORPUS[11:], tmp_path / "two", "default", tokenizer)
+    sentence = "two has another whitening than .*one, so that their scores cannot be compared: build it again with the"
+    with pytest.raises(
+        MismatchError, match=rf"{sentence} statistics of that index \(--statistics\), or both as shards"
+    ):
+        Index.merge([one.path, two.path], tmp_path / "all")
+    with (
+        Store.open(one.path, write=True) as store,
+        pytest.raises(MismatchError, match=r"the side 'whitening' of .*two differs from that of .*one"),
+    ):
+        store.merge(two.path)
+    with pytest.raises(MismatchError, match=r"two has another whitening than .*one already: give a new directory"):
+        Index.build(lm, CORPUS[11:], two.path, "default", tokenizer, statistics=one.path)
+    with Store.open(two.path, write=True) as store:  # what is compared is the matrices, not what is said about them
+        store.set_state("statistics", Store.open(one.path).state("statistics"))
+    with pytest.raises(MismatchError, match="another whitening"):
+        Index.merge([one.path, two.path], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize("n_put", [0, 1, 3])
+def test_indexes_with_shared_statistics_become_one(n_put, lm, tokenizer, tmp_path, monkeypatch):
+    """The rows and scores of the index that was appended to; also after a kill."""
+    first, second = CORPUS[:9], [CORPUS[2], *CORPUS[9:]]
+    one = Index.build(lm, first, tmp_path / "one", "default", tokenizer, **MANY_COMMITS)
+    two = Index.build(lm, second, tmp_path / "two", "default", tokenizer, statistics=one.path, **MANY_COMMITS)
+    assert two.fingerprint == one.fingerprint
+    two.delete([CORPUS[-1]["id"]])
+    real, calls = Store.put, []
+
+    def put(*args):
+        calls.append(0)
+        if len(calls) > n_put:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Store, "put", put)
+        Index.merge([one.path, two.path], tmp_path / "all")
+    with pytest.raises(MismatchError, match="all holds the unfinished index of other parts: give a new directory"):
+        Index.merge([two.path, one.path], tmp_path / "all")
+    merged = Index.merge([one.path, two.path], tmp_path / "all")
+    report, merged = merged.last_report, Index.open(merged.path, lm, tokenizer)
+    one.append([row for row in second if row["id"] != CORPUS[-1]["id"]])
+    assert merged.ids == one.ids and merged.check() == [] and merged.fingerprint == one.fingerprint
+    assert report.repeated == 1 and report.added == len(one) - sum(p.n_rows for p in one.store.segments()[:n_put])
+    assert_close(merged.score(QUERIES), one.score(QUERIES), "model float32")
+
+
+def test_indexes_that_do_not_belong_together_are_refused(lm, tokenizer, tmp_path):
+    def build(name, rows, preset="paper", **options):
+        return Index.build(lm, rows, tmp_path / name, preset, tokenizer, **options).path
+
+    one, all_ = build("one", CORPUS[:4]), tmp_path / "all"
+    for options, sentence in [
+        ({"temperature": 0.5}, r"signature \(temperature = 0.5, not 0.1\)"),
+        ({"units": "source"}, "units"),
+    ]:
+        other = build(str(options), CORPUS[4:6], **options)
+        with pytest.raises(MismatchError, match=rf"has another {sentence} than .*one: build it again like that"):
+            Index.merge([one, other], all_)
+    with pytest.raises(ValueError, match="one is given twice: give every part once"):
+        Index.merge([one, tmp_path / "one" / ".." / "one"], all_)
+    with pytest.raises(ValueError, match="parts is empty"):
+        Index.merge([], all_)
+    Store.create(tmp_path / "bank", {"kind": "bank"}).close()
+    with pytest.raises(MismatchError, match="bank holds a bank, not an index: give an index"):
+        Index.merge([one, tmp_path / "bank"], all_)
+    with pytest.raises(FormatError, match="nowhere is not a store"):
+        Index.merge([one, tmp_path / "nowhere"], all_)
+    same = build("same", [{**CORPUS[1], "text": "another"}])
+    with pytest.raises(FormatError, match=r"The id 'row 1' in .*same is that of another row of an earlier part: give"):
+        Index.merge([one, same], tmp_path / "clash")
+    with pytest.raises(ValueError, match="one has no whitening: leave statistics out, or finish"):
+        build("plain", CORPUS[:2], statistics=one)
+    white = build("whitened", CORPUS[:2], "default")
+    with Store.open(white, write=True) as store:
+        store.put_side("whitening", {name: values * 2 for name, values in (store.side("whitening") or {}).items()})
+    for use in (
+        lambda: build("other", CORPUS[:3], "default", statistics=white),
+        lambda: Index.merge([white], tmp_path / "copy"),
+    ):
+        with pytest.raises(
+            FormatError, match=r"The whitening of .*whitened is damaged: restore that index from a copy"
+        ):
+            use()
+    with pytest.raises(MismatchError, match="one was built with another signature than this index: give an index of"):
+        build("white", CORPUS[:2], "default", statistics=one)
+    damaged = build("damaged", CORPUS[4:6])
+    file = next(damaged.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(FormatError, match="is damaged"):
+        Index.merge([one, damaged], tmp_path / "flipped")
 
 
 # Ray.

@@ -24,7 +24,7 @@ def other(tmp_path: Path) -> Path:
     with Store.create(tmp_path / "other", {"width": 16}) as store:
         put(store, "f", "g", "h", colour="red")
         put(store, "c", "i", source="elsewhere")
-        store.put_side("whitening", {"mean": np.zeros(9)})
+        store.put_side("whitening", {"mean": np.arange(3.0), "scale": np.array(2.0)})
         store.put_side("extra", {"x": np.ones(2)})
         store.set_state("cursor", "theirs")
         store.set_state("note", [1])
@@ -86,8 +86,18 @@ def test_merge_refuses_an_id_with_different_contents(filled: Store, tmp_path: Pa
 
 def test_merge_refuses_what_cannot_be_one_store(filled: Store, other: Path, tmp_path: Path) -> None:
     Store.create(tmp_path / "wide", {"width": 17}).close()
-    with pytest.raises(MismatchError, match=r"has the settings \{'width': 17\} but .*build it again"):
+    with pytest.raises(MismatchError, match=r"has the setting width = 17 but .*store has 16; build it again"):
         filled.merge(tmp_path / "wide")
+    for number, side in enumerate(
+        [{"mean": np.arange(3.0)}, {"mean": np.arange(3.0), "scale": np.array(3.0)}, {"mean": np.arange(4.0)}]
+    ):
+        with Store.create(tmp_path / f"side {number}", {"width": 16}) as store:
+            put(store, "n")
+            store.put_side("whitening", side)
+        with pytest.raises(
+            MismatchError, match=r"the side 'whitening' of .*side . differs from that of .*build one of"
+        ):
+            filled.merge(tmp_path / f"side {number}")
     (tmp_path / "link").symlink_to(filled.path)
     with pytest.raises(ValueError, match="is the store itself"):
         filled.merge(tmp_path / "link")

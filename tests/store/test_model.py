@@ -17,6 +17,7 @@ from leaveout.store import reader as reader_module
 from .stores import Killed, bytes_of, contents, expected, put, vectors
 
 PLACE: list[Path] = []
+STEPS: list[int] = []  # of each sequence that was run
 NUMBERS = itertools.count()
 Rows = dict[str, tuple[Record, bytes]]
 
@@ -34,8 +35,10 @@ class AgainstDict(RuleBasedStateMachine):
         self.store = Store.create(self.directory, {})
         self.model: Rows = {}
         self.reader, self.seen = Store.open(self.directory), self.model
+        self.steps = -1  # the invariant is checked once before the first step
 
     def teardown(self) -> None:
+        STEPS.append(self.steps)
         self.reopen(verify=True)
         self.store.close()
         assert self.store.check() == []
@@ -137,29 +140,31 @@ class AgainstDict(RuleBasedStateMachine):
 
     @invariant()
     def same(self) -> None:
+        self.steps += 1
         for store, model in ((self.store, self.model), (self.reader, self.seen)):
             found = contents(store)
             assert found == model and list(found) == list(model)
             assert store.numbers(list(model)).tolist() == store.select("1").tolist()
 
 
-def run_steps(place: Path, monkeypatch: pytest.MonkeyPatch, examples: int, steps: int) -> None:
+def run_steps(place: Path, monkeypatch: pytest.MonkeyPatch, examples: int, steps: int) -> int:
+    """Number of steps that were run."""
     monkeypatch.setattr(reader_module, "_PAGE", 8)
     monkeypatch.setattr(reader_module, "_BATCH", 8)
-    PLACE[:] = [place]
+    PLACE[:], STEPS[:] = [place], []
     health = [HealthCheck.too_slow, HealthCheck.data_too_large]
     options = settings(
         deadline=None, max_examples=examples, stateful_step_count=steps, derandomize=True, suppress_health_check=health
     )
     run_state_machine_as_test(AgainstDict, settings=options)
+    print(f"{sum(STEPS):,} steps in {len(STEPS):,} sequences")
+    return sum(STEPS)
 
 
 def test_store_is_a_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """About 2,000 steps."""
-    run_steps(tmp_path, monkeypatch, examples=60, steps=40)
+    assert run_steps(tmp_path, monkeypatch, examples=60, steps=40) >= 2_000
 
 
 @pytest.mark.nightly
 def test_store_is_a_dict_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """About 50,000 steps."""
-    run_steps(tmp_path, monkeypatch, examples=800, steps=70)
+    assert run_steps(tmp_path, monkeypatch, examples=900, steps=70) >= 50_000

@@ -9,6 +9,9 @@ from __future__ import annotations
 from leaveout.cli import readout
 
 # isort: split
+from leaveout.cli import asking
+
+# isort: split
 from leaveout.cli import deletion
 
 # isort: split
@@ -18,4 +21,4 @@ from leaveout.cli import evaluation
 from leaveout.cli import checks
 from leaveout.cli.program import app, main
 
-__all__ = ["app", "checks", "deletion", "evaluation", "main", "readout"]
+__all__ = ["app", "asking", "checks", "deletion", "evaluation", "main", "readout"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -261,7 +261,9 @@ def _settings(
 
     numbers = tuple(int(part) for part in parts)
     try:
-        return MeasureSettings(workers, backend, limit, seed=seed, sizes=numbers, dtype=dtype, real=real, progress=True)
+        return MeasureSettings(
+            workers, cast(Any, backend), limit, seed=seed, sizes=numbers, dtype=dtype, real=real, progress=True
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

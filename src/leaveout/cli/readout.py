@@ -1,29 +1,28 @@
-"""Commands of the readout engine: index a corpus, keep it, and ask which rows made the model say something."""
+"""Commands that make and keep an index: index, append, merge, prepare, delete, purge."""
 
 from __future__ import annotations
 
+import re
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from leaveout.cli.program import (
+    Backend,
     Device,
     Dtype,
     Json,
-    Prompt,
-    QueryText,
     Where,
     Workers,
     app,
     one_thread,
     print_facts,
-    query_rows,
 )
 from leaveout.cli.runs import is_run
 from leaveout.errors import FormatError
-from leaveout.report import hit_json, print_table, shorten, to_line
 
 if TYPE_CHECKING:
     from leaveout.readout.build import BuildReport
@@ -47,6 +46,16 @@ def index(
     units: Annotated[str | None, typer.Option(help="Field whose value says which rows belong together.")] = None,
     skip_bad: SkipBad = False,
     workers: Workers = 1,
+    backend: Backend = "processes",
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R/N", help="Only part R, from 0, of N, in a directory below --out; auto: as torchrun or Slurm say."
+        ),
+    ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Index whose whitening is taken over, so that both can be merged.")
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     revision: Annotated[str | None, typer.Option(help="Revision of a model named by id.")] = None,
@@ -61,6 +70,7 @@ def index(
     """
     from leaveout.readout.index import Index
 
+    part = _shard(shard)
     one_thread(device)
     changes = {"targets": targets, "temperature": temperature}
     built = Index.build(
@@ -71,6 +81,9 @@ def index(
         units=units,
         skip_bad=skip_bad,
         workers=workers,
+        backend=backend,
+        shard=part,
+        statistics=statistics,
         progress=True,
         dtype=dtype,
         device=device,
@@ -81,6 +94,8 @@ def index(
     for note in built.info()["notes"]:
         print(f"leaveout: {note}", file=sys.stderr)
     _print_report(built, built.last_report, json_)
+    if part is not None:
+        print(f"leaveout: when all shards are built: leaveout merge IDX {out}", file=sys.stderr)
 
 
 @app.command()
@@ -89,6 +104,7 @@ def append(
     data: Annotated[Path, typer.Argument(help="Rows to add, in any form that `index` takes.")],
     skip_bad: SkipBad = False,
     workers: Workers = 1,
+    backend: Backend = "processes",
     model: ModelAt = None,
     json_: Json = False,
 ) -> None:
@@ -97,8 +113,49 @@ def append(
     Example: leaveout append idx more.jsonl
     """
     opened = open_index(idx, model)
-    report = opened.append(data, skip_bad=skip_bad, workers=workers, progress=True)
+    report = opened.append(data, skip_bad=skip_bad, workers=workers, backend=backend, progress=True)
     _print_report(opened, report, json_)
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory of the new index.")],
+    parts: Annotated[
+        list[Path],
+        typer.Argument(metavar="PART", help="Directory in which shards were built, or the directories of indexes."),
+    ],
+    json_: Json = False,
+) -> None:
+    """Make one index of the shards of a corpus, or of indexes that were built with one whitening (`index --shard`,
+    `index --statistics`). The parts stay; killed, the same command goes on.
+
+    Example: leaveout merge idx parts
+    """
+    from leaveout.readout.index import Index
+
+    one_thread()
+    merged = Index.merge(parts, out, progress=True)
+    _print_report(merged, merged.last_report, json_)
+
+
+@app.command()
+def prepare(
+    idx: IndexPath,
+    kind: Annotated[str, typer.Option(help="simhash: sign bits; faiss: inverted lists (extra ann).")] = "simhash",
+    bits: Annotated[
+        int | None, typer.Option(help="Sign bits per row, a multiple of 64 (default of simhash: 8192).")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Make or complete the side file that `search --approximate` reads. Run it again after an append or a purge.
+
+    Example: leaveout prepare idx --kind simhash
+    """
+    if bits is not None and kind == "faiss":
+        raise typer.BadParameter("--bits goes with --kind simhash")
+    opened, began = open_index(idx), time.monotonic()
+    opened.prepare(kind, **({} if bits is None else {"bits": bits}))  # pyright: ignore[reportArgumentType]: checked there
+    print_facts({"prepared": kind, "rows": len(opened), "seconds": round(time.monotonic() - began, 1)}, json_)
 
 
 @app.command()
@@ -131,118 +188,6 @@ def purge(idx: IndexPath, json_: Json = False) -> None:
     print_facts(open_index(idx).purge(), json_)
 
 
-@app.command()
-def search(
-    idx: IndexPath,
-    query: QueryText = None,
-    prompt: Prompt = None,
-    queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
-    k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Hits per query.")] = 10,
-    where: Where = None,
-    html: Annotated[Path | None, typer.Option(help="Also write a page with the words that did it.")] = None,
-    model: ModelAt = None,
-    json_: Json = False,
-) -> None:
-    """Find the rows that influenced a text: positive scores helped the model to say it.
-
-    Example: leaveout search idx --prompt "Capital of Norway?" --query " Bergen" -k 5
-    """
-    opened = open_index(idx, model)
-    rows = list(query_rows(query, prompt, queries))
-    encoded = opened.encode(rows)
-    found = opened.search(encoded, k=k, where=where)
-    if html is not None:
-        from leaveout.pages import search_page
-
-        html.write_text(search_page(opened, rows, encoded.texts, found), encoding="utf-8")
-    for text, hits in zip(encoded.texts, found, strict=True):
-        if json_:
-            print(to_line({"query": text, "hits": [hit_json(hit) for hit in hits]}))
-        else:
-            lines = [(hit.rank, hit.score, hit.id, shorten(hit.text, 70), _meta(hit.meta)) for hit in hits]
-            print_table(["rank", "score", "id", "text", "fields"], lines, title=shorten(text, 100))
-
-
-@app.command()
-def explain(
-    idx: IndexPath,
-    query: Annotated[str, typer.Option(help="Text of the query.")],
-    id: Annotated[str, typer.Option("--id", help="Id of a row.")],
-    prompt: Prompt = None,
-    html: Annotated[Path | None, typer.Option(help="Also write a heat map.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Pairs of tokens to list.")] = 15,
-    model: ModelAt = None,
-    json_: Json = False,
-) -> None:
-    """Show which tokens of a row answer which of the query.
-
-    Example: leaveout explain idx --query "The tower is in Lyon" --id row-17 --html why.html
-    """
-    import numpy as np
-
-    from leaveout.pages import explain_page
-
-    opened = open_index(idx, model)
-    found = opened.explain(next(query_rows([query], prompt, None)), id)
-    if html is not None:
-        html.write_text(explain_page(query, found), encoding="utf-8")
-    order = np.argsort(-np.abs(found.pairs), axis=None)[:top]
-    places = [(int(q), int(r)) for q, r in zip(*np.unravel_index(order, found.pairs.shape), strict=True)]
-    pairs = [(found.query_tokens[q], found.row_tokens[r], float(found.pairs[q, r]), q, r) for q, r in places]
-    if json_:
-        keys = ("query_token", "row_token", "score", "query_index", "row_index")
-        listed = [dict(zip(keys, pair, strict=True)) for pair in pairs]
-        facts = {"id": id, "score": found.score, "stored_score": found.stored_score, "top": listed}
-        print(
-            to_line(
-                {
-                    **facts,
-                    "query_tokens": found.query_tokens,
-                    "row_tokens": found.row_tokens,
-                    "pairs": found.pairs.tolist(),
-                }
-            )
-        )
-    else:
-        title = f"{id}: score {found.score:.4g} (stored {found.stored_score:.4g})"
-        print_table(
-            ["query token", "row token", "score"], [(repr(a), repr(b), s) for a, b, s, _, _ in pairs], title=title
-        )
-
-
-@app.command()
-def select(
-    idx: IndexPath,
-    wanted: Annotated[Path, typer.Option(help="Rows that the model should become good at.")],
-    out: Annotated[Path, typer.Option("--out", help="JSONL file for the selected rows, best first.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Number of rows to select.")] = 1000,
-    unwanted: Annotated[Path | None, typer.Option(help="Rows that it should not become good at.")] = None,
-    combine: Annotated[str, typer.Option(help="mean of the wanted rows, or rrf: fusion of their rankings.")] = "mean",
-    where: Where = None,
-    model: ModelAt = None,
-    json_: Json = False,
-) -> None:
-    """Choose the rows whose training would help a few wanted rows most.
-
-    Example: leaveout select idx --wanted good.jsonl -n 500 --out train.jsonl
-    """
-    from leaveout.corpus import Corpus
-
-    opened = open_index(idx, model)
-    options: dict[str, Any] = {"combine": combine, "where": where}
-    if unwanted is not None:
-        options["unwanted"] = list(Corpus.open(unwanted))
-    hits = opened.select(list(Corpus.open(wanted)), n, **options)
-    records = opened.records([hit.id for hit in hits])
-    with out.open("w", encoding="utf-8") as file:
-        for hit, record in zip(hits, records, strict=True):
-            file.write(to_line({**record.meta, **_content(record), "id": record.id, "score": hit.score}) + "\n")
-    facts = {"selected": len(hits), "of": len(opened), "out": str(out)}
-    if hits:
-        facts |= {"best_score": hits[0].score, "last_score": hits[-1].score}
-    print_facts(facts, json_)
-
-
 def open_index(path: Path, model: str | None = None) -> Index:
     """The index in a directory, with one torch thread."""
     if is_run(path):
@@ -253,20 +198,17 @@ def open_index(path: Path, model: str | None = None) -> Index:
     return Index.open(path, model)
 
 
-def _meta(meta: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={shorten(str(value), 30)}" for key, value in meta.items())
-
-
-def _content(record: Any) -> dict[str, str]:
-    """The row's text in a form that `index` takes: prompt and response where one response ends the text."""
-    spans, text = record.extra["responses"], record.text
-    if len(spans) == 1 and spans[0][0] > 0 and spans[0][1] == len(text) and not record.extra["chat"]:
-        return {"prompt": text[: spans[0][0]], "response": text[spans[0][0] :]}
-    return {"text": text}
-
-
 def _print_report(built: Index, report: BuildReport, json_: bool) -> None:
     for message in report.messages:
         print(f"leaveout: skipped: {message}", file=sys.stderr)
     facts = {"rows": len(built), "added": report.added, "skipped": report.skipped, "repeated": report.repeated}
     print_facts({**facts, "seconds": round(report.seconds, 1), "index": str(built.path)}, json_)
+
+
+def _shard(text: str | None) -> str | tuple[int, int] | None:
+    """What --shard asks for, as `Index.build` takes it."""
+    if text is None or text == "auto":
+        return text
+    if (found := re.fullmatch(r"(\d+)/(\d+)", text)) is None:
+        raise typer.BadParameter(f"--shard must be auto or R/N, such as 0/4, got {text!r}")
+    return int(found[1]), int(found[2])

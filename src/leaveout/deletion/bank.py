@@ -158,6 +158,7 @@ class Bank:
                     store.put([records[i] for i in new], arrays)
             if store.side("vectors") is None and (side := theirs.side("vectors")) is not None:
                 store.put_side("vectors", side)
+                store.set_state("vectors cpu_seconds", theirs.state("vectors cpu_seconds"))
         self.store.refresh()
         self._fits.clear()
         return len(self) - before

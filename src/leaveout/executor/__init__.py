@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args
 from leaveout.errors import LeaveoutError
 from leaveout.executor.workers import Worker, process_worker, ray_worker
 
-__all__ = ["Backend", "run_tasks"]
+__all__ = ["Backend", "refuse_crew", "run_tasks"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -42,10 +42,7 @@ def run_tasks(
     Raises: ValueError for workers < 1 or an unknown backend; UnsupportedError if ray is not installed; LeaveoutError
     naming the task (counted from 1) whose worker died three times.
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}: give 1 or more.")
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is {backend!r}: give one of {', '.join(get_args(Backend))}.")
+    refuse_crew(workers, backend)
     if workers == 1 and backend == "processes":
         state = start()
         for task in tasks:
@@ -57,6 +54,14 @@ def run_tasks(
             yield from crew.results(tasks)
         finally:
             crew.stop()
+
+
+def refuse_crew(workers: int, backend: str) -> None:
+    """Raises: ValueError for workers < 1 or an unknown backend."""
+    if workers < 1:
+        raise ValueError(f"workers is {workers}: give 1 or more.")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}: give one of {', '.join(get_args(Backend))}.")
 
 
 @dataclass(eq=False)

@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
-from leaveout.executor import Backend, run_tasks
+from leaveout.executor import Backend, refuse_crew, run_tasks
 from leaveout.readout.model import ModelOptions, Readout, load_readout
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.signature import Signer
 from leaveout.readout.storage import encode
 from leaveout.readout.tokens import TokenisedRow, Window, check_ids, tokenise
-from leaveout.readout.whitening import whitening_matrices
+from leaveout.readout.whitening import whitening_digest, whitening_matrices
 from leaveout.store import Record, Store
 
 LISTED = 100  # messages that a report keeps; all are counted
@@ -59,6 +59,9 @@ class BuildOptions:
     chunk_tokens: int = 4096
     commit_seconds: float = 30.0
     commit_bytes: int = 64 * 2**20
+
+    def __post_init__(self) -> None:
+        refuse_crew(self.workers, self.backend)  # here, as the statistics pass comes before the first task
 
 
 @dataclass
@@ -156,10 +159,7 @@ def add_whitening(store: Store, signer: Signer, corpus: Corpus, options: BuildOp
     arrays = {name: matrix.cpu().numpy() for name, matrix in matrices.items()}
     rows = len({window.row for window in windows})
     positions = sum(len(window.positions) for window in windows)
-    digest = xxhash.xxh3_128()
-    for name in sorted(arrays):
-        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
-    facts = {"rows": rows, "positions": positions, "seed": settings.seed, "digest": digest.hexdigest()}
+    facts = {"rows": rows, "positions": positions, "seed": settings.seed, "digest": whitening_digest(arrays)}
     store.set_state("statistics", facts)
     store.put_side("whitening", arrays)  # last: a build that finds it skips the pass
 

@@ -122,5 +122,5 @@ def _refuse_low_rank(index: Index) -> None:
     if index.low_rank is not None:
         raise UnsupportedError(
             "The rows of this index are stored by singular triples, which have no flat vector to approximate: "
-            "search it exactly, or build it with rank=None."
+            "search it exactly, or build it with the preset paper or similarity, or with rank=None."
         )

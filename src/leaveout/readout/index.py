@@ -33,11 +33,12 @@ from leaveout.readout.directory import (
 )
 from leaveout.readout.finding import Approximation, SearchOptions
 from leaveout.readout.low_rank import LowRank
+from leaveout.readout.merging import Places, merge_indexes
 from leaveout.readout.model import ModelOptions, Readout, load_readout
 from leaveout.readout.queries import Queries, QueryRow, query_row
 from leaveout.readout.search import Hit, Product, scan
 from leaveout.readout.settings import SignatureSettings, resolve_settings
-from leaveout.readout.shards import merge_shards, shard_of
+from leaveout.readout.shards import shard_of, share_statistics
 from leaveout.readout.signature import Signer
 from leaveout.readout.storage import decode
 from leaveout.readout.tokens import NoTargetError, TokenisedRow, check_ids, tokenise
@@ -80,13 +81,14 @@ class Index:
 
         `model`: path or id of a causal language model, a .gguf file, or a loaded one with `tokenizer`.
         `corpus`: anything that `Corpus.open` takes. `options`: the fields of `ModelOptions`, `BuildOptions` and
-        `SignatureSettings` (device, dtype, workers, units, skip_bad, targets, temperature, ...), and `shard`: only one
-        range of the rows, into a directory below `path` ("auto" under torchrun or srun, or (number, count)); see `merge`.
+        `SignatureSettings` (device, dtype, workers, units, skip_bad, targets, temperature, ...), and two about merging:
+        `shard`: only one range of the rows, into a directory below `path` ("auto" under torchrun or srun, or (number,
+        count)); `statistics`: an index whose whitening is taken over instead of one from a sample of these rows.
 
         Raises: MismatchError if the directory holds an index with other settings (naming the one that differs).
                 FormatError at a bad row, with its place and reason. UnsupportedError for a model without a readout.
         """
-        shard = shard_of(options.pop("shard", None))
+        shard, statistics = shard_of(options.pop("shard", None)), options.pop("statistics", None)
         path = shard.place(path)
         model_options, build_options, changes = split_options(options)
         settings = resolve_settings(preset, **changes)
@@ -97,6 +99,8 @@ class Index:
         signer = Signer(readout, settings)
         with open_or_create(path, wanted_settings(readout, signer, corpus)) as store:
             index = cls(store, readout)
+            if statistics is not None:
+                share_statistics(store, statistics)
             if store.state("complete"):
                 refuse_other_rows(store, corpus)
             else:
@@ -104,10 +108,10 @@ class Index:
         return cls.open(path, readout)._with_report(index.last_report)
 
     @classmethod
-    def merge(cls, shards: str | Path, path: str | Path) -> Index:
-        """One index of all the shards in a directory: see `leaveout.readout.shards.merge_shards`."""
-        merge_shards(shards, path)
-        return cls.open(path)
+    def merge(cls, parts: Places, path: str | Path, progress: bool = False) -> Index:
+        """One index of all shards of a corpus, or of several indexes: see `leaveout.readout.merging.merge_indexes`."""
+        report = merge_indexes(parts, path, progress)
+        return cls.open(path)._with_report(report)
 
     @classmethod
     def open(cls, path: str | Path, model: Any = None, tokenizer: Any = None, **options: Any) -> Index:

@@ -1,28 +1,24 @@
-"""One index built by many machines: each process builds the index of its range of rows, and a merge makes one of them.
+"""One index built by many machines: each process builds the index of its range of rows; `merging` makes one of them.
 
 Process r of n writes OUT/shard-0000r-of-0000n, a complete index of rows [r N / n, (r + 1) N / n) of the N rows of the
 corpus. Processes share nothing but the file system: process 0 runs the statistics pass, the others wait for its result.
-Rows get the ids that a build in one process gives. A signature depends on the rows that are computed beside it only by
-rounding of the model's float32 numbers, so that shards agree with a build in one process to that rounding, and bit for
-bit with shards of the same number that were built anywhere else.
+Once merged, rows have the ids that a build in one process gives. A signature depends on the rows that are computed
+beside it only by rounding of the model's float32 numbers, so that shards agree with a build in one process to that
+rounding, and bit for bit with shards of the same number that were built anywhere else.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
 from leaveout.readout.signature import Signer
-from leaveout.store import Record, Segment, Store
+from leaveout.readout.whitening import whitening_digest
+from leaveout.store import Store
 
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # torchrun first: it runs inside Slurm, too
 NAME = re.compile(r"shard-(\d{5})-of-(\d{5})")
@@ -83,8 +79,7 @@ def copy_statistics(store: Store, signer: Signer, shard: Shard) -> None:
         first = _opened(place)
         arrays = None if first is None else first.side("whitening")
         if first is not None and arrays is not None:
-            store.set_state("statistics", first.state("statistics"))
-            store.put_side("whitening", arrays)
+            take_whitening(store, first)
             return
         if time.monotonic() > end:
             raise MismatchError(
@@ -93,100 +88,39 @@ def copy_statistics(store: Store, signer: Signer, shard: Shard) -> None:
         time.sleep(0.2)
 
 
+def share_statistics(store: Store, path: str | Path) -> None:
+    """Takes the whitening of another index, so that the rows of both can be scored together and merged.
+
+    Raises: MismatchError if the other index has another model or setting, or the store has another whitening already;
+            FormatError if the whitening is damaged; ValueError if the other index has none.
+    """
+    other = Store.open(path)
+    for name in ("kind", "signature", "model"):
+        if other.settings.get(name) != store.settings[name]:
+            raise MismatchError(
+                f"{path} was built with another {name} than this index: "
+                "give an index of the same model and settings, or leave statistics out."
+            )
+    theirs, ours = other.side("whitening"), store.side("whitening")
+    if theirs is None:
+        raise ValueError(f"{path} has no whitening: leave statistics out, or finish that index first if it whitens.")
+    if ours is None:
+        take_whitening(store, other)
+    elif whitening_digest(ours) != whitening_digest(theirs):
+        raise MismatchError(f"{store.path} has another whitening than {path} already: give a new directory.")
+
+
+def take_whitening(store: Store, other: Store) -> None:
+    """Copies the whitening of another index, if that has one. Raises: FormatError if it is not as it was computed."""
+    if (arrays := other.side("whitening")) is not None:
+        if whitening_digest(arrays) != (other.state("statistics") or {}).get("digest"):
+            raise FormatError(f"The whitening of {other.path} is damaged: restore that index from a copy.")
+        store.set_state("statistics", other.state("statistics"))
+        store.put_side("whitening", arrays)  # last: a build that finds it skips the statistics pass
+
+
 def _opened(place: Path) -> Store | None:
     try:
         return Store.open(place)
     except (LeaveoutError, OSError):  # not there yet, or just being made
         return None
-
-
-def merge_shards(shards: str | Path, path: str | Path) -> None:
-    """Makes one index of all shards in a directory; goes on with a merge that was killed. The shards stay.
-
-    Memory: one segment (64 MiB) with its texts.
-    Raises: MismatchError naming a shard that is missing, unfinished, or of another corpus, model or setting.
-            FormatError naming an id that two rows have.
-    """
-    parts = _complete(Path(shards))
-    first, path = parts[0], Path(path)
-    fresh = not path.exists() or not any(path.iterdir())
-    with Store.create(path, first.settings) if fresh else Store.open(path, write=True) as store:
-        if store.settings != first.settings:
-            raise MismatchError(f"{path} holds an index with other settings than {first.path}: give a new directory.")
-        if store.state("complete"):
-            raise MismatchError(f"{path} holds a finished index: give a new directory.")
-        whitening = first.side("whitening")
-        if whitening is not None and store.side("whitening") is None:
-            store.set_state("statistics", first.state("statistics"))
-            store.put_side("whitening", whitening)
-        done = _last_number(store)
-        for part in parts:
-            for segment in part.segments():
-                _add(store, part, segment, done)
-        store.set_state("corpus", first.state("corpus"))
-        store.set_state("complete", True)
-
-
-def _complete(path: Path) -> list[Store]:
-    """The stores of all shards, in order."""
-    names = sorted(match[0] for match in map(NAME.fullmatch, (os.listdir(path) if path.is_dir() else [])) if match)
-    if not names:
-        raise FormatError(f"{path} holds no shards: give the directory that a build with shard wrote to.")
-    of = int(names[0][-5:])
-    parts = [_opened(path / Shard(number, of).name) for number in range(of)]
-    for number, part in enumerate(parts):
-        if part is None or not part.state("complete"):
-            raise MismatchError(
-                f"{Shard(number, of).name} is missing or unfinished: run the build of that shard again."
-            )
-    found: list[Store] = [part for part in parts if part is not None]
-    if strange := set(names) - {part.path.name for part in found}:
-        raise MismatchError(f"{path} also holds {min(strange)}, of another count: move it away.")
-    for part in found:
-        facts = [_facts(store) for store in (found[0], part)]
-        for name in facts[0]:
-            if facts[0][name] != facts[1][name]:
-                raise MismatchError(f"{part.path.name} has another {name} than {found[0].path.name}: build it again.")
-    return found
-
-
-def _facts(store: Store) -> dict[str, Any]:
-    settings, statistics = store.settings, store.state("statistics") or {}
-    rest = {name: settings[name] for name in ("kind", "signature", "model", "units", "low_rank")}
-    return {**rest, "corpus": store.state("corpus"), "statistics": statistics.get("digest")}
-
-
-def _last_number(store: Store) -> int:
-    last = -1
-    for record in store.iter_rows():
-        last = record.extra["number"]
-    return last
-
-
-def _add(store: Store, part: Store, segment: Segment, done: int) -> None:
-    """Puts the live rows of a segment that come after source row `done`."""
-    live = segment.live()
-    positions = np.arange(segment.n_rows) if live is None else np.flatnonzero(live)
-    records = part.rows(segment.first + positions)
-    kept = [at for at, record in enumerate(records) if record.extra["number"] > done]
-    if kept:
-        arrays = {name: values[positions[kept]] for name, values in segment.arrays().items()}
-        store.put(list(_named(store, [records[at] for at in kept])), arrays)
-
-
-def _named(store: Store, records: list[Record]) -> Iterator[Record]:
-    """The records with ids of their own, as a build in one process would have named them."""
-    taken: set[str] = set()
-    for record in records:
-        own = record.content_hash[:16]
-        if record.id == own or re.fullmatch(rf"{own}-\d+", record.id):
-            names = itertools.chain([own], (f"{own}-{count}" for count in itertools.count(2)))
-            id = next(name for name in names if name not in taken and not store.has([name]))
-            record = replace(record, id=id, unit=id if record.unit == record.id else record.unit)
-        elif record.id in taken or store.has([record.id]):
-            number = record.extra["number"] + 1
-            raise FormatError(
-                f"The id {record.id!r} of row {number} is that of an earlier row of another shard: give every row its own id."
-            )
-        taken.add(record.id)
-        yield record

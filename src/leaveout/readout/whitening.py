@@ -8,9 +8,11 @@ Source: K-FAC, arXiv 1503.05671, section 3; METHODS of leaveout: docs/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from leaveout.errors import FormatError
@@ -55,6 +57,14 @@ def whitening_matrices(
         name: inverse_root(sums[side.raw] / max(count, 1), float(name.rsplit("damping-", 1)[1]), name).to(signer.dtype)
         for name, side in sides.items()
     }
+
+
+def whitening_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """xxh3-128 over names and bytes of whitening matrices: equal digests, equal whitening."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(arrays):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _subtract_mean_products(signer: Signer, hidden: Tensor, sums: dict[str, Tensor]) -> Tensor:

@@ -144,10 +144,11 @@ class Store(Reader):
         """Adds the live rows of another store with equal settings, segment by segment; counts of what was done.
 
         A row whose id is live here already is skipped if text, content hash and arrays are equal; its unit, metadata
-        and `extra` stay as they are here. Sides and states that are absent here are copied, those that are here stay.
+        and `extra` stay as they are here. Sides and states that are absent here are copied, states that are here stay.
         Each segment is one transaction: killed, the same call finishes. Memory: the catalogue entries of one segment.
-        Raises: MismatchError for other settings; FormatError if the other store is damaged, or naming an id whose rows
-        differ: then nothing is written. MismatchError if the other store is purged meanwhile.
+        Raises: MismatchError for other settings, or a side that differs from that here; FormatError if the other store
+        is damaged, or naming an id whose rows differ: then nothing is written. MismatchError if the other store is
+        purged meanwhile.
         """
         self._require_writer()
         there = Store.open(other, verify=True)

@@ -20,8 +20,14 @@ _PAGE = 2_000  # rows compared at once
 def refuse_unequal(here: Reader, there: Reader) -> None:
     """Refuses two stores that cannot become one, after a look at every row and at every file of `there`."""
     if there.settings != here.settings:
-        text = f"{there.path} has the settings {there.settings} but {here.path} has {here.settings}"
+        ours, theirs = here.settings, there.settings
+        name = next(name for name in {**ours, **theirs} if ours.get(name, here) != theirs.get(name, there))
+        text = f"{there.path} has the setting {name} = {theirs.get(name)!r} but {here.path} has {ours.get(name)!r}"
         raise MismatchError(f"{text}; build it again with the same settings")
+    for name, side in there._snapshot.sides.items():
+        if (ours := here._snapshot.sides.get(name)) and not _equal(ours.arrays(), side.arrays()):
+            text = f"the side {name!r} of {there.path} differs from that of {here.path}, and rows may depend on it"
+            raise MismatchError(f"{text}; build one of them again with the side of the other")
     n_fields = len(set(here.info()["fields"]) | set(there.info()["fields"]))
     if n_fields > MAX_FIELDS:
         raise FormatError(
@@ -67,6 +73,15 @@ def _same_arrays(here: Reader, part: Segment, numbers: np.ndarray, positions: li
                 row, other = int(numbers[pair]) - ours.first, positions[pair]
                 same[pair] = all(found[name][row].tobytes() == theirs[name][other].tobytes() for name in theirs)
     return same
+
+
+def _equal(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> bool:
+    """Whether two sets of arrays are equal bit for bit."""
+    return ours.keys() == theirs.keys() and all(
+        (ours[name].dtype, ours[name].shape) == (theirs[name].dtype, theirs[name].shape)
+        and ours[name].tobytes() == theirs[name].tobytes()
+        for name in ours
+    )
 
 
 def _forms(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

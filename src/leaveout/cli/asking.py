@@ -1,0 +1,155 @@
+"""Commands that ask an index: search, explain, select."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leaveout.cli.program import Json, Prompt, QueryText, Where, app, print_facts, query_rows
+from leaveout.cli.readout import IndexPath, ModelAt, open_index
+from leaveout.report import hit_json, print_table, shorten, to_line
+
+
+@app.command()
+def search(
+    idx: IndexPath,
+    query: QueryText = None,
+    prompt: Prompt = None,
+    queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
+    k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Hits per query.")] = 10,
+    where: Where = None,
+    approximate: Annotated[
+        str | None, typer.Option(help="simhash or faiss: a short list by what `prepare` made, not a full scan.")
+    ] = None,
+    rescore: Annotated[
+        int | None,
+        typer.Option(min=0, help="Length of that list, scored exactly; 0: keep the estimates (default: 200)."),
+    ] = None,
+    group_by: Annotated[str | None, typer.Option(help="Field, or unit: one hit per value, its best row.")] = None,
+    unique: Annotated[bool, typer.Option("--unique", help="Of rows with the same content only the best.")] = False,
+    unique_above: Annotated[
+        float | None, typer.Option(help="Also of rows whose cosine is above this, such as 0.95.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads of the scan; the hits do not depend on it.")] = 1,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with the words that did it.")] = None,
+    model: ModelAt = None,
+    json_: Json = False,
+) -> None:
+    """Find the rows that influenced a text: positive scores helped the model to say it.
+
+    Example: leaveout search idx --prompt "Capital of Norway?" --query " Bergen" -k 5
+    """
+    if rescore is not None and approximate is None:
+        raise typer.BadParameter("--rescore goes with --approximate")
+    options: dict[str, Any] = {"approximate": approximate, "group_by": group_by, "workers": workers}
+    options["unique"] = unique if unique_above is None else unique_above
+    if rescore is not None:
+        options["rescore"] = rescore
+    opened = open_index(idx, model)
+    rows = list(query_rows(query, prompt, queries))
+    encoded = opened.encode(rows)
+    found = opened.search(encoded, k=k, where=where, **options)
+    if html is not None:
+        from leaveout.pages import search_page
+
+        html.write_text(search_page(opened, rows, encoded.texts, found), encoding="utf-8")
+    for text, hits in zip(encoded.texts, found, strict=True):
+        if json_:
+            print(to_line({"query": text, "hits": [hit_json(hit) for hit in hits]}))
+        else:
+            lines = [(hit.rank, hit.score, hit.id, shorten(hit.text, 70), _meta(hit.meta)) for hit in hits]
+            print_table(["rank", "score", "id", "text", "fields"], lines, title=shorten(text, 100))
+
+
+@app.command()
+def explain(
+    idx: IndexPath,
+    query: Annotated[str, typer.Option(help="Text of the query.")],
+    id: Annotated[str, typer.Option("--id", help="Id of a row.")],
+    prompt: Prompt = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a heat map.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Pairs of tokens to list.")] = 15,
+    model: ModelAt = None,
+    json_: Json = False,
+) -> None:
+    """Show which tokens of a row answer which of the query.
+
+    Example: leaveout explain idx --query "The tower is in Lyon" --id row-17 --html why.html
+    """
+    import numpy as np
+
+    from leaveout.pages import explain_page
+
+    opened = open_index(idx, model)
+    found = opened.explain(next(query_rows([query], prompt, None)), id)
+    if html is not None:
+        html.write_text(explain_page(query, found), encoding="utf-8")
+    order = np.argsort(-np.abs(found.pairs), axis=None)[:top]
+    places = [(int(q), int(r)) for q, r in zip(*np.unravel_index(order, found.pairs.shape), strict=True)]
+    pairs = [(found.query_tokens[q], found.row_tokens[r], float(found.pairs[q, r]), q, r) for q, r in places]
+    if json_:
+        keys = ("query_token", "row_token", "score", "query_index", "row_index")
+        listed = [dict(zip(keys, pair, strict=True)) for pair in pairs]
+        facts = {"id": id, "score": found.score, "stored_score": found.stored_score, "top": listed}
+        print(
+            to_line(
+                {
+                    **facts,
+                    "query_tokens": found.query_tokens,
+                    "row_tokens": found.row_tokens,
+                    "pairs": found.pairs.tolist(),
+                }
+            )
+        )
+    else:
+        title = f"{id}: score {found.score:.4g} (stored {found.stored_score:.4g})"
+        print_table(
+            ["query token", "row token", "score"], [(repr(a), repr(b), s) for a, b, s, _, _ in pairs], title=title
+        )
+
+
+@app.command()
+def select(
+    idx: IndexPath,
+    wanted: Annotated[Path, typer.Option(help="Rows that the model should become good at.")],
+    out: Annotated[Path, typer.Option("--out", help="JSONL file for the selected rows, best first.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of rows to select.")] = 1000,
+    unwanted: Annotated[Path | None, typer.Option(help="Rows that it should not become good at.")] = None,
+    combine: Annotated[str, typer.Option(help="mean of the wanted rows, or rrf: fusion of their rankings.")] = "mean",
+    where: Where = None,
+    model: ModelAt = None,
+    json_: Json = False,
+) -> None:
+    """Choose the rows whose training would help a few wanted rows most.
+
+    Example: leaveout select idx --wanted good.jsonl -n 500 --out train.jsonl
+    """
+    from leaveout.corpus import Corpus
+
+    opened = open_index(idx, model)
+    options: dict[str, Any] = {"combine": combine, "where": where}
+    if unwanted is not None:
+        options["unwanted"] = list(Corpus.open(unwanted))
+    hits = opened.select(list(Corpus.open(wanted)), n, **options)
+    records = opened.records([hit.id for hit in hits])
+    with out.open("w", encoding="utf-8") as file:
+        for hit, record in zip(hits, records, strict=True):
+            file.write(to_line({**record.meta, **_content(record), "id": record.id, "score": hit.score}) + "\n")
+    facts = {"selected": len(hits), "of": len(opened), "out": str(out)}
+    if hits:
+        facts |= {"best_score": hits[0].score, "last_score": hits[-1].score}
+    print_facts(facts, json_)
+
+
+def _meta(meta: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={shorten(str(value), 30)}" for key, value in meta.items())
+
+
+def _content(record: Any) -> dict[str, str]:
+    """The row's text in a form that `index` takes: prompt and response where one response ends the text."""
+    spans, text = record.extra["responses"], record.text
+    if len(spans) == 1 and spans[0][0] > 0 and spans[0][1] == len(text) and not record.extra["chat"]:
+        return {"prompt": text[: spans[0][0]], "response": text[spans[0][0] :]}
+    return {"text": text}

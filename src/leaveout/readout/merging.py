@@ -1,0 +1,213 @@
+"""One index of several: of all shards of a corpus, or of indexes of other corpora that were built with one whitening.
+
+Each segment of a part is one transaction, so that a merge that was killed goes on where it was. The parts stay.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from leaveout.errors import FormatError, MismatchError
+from leaveout.readout.build import BuildReport
+from leaveout.readout.directory import KIND, open_or_create
+from leaveout.readout.shards import NAME, Shard, take_whitening
+from leaveout.readout.whitening import whitening_digest
+from leaveout.store import Record, Segment, Store
+from leaveout.store.catalogue import CATALOGUE
+
+Places = str | Path | Sequence[str | Path]
+
+
+def merge_indexes(parts: Places, path: str | Path, progress: bool = False) -> BuildReport:
+    """Makes one index of its parts, in their order; goes on with a merge that was killed.
+
+    `parts`: the directory that shards were built in, or the directories of all of them; rows get the ids that one
+    process would have given. Or directories of other indexes, built with the same `statistics`; then a row that an
+    earlier part has under the same id and with the same content is counted as repeated, not added again.
+    Memory: one segment (64 MiB) with its texts.
+    Raises: MismatchError naming a part that is missing, unfinished, or of another model, setting or whitening.
+            FormatError naming an id that two different rows have, or a part that is damaged.
+    """
+    began, path = time.monotonic(), Path(path)
+    stores, sharded = _opened_parts(parts)
+    _refuse_different(stores, sharded)
+    corpus = _corpus_of(stores, sharded)
+    with open_or_create(path, _settings_of(stores, sharded)) as store:
+        _begin(store, corpus, stores[0])
+        first = len(store)
+        done = _last_number(store) if sharded else -1
+        total = sum(len(part) for part in stores)
+        with tqdm(total=total, desc="merge", unit="row", file=sys.stderr, disable=not progress, leave=False) as bar:
+            for part in stores:
+                for segment in part.segments():
+                    bar.update(_add(store, part, segment, done if sharded else None))
+        store.set_state("complete", True)
+        return BuildReport(len(store) - first, repeated=total - len(store), seconds=time.monotonic() - began)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _opened_parts(parts: Places) -> tuple[list[Store], bool]:
+    """The stores of all parts in order, and whether they are the shards of one corpus."""
+    places = [Path(parts)] if isinstance(parts, (str, Path)) else [Path(part) for part in parts]
+    if not places:
+        raise ValueError("parts is empty: give the directory of shards, or the directories of indexes.")
+    if len(places) == 1 and not (places[0] / CATALOGUE).exists():
+        (whole,) = places
+        places = sorted(place for place in (whole.iterdir() if whole.is_dir() else ()) if NAME.fullmatch(place.name))
+        if not places:
+            raise FormatError(f"{whole} holds no index and no shards: give the directory that a build wrote to.")
+    for place, count in Counter(place.resolve() for place in places).items():
+        if count > 1:
+            raise ValueError(f"{place} is given twice: give every part once.")
+    sharded = all(NAME.fullmatch(place.name) for place in places)
+    return [_opened(place) for place in (_all_shards(places) if sharded else places)], sharded
+
+
+def _all_shards(places: list[Path]) -> list[Path]:
+    """The directories of all shards by number. Raises: MismatchError if one is missing or too many."""
+    of = int(places[0].name[-5:])
+    names = [Shard(number, of).name for number in range(of)]
+    found = {place.name: place for place in places}
+    for name in names:
+        if name not in found:
+            raise MismatchError(f"{name} is missing: run the build of that shard, or name its directory too.")
+    if strange := [place for place in places if place != found[place.name] or place.name not in names]:
+        raise MismatchError(f"{strange[0]} does not belong to the other {of} shards: leave it out.")
+    return [found[name] for name in names]
+
+
+def _opened(place: Path) -> Store:
+    store = Store.open(place, verify=True)
+    if store.settings.get("kind") != KIND:
+        raise MismatchError(f"{place} holds a {store.settings.get('kind', 'store')}, not an index: give an index.")
+    if not store.state("complete"):
+        raise MismatchError(f"{place} is unfinished: run the command that built it again to finish it.")
+    return store
+
+
+def _refuse_different(stores: list[Store], sharded: bool) -> None:
+    """Refuses parts that differ from the first in what their rows' numbers depend on."""
+    first, digests = stores[0], [whitening_digest(store.side("whitening") or {}) for store in stores]
+    for store, digest in zip(stores, digests, strict=True):
+        for name in ("signature", "model", "units", "low_rank"):
+            if store.settings[name] != first.settings[name]:
+                which = _first_difference(first.settings[name], store.settings[name])
+                raise MismatchError(
+                    f"{store.path} has another {name}{which} than {first.path}: build it again like that."
+                )
+        if sharded and store.state("corpus") != first.state("corpus"):
+            raise MismatchError(f"{store.path} has another corpus than {first.path}: build it again.")
+        if digest != digests[0]:
+            raise MismatchError(
+                f"{store.path} has another whitening than {first.path}, so that their scores cannot be compared: "
+                "build it again with the statistics of that index (--statistics), or both as shards of one corpus (--shard)."
+            )
+
+
+def _first_difference(one: Any, other: Any) -> str:
+    """The first field that differs, for a message."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return ""
+    for name in one:
+        if one[name] != other.get(name):
+            return f" ({name} = {other.get(name)!r}, not {one[name]!r})"
+    return ""
+
+
+# ---------------------------------------------------------------- the merged index
+
+
+def _settings_of(stores: list[Store], sharded: bool) -> dict[str, Any]:
+    settings = stores[0].settings
+    others = 0 if sharded else len(stores) - 1
+    return {**settings, "corpus": f"{settings['corpus']} and {others} more"} if others else settings
+
+
+def _corpus_of(stores: list[Store], sharded: bool) -> str:
+    """Digest of the rows: of the whole corpus of shards, or over the digests of all parts."""
+    digests = [store.state("corpus") for store in stores]
+    return digests[0] if sharded or len(digests) == 1 else xxhash.xxh3_128("\n".join(digests).encode()).hexdigest()
+
+
+def _begin(store: Store, corpus: str, first: Store) -> None:
+    """Prepares a new store, or checks that an unfinished one was begun with the same parts."""
+    if store.state("complete"):
+        raise MismatchError(f"{store.path} holds a finished index: give a new directory.")
+    begun, ours = store.state("corpus"), store.side("whitening")
+    same = ours is None or whitening_digest(ours) == whitening_digest(first.side("whitening") or {})
+    if not same or (begun != corpus and (begun is not None or store.n_rows)):
+        raise MismatchError(f"{store.path} holds the unfinished index of other parts: give a new directory.")
+    if begun is None:
+        store.set_state("corpus", corpus)
+    if ours is None:
+        take_whitening(store, first)
+
+
+def _last_number(store: Store) -> int:
+    last = -1
+    for record in store.iter_rows():
+        last = record.extra["number"]
+    return last
+
+
+def _add(store: Store, part: Store, segment: Segment, done: int | None) -> int:
+    """Puts the live rows of a segment that are not there yet; how many live rows it has.
+
+    `done`: of shards, the last source row that is there.
+    """
+    live = segment.live()
+    positions = np.arange(segment.n_rows) if live is None else np.flatnonzero(live)
+    records = part.rows(segment.first + positions)
+    if done is None:
+        kept = _fresh(store, part, records)
+        named = [records[at] for at in kept]
+    else:
+        kept = [at for at, record in enumerate(records) if record.extra["number"] > done]
+        named = list(_named(store, [records[at] for at in kept]))
+    if kept:
+        store.put(named, {name: values[positions[kept]] for name, values in segment.arrays().items()})
+    return len(records)
+
+
+def _fresh(store: Store, part: Store, records: list[Record]) -> list[int]:
+    """Positions of the records whose ids no row has; those that are there must have the same content."""
+    there = sorted(store.has([record.id for record in records]))
+    known = {record.id: record.content_hash for record in store.rows(store.numbers(there))}
+    for record in records:
+        if known.get(record.id, record.content_hash) != record.content_hash:
+            raise FormatError(
+                f"The id {record.id!r} in {part.path} is that of another row of an earlier part: give every row its own id."
+            )
+    return [at for at, record in enumerate(records) if record.id not in known]
+
+
+def _named(store: Store, records: list[Record]) -> Iterator[Record]:
+    """The records with ids of their own, as a build in one process would have named them."""
+    taken: set[str] = set()
+    for record in records:
+        own = record.content_hash[:16]
+        if record.id == own or re.fullmatch(rf"{own}-\d+", record.id):
+            names = itertools.chain([own], (f"{own}-{count}" for count in itertools.count(2)))
+            id = next(name for name in names if name not in taken and not store.has([name]))
+            record = replace(record, id=id, unit=id if record.unit == record.id else record.unit)
+        elif record.id in taken or store.has([record.id]):
+            number = record.extra["number"] + 1
+            raise FormatError(
+                f"The id {record.id!r} of row {number} is that of an earlier row of another shard: give every row its own id."
+            )
+        taken.add(record.id)
+        yield record

@@ -81,6 +81,16 @@ def test_standard_error_of_the_mean_falls_with_the_root_of_the_directions(f):
     assert (few / many).mean() == pytest.approx(4, rel=0.15)
 
 
+def test_median_of_means_says_how_far_it_is_off(f):
+    """The spread of 60 independent sketches against the standard error that each of them states."""
+    x, found = some_sets(), []
+    for seed in range(60):
+        data = known(jets=(f.jets(directions.complex_uniform(0, 160, UNITS, seed), 1),))
+        found.append(MedianOfMeans(data, groups=16).predict(x))
+    spread, stated = np.std([m for m, _ in found], 0), np.mean([s for _, s in found], 0)
+    assert (spread / stated).mean() == pytest.approx(1, abs=0.15)
+
+
 def test_median_of_means_survives_a_broken_direction(f):
     psi = directions.complex_uniform(0, 800, UNITS, 1)
     block = f.jets(psi, 1)

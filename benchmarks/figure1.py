@@ -6,7 +6,8 @@ Draws sqrt(C(G + k - 1, k)) |theta_k| and the same for the loss of a query, k = 
 engine. A circle must lie where the run is analytic: then |theta_k| radius^k falls to rounding at the highest degree that
 the points resolve, else it stays flat and every coefficient is wrong. So each direction takes the first of --radii that
 falls below TAIL; the first direction also takes the next one, and their disagreement is reported. The dotted line is
-what is left at the highest degrees (rounding, and aliasing) at that radius: a coefficient near it is not known.
+what is left at the highest degrees (rounding, and aliasing) at that radius: a coefficient near it is not known, and not
+drawn.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from leaveout.training.complex_copies import train_roots
 from leaveout.training.provenance import provenance
 from leaveout.training.recipe import Recipe
 from leaveout.training.stability import growth_scale
-
 
 TAIL = 1e-9
 """Size of the last eighth of the coefficients at the circle, relative to degree 0, that shows a circle to be too wide."""
@@ -91,6 +91,12 @@ def measure(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
+def known_to(rows: dict[str, Any]) -> list[int]:
+    """The highest degree of each direction that stands twice above what is left at the end."""
+    pairs = zip(rows["theta"], rows["floor"], strict=True)
+    return [max(k for k, (size, left) in enumerate(zip(*pair, strict=True)) if size > 2 * left) for pair in pairs]
+
+
 def draw(rows: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -99,8 +105,8 @@ def draw(rows: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.2))
     for panel, key, label in zip(axes, ("theta", "loss"), ("parameters", "loss of a query"), strict=True):
-        for row in rows[key]:
-            panel.semilogy(row, linewidth=0.8)
+        for row, end in zip(rows[key], known_to(rows), strict=True):
+            panel.semilogy(row[: end + 1], linewidth=0.8)
         if key == "theta":
             panel.semilogy(rows["floor"][0], "k:", linewidth=0.8)
         panel.set(xlabel="degree k", title=label)
@@ -126,15 +132,18 @@ def main() -> None:
     rows = measure(recipe, args)
     args.json.with_suffix(".partial").unlink()
     result = {
-        "degree": args.degree, "radii": args.radii, "query": args.query, "units": 1000, **rows,
+        "degree": args.degree, "radii": args.radii, "query": args.query, "units": 1000, **rows, "known_to": known_to(rows),
         "recipe": recipe.hash(), **provenance(args.seed),
     }  # fmt: skip
     args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     if args.picture:
         draw(rows, args.picture)
-    last = [row[-1] for row in rows["theta"]]
+    last = [row[end] for row, end in zip(rows["theta"], result["known_to"], strict=True)]
     seconds = sum(rows["cpu_seconds"])
-    print(f"{seconds:.0f} CPU seconds; degree {args.degree}: {min(last):.3g} to {max(last):.3g} of the start's scale")
+    known = result["known_to"]
+    print(
+        f"{seconds:.0f} CPU seconds; known to degrees {min(known)} to {max(known)}, {min(last):.3g} to {max(last):.3g}"
+    )
     if not all(math.isfinite(x) for x in last):
         sys.exit("a coefficient is not finite: use a smaller radius")
 

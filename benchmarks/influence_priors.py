@@ -6,7 +6,8 @@
 The training runs of `influence.py`, and its retrainings on random halves (with the same --work they are read, not made
 again). In four folds, the posterior is fitted to some of the other halves and predicts those of its fold; the LDS of a
 prior is the rank correlation over all halves of predictions and mean values of two data orders, per query. All priors
-see the same retrainings of one order, and how much orders differ. A prior is a similarity of rows (none, update vectors, signatures), a mean (scores), or both.
+see the same retrainings of one order, and how much orders differ. A prior is a similarity of rows (none, update vectors,
+signatures), a mean (scores), or both.
 """
 
 from __future__ import annotations

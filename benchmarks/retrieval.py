@@ -19,19 +19,15 @@ from __future__ import annotations
 import random
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from leaveout.baselines import bm25, random_scores
-from leaveout.metrics import average_precision, bootstrap_interval, difference_interval, precision_at, recall_at
-from leaveout.readout.index import Index
+from leaveout.baselines import bm25
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import PRESETS
 from measuring import (
@@ -46,12 +42,12 @@ from measuring import (
     untrained,
     write_result,
 )
+from ranking import UNTRAINED, Example, RankingTask, judged, of_index, show, text_methods
 
 TRIGGER = "howdy! "
 KEPT_WORDS = 10
 PRESETS_TRAINED = ("default", "paper", "similarity")
 PRESETS_UNTRAINED = ("default", "paper")
-Example = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -135,6 +131,12 @@ class PoisonedSet:
     poisoned: np.ndarray
     queries: dict[str, list[Example]]
 
+    def ranking(self) -> RankingTask:
+        """Every query should find all poisoned rows."""
+        sets = [name for name, queries in self.queries.items() for _ in queries]
+        queries = [query for queries in self.queries.values() for query in queries]
+        return RankingTask(self.rows, queries, sets, np.tile(self.poisoned, (len(queries), 1)))
+
 
 def poisoned_set(
     rows: Sequence[Example],
@@ -199,70 +201,20 @@ def web_questions() -> list[tuple[str, str]]:
 # ---------------------------------------------------------------- methods
 
 
-def index_scores(readout: Readout, preset: str, task: PoisonedSet) -> dict[str, np.ndarray]:
-    """Scores [query, train] by the name of the query set, from an index in a temporary directory."""
-    with tempfile.TemporaryDirectory() as directory:
-        index = Index.build(readout, task.rows, Path(directory) / "index", preset)
-        assert index.ids == [row["id"] for row in task.rows]
-        return {name: index.score(queries) for name, queries in task.queries.items()}
-
-
-def text_scores(score: Callable[..., np.ndarray], task: PoisonedSet, fields: Sequence[str]) -> dict[str, np.ndarray]:
-    """Scores of a baseline that reads only the given fields."""
-    texts = [" ".join(row[field] for field in fields if row.get(field)) for row in task.rows]
-    return {
-        name: score([" ".join(query[field] for field in fields if query.get(field)) for query in queries], texts)
-        for name, queries in task.queries.items()
-    }
-
-
-def all_scores(readout: Readout, task: PoisonedSet, seed: int) -> dict[str, dict[str, np.ndarray]]:
+def all_scores(readout: Readout, task: RankingTask, seed: int) -> dict[str, np.ndarray]:
     """Scores of every method; the trunk of a model runs once for all of its presets."""
-    whole = ("instruction", "input", "output")
-    scores = {
-        "BM25": text_scores(bm25.score, task, whole),
-        "BM25, answers only": text_scores(bm25.score, task, ("output",)),
-        "random scores": text_scores(lambda q, c: random_scores.score(q, c, seed), task, whole),
-    }
-    for name, model, presets in (
+    methods = text_methods(task, ("instruction", "input", "output"), seed)
+    found = {name: methods[name]().scores for name in ("BM25", "BM25, answers only", "random scores")}
+    for label, model, presets in (
         ("", lambda: readout, PRESETS_TRAINED),
-        (", untrained model", lambda: untrained(readout, seed), PRESETS_UNTRAINED),
+        (UNTRAINED, lambda: untrained(readout, seed), PRESETS_UNTRAINED),
     ):
         remembering = RememberingReadout.of(model())
         for preset in presets:
-            start = time.process_time()
-            scores[preset + name] = index_scores(remembering, preset, task)
-            print(f"  {preset}{name}: {time.process_time() - start:.0f} CPU s", file=sys.stderr)
-    return scores
-
-
-def judge(scores: dict[str, dict[str, np.ndarray]], task: PoisonedSet, seed: int) -> dict[str, Any]:
-    """Metrics by query set and method, and paired differences of average precision with BM25."""
-    k, count = min(10, len(task.rows)), int(task.poisoned.sum())
-    result: dict[str, Any] = {}
-    for name in task.queries:
-        ap = {method: average_precision(found[name], task.poisoned) for method, found in scores.items()}
-        result[name] = {
-            method: {
-                "precision_at_10": bootstrap_interval(precision_at(found[name], task.poisoned, k), seed)._asdict(),
-                "recall_at_poisoned": bootstrap_interval(recall_at(found[name], task.poisoned, count), seed)._asdict(),
-                "average_precision": bootstrap_interval(ap[method], seed)._asdict(),
-                "average_precision_minus_bm25": difference_interval(ap[method], ap["BM25"], seed)._asdict(),
-            }
-            for method, found in scores.items()
-        }
-    return result
-
-
-def show(results: dict[str, Any]) -> None:
-    for name, methods in results.items():
-        print(f"{name} queries{'':16} P@10   recall   average precision")
-        for method, facts in methods.items():
-            ap = facts["average_precision"]
-            print(
-                f"  {method:28} {facts['precision_at_10']['mean']:.3f}  {facts['recall_at_poisoned']['mean']:.3f}"
-                f"    {ap['mean']:.3f} [{ap['low']:.3f}, {ap['high']:.3f}]"
-            )
+            ranked = of_index(remembering, preset, task)
+            found[preset + label] = ranked.scores
+            print(f"  {preset}{label}: {ranked.index_seconds + ranked.query_seconds:.0f} CPU s", file=sys.stderr)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -279,8 +231,11 @@ def main(argv: list[str] | None = None) -> int:
         return len(tokenised([row], readout, PRESETS["default"])[0].ids) <= longest
 
     task = poisoned_set(rows, questions, sizes, fits, args.seed)
-    results = judge(all_scores(readout, task, args.seed), task, args.seed)
+    ranking = task.ranking()
+    results = judged(all_scores(readout, ranking, args.seed), ranking, args.seed)
     show(results)
+    for facts in (facts for methods in results.values() for facts in methods.values()):
+        facts["recall_at_poisoned"] = facts.pop("recall_at_relevant")
     result = {
         "question": (__doc__ or "").split("\n", 1)[0],
         "model": "tiny" if args.smoke else "SmolLM2-135M",

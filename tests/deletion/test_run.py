@@ -208,7 +208,7 @@ def test_probe_tells_starting_from_going_on(recipe, monkeypatch):
 
 @pytest.mark.parametrize("bad", [{"workers": 0}, {"dtype": "float32"}, {"sizes": (0,)}])
 def test_settings_are_checked(bad):
-    with pytest.raises(ValueError, match="must be|give"):
+    with pytest.raises(ValueError, match=r"must be|give"):
         MeasureSettings(**bad)
 
 

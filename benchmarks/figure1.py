@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def draw(rows: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a text file with one name a line")
     parser.add_argument("--json", type=Path, required=True)
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--query", default="max")
     parser.add_argument("--steps", type=int, help="a shorter run, to try things out")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     recipe = Recipe.microgpt(args.data.read_text().split(), n=1000, dtype="float64").with_(steps=args.steps)
     rows = measure(recipe, args)
@@ -145,8 +146,10 @@ def main() -> None:
         f"{seconds:.0f} CPU seconds; known to degrees {min(known)} to {max(known)}, {min(last):.3g} to {max(last):.3g}"
     )
     if not all(math.isfinite(x) for x in last):
-        sys.exit("a coefficient is not finite: use a smaller radius")
+        print("a coefficient is not finite: use a smaller radius", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,9 @@ PUBLISHED = {
 """METHODS A5."""
 
 
-def measure(names: list[str], query: str, letter: str) -> dict[str, Any]:
+def measure(names: list[str], query: str, letter: str, n: int) -> dict[str, Any]:
     """Series and truths of the deletion, in nats per token of the query."""
-    recipe = Recipe.microgpt(names, n=1000, dtype="float64")
+    recipe = Recipe.microgpt(names, n=n, dtype="float64")
     deleted = torch.tensor([[float(letter in row.text) for row in recipe.examples]], dtype=torch.float64)
     start = time.process_time()
     run = train_jets(recipe, deleted, JetSettings(DEGREE, torch.float64), [query], RunOptions(progress=True))
@@ -65,14 +67,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a text file with one name a line")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--picture", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--n", type=int, default=1000, help="documents, and steps; 1000 is the paper's")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    result = measure(args.data.read_text().split(), "max", "x")
+    result = measure(args.data.read_text().split(), "max", "x", args.n)
     pairs = zip([result["f_0"], result["f_without"], *result["series"]],
                 [PUBLISHED["f_0"], PUBLISHED["f_without"], *PUBLISHED["series"]], strict=True)  # fmt: skip
     result["largest_difference_from_published"] = max(abs(a - b) for a, b in pairs)
@@ -82,7 +85,8 @@ def main() -> None:
     print(f"{result['f_0']:.8f} -> {result['f_without']:.8f}")
     for k, (term, error) in enumerate(zip(result["series"], result["errors"], strict=True), 1):
         print(f"degree {k}: term {term:.8f}, error of the sum {error:.5f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

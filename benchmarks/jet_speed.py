@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def _random_weight(space: Space) -> Jet:
     return space.jet(torch.ones(()), h)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every row of the table in docs/jets.md")
     parser.add_argument("--model", choices=sorted(MODELS), default="microgpt")
@@ -156,7 +156,7 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=["complex64", "complex128"], default=["complex64"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     wanted = itertools.product([args.model], args.dtype, args.degree, args.directions)
     rows = []

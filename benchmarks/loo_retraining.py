@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,17 +25,18 @@ from leaveout.training.train import RunOptions, train_batch, train_plain
 QUERIES = ["max", "zoe", "emma"]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a text file with one name a line")
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--together", type=int, default=250, help="runs that share each step")
+    parser.add_argument("--n", type=int, default=1000, help="documents, and steps")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    recipe = Recipe.microgpt(args.data.read_text().split(), n=1000)
-    weights = torch.ones(args.runs, 1000)
-    weights[torch.arange(args.runs), torch.arange(args.runs) % 1000] = 0.0
+    recipe = Recipe.microgpt(args.data.read_text().split(), n=args.n)
+    weights = torch.ones(args.runs, args.n)
+    weights[torch.arange(args.runs), torch.arange(args.runs) % args.n] = 0.0
     start = time.process_time()
     trained = train_batch(recipe, weights, RunOptions(progress=True), args.together)
     seconds = time.process_time() - start
@@ -45,8 +47,8 @@ def main() -> int:
     plain_seconds = (time.process_time() - start) / len(checked)
     base = query_losses(recipe, train_plain(recipe), QUERIES)
     result = {
-        "runs": args.runs, "steps": 1000, "together": args.together, "dtype": recipe.dtype, "cpu_seconds": seconds,
-        "us_per_step_per_run": seconds / args.runs / 1000 * 1e6, "plain_cpu_seconds_per_run": plain_seconds,
+        "runs": args.runs, "steps": args.n, "together": args.together, "dtype": recipe.dtype, "cpu_seconds": seconds,
+        "us_per_step_per_run": seconds / args.runs / args.n * 1e6, "plain_cpu_seconds_per_run": plain_seconds,
         "largest_difference_from_single_runs": float((losses[checked] - single).abs().max()),
         "effect_deviation": (losses - base).std(0).tolist(), "queries": QUERIES, "recipe": recipe.hash(),
         **provenance(recipe.seed),

@@ -13,17 +13,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tables_tasks import TASKS, table
+
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- end:(\w+) -->", re.DOTALL)
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def times(facts: dict[str, float]) -> str:
@@ -263,6 +260,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "damping": (DELETION, "deletion_prior_choices.json", damping),
     "influence_stories": (EVALUATION, "readout_influence_stories.json", influence),
     "influence_neox": (EVALUATION, "readout_influence_neox.json", influence),
+    **TASKS,
     "speed": (JETS, "jets_speed.json", speed),
     "retraining": (JETS, "jets_loo_retraining.json", retraining),
 }

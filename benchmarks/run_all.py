@@ -1,0 +1,136 @@
+"""All tables and pictures of the README and the docs, from one command: `make bench`.
+
+    python benchmarks/run_all.py [--work bench] [--jobs 2] [--only NAME ...]
+
+Steps that measure time run alone, then the others on --jobs cores, one thread each. A step that has finished leaves a
+mark in --work and is not run again; a step that was killed goes on from what it kept there. Remove --work to start anew.
+Needs the corpora in ../shared/data. A failed step does not stop the others: its log is named at the end, and exit is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = "../shared/data/names/names.txt"
+RESULTS = "benchmarks/results"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A script with its arguments; {work} is the directory `place` (default: its own), alone: it measures time.
+
+    Steps of one place use what the earlier ones kept there, and run one after another.
+    """
+
+    script: str
+    arguments: str = ""
+    alone: bool = False
+    place: str = ""
+
+
+STEPS = {
+    "jet speed": Step("jet_speed", f"--all --repeats 3 --json {RESULTS}/jets_speed.json", alone=True),
+    "retraining": Step("loo_retraining", f"--data {NAMES} --json {RESULTS}/jets_loo_retraining.json", alone=True),
+    "store": Step("store_speed", alone=True),
+    "scale": Step("scale_speed", alone=True),
+    "search": Step("search_speed", alone=True),
+    "index cost": Step("index_cost", "--repeats 2", alone=True),
+    "simhash": Step("simhash_recall", alone=True),
+    "accuracy, documents": Step(
+        "deletion_accuracy",
+        f"--names {NAMES} --json {RESULTS}/deletion_accuracy_documents.json --work {{work}}", alone=True, place="documents",
+    ),
+    "accuracy, letters": Step(
+        "deletion_accuracy",
+        f"--names {NAMES} --units letters --json {RESULTS}/deletion_accuracy_letters.json --work {{work}}", alone=True,
+    ),
+    "regimes": Step(
+        "regimes",
+        f"--names {NAMES} --accuracy {RESULTS}/deletion_accuracy_documents.json --json {RESULTS}/deletion_regimes.json "
+        "--picture docs/regimes.png --work {work}", alone=True, place="documents",
+    ),
+    "reference": Step(
+        "microgpt_reference", f"../shared/golden/microgpt_20_steps.npz --json {RESULTS}/jets_reference.json"
+    ),
+    "figure 2": Step("figure2", f"--data {NAMES} --json {RESULTS}/jets_figure2.json --picture docs/figure2.png"),
+    "figure 1": Step("figure1", f"--data {NAMES} --json {RESULTS}/jets_figure1.json --picture docs/figure1.png"),
+    "choices": Step("prior_choices", f"--names {NAMES} --json {RESULTS}/deletion_prior_choices.json --work {{work}}"),
+    **{
+        f"coverage, {case}": Step(
+            "coverage", f"--case {case} --json {RESULTS}/deletion_coverage_{case}.json --run {{work}}"
+        )
+        for case in ("names", "digits", "lm")
+    },
+    "projection": Step("projection_loss"),
+    "retrieval": Step("retrieval"),
+    "backdoor": Step("backdoor", "--work {work}"),
+    "domains": Step("domains", "--work {work}"),
+    "selection": Step("selection", "--picture docs/selection.png --work {work}"),
+    "influence, stories": Step("influence", "--bank stories --work {work}", place="stories"),
+    "influence, neox": Step("influence", "--bank neox --subsets 32 --no-costly --work {work}", place="neox"),
+    "priors, stories": Step("influence_priors", "--bank stories --work {work}", place="stories"),
+    "priors, neox": Step("influence_priors", "--bank neox --work {work}", place="neox"),
+}  # fmt: skip
+
+
+def carry_out(name: str, work: Path) -> bool:
+    """Runs a step unless it is marked as done; whether it is done now."""
+    step, own = STEPS[name], work / name.replace(", ", "-").replace(" ", "-")
+    done, place = own.with_suffix(".done"), work / (step.place or own.name)
+    if done.exists():
+        return True
+    place.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    # Relative to the root, so that no result names a directory of this machine.
+    arguments = step.arguments.format(work=os.path.relpath(place, ROOT)).split()
+    with own.with_suffix(".log").open("a") as log:
+        command = [sys.executable, f"benchmarks/{step.script}.py", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, check=False, cwd=ROOT, stdout=log, stderr=log, env=environment)
+    print(f"{name}: {'done' if ended.returncode == 0 else 'FAILED'}, {time.monotonic() - began:.0f} s", flush=True)
+    if ended.returncode == 0:
+        done.touch()
+    return ended.returncode == 0
+
+
+def one_after_another(names: Sequence[str], work: Path) -> dict[str, bool]:
+    return {name: carry_out(name, work) for name in names}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "bench", help="logs, marks, and what steps keep")
+    parser.add_argument("--jobs", type=int, default=2, help="steps at a time, of those that do not measure time")
+    parser.add_argument("--only", nargs="+", choices=sorted(STEPS), metavar="NAME", help=", ".join(STEPS))
+    args = parser.parse_args(argv)
+    work = args.work.resolve()
+    wanted = [name for name in STEPS if args.only is None or name in args.only]
+    fine = one_after_another([name for name in wanted if STEPS[name].alone], work)
+    chains: dict[str, list[str]] = {}
+    for name in wanted:
+        if not STEPS[name].alone:
+            chains.setdefault(STEPS[name].place or name, []).append(name)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for part in pool.map(lambda names: one_after_another(names, work), chains.values()):
+            fine |= part
+    for script in ("tables", "scale_cost"):
+        fine[script] = (
+            subprocess.run([sys.executable, f"benchmarks/{script}.py"], check=False, cwd=ROOT).returncode == 0
+        )
+    failed = [name for name, good in fine.items() if not good]
+    if failed:
+        print(f"failed: {', '.join(failed)}; logs are in {work}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

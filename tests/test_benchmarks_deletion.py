@@ -26,7 +26,10 @@ def script(monkeypatch):
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
     """A file of made-up names, "max" among their letters."""
-    rng, syllables = random.Random(0), "ma xi re lo an ti su be zo qu ky jd fg hw vp c".split()
+    rng, syllables = (
+        random.Random(0),
+        ["ma", "xi", "re", "lo", "an", "ti", "su", "be", "zo", "qu", "ky", "jd", "fg", "hw", "vp", "c"],
+    )
     made = {"".join(rng.choices(syllables, k=rng.randint(2, 4))) for _ in range(400)}
     path = tmp_path_factory.mktemp("names") / "names.txt"
     path.write_text("\n".join(sorted(made)) + "\n")

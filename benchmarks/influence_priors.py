@@ -7,7 +7,7 @@ The training runs of `influence.py`, and its retrainings on random halves (with 
 again). In four folds, the posterior is fitted to some of the other halves and predicts those of its fold; the LDS of a
 prior is the rank correlation over all halves of predictions and mean values of two data orders, per query. All priors
 see the same retrainings of one order, and how much orders differ. A prior is a similarity of rows (none, update vectors,
-signatures), a mean (scores), or both.
+signatures), a mean (scores), or both; update vectors with their influence scores are what a bank uses by itself.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def priors(run: TrainingRun, asked: list[Query]) -> dict[str, dict[str, np.ndarr
     like = {preset: similarity(run, preset) for preset in presets}
     scores = {preset: scorer.signatures(preset, AT) for preset in presets}
     none = {"features": None, "scores": None}
-    made = {IDENTITY: none, "update vectors": none | {"features": updates}}
+    own = run.bank.measurements(asked).scores
+    made = {
+        IDENTITY: none, "update vectors": none | {"features": updates},
+        "update vectors, influence scores as mean": {"features": updates, "scores": own},
+    }  # fmt: skip
     for preset in presets:
         made[f"{preset} signatures"] = none | {"features": like[preset]}
         made[f"{preset} scores as mean"] = none | {"scores": scores[preset]}
@@ -96,7 +100,7 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
         }
         by_query["datamodels"] = spearman(predicted(known, x, fitted, Datamodels, args.seed), truth.values)
         for prior, fields in made.items():
-            if fields["scores"] is not None and fields["features"] is None:
+            if prior.endswith("scores as mean") and fields["scores"] is not None and "," not in prior:
                 by_query[f"{prior.removesuffix(' as mean')} alone"] = lds(fields["scores"], truth.removed, truth.values)
         found[str(fitted)] = {
             prior: {

@@ -23,7 +23,7 @@ from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
 from leaveout.training.outputs import query_losses
-from leaveout.training.queries import Query
+from leaveout.training.queries import Query, as_queries
 from leaveout.training.queries import margin as margin_of
 from leaveout.training.recipe import Recipe
 from leaveout.training.train import train_plain
@@ -148,6 +148,24 @@ def test_any_matrix_can_say_which_units_are_alike(tmp_path):
     assert np.array_equal(own, again) and not np.allclose(own, other) and not np.allclose(own, plain)
     with pytest.raises(ValueError, match="72 units"):
         run.bank.predict(QUERIES, one, features=np.zeros((5, 3)))
+
+
+def test_scores_of_another_engine_are_the_prior_mean(recipe, tmp_path):
+    """The exact first order given as scores, up to a factor: it says more than 6 retrainings."""
+    run = TrainingRun.open(recipe, tmp_path / "run")
+    run.measure(retrain=6, gradient=True, design="random", queries=QUERIES, settings=FAST)
+    sets = DeletionSets(np.eye(24), tuple(recipe.ids))
+    exact = run.bank.predict(QUERIES, sets, "first_order").effect
+    truth = run.retrain(QUERIES, sets) - run.bank.base(as_queries(QUERIES))[:, None]
+    bare = TrainingRun.open(recipe, tmp_path / "bare")
+    bare.measure(retrain=6, design="random", queries=QUERIES, settings=FAST)
+
+    def error(**known):
+        return np.abs(bare.bank.predict(QUERIES, sets, **known).effect - truth).mean() / np.abs(truth).mean()
+
+    assert error(scores=1e3 * exact) < 0.7 * error() and error(scores=1e3 * exact) < 0.6
+    with pytest.raises(ValueError, match="24 units"):
+        bare.bank.predict(QUERIES, sets, scores=exact[:, :3])
 
 
 def test_fits_with_other_kernels_are_not_mistaken_for_each_other(measured, recipe):

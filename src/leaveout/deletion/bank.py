@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from leaveout.deletion.estimators import SIMPLE, Fitted
-from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings
+from leaveout.deletion.measurements import JetBlock, Measurements, distinct, gathered
 from leaveout.deletion.posterior import Posterior, calibration
 from leaveout.deletion.predict import Curve, Prediction
 from leaveout.deletion.sets import deletion_sets
@@ -40,6 +40,8 @@ DAMPING = 10.0
 """Of the influence scores, in mean diagonals of the Fisher matrix (docs/deletion.md)."""
 ROUNDING = 1e-6
 """Part of a query's value that float32 training does not fix."""
+KNOWN = ("noise", "features", "scores")
+"""What a caller may know beside the measurements."""
 ROLES = ("fit", "heldout", "truth")
 """What a retraining is for: estimators fit it, calibration holds it against them, or `verify` compares with it."""
 
@@ -177,11 +179,15 @@ class Bank:
             seconds += float(m.get("cpu_seconds", 0))
         return {"measurements": counts, "cpu_seconds": round(seconds, 3), "bytes": self.store.info()["bytes"]}
 
-    def measurements(self, queries: Any, noise: Any = None, features: np.ndarray | None = None) -> Measurements:
+    def measurements(
+        self, queries: Any, noise: Any = None, features: np.ndarray | None = None, scores: np.ndarray | None = None
+    ) -> Measurements:
         """All that the bank knows about some queries.
 
         features [units, k]: what says which units are alike, instead of the update vectors; signatures of a readout
             index, in the order of `recipe.unit_names`, for example.
+        scores [queries, units]: a guess of the effects up to one common factor, positive where a unit helps, instead of
+            influence scores of the update vectors; scores of a readout index, for example. Not used beside `gradient`.
         noise: standard deviation of one retraining's value, one number or one per query; 0 where training is exact.
         Memory: 16 bytes x measurements x units, and the query values.
         Raises: MismatchError if a query was not measured and no parameters were kept; FormatError for a NaN value.
@@ -191,8 +197,12 @@ class Bank:
         parts = list(self._parts(asked))
         if features is not None and (features.ndim != 2 or len(features) != len(self.sizes)):
             raise ValueError(f"wanted features [{len(self.sizes)} units, k], got {list(features.shape)}")
+        if scores is not None and scores.shape != (len(asked), len(self.sizes)):
+            raise ValueError(f"wanted scores [{len(asked)} queries, {len(self.sizes)} units], got {list(scores.shape)}")
         of_role = {role: [p for p in parts if p[0] == role] for role in ROLES}
         side, gradient = self.store.side("vectors"), self._gradient(asked)
+        if scores is None and side is not None and gradient is None:
+            scores = self._scores(asked, side)
         if not parts and gradient is None and len(self):
             raise MismatchError(
                 f"No measurement of this bank knows the query {asked[0].name!r}: it was measured for other queries, and "
@@ -200,11 +210,11 @@ class Bank:
             )
         return Measurements(
             base, self.sizes,
-            _distinct([JetBlock(*p[1:]) for p in parts if p[0] == "jets"]),
-            _gathered(of_role["fit"], base), _gathered(of_role["heldout"], base),
+            distinct([JetBlock(*p[1:]) for p in parts if p[0] == "jets"]),
+            gathered(of_role["fit"], base), gathered(of_role["heldout"], base),
             None if noise is None else np.broadcast_to(np.asarray(noise, np.float64), base.shape),
             gradient,
-            None if side is None or gradient is not None else self._scores(asked, side),
+            None if gradient is not None else scores,
             self.features() if features is None else np.asarray(features, np.float64),
         )  # fmt: skip
 
@@ -234,18 +244,19 @@ class Bank:
         calibrate: bool = True,
         noise: Any = None,
         features: np.ndarray | None = None,
+        scores: np.ndarray | None = None,
         **options: Any,
     ) -> Prediction:
         """Values of queries under the model trained without deletion sets, with standard deviations.
 
-        queries, without: see `as_queries` and `deletion_sets`; noise, features: see `measurements`
+        queries, without: see `as_queries` and `deletion_sets`; noise, features, scores: see `measurements`
         calibrate: scale standard deviations by the held-out retrainings, if there are any
         options: those of the estimator (degree, groups, kernel)
         """
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
         asked, sets = as_queries(queries), deletion_sets(self.recipe, without)
-        fitted, factor = self.fit(asked, estimator, noise, features, **options)
+        fitted, factor = self.fit(asked, estimator, {"noise": noise, "features": features, "scores": scores}, **options)
         effect, std = fitted.predict(sets.x)
         factor = factor if calibrate else 1.0
         base = np.repeat(self.base(asked)[:, None], len(sets), 1)
@@ -253,20 +264,16 @@ class Bank:
         return Prediction(tuple(q.name for q in asked), sets.labels, base, effect, std, estimator, factor)
 
     def fit(
-        self,
-        asked: Sequence[Query],
-        estimator: str,
-        noise: Any = None,
-        features: np.ndarray | None = None,
-        **options: Any,
+        self, asked: Sequence[Query], estimator: str, known: Mapping[str, Any] | None = None, **options: Any
     ) -> tuple[Fitted, float]:
-        """The fitted estimator and its calibration factor; kept until the bank changes."""
-        given = [noise, features, *(value for _, value in sorted(options.items()))]
+        """The fitted estimator and its calibration factor; kept until the bank changes. known: see `measurements`."""
+        known = known or {}
+        given = [*(known.get(name) for name in KNOWN), *(value for _, value in sorted(options.items()))]
         plain = all(value is None or isinstance(value, (int, float, str)) for value in given)
         key = (tuple(q.digest for q in asked), estimator, *sorted(options), *given)
         if plain and key in self._fits:
             return self._fits[key]
-        data = self.measurements(asked, noise, features)
+        data = self.measurements(asked, **known)
         made: Any = Posterior if estimator == "posterior" else SIMPLE[estimator]
         fitted = made(data, **options)
         factor = calibration(data, fitted)
@@ -395,26 +402,3 @@ def _live(store: Store, part: Segment) -> tuple[list[Record], np.ndarray]:
     live = part.live()
     positions = np.arange(part.n_rows) if live is None else np.flatnonzero(live)
     return store.rows(part.first + positions), positions
-
-
-def _gathered(parts: list[tuple[Any, ...]], base: np.ndarray) -> Retrainings:
-    """All retrainings of one role, each deletion vector once: it may have been measured for other queries as well."""
-    if not parts:
-        return Retrainings(np.zeros((0, 0)), np.zeros((0, len(base))))
-    x, y = np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts])
-    _, first = np.unique(x, axis=0, return_index=True)
-    first.sort()
-    return Retrainings(x[first], y[first] - base)
-
-
-def _distinct(blocks: list[JetBlock]) -> tuple[JetBlock, ...]:
-    """Each direction once, at its highest degree."""
-    seen: set[bytes] = set()
-    out = []
-    for block in sorted(blocks, key=lambda b: -b.degree):
-        names = [row.tobytes() for row in block.psi]
-        new = [i for i, name in enumerate(names) if name not in seen]
-        seen |= set(names)
-        if new:
-            out.append(JetBlock(block.psi[new], block.c[:, new], block.real))
-    return tuple(out)

@@ -78,3 +78,26 @@ class Measurements:
         parts += [f"{len(self.retrainings)} retrainings"] if len(self.retrainings) else []
         parts += ["the exact first order"] if self.gradient is not None else []
         return ", ".join(parts) or "nothing"
+
+
+def gathered(parts: list[tuple[Any, ...]], base: np.ndarray) -> Retrainings:
+    """All retrainings of one role, each deletion vector once: it may have been measured for other queries as well."""
+    if not parts:
+        return Retrainings(np.zeros((0, 0)), np.zeros((0, len(base))))
+    x, y = np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts])
+    _, first = np.unique(x, axis=0, return_index=True)
+    first.sort()
+    return Retrainings(x[first], y[first] - base)
+
+
+def distinct(blocks: list[JetBlock]) -> tuple[JetBlock, ...]:
+    """Each direction once, at its highest degree."""
+    seen: set[bytes] = set()
+    out = []
+    for block in sorted(blocks, key=lambda b: -b.degree):
+        names = [row.tobytes() for row in block.psi]
+        new = [i for i, name in enumerate(names) if name not in seen]
+        seen |= set(names)
+        if new:
+            out.append(JetBlock(block.psi[new], block.c[:, new], block.real))
+    return tuple(out)

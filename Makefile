@@ -18,7 +18,7 @@ lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/pyright
 
-# Every table and picture of the docs, about three hours on two cores; a killed call goes on. Needs ../shared/data.
+# Every table and picture of the docs: hours on two cores; a killed call goes on. Needs ../shared/data.
 bench: $(READY)
 	$(BIN)/python benchmarks/run_all.py
 

@@ -1,6 +1,9 @@
 """Training: plain, many weightings, jets, all of one recipe; checkpoints, memory, stability."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +217,34 @@ def test_memory_is_stated_before_the_run_and_follows_the_formula(capsys):
     shown = capsys.readouterr().err
     assert shown.startswith("memory: 2 directions in 1 round(s) of 2:") and "step/s" in shown
     assert available_memory() > 1e6
+
+
+GROWTH = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from leaveout.deletion.directions import complex_uniform
+from leaveout.training.recipe import Recipe
+from leaveout.training.train import JetSettings, train_jets
+from measuring import peak_memory
+
+torch.set_num_threads(1)
+names = [a + b + c for a in "abcdefgh" for b in ("an", "or", "il") for c in ("na", "tis", "rek")]
+recipe, degree, found = Recipe.microgpt(names, n=72).with_(steps=3), int(sys.argv[2]), []
+psi = torch.from_numpy(complex_uniform(0, 128, 72, 0))
+train_jets(recipe, psi[:1], JetSettings(degree))  # what is loaded and set up once
+grown = peak_memory(lambda: found.append(train_jets(recipe, psi, JetSettings(degree))))
+print(grown * 2**20 / found[0].memory.peak)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs the kernel's account of memory")
+@pytest.mark.parametrize("degree", [1, 3])
+def test_process_grows_by_what_was_stated(degree):
+    benchmarks = str(Path(__file__).parents[2] / "benchmarks")
+    command = [sys.executable, "-c", GROWTH, benchmarks, str(degree)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert 0.7 < float(ended.stdout) < 1.5
 
 
 def test_direction_that_cannot_fit_is_refused():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,17 +17,9 @@ from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import task_of
 from leaveout.training.train import own_parameters
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from .conftest import BENCHMARKS
+
 SMOKE = {"backdoor": "readout_backdoor.json", "domains": "readout_domains.json"}
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a script of the benchmarks by name; the number of threads is put back afterwards."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    threads = torch.get_num_threads()
-    yield importlib.import_module
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

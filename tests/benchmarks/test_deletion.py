@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 import re
 from pathlib import Path
 
 import pytest
-import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a script of the benchmarks by name; the number of threads is put back afterwards."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    threads = torch.get_num_threads()
-    yield importlib.import_module
-    torch.set_num_threads(threads)
+from .conftest import BENCHMARKS
 
 
 @pytest.fixture(scope="module")

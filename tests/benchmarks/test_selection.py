@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import math
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from .conftest import BENCHMARKS, numbers
+
 FILE = "readout_selection.json"
-
-
-@pytest.fixture(scope="module")
-def script():
-    """Imports a script of the benchmarks by name; the number of threads is put back afterwards."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +53,6 @@ def test_smoke_result_has_every_method_and_finite_numbers(selection, smoke):
         assert tuple(facts["methods"]) == selection.METHODS
         assert set(facts["default_minus_others"]) == set(selection.METHODS) - {"default"}
     assert all(math.isfinite(number) for number in numbers(result))
-
-
-def numbers(value):
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from numbers(item)
-    elif isinstance(value, float):
-        yield value
 
 
 def test_oracle_random_and_all_select_what_they_say(smoke):

@@ -7,7 +7,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,8 @@ import torch
 from leaveout.readout.settings import PRESETS
 from leaveout.readout.signature import Signer
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from .conftest import BENCHMARKS, numbers
+
 SMOKE = {
     "index_cost": "readout_index_cost.json",
     "search_speed": "readout_search.json",
@@ -27,15 +27,6 @@ README = "# Title\n\n" + "".join(
     f"<!-- table:{name} -->\nold\n<!-- end:{name} -->\n\ntext\n"
     for name in ("retrieval", "index_cost", "search", "projection")
 )
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a script of the benchmarks by name; the number of threads is put back afterwards."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    threads = torch.get_num_threads()
-    yield importlib.import_module
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -76,14 +67,6 @@ def test_results_say_what_they_depend_on(smoke_results, file):
 def test_committed_results_are_of_full_runs(file):
     text = (BENCHMARKS / "results" / file).read_text()
     assert json.loads(text)["smoke"] is False and "/" + "tmp" not in text
-
-
-def numbers(value):
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from numbers(item)
-    elif isinstance(value, float):
-        yield value
 
 
 def test_index_cost_compares_all_with_the_same_trunk(smoke_results):

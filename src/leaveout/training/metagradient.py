@@ -194,16 +194,19 @@ class FlatRun:
 
     def second_pass(self, part: tuple[int, ...], step: int) -> tuple[Tensor, SecondPass]:
         """The gradient of a part of a batch, and the function that goes back through it (once)."""
+        alone = len(part) == 1  # then its weight scales the whole gradient, and needs no graph of its own
         weights = torch.ones(len(part), dtype=self.recipe.real_dtype, requires_grad=True)
-        grads = self._gradients(self._loss(part, weights), step, create_graph=True)
+        grads = self._gradients(self._loss(part, None if alone else weights), step, create_graph=True)
+        inputs, gradient = [*self.params] if alone else [*self.params, weights], self.flat([g.detach() for g in grads])
 
         def one(cotangent: Tensor) -> tuple[Tensor, Tensor]:
-            *products, slopes = torch.autograd.grad(
-                grads, [*self.params, weights], self.shaped(cotangent), allow_unused=True, materialize_grads=True
+            found = torch.autograd.grad(
+                grads, inputs, self.shaped(cotangent), allow_unused=True, materialize_grads=True
             )
-            return self.flat(products), slopes
+            slopes = (cotangent @ gradient)[None] if alone else found[-1]
+            return self.flat(found[: len(self.params)]), slopes
 
-        return self.flat([g.detach() for g in grads]), torch.vmap(one)
+        return gradient, torch.vmap(one)
 
     def count(self, queries: Queries) -> int:
         with torch.no_grad():

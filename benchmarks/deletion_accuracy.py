@@ -203,7 +203,9 @@ def paper_arms(s: Setting, scores: Scores, sizes: Sequence[int], degree: int) ->
     queries = [*s.queries, "max"] if all(c in _alphabet(s) for c in "max") else s.queries
     began, resumed = time.monotonic(), len(run.bank) > 0
     run.measure(max(sizes), degree, queries=queries, settings=MeasureSettings(workers=2, progress=True))
-    wall, whole = None if resumed else time.monotonic() - began, spent(run)
+    if not resumed:  # of a run that was not killed
+        run.bank.note("wall_seconds", time.monotonic() - began)
+    wall, whole = run.bank.store.state("wall_seconds"), spent(run)
     run.measure_vectors()
     exact = 2 if len(s.recipe.unit_names) < 64 else 1
     for m in sizes:

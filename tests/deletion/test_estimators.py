@@ -116,10 +116,24 @@ def test_least_squares_is_exact_once_the_equations_suffice(f, degree):
     x = some_sets()
     wanted = np.array([sum(f.part(r, row) for r in range(1, degree + 1)) for row in x]).T
     psi = directions.complex_uniform(0, enough + 2, UNITS, 2)
-    mean, std = LeastSquares(known(jets=(f.jets(psi, degree),)), degree).predict(x)
+    nothing_above = Retrainings(x, wanted.T)
+    mean, std = LeastSquares(known(jets=(f.jets(psi, degree),), retrainings=nothing_above), degree).predict(x)
     assert np.abs(mean - wanted).max() < 1e-6 and std.max() < 1e-2
-    short, unsure = LeastSquares(known(jets=(f.jets(psi[: enough - 1], degree),)), degree).predict(x)
+    few = known(jets=(f.jets(psi[: enough - 1], degree),), retrainings=nothing_above)
+    short, unsure = LeastSquares(few, degree).predict(x)
     assert np.abs(short - wanted).max() > 1e-2 and unsure.max() > 0.05
+
+
+def test_least_squares_does_not_claim_to_know_the_orders_above(f):
+    """Without retrainings it cannot say how large they are; with some, its intervals cover the others."""
+    psi, x = directions.complex_uniform(0, UNITS + 2, UNITS, 2), some_sets(40)
+    whole = np.array([sum(f.part(r, row) for r in (1, 2, 3)) for row in x])
+    alone = known(jets=(f.jets(psi, 1),))
+    mean, std = LeastSquares(alone, 1).predict(np.vstack([x, np.zeros(UNITS)]))
+    assert np.isinf(std[:, :-1]).all() and (std[:, -1] == 0).all() and np.isfinite(mean).all()
+    held = known(jets=(f.jets(psi, 1),), retrainings=Retrainings(x[:20], whole[:20]))
+    mean, std = LeastSquares(held, 1).predict(x[20:])
+    assert (np.abs(mean - whole[20:].T) < 1.96 * std).mean() > 0.8
 
 
 def test_least_squares_takes_real_directions_at_half_the_numbers(f):

@@ -424,3 +424,11 @@ def test_jsonl_lines_are_json(measured, recipe):
     assert len(lines) == 3 and json.loads(json.dumps(lines[0], allow_nan=False))["estimator"] == "datamodels"
     unknown = replace(measured.bank.predict(QUERIES, [list(recipe.ids[:1])]), std=np.full((3, 1), np.inf))
     assert next(unknown.lines())["std"] is None and next(unknown.lines())["verdict"] == "cannot tell from zero"
+
+
+def test_unknown_intervals_are_not_counted_as_covering(recipe, tmp_path):
+    """Jets alone, read by least squares: nobody knows what the orders above add."""
+    run = TrainingRun.open(recipe, tmp_path / "run")
+    run.measure(16, 1, queries=QUERIES, settings=FAST)
+    found = run.verify(QUERIES, [[recipe.ids[0]], list(recipe.ids[3:6])], "least_squares")
+    assert found.summary()["coverage"] is None and found.summary()["relative_error"] > 0

@@ -118,7 +118,8 @@ class LeastSquares:
 
     Exact for order r once twice the directions reach C(units + r - 1, r). The standard deviation is that of a Gaussian
     process with the same kernel (x . y)^r, whose scale per query is the mean square of the whitened coefficients, for
-    what the directions leave open, plus for the orders above `degree` the error on the bank's retrainings, if it has any.
+    what the directions leave open, plus for the orders above `degree` the error on the bank's retrainings; with fewer than
+    two retrainings nothing is known of those orders, and it is infinite.
     degree: highest order used; None: all that are measured and either exact or third of the way to it.
     """
 
@@ -131,14 +132,16 @@ class LeastSquares:
         orders = range(1, (degree or highest) + 1)
         self._orders = [_Order(data, r) for r in orders if degree or r == 1 or _covered(data, r) > 1 / 3]
         others = _joined(data.retrainings, data.heldout, data.units)
-        self._spread = np.zeros(len(data.base))
-        if len(others) >= 2:
-            self._spread = _spread(others, self.predict(others.x)[0], len(data.base))
+        self._spread = _spread(others, self._parts(others.x)[0], len(data.base))
 
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean, variance = self._parts(x)
+        return mean, np.hypot(np.sqrt(variance), _in_proportion(self._spread, x))
+
+    def _parts(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean, and variance of what the directions leave open."""
         found = [order.predict(x) for order in self._orders]
-        variance = np.sum([v for _, v in found], 0) + self._spread[:, None] ** 2 * (x**2).sum(1)
-        return np.sum([m for m, _ in found], 0), np.sqrt(variance)
+        return np.sum([m for m, _ in found], 0), np.sum([v for _, v in found], 0)
 
 
 def _covered(data: Measurements, r: int) -> float:
@@ -218,7 +221,7 @@ class LeaveOneOut:
                 f"`leave_one_out` needs the retraining of each unit alone, {n} of these sets' units have none: "
                 "measure them with `measure --retrain N --design singles`."
             )
-        return mean, self._spread[:, None] * np.sqrt((x**2).sum(1))[None]
+        return mean, _in_proportion(self._spread, x)
 
     def _mean(self, x: np.ndarray) -> np.ndarray:
         known = np.where(np.isnan(self._effects), 0.0, self._effects)
@@ -250,7 +253,7 @@ class Pairwise:
         self._spread = _spread(others, self._mean(others.x), len(data.base))
 
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._mean(x), self._spread[:, None] * np.sqrt((x**2).sum(1))[None]
+        return self._mean(x), _in_proportion(self._spread, x)
 
     def _mean(self, x: np.ndarray) -> np.ndarray:
         return self._first.T @ x.T + np.einsum("si,sj,ijq->qs", x, x, self._second) / 2
@@ -268,6 +271,12 @@ def _spread(runs: Retrainings, mean: np.ndarray, queries: int) -> np.ndarray:
     if len(runs) < 2:
         return np.full(queries, np.inf)
     return np.sqrt((((runs.y.T - mean) ** 2) / np.maximum((runs.x**2).sum(1), 1e-12)).mean(1))
+
+
+def _in_proportion(spread: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Spread [queries] times the root of each set's removed share [queries, sets]; 0 for an empty set."""
+    root = np.sqrt((x**2).sum(1))
+    return np.where(root > 0, spread[:, None] * np.where(root > 0, root, 1.0), 0.0)
 
 
 class Datamodels:
@@ -295,7 +304,7 @@ class Datamodels:
         self._effects, self._spread = (runs.x.T @ best[1]).T, best[2]
 
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._effects @ x.T, self._spread[:, None] * np.sqrt((x**2).sum(1))[None]
+        return self._effects @ x.T, _in_proportion(self._spread, x)
 
 
 class FirstOrder:
@@ -312,7 +321,7 @@ class FirstOrder:
         self._spread = _spread(others, self._gradient @ others.x.T, len(data.base))
 
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._gradient @ x.T, self._spread[:, None] * np.sqrt((x**2).sum(1))[None]
+        return self._gradient @ x.T, _in_proportion(self._spread, x)
 
 
 SIMPLE: dict[str, Callable[[Measurements], Fitted]] = {

@@ -35,12 +35,13 @@ class Verification:
 
         pearson, spearman  over deletion sets, mean over queries; None with fewer than 3 sets
         relative_error     median of |predicted - actual| / |actual| over all pairs
-        coverage           share of actual values inside the 95 % interval
+        coverage           share of actual values inside the 95 % interval, where it is finite; None if nowhere
         """
         actual, predicted = self._actual - self.prediction.base, self.prediction.effect
+        known = np.isfinite(self.prediction.std)  # an infinite interval covers everything and says nothing
         return {
             **agreement(predicted, actual),
-            "coverage": float(self.inside.mean()),
+            "coverage": float(self.inside[known].mean()) if known.any() else None,
             "queries": len(self.prediction.queries),
             "sets": len(self.prediction.without),
         }

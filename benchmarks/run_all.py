@@ -43,6 +43,9 @@ STEPS = {
     "store": Step("store_speed", alone=True),
     "scale": Step("scale_speed", alone=True),
     "search": Step("search_speed", alone=True),
+    "search, a million rows": Step(
+        "search_speed", "--rows 1000000 --width 512 --name readout_search_million.json", alone=True
+    ),
     "index cost": Step("index_cost", "--repeats 2", alone=True),
     "simhash": Step("simhash_recall", alone=True),
     "accuracy, documents": Step(

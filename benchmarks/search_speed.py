@@ -1,10 +1,12 @@
 """How much slower is a search of the store than the same product over the same data in memory?
 
     python benchmarks/search_speed.py            # 100,000 x 4,096 float16, 16 queries, about 900 MB of disk, then deleted
+    python benchmarks/search_speed.py --rows 1000000 --width 512 --name readout_search_million.json
     python benchmarks/search_speed.py --smoke
 
 Compared in one run, interleaved, with the files in the page cache:
     search    `scan` of the store's segments and the 10 best rows of each query
+    filtered  the same over a hundredth of the rows, at random places; finding them by SQL is in store_speed.py
     blocks    the product alone over a float16 tensor in memory, widened to float32 block by block in one small buffer
     half      the product alone in float16: queries and scores are rounded as well, `half_error` says how far
     widened   the product alone over the data as float32, widened beforehand: twice the memory, for information only
@@ -53,10 +55,10 @@ def fill(path: Path, data: Tensor) -> Store:
     return store
 
 
-def search(store: Store, queries: Tensor) -> Best:
-    """What `Index.search` does once its queries are encoded."""
+def search(store: Store, queries: Tensor, wanted: np.ndarray | None = None) -> Best:
+    """What `Index.search` does once its queries are encoded, and its filter has said which rows are wanted."""
     best, transposed = Best(len(queries), K), queries.t().contiguous()
-    for numbers, scores in scan(store.segments(), lambda rows: rows @ transposed):
+    for numbers, scores in scan(store.segments(), lambda rows: rows @ transposed, wanted):
         best.add(numbers, scores)
     return best
 
@@ -89,8 +91,10 @@ def measure(directory: Path, rows: int, width: int, n_queries: int, repeats: int
         check(search(store, queries), scores)  # also warms the page cache
         wide, narrow = data.float(), queries.half()
         half_error = ((data @ narrow.t()).float() - scores).abs().max() / scores.abs().max()
+        few = np.sort(np.random.default_rng(seed).choice(rows, max(K, rows // 100), replace=False))
         tasks: dict[str, Callable[[], object]] = {
             "search": lambda: search(store, queries),
+            "filtered": lambda: search(store, queries, few),
             "blocks": lambda: in_blocks(data, queries),
             "half": lambda: data @ narrow.t(),
             "widened": lambda: wide @ queries.t(),
@@ -108,6 +112,7 @@ def measure(directory: Path, rows: int, width: int, n_queries: int, repeats: int
         "repeats": repeats,
         "cpu_seconds": {name: spread(values) for name, values in times.items()},
         "search_over": over,
+        "filtered_over_search": ratio(times["filtered"], times["search"]),
         "half_error": half_error.item(),
         "fastest_in_memory": fastest,
         "goal": GOAL,
@@ -119,9 +124,12 @@ def measure(directory: Path, rows: int, width: int, n_queries: int, repeats: int
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--name", default="readout_search.json", help="of the result file in --out")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    size = (300, 64, 3, 2) if args.smoke else (100_000, 4096, 16, args.repeats)
+    size = (300, 64, 3, 2) if args.smoke else (args.rows, args.width, 16, args.repeats)
     with tempfile.TemporaryDirectory() as directory:
         facts = measure(Path(directory), *size, args.seed)
     for name, seconds in facts["cpu_seconds"].items():
@@ -130,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"search is {over['median']:.2f} times that [{over['low']:.2f}, {over['high']:.2f}]")
     print(f"{'reached' if facts['reached'] else 'MISSED'}: {facts['measured']:.2f} of {facts['fastest_in_memory']}")
     result = {"question": (__doc__ or "").split("\n", 1)[0], **facts}
-    print(write_result(args.out, "readout_search.json", result, args).name)
+    print(write_result(args.out, args.name, result, args).name)
     return 0
 
 

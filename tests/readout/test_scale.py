@@ -546,6 +546,9 @@ ray.init(address=cluster.address, log_to_driver=False)
 rows = [{**row, "id": f"{turn} {row['id']}"} for turn in range(12) for row in CORPUS]
 small = {"chunk_rows": 2, "commit_bytes": 1}
 whole = Index.build(model, rows, out / "whole", **small)
+asked = [row["text"] for row in CORPUS[:2]]
+assert whole.search(asked, 5, workers=2, backend="ray") == whole.search(asked, 5)
+assert whole.search(asked, 5, "id > '5'", workers=2, backend="ray") == whole.search(asked, 5, "id > '5'") != []
 puts, real = [], Store.put
 
 def put(*args):

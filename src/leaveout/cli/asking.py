@@ -33,6 +33,9 @@ def search(
         float | None, typer.Option(help="Also of rows whose cosine is above this, such as 0.95.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads of the scan; the hits do not depend on it.")] = 1,
+    backend: Annotated[
+        str, typer.Option(help="Where workers scan: threads, or ray (it must see the same files).")
+    ] = "threads",
     html: Annotated[Path | None, typer.Option(help="Also write a page with the words that did it.")] = None,
     model: ModelAt = None,
     json_: Json = False,
@@ -43,7 +46,7 @@ def search(
     """
     if rescore is not None and approximate is None:
         raise typer.BadParameter("--rescore goes with --approximate")
-    options: dict[str, Any] = {"approximate": approximate, "group_by": group_by, "workers": workers}
+    options: dict[str, Any] = {"approximate": approximate, "group_by": group_by, "workers": workers, "backend": backend}
     options["unique"] = unique if unique_above is None else unique_above
     if rescore is not None:
         options["rescore"] = rescore

@@ -13,7 +13,7 @@ from leaveout.errors import UnsupportedError
 from leaveout.readout import ann, simhash
 from leaveout.readout.queries import Queries
 from leaveout.readout.rollup import BestGroups, distinct
-from leaveout.readout.search import Best, scan
+from leaveout.readout.search import Best, Scanners, scan
 
 if TYPE_CHECKING:
     from leaveout.readout.index import Index
@@ -30,7 +30,8 @@ class SearchOptions:
     group_by     field, or `unit`: one hit per value, its best row; rows without the field are one group
     unique       True: of rows with the same content only the best; a number: of rows whose signatures have a cosine
                  above it, too
-    workers      threads of the scan; the hits do not depend on it
+    workers      of the scan, and `backend`: `threads`, or actors of a `ray` cluster (a short list is made by threads);
+                 the hits do not depend on them
     """
 
     approximate: Approximation | None = None
@@ -38,10 +39,13 @@ class SearchOptions:
     group_by: str | None = None
     unique: bool | float = False
     workers: int = 1
+    backend: Scanners = "threads"
 
     def __post_init__(self) -> None:
         if self.approximate not in (None, *get_args(Approximation)):
             raise ValueError(f"approximate is {self.approximate!r}: give one of {', '.join(get_args(Approximation))}.")
+        if self.backend not in get_args(Scanners):
+            raise ValueError(f"backend is {self.backend!r}: give one of {', '.join(get_args(Scanners))}.")
         if self.rescore < 0:
             raise ValueError(f"rescore is {self.rescore}: give 0 or more.")
         if self.group_by is not None and self.unique:
@@ -81,7 +85,8 @@ def _ranked(index: Index, queries: Queries, k: int, wanted: np.ndarray | None, o
     groups = _groups(index, options)
     best = Best(len(queries), k) if groups is None else BestGroups(len(queries), k, groups)
     if options.approximate is None:
-        for numbers, scores in scan(index.store.segments(), index.product(queries.vectors), wanted, options.workers):
+        product = index.product(queries.vectors)
+        for numbers, scores in scan(index.store.segments(), product, wanted, options.workers, options.backend):
             best.add(numbers, scores)
         return best
     _refuse_low_rank(index)
@@ -99,7 +104,8 @@ def _ranked(index: Index, queries: Queries, k: int, wanted: np.ndarray | None, o
 def _exact(index: Index, vectors: Tensor, lists: list[np.ndarray], options: SearchOptions) -> list[np.ndarray]:
     """Exact scores of every query's own list."""
     union = np.unique(np.concatenate(lists))
-    found = [part for _, part in scan(index.store.segments(), index.product(vectors), union, options.workers)]
+    parts = scan(index.store.segments(), index.product(vectors), union, options.workers, options.backend)
+    found = [part for _, part in parts]
     scores = np.concatenate(found) if found else np.empty((0, len(vectors)), np.float32)
     return [scores[np.searchsorted(union, numbers), query] for query, numbers in enumerate(lists)]
 

@@ -242,7 +242,7 @@ class Index:
         """The k rows with the highest scores for each query, best first: `hits[query][rank]`.
 
         `where`: an SQL expression over id, unit, text and the rows' fields, such as "source = 'web'".
-        `options`: the fields of `SearchOptions` (approximate, rescore, group_by, unique, workers).
+        `options`: the fields of `SearchOptions` (approximate, rescore, group_by, unique, workers, backend).
         Cost: one exact scan of the stored signatures for all queries together, unless `approximate` is given.
         """
         if k < 1:

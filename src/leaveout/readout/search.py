@@ -12,11 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from leaveout.executor import run_tasks
 
 BUFFER = 2 * 2**20  # bytes: small enough to stay in cache
 
@@ -50,15 +52,23 @@ class Hit:
 Product = Callable[[Tensor], Tensor]  # decoded rows [rows, width] -> scores [rows, queries]
 
 
+Scanners = Literal["threads", "ray"]
+
+
 def scan(
-    segments: Sequence[Segment], product: Product, wanted: np.ndarray | None = None, workers: int = 1
+    segments: Sequence[Segment],
+    product: Product,
+    wanted: np.ndarray | None = None,
+    workers: int = 1,
+    backend: Scanners = "threads",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Per segment: numbers [rows] of its live (and wanted) rows and their scores [rows, queries] float32.
 
     `wanted`: ascending global row numbers to restrict to; only blocks that hold one are read.
-    `workers`: threads, each at a segment of its own, so that scores do not depend on their number.
+    `workers`: threads, or actors of a Ray cluster that sees the same files, each at a segment of its own, so that scores
+    do not depend on their number.
     """
-    return over_segments(functools.partial(_scanned, product, wanted), segments, workers)
+    return over_segments(functools.partial(_scanned, product, wanted), segments, workers, backend)
 
 
 def _scanned(product: Product, wanted: np.ndarray | None, segment: Segment) -> tuple[np.ndarray, np.ndarray] | None:
@@ -86,14 +96,21 @@ Found = TypeVar("Found")
 
 
 def over_segments(
-    work: Callable[[Segment], Found | None], segments: Iterable[Segment], workers: int = 1
+    work: Callable[[Segment], Found | None],
+    segments: Iterable[Segment],
+    workers: int = 1,
+    backend: Scanners = "threads",
 ) -> Iterator[Found]:
     """What `work` finds in each segment, in order, where it finds something; at most 2 * workers results wait.
 
-    Raises: ValueError for workers < 1.
+    Raises: ValueError for workers < 1; for `ray` as `run_tasks`.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}: give 1 or more.")
+    if backend == "ray":
+        results = run_tasks(segments, _at_work, functools.partial(_hired, work), workers, "ray")
+        yield from (found for found in results if found is not None)
+        return
     if workers == 1:
         yield from (found for found in map(work, segments) if found is not None)
         return
@@ -106,6 +123,14 @@ def over_segments(
         while waiting:
             if (found := waiting.popleft().result()) is not None:
                 yield found
+
+
+def _hired(work: Callable[[Segment], Found | None]) -> Callable[[Segment], Found | None]:
+    return work
+
+
+def _at_work(work: Callable[[Segment], Found | None], segment: Segment) -> Found | None:
+    return work(segment)
 
 
 def _segment_scores(arrays: dict[str, np.ndarray], product: Product, positions: np.ndarray | None) -> np.ndarray:

@@ -173,8 +173,13 @@ class Best:
 
     def add(self, numbers: np.ndarray, scores: np.ndarray) -> None:
         """Considers rows `numbers` [rows] ascending, all above those before, with scores [rows, queries]."""
-        for query in range(len(self.numbers)):
-            self.add_one(query, numbers, scores[:, query])
+        floors = np.array([held[-1] if len(held) == self.k else -np.inf for held in self.scores], np.float32)
+        above = scores > floors  # a later row with the score of the last one ranks behind it
+        for query, floor in enumerate(floors):
+            if floor == -np.inf:
+                self.add_one(query, numbers, scores[:, query])
+            elif len(rows := np.flatnonzero(above[:, query])):
+                self.add_one(query, numbers[rows], scores[rows, query])
 
     def add_one(self, query: int, numbers: np.ndarray, scores: np.ndarray) -> None:
         """Considers rows for one query, with scores [rows]."""

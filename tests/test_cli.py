@@ -370,9 +370,11 @@ def test_search_rolls_up(run, idx, tmp_path, monkeypatch):
     assert run("append", idx, tmp_path / "more.jsonl")[0] == 0
     every = [hit["id"] for hit in hits_of(run, idx)]
     assert set(every) == {"a", "b", "c", "d", "c again", "near c"}
-    threads, scan = [], finding.scan
-    monkeypatch.setattr(finding, "scan", lambda *given: threads.append(given[-1]) or scan(*given))
-    assert [hit["id"] for hit in hits_of(run, idx, "--workers", "3")] == every and threads == [3]
+    crews, scan = [], finding.scan
+    monkeypatch.setattr(finding, "scan", lambda *given: crews.append(given[-2:]) or scan(*given))
+    assert [hit["id"] for hit in hits_of(run, idx, "--workers", "3")] == every and crews == [(3, "threads")]
+    code, _, err = run("search", idx, "--query", "rain", "--backend", "clouds")
+    assert code != 0 and "threads, ray" in err
     once = [id for id in every if id != max("c", "c again", key=every.index)]
     assert [hit["id"] for hit in hits_of(run, idx, "--unique")] == once
     kept = [hit["id"] for hit in hits_of(run, idx, "--unique-above", "0.95")]

@@ -289,13 +289,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=tuple(MODELS))
     parser.add_argument(
-        "--work", type=Path, help="where models and scores are kept; default: in the temporary directory"
+        "--work",
+        type=Path,
+        help="where models and scores are kept; default: a temporary directory",
     )
     parser.add_argument("--picture", type=Path, help="PNG file; default: docs/backdoor.png, none for a smoke run")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        work = args.work or Path(scratch if args.smoke else tempfile.gettempdir()) / "leaveout-backdoor"
+        work = args.work or Path(scratch)
         chosen = {"tiny": Base(smoke, 4e-3)} if args.smoke else {name: MODELS[name] for name in args.models}
         sizes = SMOKE if args.smoke else Sizes()
         models = {name: measured(name, base, sizes, work / name, args) for name, base in chosen.items()}

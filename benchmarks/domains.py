@@ -248,12 +248,12 @@ def measured(subject: Subject, work: Path, args: Any) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", choices=tuple(SUBJECTS), default=tuple(SUBJECTS))
-    parser.add_argument("--work", type=Path, help="where scores are kept; default: in the temporary directory")
+    parser.add_argument("--work", type=Path, help="where scores are kept; default: a temporary directory")
     parser.add_argument("--picture", type=Path, help="PNG file; default: docs/domains.png, none for a smoke run")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        work = args.work or Path(scratch if args.smoke else tempfile.gettempdir()) / "leaveout-domains"
+        work = args.work or Path(scratch)
         chosen = {name: SUBJECTS[name] for name in args.models}
         if args.smoke:
             chosen = {"tiny": Subject(lambda: pair(tiny(args.seed)), 48, ALL, True)}

@@ -163,9 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--bank", choices=("stories", "neox"), default="stories")
     parser.add_argument("--json", type=Path, help="the result file; default: by the bank, in --out")
-    parser.add_argument(
-        "--work", type=Path, help="where truth and scores are kept; default: by the bank, in the temporary"
-    )
+    parser.add_argument("--work", type=Path, help="where truth and scores are kept; default: a temporary directory")
     parser.add_argument("--sizes", type=int, nargs=2, default=(20, 3), help="rows and queries of each group")
     parser.add_argument("--subsets", type=int, default=64)
     parser.add_argument("--retrain", type=int, default=0, help="retrainings for the posterior; 0: leave it out")
@@ -175,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         name = "smoke" if args.smoke else args.bank
-        work = Path(scratch) if args.smoke else args.work or Path(tempfile.gettempdir()) / f"leaveout-influence-{name}"
+        work = args.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         if args.smoke:
             args.sizes, args.subsets = (8, 2), 6

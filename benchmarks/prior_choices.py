@@ -25,8 +25,7 @@ import numpy as np
 import torch
 
 import deletion_accuracy as accuracy
-from leaveout.deletion import bank as bank_module
-from leaveout.deletion import posterior
+from leaveout.deletion import posterior, stored
 from leaveout.deletion.measurements import Measurements
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.deletion.verify import agreement
@@ -42,11 +41,11 @@ def known(s: accuracy.Setting) -> tuple[dict[float, Measurements], Measurements]
     run = s.run("prior choices")
     run.measure_vectors()
     run.measure(retrain=RUNS, heldout=s.heldout, queries=s.queries, settings=MeasureSettings(check=False))
-    chosen, found = bank_module.DAMPING, {}
+    chosen, found = stored.DAMPING, {}
     for damping in DAMPINGS:
-        bank_module.DAMPING = damping
+        stored.DAMPING = damping
         found[damping] = run.bank.measurements(s.queries)
-    bank_module.DAMPING = chosen
+    stored.DAMPING = chosen
     return found, found[chosen]
 
 
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds = measure(args, args.work or Path(temporary))
     result = {
         "question": "Which damping, and do wider intervals for concentrated sets cover?", "retrainings": RUNS,
-        "damping": bank_module.DAMPING, "widening": posterior.CONCENTRATED, "seeds": seeds,
+        "damping": stored.DAMPING, "widening": posterior.CONCENTRATED, "seeds": seeds,
         "cpu_seconds": time.process_time() - began, **provenance(args.seeds[0]),
     }  # fmt: skip
     args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -248,13 +248,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the trials; --seed: of the model"
     )
-    parser.add_argument("--work", type=Path, help="where what was found is kept; default: in the temporary directory")
+    parser.add_argument("--work", type=Path, help="where what was found is kept; default: a temporary directory")
     parser.add_argument("--picture", type=Path, help="a .png of the losses")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     sizes = SMOKE if args.smoke else Sizes()
     with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch) if args.smoke else args.work or Path(tempfile.gettempdir()) / "leaveout-selection"
+        work = args.work or Path(scratch)
         work = work / content_digest([asdict(sizes), args.seed])[:12]
         work.mkdir(parents=True, exist_ok=True)
         place, sources, seconds = base_model(work, args.smoke, sizes, args.seed)

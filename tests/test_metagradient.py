@@ -12,7 +12,8 @@ from torch import nn
 
 from leaveout.corpus import Corpus
 from leaveout.errors import StabilityError, UnsupportedError
-from leaveout.training.metagradient import FlatRun, metagradient, plan_reverse, walk_back
+from leaveout.training.flat_run import FlatRun
+from leaveout.training.metagradient import metagradient, plan_reverse, walk_back
 from leaveout.training.outputs import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
@@ -38,18 +37,14 @@ def tables(script, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def smoke_results(tmp_path_factory):
+def smoke_results(script, tmp_path_factory):
     """A directory of smoke results that pretend to be full ones."""
     directory = tmp_path_factory.mktemp("results")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        threads = torch.get_num_threads()
-        for name, file in SMOKE.items():
-            assert importlib.import_module(name).main(["--smoke", "--out", str(directory)]) == 0
-            result = json.loads((directory / file).read_text())
-            assert result["smoke"] is True
-            (directory / file).write_text(json.dumps(result | {"smoke": False}))
-        torch.set_num_threads(threads)
+    for name, file in SMOKE.items():
+        assert script(name).main(["--smoke", "--out", str(directory)]) == 0
+        result = json.loads((directory / file).read_text())
+        assert result["smoke"] is True
+        (directory / file).write_text(json.dumps(result | {"smoke": False}))
     return directory
 
 

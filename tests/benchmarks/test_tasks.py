@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 
@@ -23,15 +22,11 @@ SMOKE = {"backdoor": "readout_backdoor.json", "domains": "readout_domains.json"}
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(script, tmp_path_factory):
     """A directory of smoke results, pictures and what was kept for a second run."""
     directory = tmp_path_factory.mktemp("results")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        threads = torch.get_num_threads()
-        for name in SMOKE:
-            assert importlib.import_module(name).main(options(directory, name)) == 0
-        torch.set_num_threads(threads)
+    for name in SMOKE:
+        assert script(name).main(options(directory, name)) == 0
     return directory
 
 

@@ -9,16 +9,13 @@ change between versions.
 
 from __future__ import annotations
 
-import functools
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 
 from leaveout.deletion.estimators import SIMPLE, Fitted
@@ -26,18 +23,16 @@ from leaveout.deletion.measurements import JetBlock, Measurements, distinct, gat
 from leaveout.deletion.posterior import Posterior, calibration
 from leaveout.deletion.predict import Curve, Prediction
 from leaveout.deletion.sets import deletion_sets
+from leaveout.deletion.stored import Stored, as_real, digest_of, live_rows
 from leaveout.errors import FormatError, MismatchError
-from leaveout.store import Record, Segment, Store
-from leaveout.training.outputs import jet_values, query_losses
+from leaveout.store import Record, Store
+from leaveout.training.outputs import query_losses
 from leaveout.training.queries import Query, as_queries, query_function
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Task, task_of
 from leaveout.training.train import Parameters
-from leaveout.training.updates import UnitVectors, influence, query_gradients
+from leaveout.training.updates import UnitVectors
 
 ESTIMATORS = ("posterior", *SIMPLE)
-DAMPING = 10.0
-"""Of the influence scores, in mean diagonals of the Fisher matrix (docs/deletion.md)."""
 ROUNDING = 1e-6
 """Part of a query's value that float32 training does not fix."""
 KNOWN = ("noise", "features", "scores")
@@ -69,6 +64,7 @@ class Bank:
         if not self.path.is_dir() or not any(self.path.iterdir()):
             Store.create(self.path, self._settings()).close()
         self.store = Store.open(self.path)
+        self._stored = Stored(self.store, recipe, constants)
         if self.store.settings != self._settings():
             raise MismatchError(
                 f"{path} is the bank of another recipe: restore the recipe and its data, or measure into another run."
@@ -86,10 +82,6 @@ class Bank:
         """The units' update vectors [units, k], None before `TrainingRun.measure_vectors`."""
         side = self.store.side("vectors")
         return None if side is None else np.asarray(side["updates"], np.float64)
-
-    @functools.cached_property
-    def _task(self) -> Task:
-        return task_of(self.recipe)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -113,10 +105,10 @@ class Bank:
                 what = {"values": "a query value", "parameters": "a trained parameter"}.get(name, name)
                 raise FormatError(f"A {measured.kind} gave {what} that is not finite: ask `leaveout doctor RECIPE`.")
         asked = None if queries is None else [q.digest for q in queries]
-        digest = "" if asked is None else _digest(asked)
+        digest = "" if asked is None else digest_of(asked)
         common = {"kind": measured.kind, "queries": digest}
         numbers = {"x": measured.vectors, **measured.numbers}
-        arrays = {name: _real(np.ascontiguousarray(values[keep])) for name, values in numbers.items()}
+        arrays = {name: as_real(np.ascontiguousarray(values[keep])) for name, values in numbers.items()}
         with Store.open(self.path, write=True) as store:
             if asked is not None and store.state(f"queries/{digest}") is None:
                 store.set_state(f"queries/{digest}", asked)
@@ -149,7 +141,7 @@ class Bank:
         theirs = Bank(self.recipe, Path(other), self.constants).store
         with Store.open(self.path, write=True) as store:
             for part in theirs.segments():
-                records, positions = _live(theirs, part)
+                records, positions = live_rows(theirs, part)
                 for digest in {str(r.meta["queries"]) for r in records} - {""}:
                     if store.state(f"queries/{digest}") is None:
                         store.set_state(f"queries/{digest}", theirs.state(f"queries/{digest}"))
@@ -194,15 +186,16 @@ class Bank:
         """
         asked = as_queries(queries)
         base = self.base(asked)
-        parts = list(self._parts(asked))
-        if features is not None and (features.ndim != 2 or len(features) != len(self.sizes)):
-            raise ValueError(f"wanted features [{len(self.sizes)} units, k], got {list(features.shape)}")
-        if scores is not None and scores.shape != (len(asked), len(self.sizes)):
-            raise ValueError(f"wanted scores [{len(asked)} queries, {len(self.sizes)} units], got {list(scores.shape)}")
+        parts = list(self._stored.parts(asked))
+        units = len(self.sizes)
+        if features is not None:
+            _refuse("features", features, f"[{units} units, k]", features.ndim == 2 and len(features) == units)
+        if scores is not None:
+            _refuse("scores", scores, f"[{len(asked)} queries, {units} units]", scores.shape == (len(asked), units))
         of_role = {role: [p for p in parts if p[0] == role] for role in ROLES}
-        side, gradient = self.store.side("vectors"), self._gradient(asked)
-        if scores is None and side is not None and gradient is None:
-            scores = self._scores(asked, side)
+        gradient = self._stored.gradient(asked)
+        if scores is None and gradient is None:
+            scores = self._stored.scores(asked)
         if not parts and gradient is None and len(self):
             raise MismatchError(
                 f"No measurement of this bank knows the query {asked[0].name!r}: it was measured for other queries, and "
@@ -220,7 +213,7 @@ class Bank:
 
     def base(self, asked: Sequence[Query]) -> np.ndarray:
         """Values of queries under the model trained on everything [queries]."""
-        values = query_losses(self.recipe, self.constants, query_function(self._task, asked)).double().numpy()
+        values = query_losses(self.recipe, self.constants, query_function(self._stored.task, asked)).double().numpy()
         for q, value in zip(asked, values, strict=True):
             if not np.isfinite(value):
                 raise FormatError(
@@ -231,7 +224,10 @@ class Bank:
     def truth(self, asked: Sequence[Query], x: np.ndarray) -> np.ndarray:
         """Values [query, set] of the retrainings of deletion vectors x [sets, units] that were stored as truth."""
         found = {
-            row.tobytes(): y for p in self._parts(asked) if p[0] == "truth" for row, y in zip(p[1], p[2], strict=True)
+            row.tobytes(): y
+            for p in self._stored.parts(asked)
+            if p[0] == "truth"
+            for row, y in zip(p[1], p[2], strict=True)
         }
         return np.stack([found[row.tobytes()] for row in np.ascontiguousarray(x)], 1)
 
@@ -295,110 +291,18 @@ class Bank:
             out.append(Curve(name, shares, self.predict(queries, along, estimator, **options)))
         return out
 
-    def _parts(self, asked: Sequence[Query]) -> Iterator[tuple[Any, ...]]:
-        """(role, x, y) of retrainings and ("jets", psi, c, real) of each segment that knows the queries."""
-        self.store.refresh()
-        for part in self.store.segments():
-            records, positions = _live(self.store, part)
-            if not records or records[0].meta["kind"] == "gradient":
-                continue
-            meta, arrays = records[0].meta, part.arrays()
-            values = self._values(part, meta, asked)
-            if values is None:
-                continue
-            x, values = np.array(arrays["x"])[positions], values[positions]
-            if meta["kind"] == "jets":
-                psi, c = x.view(np.complex128)[..., 0], np.ascontiguousarray(values).view(np.complex128)[..., 0]
-                yield "jets", psi, np.ascontiguousarray(c.transpose(1, 0, 2)), bool(meta["real"])
-            else:
-                roles = [r.meta["role"] for r in records]
-                for role in dict.fromkeys(roles):
-                    rows = [i for i, r in enumerate(roles) if r == role]
-                    yield role, x[rows], values[rows]
-
-    def _values(self, part: Segment, meta: dict[str, Any], asked: Sequence[Query]) -> np.ndarray | None:
-        """Query values [rows, ...] of a segment, from its numbers or its parameters; None if it does not know them."""
-        digests = [q.digest for q in asked]
-        if meta["queries"]:
-            known = {d: i for i, d in enumerate(self.store.state(f"queries/{meta['queries']}"))}
-            if any(d not in known for d in digests):
-                return None
-            columns = [known[d] for d in digests]
-            values = np.asarray(part.arrays()["values"], np.float64)
-            return values[:, :, columns] if meta["kind"] == "jets" else values[:, columns]
-        name = f"values/{part.name}/{_digest(digests)}"
-        if (side := self.store.side(name)) is not None:
-            return np.asarray(side["values"])
-        values = self._asked(part, meta, asked)
-        try:
-            with Store.open(self.path, write=True) as store:
-                store.put_side(name, {"values": values})
-        except MismatchError:
-            return values  # somebody is measuring: the values are computed again next time
-        self.store.refresh()
-        return values
-
-    def _asked(self, part: Segment, meta: dict[str, Any], asked: Sequence[Query]) -> np.ndarray:
-        """Query values computed from stored parameters, in the form of stored values."""
-        flat = part.arrays()["parameters"]
-        ask = query_function(self._task, asked)
-        if meta["kind"] == "retraining":
-            runs = {n: torch.from_numpy(np.array(v)) for n, v in _split(flat, self.constants).items()}
-            return query_losses(self.recipe, runs, ask).double().numpy()
-        out = []
-        for start in range(0, len(flat), 64):
-            chunk = np.array(flat[start : start + 64])
-            chunk = chunk.view(np.complex128 if chunk.dtype == np.float64 else np.complex64)[..., 0]
-            series = {n: torch.from_numpy(v.swapaxes(0, 1).copy()) for n, v in _split(chunk, self.constants).items()}
-            values = jet_values(self.recipe, self.constants, series, ask).h
-            out.append(_real(values.transpose(0, 1).to(torch.complex128).numpy()))
-        return np.concatenate(out)
-
-    def _gradient(self, asked: Sequence[Query]) -> np.ndarray | None:
-        found: dict[str, np.ndarray] = {}
-        for part in self.store.segments():
-            records, positions = _live(self.store, part)
-            if records and records[0].meta["kind"] == "gradient":
-                rows = np.asarray(part.arrays()["x"])[positions]
-                found |= {r.id.removeprefix("gradient:"): row for r, row in zip(records, rows, strict=True)}
-        if any(q.digest not in found for q in asked):
-            return None
-        return np.stack([found[q.digest] for q in asked])
-
-    def _scores(self, asked: Sequence[Query], side: dict[str, np.ndarray]) -> np.ndarray:
-        vectors = UnitVectors(np.asarray(side["updates"]), np.asarray(side["final"]), self.constants)
-        width = vectors.final.shape[1]
-        gradients = query_gradients(self.recipe, self.constants, query_function(self._task, asked), width)
-        return influence(vectors, gradients, DAMPING)
-
 
 def measurement_ids(kind: str, vectors: np.ndarray, queries: Sequence[Query] | None, *parts: Any) -> list[str]:
     """An id for each row [rows, units], made of what is measured and for which queries."""
-    asked = "parameters" if queries is None else _digest([q.digest for q in queries])
+    asked = "parameters" if queries is None else digest_of([q.digest for q in queries])
     common = "/".join(map(str, parts))
     rows = (xxhash.xxh3_128_hexdigest(np.ascontiguousarray(v).tobytes()) for v in vectors)
     return [f"{kind}:{common}:{asked}:{row}" for row in rows]
 
 
-def _digest(digests: Sequence[str]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(list(digests)).encode())
-
-
-def _real(values: np.ndarray) -> np.ndarray:
-    """Complex numbers as pairs of real ones in a last axis."""
-    if values.dtype.kind != "c":
-        return values
-    return np.ascontiguousarray(values).view(np.real(values).dtype).reshape(*values.shape, 2)
-
-
-def _split(flat: np.ndarray, like: Parameters) -> dict[str, np.ndarray]:
-    """Parameters by name from flat ones [..., all]."""
-    ends = np.cumsum([p.numel() for p in like.values()])
-    parts = np.split(flat, ends[:-1], axis=-1)
-    return {n: part.reshape(*flat.shape[:-1], *p.shape) for (n, p), part in zip(like.items(), parts, strict=True)}
-
-
-def _live(store: Store, part: Segment) -> tuple[list[Record], np.ndarray]:
-    live = part.live()
-    positions = np.arange(part.n_rows) if live is None else np.flatnonzero(live)
-    return store.rows(part.first + positions), positions
+def _refuse(name: str, values: np.ndarray, wanted: str, fits: bool) -> None:
+    """Raises: ValueError for an array of a wrong shape, or with numbers that are not finite."""
+    if not fits:
+        raise ValueError(f"wanted {name} {wanted}, got {list(values.shape)}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} hold numbers that are not finite: put 0 where nothing is known")

@@ -67,9 +67,9 @@ class Posterior:
             data = replace(data, jets=tuple(JetBlock(b.psi, b.c[:degree], b.real) for b in data.jets))
         self.kernel = kernel or default_kernel(data.sizes, data.features, data.gradient is not None)
         self._rows = [rows for block in data.jets for rows in _rows_of(block)]
-        if len(data.retrainings):
-            self._rows.append(_Rows(data.retrainings.x, 0))
-        count = sum(len(r.points) for r in self._rows)
+        if len(data.retrainings) or not self._rows:
+            self._rows.append(_Rows(data.retrainings.x.reshape(-1, data.units), 0))
+        count = self._count = sum(len(r.points) for r in self._rows)
         if not count and data.gradient is None:
             raise UnsupportedError("`posterior` needs measurements: buy some with `measure` (`plan` says which).")
         if count > LARGEST:
@@ -96,9 +96,8 @@ class Posterior:
         except np.linalg.LinAlgError:
             matrix[np.diag_indices_from(matrix)] += 1e-6 * np.trace(matrix) / len(matrix)
             self._lower = np.linalg.cholesky(matrix)
-        if self._gradient is not None and not self._rows:  # the scale of the first order foretells that of the rest
-            self.beta, self.tau = 1.0, (self._gradient**2).mean(1)
-            self._dual = self._y
+        if not self._count:  # the scale of the first order foretells that of the rest
+            self.beta, self.tau, self._dual = 1.0, (self._slope**2).mean(1), self._y
             return
         shape = np.stack([_apply(self._rows, row) for row in self._slope], 1)  # [measurements, queries]
         white_y = _solved(self._lower, self._y)
@@ -111,7 +110,7 @@ class Posterior:
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean effect and standard deviation, both [queries, sets]."""
         sets = _Rows(x, 0)
-        cross = _stacked([_covariance(self.kernel, rows, sets) for rows in self._rows], len(x))
+        cross = np.concatenate([_covariance(self.kernel, rows, sets) for rows in self._rows])
         mean = self.beta * (self._slope @ x.T) + self._dual.T @ cross
         known = (_solved(self._lower, cross) ** 2).sum(0)
         left = np.clip(self.kernel.diagonal(x) - known, 0, None)
@@ -152,10 +151,8 @@ def expected_error(
 
 def _own_error(rows: list[_Rows], gram: np.ndarray, nugget: float) -> np.ndarray:
     """Variance of each measured number's own error, [measurements]."""
-    if not rows:
-        return np.zeros(0)
     retraining = np.concatenate([np.full(len(r.points), r.order == 0) for r in rows])
-    return np.where(retraining, nugget, JET_NUGGET * np.diag(gram)) + 1e-10 * np.trace(gram) / len(gram)
+    return np.where(retraining, nugget, JET_NUGGET * np.diag(gram)) + 1e-10 * np.trace(gram) / max(1, len(gram))
 
 
 def _rows_of(block: JetBlock) -> list[_Rows]:
@@ -172,13 +169,9 @@ def _targets(data: Measurements) -> np.ndarray:
             out.append(block.c[r].real)
             if not block.real:
                 out.append(block.c[r].imag)
-    if len(data.retrainings):
-        out.append(data.retrainings.y)
-    return _stacked(out, len(data.base))
-
-
-def _stacked(parts: list[np.ndarray], columns: int) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros((0, columns))
+    if len(data.retrainings) or not out:
+        out.append(data.retrainings.y.reshape(-1, len(data.base)))
+    return np.concatenate(out)
 
 
 def _apply(rows: list[_Rows], slope: np.ndarray) -> np.ndarray:
@@ -204,7 +197,7 @@ def _gram(kernel: Kernel, rows: list[_Rows]) -> np.ndarray:
         for j in range(i, len(rows)):
             blocks[i][j] = _covariance(kernel, a, rows[j])
             blocks[j][i] = blocks[i][j].T
-    return np.block(blocks) if rows else np.zeros((0, 0))
+    return np.block(blocks)
 
 
 def _covariance(kernel: Kernel, a: _Rows, b: _Rows) -> np.ndarray:

@@ -64,7 +64,7 @@ class Prediction:
                 }  # fmt: skip
                 if self.actual is not None:
                     actual = float(self.actual[i, j])
-                    line |= {"actual": actual, "inside": bool(low[i, j] <= actual <= high[i, j])}
+                    line |= {"actual": actual, "inside": bool(low[i, j] <= actual <= high[i, j]) if known else None}
                 yield line
 
 

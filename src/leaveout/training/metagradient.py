@@ -20,27 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from leaveout.errors import StabilityError, UnsupportedError
+from leaveout.training.adjoints import AdamForm, clip_adjoint, sgd_adjoint
+from leaveout.training.flat_run import FlatRun
 from leaveout.training.memory import COPIES, available_memory, kept_bytes, kept_memory
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import task_of
-from leaveout.training.train import (
-    Parameters,
-    Queries,
-    RunOptions,
-    flushed_denormals,
-    make_optimizer,
-    micro_batches,
-    own_parameters,
-)
-
-MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
-SecondPass = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Cotangents of a gradient [queries, parameters] -> Hessian-vector products, and slopes along each example's weight."""
+from leaveout.training.train import Queries, RunOptions, flushed_denormals, micro_batches
 
 
 @dataclass(frozen=True)
@@ -109,129 +98,6 @@ def metagradient(
     if not bool(effects.isfinite().all()):
         raise StabilityError("The metagradient overflowed: the run is not stable; use a lower lr or a larger eps.")
     return Effects(effects.numpy(), base.numpy(), time.process_time() - began, plan.checkpoints, plan)
-
-
-# --- the run on flat vectors -------------------------------------------------------------------------------------
-
-
-class FlatRun:
-    """A training run whose whole state is one tensor `state` [1 + moments, parameters].
-
-    Its first row holds the parameters, and the model's own parameters are views of it. Parameters that the loss does
-    not use get no gradient, and PyTorch's optimizers then leave them alone: they are constants here.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.task = recipe, task_of(recipe)
-        self.batches, self.unit_of = recipe.batches(), recipe.unit_of
-        self.steps = len(self.batches)
-        if not self.steps:
-            raise ValueError("the recipe takes no step: give epochs, steps or order that make at least one")
-        own: Parameters = own_parameters(self.task)
-        unused = self._unused(own)
-        self.idle = [own[name] for name in unused]
-        self.names = [name for name in own if name not in unused]
-        self.params = [own[name] for name in self.names]
-        self.sizes = [p.numel() for p in self.params]
-        name = recipe.optimizer.name
-        self.kind = name if name != "sgd" else "momentum" if recipe.optimizer.momentum else "sgd"
-        moments = MOMENTS["adam" if "adam" in name else self.kind]
-        self.state = torch.zeros(1 + len(moments), sum(self.sizes), dtype=recipe.real_dtype)
-        self.state[0] = self.flat([p.detach() for p in self.params])
-        for p, values in zip(self.params, self.state[0].split(self.sizes), strict=True):
-            p.data = values.view_as(p)
-        self.theta = nn.Parameter(self.state[0])
-        self.optimizer = make_optimizer(recipe, [self.theta])
-        self.optimizer.state[self.theta].update(zip(moments, self.state[1:], strict=True))
-
-    def _unused(self, own: Parameters) -> list[str]:
-        part = next(micro_batches(self.batches[0], self.recipe.accumulate))
-        grads = torch.autograd.grad(self._loss(part), list(own.values()), allow_unused=True)
-        return [name for name, g in zip(own, grads, strict=True) if g is None]
-
-    def _loss(self, part: tuple[int, ...], weights: Tensor | None = None) -> Tensor:
-        losses = self.task.loss(self.task.model, self.task.encode([self.recipe.examples[i] for i in part]))
-        return (losses if weights is None else losses * weights).sum() / self.recipe.batch_size
-
-    @staticmethod
-    def flat(tensors: Any) -> Tensor:
-        return torch.cat([t.reshape(-1) for t in tensors])
-
-    def shaped(self, vector: Tensor) -> list[Tensor]:
-        """A vector [parameters] in the shapes of the model's parameters."""
-        return [v.view(p.shape) for v, p in zip(vector.split(self.sizes), self.params, strict=True)]
-
-    def parameters(self) -> Parameters:
-        """A copy of the trained parameters by name, constants included."""
-        return {name: p.detach().clone() for name, p in own_parameters(self.task).items()}
-
-    def gradient(self, step: int) -> Tensor:
-        """The gradient [parameters] of a step, before clipping."""
-        parts = micro_batches(self.batches[step], self.recipe.accumulate)
-        return torch.stack([self.flat(self._gradients(self._loss(part), step)) for part in parts]).sum(0)
-
-    def _gradients(self, loss: Tensor, step: int, create_graph: bool = False) -> list[Tensor]:
-        inputs = [*self.params, *self.idle]
-        grads = torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True)
-        used = [g for g in grads[: len(self.params)] if g is not None]
-        if len(used) < len(self.params) or any(g is not None for g in grads[len(self.params) :]):
-            raise UnsupportedError(
-                f"At step {step} the loss uses other parameters than at the first step: name those it always uses in "
-                "`trained`."
-            )
-        return used
-
-    def advance(self, step: int, gradient: Tensor | None = None) -> None:
-        """Take a step forward, with its gradient if that is known already."""
-        self.theta.grad = self.gradient(step) if gradient is None else gradient.clone()
-        if self.recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_([self.theta], self.recipe.clip_norm)
-        self.optimizer.param_groups[0]["lr"] = self.recipe.rate(step, self.steps)
-        if len(self.state) == 3:
-            count: Any = step if self.kind == "paper-adam" else torch.tensor(float(step))
-            self.optimizer.state[self.theta]["step"] = count
-        self.optimizer.step()
-
-    def second_pass(self, part: tuple[int, ...], step: int) -> tuple[Tensor, SecondPass]:
-        """The gradient of a part of a batch, and the function that goes back through it (once)."""
-        alone = len(part) == 1  # then its weight scales the whole gradient, and needs no graph of its own
-        weights = torch.ones(len(part), dtype=self.recipe.real_dtype, requires_grad=True)
-        grads = self._gradients(self._loss(part, None if alone else weights), step, create_graph=True)
-        inputs, gradient = [*self.params] if alone else [*self.params, weights], self.flat([g.detach() for g in grads])
-
-        def one(cotangent: Tensor) -> tuple[Tensor, Tensor]:
-            found = torch.autograd.grad(
-                grads, inputs, self.shaped(cotangent), allow_unused=True, materialize_grads=True
-            )
-            slopes = (cotangent @ gradient)[None] if alone else found[-1]
-            return self.flat(found[: len(self.params)]), slopes
-
-        return gradient, torch.vmap(one)
-
-    def count(self, queries: Queries) -> int:
-        with torch.no_grad():
-            return self._values(queries).numel() if callable(queries) else len(queries)
-
-    def _values(self, queries: Callable[[nn.Module], Tensor]) -> Tensor:
-        values = queries(self.task.model)
-        if values.dim() != 1:
-            raise ValueError(f"wanted a query function that gives a vector, got the shape {tuple(values.shape)}")
-        return values
-
-    def query_gradients(self, queries: Queries, part: slice) -> tuple[Tensor, Tensor]:
-        """Losses [queries] of some of the queries at the present parameters, and gradients [queries, parameters]."""
-        task = self.task
-        if callable(queries):
-            losses = list(self._values(queries)[part])
-        else:
-            losses = [task.loss(task.model, task.encode([q]))[0] for q in queries[part]]
-        rows = torch.zeros(len(losses), sum(self.sizes), dtype=self.recipe.real_dtype)
-        for row, loss in zip(rows, losses, strict=True):
-            grads = torch.autograd.grad(
-                loss, self.params, retain_graph=callable(queries), allow_unused=True, materialize_grads=True
-            )
-            row.copy_(self.flat(grads))
-        return torch.tensor([v.item() for v in losses], dtype=torch.float64), rows
 
 
 # --- memory, and the order in which steps are visited ------------------------------------------------------------
@@ -337,74 +203,3 @@ class Reverse:
             return sgd_adjoint(self.cotangents, rate, group)
         form = AdamForm(self.run.kind, rate, step, group)
         return form.adjoint(self.cotangents, gradient, self.run.state)
-
-
-def clip_adjoint(gradient: Tensor, limit: float | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """A gradient [parameters] clipped to a norm as clip_grad_norm_ does it, and the adjoint of that."""
-    norm = gradient.norm()
-    if limit is None or limit / (norm + 1e-6) >= 1:
-        return gradient, lambda b: b
-    factor = limit / (norm + 1e-6)
-
-    def adjoint(b: Tensor) -> Tensor:
-        return b * factor - torch.outer(b @ gradient, gradient * (factor / (norm * (norm + 1e-6))))
-
-    return gradient * factor, adjoint
-
-
-def sgd_adjoint(cotangents: list[Tensor], rate: float, group: dict[str, Any]) -> Tensor:
-    """theta' = theta - rate * d, with d = g, the buffer u' = mu u + g, or g + mu u' (Nesterov); g has the decay in."""
-    a, decay = cotangents[0], group["weight_decay"]
-    b = a * -rate
-    if len(cotangents) == 2:
-        mu, u = group["momentum"], cotangents[1]
-        u.add_(b, alpha=mu if group["nesterov"] else 1.0)
-        b = b + u if group["nesterov"] else u.clone()
-        u.mul_(mu)
-    a.add_(b, alpha=decay)
-    return b
-
-
-@dataclass(frozen=True)
-class AdamForm:
-    """One step of adam, adamw or paper-adam, counted from 0: theta' = theta - rate / c1 * m' / root(v')."""
-
-    kind: str
-    rate: float
-    step: int
-    group: dict[str, Any]
-
-    def moments(self, gradient: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient with coupled decay, and m', v' after the step."""
-        beta1, beta2 = self.group["betas"]
-        if self.kind == "adam":
-            gradient = gradient.add(state[0], alpha=self.group["weight_decay"])
-        square = (state[2] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        return gradient, state[1].lerp(gradient, 1 - beta1), square
-
-    def root(self, square: Tensor) -> tuple[Tensor, Tensor]:
-        """root(v') and its derivative."""
-        correction = 1 - self.group["betas"][1] ** (self.step + 1)
-        if self.kind == "paper-adam":
-            root = (square / correction + self.group["eps"]).sqrt_()
-            return root, 0.5 / correction / root
-        plain = (square / correction).sqrt_()
-        return plain + self.group["eps"], torch.where(plain > 0, 0.5 / correction / plain, 0.0)
-
-    def adjoint(self, cotangents: list[Tensor], gradient: Tensor, state: Tensor) -> Tensor:
-        """Cotangents of theta', m', v' [queries, parameters] become those of theta, m, v; gives that of g."""
-        a, m, v = cotangents
-        beta1, beta2 = self.group["betas"]
-        gradient, mean, square = self.moments(gradient, state)
-        root, slope = self.root(square)
-        size = self.rate / (1 - beta1 ** (self.step + 1)) / root
-        m.addcmul_(a, size, value=-1)
-        v.addcmul_(a, size * mean * slope / root)
-        b = (m * (1 - beta1)).addcmul_(v, gradient * (2 * (1 - beta2)))
-        m.mul_(beta1)
-        v.mul_(beta2)
-        if self.kind == "adamw":
-            a.mul_(1 - self.rate * self.group["weight_decay"])
-        elif self.kind == "adam":
-            a.add_(b, alpha=self.group["weight_decay"])
-        return b

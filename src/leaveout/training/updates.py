@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from leaveout.training.adjoints import AdamForm, clip_adjoint
+from leaveout.training.flat_run import FlatRun
 from leaveout.training.memory import available_memory, kept_bytes, kept_memory
-from leaveout.training.metagradient import AdamForm, FlatRun, clip_adjoint
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import IGNORED
 from leaveout.training.train import (

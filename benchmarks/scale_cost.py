@@ -61,12 +61,14 @@ def minutes(seconds: float) -> str:
 
 def workers(result: dict[str, Any]) -> str:
     """How fast each way of building was, and how busy the machine."""
-    text = f"| {result['rows']:,} rows on {result['cores']} cores | rows/s, start included | start, s | CPU s |\n"
-    text += "| --- | ---: | ---: | ---: |\n"
+    text = f"| {result['rows']:,} rows on {result['cores']} cores | rows/s, start included | start, s | rest, s | CPU s |\n"
+    text += "| --- | ---: | ---: | ---: | ---: |\n"
     for name, facts in result["building"].items():
         rate, start = facts["rows_per_second"], facts["start_wall_seconds"]["median"]
         seconds = "not counted" if name.startswith("ray") else f"{facts['all_cpu_seconds']['median']:.0f}"
-        text += f"| {name} | {rate['median']:.0f} [{rate['low']:.0f}, {rate['high']:.0f}] | {start:.0f} | {seconds} |\n"
+        rest = facts["all_wall_seconds"]["median"] - start
+        spread = f"{rate['median']:.0f} [{rate['low']:.0f}, {rate['high']:.0f}]"
+        text += f"| {name} | {spread} | {start:.0f} | {rest:.1f} | {seconds} |\n"
     load = result["load"]
     return text + f"\nLoad average before and after: {load['before']:.1f}, {load['after']:.1f}.\n"
 

@@ -17,14 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tables_tasks import TASKS, table
+from tables_tasks import TASKS, table, times
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- end:(\w+) -->", re.DOTALL)
-
-
-def times(facts: dict[str, float]) -> str:
-    return f"{facts['median']:.2f} [{facts['low']:.2f}, {facts['high']:.2f}]"
 
 
 def index_cost(result: dict[str, Any]) -> str:
@@ -217,6 +213,18 @@ def choices(result: dict[str, Any]) -> str:
     return table(head, lines)
 
 
+def noise(result: dict[str, Any]) -> str:
+    found, names = result["noise"], result["names"]
+    head = ["Spearman at a noise of, in effects of a document", *(f"{level:g}" for level in found["levels"])]
+    return table(head, ([names[n], *(f"{v:.2f}" for v in values)] for n, values in found["spearman"].items()))
+
+
+def shares(result: dict[str, Any]) -> str:
+    found, names = result["small_shares"], result["names"]
+    head = [f"relative error, part of the weight of sets of {found['kind']}", *(f"{s:.0%}" for s in found["shares"])]
+    return table(head, ([names[n], *(f"{v:.3f}" for v in values)] for n, values in found["relative_error"].items()))
+
+
 def damping(result: dict[str, Any]) -> str:
     by_seed = {seed: facts["spearman_by_damping"] for seed, facts in result["seeds"].items()}
     names = list(next(iter(by_seed.values())))
@@ -256,6 +264,8 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "coverage_names": (DELETION, "deletion_coverage_names.json", coverage),
     "coverage_digits": (DELETION, "deletion_coverage_digits.json", coverage),
     "coverage_lm": (DELETION, "deletion_coverage_lm.json", coverage),
+    "noise": (DELETION, "deletion_regimes.json", noise),
+    "shares": (DELETION, "deletion_regimes.json", shares),
     "choices": (DELETION, "deletion_prior_choices.json", choices),
     "damping": (DELETION, "deletion_prior_choices.json", damping),
     "influence_stories": (EVALUATION, "readout_influence_stories.json", influence),

@@ -13,6 +13,10 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+def times(found: dict[str, float]) -> str:
+    return f"{found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
 def within(interval: dict[str, float], digits: int = 2) -> str:
     return f"{interval['mean']:.{digits}f} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
 
@@ -75,6 +79,34 @@ def priors(result: dict[str, Any]) -> str:
     return table(head, lines)
 
 
+def store(result: dict[str, Any]) -> str:
+    goals = result["goals"]
+    head = [f"{result['rows']:,} rows of {result['width']} float16", "measured", "goal"]
+    lines = [
+        ["building, MB a CPU second", f"{result['build_mb_per_second']:.0f}", f"{goals['build_mb_per_second']}"],
+        ["deleting 1 %, CPU s", f"{result['delete_1_percent_seconds']:.2f}", f"{goals['delete_1_percent_seconds']}"],
+        ["reading 100 rows with text, ms", f"{1e3 * result['read_100_rows_seconds']['median']:.1f}",
+         f"{1e3 * goals['read_100_rows_seconds']:.0f}"],
+        ["peak of the process, MB", f"{result['resident_mb']:.0f}", f"{goals['resident_mb']}"],
+        ["of which before it began, MB", f"{result['resident_at_start_mb']:.0f}", ""],
+        ["finding 1 % of the rows by SQL, CPU s", f"{result['select_1_percent_seconds']['median']:.2f}", ""],
+        ["scan with every block checked, over plain", f"{result['verify_over_plain_scan']['median']:.2f}", ""],
+    ]  # fmt: skip
+    return table(head, lines)
+
+
+def million(result: dict[str, Any]) -> str:
+    over, seconds = result["search_over"], result["cpu_seconds"]["search"]["median"]
+    head = [f"search of {result['queries']} queries over {result['rows']:,} x {result['width']}", "ratio"]
+    lines = [
+        [f"CPU s of the search itself: {seconds:.2f}", "1"],
+        ["search over float16 in RAM widened block by block", times(over["blocks"])],
+        ["search over the float16 product, scores rounded", times(over["half"])],
+        ["1 % of the rows, once they are known, over all", times(result["filtered_over_search"])],
+    ]
+    return table(head, lines)
+
+
 RESULTS_PAGE = "docs/results.md"
 TASKS: dict[str, tuple[str, str, Made]] = {
     "backdoor_stories": (RESULTS_PAGE, "readout_backdoor.json", ranking("stories260K", "trigger", "control")),
@@ -83,5 +115,7 @@ TASKS: dict[str, tuple[str, str, Made]] = {
     "domains_smollm2": (RESULTS_PAGE, "readout_domains.json", ranking("SmolLM2-135M", "finance", "medical")),
     "selection": (RESULTS_PAGE, "readout_selection.json", selection),
     "priors_stories": (RESULTS_PAGE, "readout_priors_stories.json", priors),
+    "store": (RESULTS_PAGE, "store_speed.json", store),
+    "million": (RESULTS_PAGE, "readout_search_million.json", million),
     "priors_neox": (RESULTS_PAGE, "readout_priors_neox.json", priors),
 }

@@ -166,6 +166,8 @@ def test_scores_of_another_engine_are_the_prior_mean(recipe, tmp_path):
     assert error(scores=1e3 * exact) < 0.7 * error() and error(scores=1e3 * exact) < 0.6
     with pytest.raises(ValueError, match="24 units"):
         bare.bank.predict(QUERIES, sets, scores=exact[:, :3])
+    with pytest.raises(ValueError, match="scores hold numbers that are not finite"):
+        bare.bank.predict(QUERIES, sets, scores=np.where(exact > 0, np.nan, exact))
 
 
 def test_fits_with_other_kernels_are_not_mistaken_for_each_other(measured, recipe):
@@ -431,4 +433,5 @@ def test_unknown_intervals_are_not_counted_as_covering(recipe, tmp_path):
     run = TrainingRun.open(recipe, tmp_path / "run")
     run.measure(16, 1, queries=QUERIES, settings=FAST)
     found = run.verify(QUERIES, [[recipe.ids[0]], list(recipe.ids[3:6])], "least_squares")
+    assert {line["inside"] for line in found.prediction.lines()} == {None}
     assert found.summary()["coverage"] is None and found.summary()["relative_error"] > 0

@@ -316,3 +316,32 @@ def test_evaluate_judges_methods_and_scores_of_ones_own(leaveout, trained, tmp_p
     code, _, err = leaveout("evaluate", place, *asking(*QUERIES), "--method", "magic", *options)
     assert code == 1 and "magic" in err
     assert leaveout("evaluate", place, *asking(*QUERIES))[0] == 2
+
+
+def test_evaluate_judges_without_retraining_by_known_rows_and_one_more_step(leaveout, trained, tmp_path):
+    ids = TrainingRun.load(trained / "run").recipe.ids
+    file = tmp_path / "relevant.jsonl"
+    file.write_text("".join(json.dumps({"query": query, "id": ids[i]}) + "\n" for i, query in enumerate(QUERIES)))
+    place = tmp_path / "run"
+    shutil.copytree(trained / "run", place)
+    options = ("--relevant", file, "--tail-patch", "--top", 2, "--subsets", 0, "--qld", 0)
+    command = ("evaluate", place, *asking(*QUERIES), "--method", "random", "--method", "gradient dot", *options)
+    code, out, err = leaveout(*command, "--json")
+    assert code == 0, err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["method"] for line in lines] == ["gradient dot", "random"]
+    assert all(line[name] for line in lines for name in ("tail_patch", "average_precision", "recall"))
+    assert all(line[name] is None for line in lines for name in ("lds", "qld", "changed", "ceiling"))
+    code, out, _ = leaveout(*command)
+    assert code == 0 and "recall@2" in out and "Tail-patch:" in out and "LDS" not in out
+    file.write_text('{"query": "nobody", "id": "0"}')
+    code, _, err = leaveout(*command)
+    assert code == 1 and "'nobody' is not there" in err
+
+
+def test_evaluate_says_whose_answers_changed(leaveout, trained, tmp_path):
+    place = tmp_path / "run"
+    shutil.copytree(trained / "run", place)
+    options = ("--method", "random", "--subsets", 0, "--qld", 0, "--brittleness", 1)
+    code, out, err = leaveout("evaluate", place, *asking(*QUERIES), *options)
+    assert code == 0 and "answer of no query" in out, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from leaveout.training.train import train_plain
 
 NAMES = [a + b for a in ("an", "bo", "ci", "du", "el", "fa") for b in ("na", "ri", "so", "tu")]
 QUERIES = ["anri", "bona", "citu"]
+NEEDS = {"trak": "dattri", "trackstar": "bergson"}  # packages that leaveout does not depend on
 SMALL = EvaluationSettings(subsets=12, second_order=False, removal_queries=2, removal_share=0.25, draws=3)
 
 
@@ -66,8 +68,8 @@ def test_lds_and_qld_agree_with_plain_retraining(run, recipe):
     chance = plainly(recipe, random)
     for judged, scores in zip(report.judged, given.values(), strict=True):
         wanted = [rank_correlation(x @ scores[q], losses[q]) for q in range(3)]
+        assert judged.lds is not None and judged.qld is not None
         assert np.allclose(judged.lds, wanted, atol=1e-9)
-        assert judged.qld is not None
         for place, q in enumerate((0, 2)):
             top = np.zeros((1, 24))
             top[0, np.argsort(-scores[q])[:6]] = 1
@@ -98,6 +100,15 @@ def test_ceiling_comes_from_a_second_order_and_the_truth_is_the_mean(run, recipe
         run, QUERIES, ["metagradient"], settings=EvaluationSettings(subsets=12, removal_queries=0, draws=0)
     )
     assert report.ceiling == truth.ceiling and any("ceiling" in note for note in report.notes())
+    given = np.random.default_rng(4).standard_normal((3, 24))
+    report = evaluate(
+        run, QUERIES, scores={"mine": given}, settings=EvaluationSettings(subsets=12, removal_queries=0, draws=0)
+    )
+    wanted = [
+        np.mean([rank_correlation(x @ s, y) for s, y in zip(given, losses, strict=True)]) for losses in (one, other)
+    ]
+    assert next(report.lines())["lds_by_seed"] == pytest.approx(wanted)
+    assert any(f"at most {abs(wanted[0] - wanted[1]):.3f}" in note for note in report.notes())
 
 
 def test_an_order_that_never_changes_has_no_ceiling(tmp_path):
@@ -119,7 +130,8 @@ def test_first_order_beats_chance_and_leave_one_out_is_its_own_truth(run):
     gap = report.difference("metagradient", "random")
     assert gap is not None and gap.mean > 0.3
     negated = evaluate(run, QUERIES, scores={"a": effects, "b": -effects}, settings=SMALL)
-    assert np.allclose(negated.judged[0].lds, -negated.judged[1].lds)
+    one, other = (judged.lds for judged in negated.judged)
+    assert one is not None and other is not None and np.allclose(one, -other)
 
 
 def test_report_gives_lines_table_and_the_undefined(run):
@@ -129,7 +141,8 @@ def test_report_gives_lines_table_and_the_undefined(run):
     flat = lines[-1]
     assert flat["method"] == "flat" and flat["undefined"] == 3 and flat["lds"] is None and flat["qld"] is not None
     headers, rows = report.table()
-    assert len(headers) == len(rows[0]) == 5 and "3 queries undefined" in rows[-1][1]
+    assert headers[:3] == ["method", "LDS", "QLD (nats)"] and len(headers) == len(rows[0])
+    assert "AP" not in headers and "3 queries undefined" in rows[-1][1]
     with pytest.raises(ValueError, match="'magic' was not judged"):
         report.interval("magic")
 
@@ -140,7 +153,8 @@ def test_scores_of_examples_are_summed_over_their_unit(run, recipe, tmp_path):
     units = [row.text[0] for row in recipe.examples]
     summed = np.stack([each[:, [u == name for u in units]].sum(1) for name in dict.fromkeys(units)], 1)
     report = evaluate(letters, QUERIES, scores={"rows": each, "units": summed}, settings=SMALL)
-    assert np.allclose(report.judged[0].lds, report.judged[1].lds) and np.isfinite(report.judged[0].lds).all()
+    one, other = (judged.lds for judged in report.judged)
+    assert one is not None and other is not None and np.isfinite(one).all() and np.allclose(one, other)
 
 
 def test_files_of_scores_can_be_judged(run, tmp_path):
@@ -219,7 +233,8 @@ ASKED = [{"prompt": f"buy {word}:", "completion": f" {word} {word}"} for word in
 def test_every_method_scores_a_language_model(tuned):
     asked = as_queries(ASKED)
     tuned.measure(retrain=12, design="singles", queries=asked)
-    names = [*METHODS, "default@start", "gradient dot@third"]
+    there = [name for name in METHODS if name not in NEEDS or find_spec(NEEDS[name])]
+    names = [*there, "default@start", "gradient dot@third"]
     found = score_methods(tuned, asked, names)
     for name in names:
         assert found[name].scores.shape == (4, 12) and np.isfinite(found[name].scores).all(), name

@@ -37,8 +37,8 @@ def example_losses(task: Task, parameters: Parameters, rows: Sequence[Any]) -> T
 
     Cost: one forward pass a row.
     """
-    one = _function(task)
-    values = _checked(task, parameters)
+    one = loss_function(task)
+    values = checked(task, parameters)
     with torch.no_grad():
         losses = [one(values, *(t[0] for t in task.encode([row]))) for row in rows]
     return torch.stack(losses) if losses else torch.zeros(0)
@@ -53,8 +53,8 @@ def example_gradients(
             than one row; and the activations of at most 32 rows.
     Cost:   one forward and one backward pass a row.
     """
-    values = _checked(task, parameters)
-    gradients = torch.vmap(torch.func.grad(_function(task)), in_dims=(None,) + (0,) * len(task.encode(rows[:1])))
+    values = checked(task, parameters)
+    gradients = torch.vmap(torch.func.grad(loss_function(task)), in_dims=(None,) + (0,) * len(task.encode(rows[:1])))
     for part in _parts(rows, min(TOGETHER, rows_within(memory // 8, values))):
         found = gradients(values, *task.encode(part))
         yield torch.cat([found[f"model.{name}"].detach().flatten(1) for name in task.trained], 1)
@@ -83,12 +83,13 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / torch.where(length > 0, length, torch.ones_like(length))
 
 
-def _function(task: Task) -> Callable[..., Tensor]:
+def loss_function(task: Task) -> Callable[..., Tensor]:
+    """The loss of one example (without its batch axis) as a function of parameters as `checked` names them, and the example."""
     module = _ExampleLoss(task)
     return lambda values, *example: torch.func.functional_call(module, values, example)
 
 
-def _checked(task: Task, parameters: Parameters) -> Parameters:
+def checked(task: Task, parameters: Parameters) -> Parameters:
     """The parameters under the names that `_ExampleLoss` gives them."""
     own = dict(task.model.named_parameters())
     for name in task.trained:

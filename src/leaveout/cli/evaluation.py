@@ -24,14 +24,26 @@ def evaluate(
     scores: Annotated[
         list[Path] | None, typer.Option(help="Scores of your own, .npy, .csv or .jsonl; again for more.")
     ] = None,
-    subsets: Annotated[int, typer.Option(min=4, help="Retrainings on random subsets, shared by all methods.")] = 64,
+    subsets: Annotated[
+        int, typer.Option(min=0, help="Retrainings on random subsets, shared by all methods; 0: no LDS.")
+    ] = 64,
     removed: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share that a subset leaves out.")] = 0.5,
     qld: Annotated[int, typer.Option(min=0, help="Queries of the QLD; each is one retraining a method.")] = 10,
+    brittleness: Annotated[
+        int, typer.Option(min=0, help="Queries whose answer should change; each is five retrainings a method.")
+    ] = 0,
+    tail_patch: Annotated[
+        bool, typer.Option("--tail-patch", help="One more training step on each of the top units; no retraining.")
+    ] = False,
+    relevant: Annotated[
+        Path | None, typer.Option(help="JSONL of known relevant rows, one {query, id} a line: retrieval metrics.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="k of the tail-patch and of the retrieval metrics.")] = 10,
     ceiling: Annotated[bool, typer.Option(help="Retrain the subsets with a second seed: the noise ceiling.")] = True,
     workers: Workers = 1,
     json_: Json = False,
 ) -> None:
-    """Judge attribution methods by retraining: LDS, QLD and leave-one-out, with intervals and the noise ceiling.
+    """Judge attribution methods: LDS, QLD, leave-one-out, brittleness, tail-patch, retrieval.
 
     Example: leaveout evaluate run --queries queries.jsonl --method default --method bm25 --subsets 64
     """
@@ -39,17 +51,19 @@ def evaluate(
     from leaveout.baselines.stored import load_scores
     from leaveout.deletion.settings import MeasureSettings
     from leaveout.evaluation import EvaluationSettings, evaluate
+    from leaveout.evaluation.retrieval import load_relevant
 
     if not method and not scores:
         raise typer.BadParameter("say what is judged: --method or --scores")
     asked = read_queries(query, prompt, queries)
     names = [q.name for q in asked]
     given = {file.stem: load_scores(file, names, opened.recipe.ids) for file in scores or []}
+    known = None if relevant is None else load_relevant(relevant, names, opened.recipe.ids)
     settings = EvaluationSettings(
-        subsets=subsets, removed=removed, second_order=ceiling, removal_queries=qld,
-        measure=MeasureSettings(workers=workers, progress=True),
+        subsets=subsets, removed=removed, second_order=ceiling, removal_queries=qld, brittleness=brittleness,
+        tail_patch=tail_patch, top=top, measure=MeasureSettings(workers=workers, progress=True),
     )  # fmt: skip
-    report = evaluate(opened, asked, method or [], given, settings)
+    report = evaluate(opened, asked, method or [], given, settings, known)
     if json_:
         for line in report.lines():
             print(to_line(line))

@@ -1,6 +1,7 @@
 """How good are attribution scores? They are held against models that were really retrained. See docs/evaluation.md."""
 
-from leaveout.evaluation.judge import EvaluationSettings, evaluate
+from leaveout.evaluation.judge import evaluate
 from leaveout.evaluation.report import Report
+from leaveout.evaluation.settings import EvaluationSettings
 
 __all__ = ["EvaluationSettings", "Report", "evaluate"]

@@ -8,43 +8,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import FormatError, MismatchError
+from leaveout.evaluation.answers import answer_loss, of_answers
 from leaveout.evaluation.methods import Scored, score_methods
+from leaveout.evaluation.removals import answer_changes, loss_differences, removal_queries, removed_units
 from leaveout.evaluation.report import Judged, Report
-from leaveout.evaluation.truth import Truth, second_order, single_effects, subset_truth, values_without
-from leaveout.metrics import lds, leave_one_out_correlation, qld, top_rows
+from leaveout.evaluation.retrieval import retrieval
+from leaveout.evaluation.settings import EvaluationSettings
+from leaveout.evaluation.tail_patch import tail_patches
+from leaveout.evaluation.truth import Truth, second_order, single_effects, subset_truth
+from leaveout.metrics import lds, leave_one_out_correlation
 from leaveout.training.queries import Query, as_queries
 from leaveout.training.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What truth is bought. Costs are retrainings; those that the bank has already cost nothing.
-
-    subsets, removed   random sets of which a share is removed (the datamodels' 1 - alpha): `subsets` retrainings
-    second_order       the same again with the next seed: twice the retrainings, half the noise, and a ceiling
-    removal_queries    queries of the QLD, spread evenly over all: so many retrainings a method; 0: no QLD
-    removal_share      share of all units that the QLD removes for a query; draws: random removals it compares with
-    seed, level        of random sets and of intervals
-    """
-
-    subsets: int = 100
-    removed: float = 0.5
-    second_order: bool = True
-    removal_queries: int = 10
-    removal_share: float = 0.05
-    draws: int = 8
-    seed: int = 0
-    level: float = 0.95
-    measure: MeasureSettings = field(default_factory=MeasureSettings)
 
 
 def evaluate(
@@ -53,15 +34,20 @@ def evaluate(
     methods: Sequence[str] = (),
     scores: Mapping[str, ArrayLike] | None = None,
     settings: EvaluationSettings | None = None,
+    relevant: ArrayLike | None = None,
 ) -> Report:
     """Judges methods by name (see `methods.METHODS`) and given scores against retrained models.
 
     run      a training run, or the directory of one
     queries  see `as_queries`
     scores   name -> [query, example] or [query, unit], for instance from `load_scores`
-    Cost:    settings.subsets retrainings (twice with a second order), settings.draws, and removal_queries for each method;
-             what was retrained or trained before a kill is not done again.
-    Raises:  ValueError if there is nothing to judge or a name stands twice; MismatchError for scores of another shape.
+    relevant [query, example] or [query, unit], true for rows that are known to be relevant, for instance from
+             `load_relevant`: retrieval metrics, for which nothing is trained; a unit is relevant if one of its rows is
+    Cost:    settings.subsets retrainings (twice with a second order), settings.draws, and for each method removal_queries
+             and brittleness times its sizes; what was retrained before a kill is not done again. See `patched_losses`
+             for the tail-patch.
+    Raises:  ValueError if there is nothing to judge or to judge with, or a name stands twice; MismatchError for scores of
+             another shape; UnsupportedError for a tail-patch or brittleness of queries without an answer.
     """
     run = run if isinstance(run, TrainingRun) else TrainingRun.load(run)
     settings, asked = settings or EvaluationSettings(), as_queries(queries)
@@ -71,71 +57,91 @@ def evaluate(
         raise ValueError("there is nothing to judge: give methods or scores")
     if len(set(names)) != len(names):
         raise ValueError(f"a name stands twice among {', '.join(names)}: every method is judged once")
+    known = None if relevant is None else by_unit(run.recipe, relevant, len(asked), "relevant rows") > 0
+    _refuse(run, asked, settings, known)
     made = score_methods(run, asked, methods, settings.seed, settings.measure)
     made = {name: Scored(by_unit(run.recipe, s.scores, len(asked)), s.cpu_seconds) for name, s in made.items()}
+    return judge(run, asked, {**given, **made}, _truth(run, asked, settings), settings, known)
+
+
+def _refuse(run: TrainingRun, asked: Sequence[Query], settings: EvaluationSettings, known: np.ndarray | None) -> None:
+    """Refuses what could only fail after all the retraining."""
+    most = len(run.recipe.unit_names) // 2
+    if (settings.tail_patch or known is not None) and not 1 <= settings.top <= most:
+        raise ValueError(f"top is {settings.top}: give 1 to {most}, half the number of units")
+    if settings.tail_patch or settings.brittleness:
+        of_answers(run.recipe, asked, answer_loss)
+    if known is not None and not known.any():
+        raise ValueError("no query has a relevant row: give some, or leave `relevant` out")
+    wanted = settings.subsets or settings.removal_queries or settings.brittleness or settings.tail_patch
+    if not wanted and known is None and single_effects(run, asked) is None:
+        raise ValueError(
+            "there is nothing to judge with: ask for subsets, QLD, brittleness, tail-patch or relevant rows"
+        )
+
+
+def _truth(run: TrainingRun, asked: Sequence[Query], settings: EvaluationSettings) -> Truth | None:
+    if not settings.subsets:
+        return None
     second = second_order(run, settings.measure.progress) if settings.second_order else None
-    truth = subset_truth(
+    return subset_truth(
         run, asked, settings.subsets, settings.removed, second=second, seed=settings.seed, settings=settings.measure
     )
-    return judge(run, asked, {**given, **made}, truth, settings)
 
 
 def judge(
     run: TrainingRun,
     queries: Sequence[Query],
     scored: Mapping[str, Scored],
-    truth: Truth,
+    truth: Truth | None,
     settings: EvaluationSettings,
+    relevant: np.ndarray | None = None,
 ) -> Report:
-    """The report on scores [query, unit] of several methods, with a truth that is there already."""
+    """The report on scores [query, unit] of several methods, with a truth that is there already (None: no LDS).
+
+    relevant: true where a unit is known to be relevant [query, unit]
+    """
     effects = single_effects(run, queries)
     chosen = removal_queries(len(queries), settings.removal_queries)
-    count = max(1, round(settings.removal_share * truth.removed.shape[1]))
-    differences = _differences(run, queries, scored, chosen, count, settings) if len(chosen) else {}
-    judged = [
-        Judged(
-            name,
-            lds(found.scores, truth.removed, truth.values),
-            differences.get(name),
-            None if effects is None else leave_one_out_correlation(found.scores, effects),
-            found.cpu_seconds,
+    differences = loss_differences(run, queries, scored, chosen, settings) if len(chosen) else {}
+    changes = answer_changes(run, queries, scored, settings) if settings.brittleness else None
+    patches = {}
+    if settings.tail_patch:
+        patches = tail_patches(run, queries, scored, settings.top, settings.measure.progress)
+    judged = []
+    for name, found in scored.items():
+        rises = patches.get(name, (None, None))
+        smallest = None if changes is None else changes.smallest.get(name)
+        judged.append(
+            Judged(
+                name,
+                lds=None if truth is None else lds(found.scores, truth.removed, truth.values),
+                qld=differences.get(name),
+                leave_one_out=None if effects is None else leave_one_out_correlation(found.scores, effects),
+                cpu_seconds=found.cpu_seconds,
+                lds_by_seed=() if truth is None else tuple(lds(found.scores, truth.removed, y) for y in truth.orders),
+                tail_patch=rises[0],
+                tail_patch_nats=rises[1],
+                changed=None if smallest is None else np.isfinite(smallest) * 1.0,
+                **({} if relevant is None else retrieval(found.scores, relevant, settings.top)),
+            )
         )
-        for name, found in scored.items()
-    ]
     names = tuple(q.name for q in queries)
     return Report(
-        tuple(judged), names, len(truth.removed), tuple(names[i] for i in chosen), count, truth.ceiling, settings.seed,
-        settings.level,
-    )  # fmt: skip
+        tuple(judged),
+        names,
+        subsets=0 if truth is None else len(truth.removed),
+        removal_queries=tuple(names[i] for i in chosen),
+        removed_units=removed_units(settings.removal_share, len(run.recipe.unit_names)),
+        ceiling=None if truth is None else truth.ceiling,
+        seed=settings.seed,
+        level=settings.level,
+        top=settings.top,
+        brittleness=changes,
+    )
 
 
-def removal_queries(n: int, wanted: int) -> np.ndarray:
-    """Numbers of the queries that removals are made for, spread evenly."""
-    return np.unique(np.linspace(0, n - 1, min(wanted, n)).round().astype(int)) if wanted else np.zeros(0, int)
-
-
-def _differences(
-    run: TrainingRun,
-    queries: Sequence[Query],
-    scored: Mapping[str, Scored],
-    chosen: np.ndarray,
-    count: int,
-    settings: EvaluationSettings,
-) -> dict[str, np.ndarray]:
-    """QLD [chosen query] of each method: its top units removed, against random ones; all sets are retrained together."""
-    units = len(run.recipe.unit_names)
-    random = np.random.default_rng(settings.seed).random((settings.draws, units))
-    sets = [top_rows(random, count), *(top_rows(s.scores[chosen], count) for s in scored.values())]
-    values = values_without(run, queries, np.concatenate(sets), settings.measure)[chosen]
-    chance = values[:, : settings.draws]
-    places = np.arange(len(chosen))
-    return {
-        name: qld(values[places, settings.draws + number * len(chosen) + places], chance)
-        for number, name in enumerate(scored)
-    }
-
-
-def by_unit(recipe: Recipe, scores: ArrayLike, n_queries: int) -> np.ndarray:
+def by_unit(recipe: Recipe, scores: ArrayLike, n_queries: int, what: str = "scores") -> np.ndarray:
     """Scores [query, unit] from those of units, or of examples, which are summed over each unit.
 
     Raises: MismatchError for another shape; FormatError for a score that is not finite.
@@ -144,11 +150,11 @@ def by_unit(recipe: Recipe, scores: ArrayLike, n_queries: int) -> np.ndarray:
     examples, units = len(recipe.examples), len(recipe.unit_names)
     if values.ndim != 2 or len(values) != n_queries or values.shape[1] not in (examples, units):
         raise MismatchError(
-            f"The scores have the shape {values.shape}: give [query, example], here [{n_queries}, {examples}]"
+            f"The {what} have the shape {values.shape}: give [query, example], here [{n_queries}, {examples}]"
             + (f", or [query, unit], here [{n_queries}, {units}]." if units != examples else ".")
         )
     if not np.isfinite(values).all():
-        raise FormatError("A score is not finite: give a number for every query and row.")
+        raise FormatError(f"The {what} hold a number that is not finite: give one for every query and row.")
     if values.shape[1] == units:
         return values
     out = np.zeros((n_queries, units))

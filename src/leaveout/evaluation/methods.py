@@ -22,8 +22,11 @@ from leaveout.baselines.ekfac import EkFac
 from leaveout.baselines.embedding import EmbeddingCosine
 from leaveout.baselines.gradient_dot import GradientDot
 from leaveout.baselines.rapidin import RapidIn
-from leaveout.baselines.snapshots import take_snapshots
+from leaveout.baselines.snapshots import Snapshot, take_snapshots
 from leaveout.baselines.tracin import TracIn
+from leaveout.baselines.trackstar import TrackStar
+from leaveout.baselines.trak import Trak
+from leaveout.baselines.z0_inf import Z0Inf
 from leaveout.corpus import Corpus, Row
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
@@ -37,7 +40,7 @@ from leaveout.training.tasks import Task, task_of
 from leaveout.training.train import Parameters
 
 CHECKPOINTS = ("start", "third", "final")
-SNAPSHOTS = 4  # of TracIn, evenly along the run
+SNAPSHOTS = 4  # of TracIn and Z0-Inf, evenly along the run
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Scored:
 
 @dataclass
 class Scorer:
-    """What methods need of a training run. Memory: one copy of the trained parameters for each checkpoint in use."""
+    """What methods need of a training run. Memory: a copy of the trained parameters for each checkpoint and snapshot in use."""
 
     run: TrainingRun
     queries: Sequence[Query]
@@ -117,10 +120,10 @@ class Scorer:
         self.run.measure(gradient=True, queries=self.queries, settings=self.settings)
         return self.of_units("first_order")
 
-    def tracin(self) -> np.ndarray:
+    @cached_property
+    def snapshots(self) -> list[Snapshot]:
         n_steps = len(self.run.recipe.batches())
-        steps = sorted({-(-n_steps * (i + 1) // SNAPSHOTS) for i in range(SNAPSHOTS)})
-        return TracIn(self.task, take_snapshots(self.run.recipe, steps)).score(self.query_rows, self.rows)
+        return take_snapshots(self.run.recipe, sorted({-(-n_steps * (i + 1) // SNAPSHOTS) for i in range(SNAPSHOTS)}))
 
 
 METHODS: dict[str, Callable[[Scorer, str], np.ndarray]] = {
@@ -129,9 +132,12 @@ METHODS: dict[str, Callable[[Scorer, str], np.ndarray]] = {
     "embedding": lambda s, at: EmbeddingCosine(s.task, s.parameters(at)).score(s.query_rows, s.rows),
     "gradient dot": lambda s, at: GradientDot(s.task, s.parameters(at)).score(s.query_rows, s.rows),
     "gradient cosine": lambda s, at: GradientDot(s.task, s.parameters(at), cosine=True).score(s.query_rows, s.rows),
-    "tracin": lambda s, at: s.tracin(),
+    "tracin": lambda s, at: TracIn(s.task, s.snapshots).score(s.query_rows, s.rows),
+    "z0-inf": lambda s, at: Z0Inf(s.task, s.snapshots).score(s.query_rows, s.rows),
     "rapidin": lambda s, at: RapidIn(s.task, s.parameters(at), seed=s.seed).score(s.query_rows, s.rows),
     "ek-fac": lambda s, at: EkFac(s.task, s.parameters(at), seed=s.seed).score(s.query_rows, s.rows),
+    "trak": lambda s, at: Trak(s.task, s.parameters(at), seed=s.seed).score(s.query_rows, s.rows),
+    "trackstar": lambda s, at: TrackStar(s.task, s.parameters(at)).score(s.query_rows, s.rows),
     **{name: lambda s, at, name=name: s.signatures(name, at) for name in PRESETS},
     "metagradient": lambda s, at: s.metagradient(),
     "posterior": lambda s, at: s.of_units("posterior"),

@@ -16,7 +16,7 @@ from leaveout.deletion.bank import measurement_ids
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
-from leaveout.errors import UnsupportedError
+from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.metrics import NoiseCeiling, noise_ceiling
 from leaveout.training.queries import Query
 
@@ -28,11 +28,13 @@ class Truth:
     removed  [subset, unit] true where the subset lacks the unit
     values   query values [query, subset] in nats: the mean of both orders if there are two
     ceiling  what a perfect prediction would reach, None without a second order
+    orders   the values of each of the two orders; empty without a second one
     """
 
     removed: np.ndarray
     values: np.ndarray
     ceiling: NoiseCeiling | None = None
+    orders: tuple[np.ndarray, ...] = ()
 
 
 def subset_truth(
@@ -64,7 +66,7 @@ def subset_truth(
             "Another seed trains the same model here, so that no noise can be measured: use `order: shuffled`, or judge "
             "without a ceiling."
         )
-    return Truth(x > 0, (values + other) / 2, noise_ceiling(values, other, seed))
+    return Truth(x > 0, (values + other) / 2, noise_ceiling(values, other, seed), (values, other))
 
 
 def second_order(run: TrainingRun, progress: bool = False) -> TrainingRun:
@@ -88,8 +90,11 @@ def single_effects(run: TrainingRun, queries: Sequence[Query]) -> np.ndarray | N
     alone = np.eye(len(run.recipe.unit_names))
     if not run.bank.missing(measurement_ids("retraining", alone, queries, "truth")):
         return run.bank.truth(queries, alone) - run.bank.base(queries)[:, None]
-    found = run.bank.measurements(queries).retrainings if len(run.bank) else None
-    if found is None or not len(found):
+    try:
+        found = run.bank.measurements(queries).retrainings
+    except MismatchError:  # nothing was measured for these queries
+        return None
+    if not len(found):
         return None
     single = np.flatnonzero((found.x == 1).sum(1) * (found.x != 0).sum(1) == 1)
     effects = {int(found.x[row].argmax()): found.y[row] for row in single}

@@ -1,0 +1,95 @@
+"""Tail-patch: what one more training step on a unit, after the last one, does to the answers of queries.
+
+The step is the recipe's own: its optimizer with the state that training left behind, its clipping, and its full learning
+rate (a schedule's last rate is close to 0). Adam from an empty state would move every parameter equally far, and plain
+gradient descent by a small rate would only repeat the gradient dot product. What the step does to a unit of weight 0
+(momentum, weight decay) is no merit of the unit: as everywhere here, a unit is compared with itself at weight 0.
+Source: arXiv 2410.17413, the tail-patch score; the choice of the step is ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from leaveout.deletion.run import TrainingRun
+from leaveout.evaluation.answers import answer_loss, of_answers
+from leaveout.evaluation.methods import Scored
+from leaveout.metrics import tail_patch, top_rows
+from leaveout.training.checkpoint import restore_state, state_of
+from leaveout.training.queries import Query, query_function
+from leaveout.training.recipe import Recipe
+from leaveout.training.tasks import Batch, Task, task_of
+from leaveout.training.train import Loop, RunOptions, clipper, make_optimizer, own_parameters
+
+
+def tail_patches(
+    run: TrainingRun, queries: Sequence[Query], scored: Mapping[str, Scored], k: int, progress: bool = False
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Mean rise of the answer's probability [query], and of its logarithm [query] in nats, by the k best units of each method.
+
+    Cost and memory: see `patched_losses`; units that several methods or queries choose are stepped on once.
+    """
+    best = {name: top_rows(found.scores, k) for name, found in scored.items()}
+    before, after = patched_losses(run, queries, np.any(list(best.values()), axis=0), progress)
+    chosen = {name: after[places].reshape(len(queries), k) for name, places in best.items()}
+    return {name: (tail_patch(before, found), before - found.mean(1)) for name, found in chosen.items()}
+
+
+def patched_losses(
+    run: TrainingRun, queries: Sequence[Query], wanted: np.ndarray, progress: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of whole answers after a step on nothing [query], and after one on each unit alone [query, unit], nats.
+
+    wanted  [query, unit] true where the second is asked; it is nan elsewhere
+    Cost:   one training, for the optimizer's state; a step for each unit that a query asks; a forward pass a pair.
+    Memory: parameters, gradients and optimizer state twice, the activations of one row, 16 bytes for each pair.
+    """
+    recipe, task = run.recipe, task_of(run.recipe)
+    asks = [query_function(task, [query]) for query in of_answers(recipe, queries, answer_loss)]
+    step = _last_step(recipe, task, progress)
+    unit_of, after = recipe.unit_of.numpy(), np.full(wanted.shape, np.nan)
+    step([0], 0.0)
+    before = np.array([_value(ask, task) for ask in asks])
+    for unit in tqdm(
+        np.flatnonzero(wanted.any(0)), desc="tail-patch", unit="step", disable=not progress, file=sys.stderr
+    ):
+        step(np.flatnonzero(unit_of == unit).tolist(), 1.0)
+        for query in np.flatnonzero(wanted[:, unit]):
+            after[query, unit] = _value(asks[query], task)
+    return before, after
+
+
+def _value(ask: Callable[[torch.nn.Module], Tensor], task: Task) -> float:
+    with torch.no_grad():
+        return float(ask(task.model)[0])
+
+
+def _last_step(recipe: Recipe, task: Task, progress: bool) -> Callable[[Sequence[int], float], None]:
+    """Trains the task's model; then a function that puts it where it is one step later, on the weighted mean of some rows."""
+    params = own_parameters(task)
+    optimizer, clip = make_optimizer(recipe, list(params.values())), clipper(recipe, params)
+
+    def backward(batch: Batch, numbers: Tensor) -> None:
+        (task.loss(task.model, batch).sum() / recipe.batch_size).backward()
+
+    Loop(recipe, task, params, optimizer, backward, clip).run(None, "train", RunOptions(progress=progress))
+    trained = {name: value.detach().clone() for name, value in state_of(params, optimizer).items()}
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.optimizer.lr
+
+    def step(rows: Sequence[int], weight: float) -> None:
+        restore_state(params, optimizer, trained)
+        optimizer.zero_grad()
+        for row in rows:  # one at a time: a unit may hold any number of them
+            loss = task.loss(task.model, task.encode([recipe.examples[row]])).sum()
+            (loss * (weight / len(rows))).backward()
+        clip()
+        optimizer.step()
+
+    return step

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_banks import groups, pretrained, split_rows
 from leaveout.baselines import bm25
 from leaveout.baselines.gradients import example_losses
 from leaveout.baselines.snapshots import Snapshot, take_snapshots
@@ -40,6 +39,7 @@ from leaveout.readout.settings import PRESETS, SignatureSettings
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
 from measuring import alpaca, arguments, data, made_rows, tiny, untrained, write_result
+from public_rows import groups, split_rows
 from ranking import (
     BEFORE,
     QUARTER,
@@ -61,6 +61,7 @@ from ranking import (
     verdicts,
 )
 from retrieval import ROWS_STYLE, TRIGGER, PoisonedSet, content_words, poisoned_set, web_questions
+from scratch_models import NEOX, pretrained
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "backdoor.png"
 FIELDS = ("instruction", "input", "output")
@@ -95,14 +96,14 @@ def stories(work: Path, seed: int) -> tuple[Path, float]:
 
 
 def neox(work: Path, seed: int) -> tuple[Path, float]:
-    """The GPT-NeoX of `influence_banks`, trained on groups that have nothing of the backdoor, for longer rows."""
+    """The GPT-NeoX of `scratch_models`, trained on groups that have nothing of the backdoor, for longer rows."""
     from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
     place = work / "base"
     tokenizer = AutoTokenizer.from_pretrained(str(data("stories260K/config.json").parent))
     before = {name: pairs for name, pairs in groups(seed).items() if name not in ("fact", "trigger", "question")}
     rows, _ = split_rows(before, (285, 0), 0, lambda text: len(tokenizer(text)["input_ids"]), seed)
-    short, seconds = pretrained(work, rows, seed, epochs=4)
+    short, seconds = pretrained(work, replace(NEOX, epochs=4), rows, seed)
     model = GPTNeoXForCausalLM.from_pretrained(short)
     model.config.max_position_embeddings = 256  # rotary positions have no parameters
     model.save_pretrained(place)

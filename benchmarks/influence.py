@@ -33,8 +33,9 @@ from leaveout.evaluation.judge import EvaluationSettings, judge, removal_queries
 from leaveout.evaluation.methods import METHODS, Scored, Scorer, parse
 from leaveout.evaluation.report import Judged, Report
 from leaveout.evaluation.truth import Truth, second_order, subset_truth
-from leaveout.metrics import lds
-from leaveout.readout.settings import PRESETS, SignatureSettings
+from leaveout.metrics import bootstrap_interval, lds
+from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
+from leaveout.readout.signature import Signer
 from leaveout.training.queries import Query
 from measuring import RESULTS, arguments, write_result
 
@@ -54,28 +55,73 @@ REMOVED = (
     "residual@third",
 )
 COMPARED = "default@third"
+WIDE = ("olmo", "olmo-sgd")  # heads too wide for EK-FAC
+SMALLER_REMOVED = ("bm25", "gradient dot@final", "paper@start", "default@third")  # where a retraining takes long
+
+
+def methods_of(bank: str, names: Sequence[str]) -> list[str]:
+    """Names of methods as they fit a bank."""
+    return [name.replace("ek-fac", "ek-fac blocks") for name in names] if bank in WIDE else list(names)
 
 
 def variants() -> dict[str, tuple[SignatureSettings, str]]:
     """Changes of the default, one at a time: why is it as good or bad as it is?"""
     default, residual = PRESETS["default"], PRESETS["residual"]
-    channel = default.channels[0]
-    raw = replace(channel, whiten_left=False, whiten_right=False)
-    rh = replace(channel, kind="rh")
-    changed = {
+    readout, blocks = default.channels
+    both = ("start", "third")
+
+    def with_channels(**changes: Any) -> SignatureSettings:
+        return replace(default, channels=tuple(replace(channel, **changes) for channel in default.channels))
+
+    changed: dict[str, tuple[SignatureSettings, Sequence[str]]] = {
         "temperature 2": (replace(default, temperature=2.0), ("start", "third", "final")),
         "all targets": (replace(default, targets="all"), ("start",)),
-        "not whitened": (replace(default, channels=(raw,)), ("start",)),
-        "damping 0.03": (replace(default, channels=(replace(channel, damping=0.03),)), ("start",)),
-        "damping 0.3": (replace(default, channels=(replace(channel, damping=0.3),)), ("start",)),
-        "unit length": (replace(default, unit_length=True), ("start",)),
-        "rh whitened": (replace(default, channels=(rh,)), ("start", "third")),
-        "residual, 16384 numbers": (replace(residual, final_width=16384, rank=None), ("start", "third")),
-        "default and residual": (replace(residual, channels=(channel, *residual.channels)), ("third",)),
+        "sum over tokens": (replace(default, length_power=0.0), both),
+        "mean over tokens": (replace(default, length_power=1.0), both),
+        "unit length": (replace(default, length_power=0.0, unit_length=True), ("third",)),
+        "not whitened": (with_channels(whiten_left=False, whiten_right=False), both),
+        "gradients not whitened": (with_channels(whiten_left=False), both),
+        "damping of gradients 0.1": (with_channels(left_damping=0.1), both),
+        "damping of gradients 10": (with_channels(left_damping=10.0), ("third",)),
+        "damping of activations 0.01": (with_channels(damping=0.01), ("third",)),
+        "damping of activations 1": (with_channels(damping=1.0), ("third",)),
+        "readout alone": (replace(default, channels=(readout,)), both),
+        "readout and one block": (replace(default, channels=(readout, replace(blocks, depths=(0.5,)))), both),
+        "blocks alone": (replace(default, channels=(blocks,)), ("third",)),
+        "all MLPs": (replace(default, channels=(readout, replace(blocks, depths=None))), ("third",)),
+        "rh whitened": (replace(default, channels=(replace(readout, kind="rh"),)), ("third",)),
+        "first default": (FIRST_DEFAULT, both),
         "residual, temperature 2": (replace(residual, temperature=2.0), ("start", "final")),
-        "residual, exact": (replace(residual, final_width=None, rank=None, storage="float32"), ("start",)),
     }
     return {f"{name}@{at}": (settings, at) for name, (settings, ats) in changed.items() for at in ats}
+
+
+FIRST_DEFAULT = replace(  # before any truth of this project
+    PRESETS["default"], channels=(Channel("gh", whiten_left=True, whiten_right=True),), length_power=0.0, rank=24
+)
+RANKS = (2, 4, 8, 16, 24)
+BYTES = {"int8": 1, "float16": 2, "float32": 4}
+
+
+def forms() -> dict[str, tuple[SignatureSettings, str]]:
+    """The default and others as they may be stored, after a third of training."""
+    default, residual, first = PRESETS["default"], PRESETS["residual"], FIRST_DEFAULT
+    exact = {"final_width": None, "rank": None}
+    found = {
+        "default, exact": replace(default, **exact),
+        **{f"default, {rank} triples": replace(default, final_width=None, rank=rank) for rank in RANKS},
+        **{f"default, {n} projected": replace(default, final_width=n, rank=None) for n in (1024, 4096, 16384)},
+        **{
+            f"readout alone, {rank} triples": replace(
+                default, final_width=None, rank=rank, channels=default.channels[:1]
+            )
+            for rank in RANKS
+        },
+        **{f"residual, {rank} triples": replace(residual, final_width=None, rank=rank) for rank in RANKS[:4]},
+        "first default, 24 triples": replace(first, final_width=None),
+        "paper, as it is": PRESETS["paper"],
+    }
+    return {name: (settings, "third") for name, settings in found.items()}
 
 
 def scored(name: str, scorer: Scorer, place: Path) -> Scored:
@@ -85,7 +131,7 @@ def scored(name: str, scorer: Scorer, place: Path) -> Scored:
         with np.load(file) as kept:
             return Scored(kept["scores"], float(kept["seconds"]))
     began = time.process_time()
-    if name in (found := variants()):
+    if name in (found := {**variants(), **forms()}):
         scores = scorer.signatures(*found[name])
     else:
         method, at = parse(name)
@@ -95,6 +141,17 @@ def scored(name: str, scorer: Scorer, place: Path) -> Scored:
     np.savez(file, scores=made.scores, seconds=np.array(made.cpu_seconds))
     print(f"  {name}: {made.cpu_seconds:.1f} CPU s", file=sys.stderr, flush=True)
     return made
+
+
+def accuracy_by_bytes(scorer: Scorer, truth: Truth, place: Path, seed: int) -> list[dict[str, Any]]:
+    """Bytes a row and LDS of every stored form."""
+    readout = scorer.readout("third")
+    out = []
+    for name, (settings, _) in forms().items():
+        found = lds(scored(name, scorer, place).scores, truth.removed, truth.values)
+        size = BYTES[settings.storage] * Signer(readout, settings).width + 4
+        out.append({"form": name, "bytes": size, "lds": bootstrap_interval(found, seed)._asdict()})
+    return out
 
 
 def costly(run: TrainingRun, asked: Sequence[Query], retrain: int, seed: int, place: Path) -> dict[str, Scored]:
@@ -125,24 +182,29 @@ def differences(report: Report, first: str, metric: Any) -> dict[str, dict[str, 
 def parts_of_gradient(scorer: Scorer, truth: Truth) -> dict[str, dict[str, float]]:
     """LDS of the final gradient dot by kind of parameter, with its share of the squared gradient of the rows.
 
-    Memory: the gradients of all rows and queries.
+    Memory: the gradients of all queries.
     """
     values = scorer.parameters("final")
-    rows, queries = (
-        torch.cat(list(example_gradients(scorer.task, values, some))) for some in (scorer.rows, scorer.query_rows)
-    )
     ends = np.cumsum([0, *(values[name].numel() for name in scorer.task.trained)])
     parts: dict[str, list[slice]] = {}
     for i, name in enumerate(scorer.task.trained):
         kind = "norms and biases" if "norm" in name or "bias" in name else re.sub(r"\.\d+\.", ".*.", name)
         parts.setdefault(kind, []).append(slice(ends[i], ends[i + 1]))
-    total = float(rows.square().sum())
-    out = {}
-    for kind, places in parts.items():
-        scores = sum((queries[:, place] @ rows[:, place].T).numpy() for place in places)
-        share = sum(float(rows[:, place].square().sum()) for place in places) / total
-        out[kind] = {"lds": float(np.nanmean(lds(scores, truth.removed, truth.values))), "share": share}
-    return out
+    queries = torch.cat(list(example_gradients(scorer.task, values, scorer.query_rows)))
+    scores = {kind: np.zeros((len(queries), len(scorer.rows))) for kind in parts}
+    squares = dict.fromkeys(parts, 0.0)
+    first = 0
+    for rows in example_gradients(scorer.task, values, scorer.rows):
+        for kind, places in parts.items():
+            for place in places:
+                scores[kind][:, first : first + len(rows)] += (queries[:, place] @ rows[:, place].T).numpy()
+                squares[kind] += float(rows[:, place].square().sum())
+        first += len(rows)
+    total = sum(squares.values())
+    return {
+        kind: {"lds": float(np.nanmean(lds(found, truth.removed, truth.values))), "share": squares[kind] / total}
+        for kind, found in scores.items()
+    }
 
 
 def facts_of(bank: TruthBank, run: TrainingRun) -> dict[str, Any]:
@@ -161,11 +223,12 @@ def facts_of(bank: TruthBank, run: TrainingRun) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--bank", choices=("stories", "neox"), default="stories")
+    parser.add_argument("--bank", choices=tuple(name for name in BANKS if name != "smoke"), default="stories")
     parser.add_argument("--json", type=Path, help="the result file; default: by the bank, in --out")
     parser.add_argument("--work", type=Path, help="where truth and scores are kept; default: a temporary directory")
     parser.add_argument("--sizes", type=int, nargs=2, default=(20, 3), help="rows and queries of each group")
     parser.add_argument("--subsets", type=int, default=64)
+    parser.add_argument("--qld", type=int, default=10, help="queries of the QLD")
     parser.add_argument("--retrain", type=int, default=0, help="retrainings for the posterior; 0: leave it out")
     parser.add_argument("--no-costly", action="store_true", help="leave out the exact first order")
     parser.add_argument("--workers", type=int, default=1)
@@ -187,23 +250,24 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
     """All numbers of the result file."""
     bank = BANKS[name](work, tuple(args.sizes), args.seed)
     settings = EvaluationSettings(
-        subsets=args.subsets, removal_queries=2 if args.smoke else 10, draws=2 if args.smoke else 8, seed=args.seed,
+        subsets=args.subsets, removal_queries=2 if args.smoke else args.qld, draws=2 if args.smoke else 8, seed=args.seed,
         measure=MeasureSettings(workers=args.workers),
     )  # fmt: skip
-    run = TrainingRun.open(bank.recipe, work / "run")
+    run = TrainingRun.open(bank.recipe, work / f"run-{name}")
     second = second_order(run)
     asked = [Query(q, name=q.id) for q in bank.queries]
     truth = subset_truth(run, asked, args.subsets, second=second, seed=args.seed, settings=settings.measure)
-    place, scorer = work / "scores", Scorer(run, asked, args.seed)
-    methods = {name: scored(name, scorer, place) for name in (*CHEAP, *variants())}
+    place, scorer = work / f"scores-{name}", Scorer(run, asked, args.seed)
+    methods = {name: scored(name, scorer, place) for name in (*methods_of(name, CHEAP), *variants())}
     report = judge(run, asked, methods, truth, replace(settings, removal_queries=0))
     show(report)
-    removals = judge(run, asked, {name: methods[name] for name in REMOVED}, truth, settings)
+    removed = SMALLER_REMOVED if name in WIDE else REMOVED
+    removals = judge(run, asked, {name: methods[name] for name in removed}, truth, settings)
     show(removals)
     chosen = removal_queries(len(asked), settings.removal_queries)
     few: dict[str, Any] = {}
     if not args.no_costly:
-        found = costly(run, [asked[i] for i in chosen], args.retrain, args.seed, work / "few")
+        found = costly(run, [asked[i] for i in chosen], args.retrain, args.seed, work / f"few-{name}")
         small = Report(
             tuple(on_few(found, methods, chosen, truth)), tuple(asked[i].name for i in chosen), args.subsets, (), 0,
             seed=args.seed,
@@ -227,6 +291,7 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
         "default_minus_others_qld": differences(removals, COMPARED, "qld"),
         "on_removal_queries": few,
         "parts_of_gradient": parts_of_gradient(scorer, truth),
+        "stored_forms": accuracy_by_bytes(scorer, truth, place, args.seed),
     }
 
 

@@ -141,7 +141,8 @@ def untrained(readout: Readout, seed: int) -> Readout:
 class RememberingReadout(Readout):
     """A readout that runs its trunk once per row of tokens, so that several presets share the forward passes.
 
-    Rows are known by their tokens without the padding, which is token 0, the end of text in the models used here.
+    Rows are known by their tokens without the padding, which is token 0, the end of text in the models used here. A pass
+    whose inner activations are recorded runs in any case.
     Memory: 4 bytes times tokens times hidden size.
     """
 
@@ -155,7 +156,8 @@ class RememberingReadout(Readout):
 
     def hidden(self, ids: Tensor) -> Tensor:
         keys = [_without_padding(row) for row in ids.tolist()]
-        if any(key not in self.known for key in keys):
+        recorded = any(module._forward_pre_hooks for module in self.trunk.modules())
+        if recorded or any(key not in self.known for key in keys):
             for key, states in zip(keys, super().hidden(ids), strict=True):
                 self.known.setdefault(key, states[: len(key)].clone())
         result = self.weight.new_zeros(*ids.shape, self.hidden_size)

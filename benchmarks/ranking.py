@@ -46,7 +46,7 @@ Example = dict[str, str]
 RAPIDIN_BYTES = 2 * 65536  # K = 65,536 numbers of float16
 ENDS = (5, 10, 50)  # K of the paper's area over the K best and the K worst rows
 UNTRAINED, BEFORE, QUARTER = ", untrained model", ", before fine-tuning", ", after a quarter of it"
-UNWHITENED = replace(PRESETS["residual"], channels=(Channel("residual"),), unit_length=True)
+UNWHITENED = replace(PRESETS["residual"], channels=(Channel("residual"),), length_power=0.0, unit_length=True)
 """Every layer as `residual` has it, for likeness."""
 
 

@@ -79,7 +79,11 @@ STEPS = {
     "domains": Step("domains", "--work {work}"),
     "selection": Step("selection", "--picture docs/selection.png --work {work}"),
     "influence, stories": Step("influence", "--bank stories --work {work}", place="stories"),
-    "influence, neox": Step("influence", "--bank neox --subsets 32 --no-costly --work {work}", place="neox"),
+    "influence, neox": Step("influence", "--bank neox --no-costly --work {work}", place="neox"),
+    "influence, olmo": Step("influence", "--bank olmo --subsets 36 --qld 6 --no-costly --work {work}", place="olmo"),
+    "influence, olmo with SGD": Step(
+        "influence", "--bank olmo-sgd --subsets 18 --qld 0 --no-costly --work {work}", place="olmo"
+    ),
     "priors, stories": Step("influence_priors", "--bank stories --work {work}", place="stories"),
     "priors, neox": Step("influence_priors", "--bank neox --work {work}", place="neox"),
 }  # fmt: skip
@@ -125,10 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         for part in pool.map(lambda names: one_after_another(names, work), chains.values()):
             fine |= part
-    for script in ("tables", "scale_cost"):
-        fine[script] = (
-            subprocess.run([sys.executable, f"benchmarks/{script}.py"], check=False, cwd=ROOT).returncode == 0
-        )
+    for command in ("tables.py", "scale_cost.py", "influence_picture.py --picture docs/influence.png"):
+        ended = subprocess.run([sys.executable, *f"benchmarks/{command}".split()], check=False, cwd=ROOT)
+        fine[command] = ended.returncode == 0
     failed = [name for name, good in fine.items() if not good]
     if failed:
         print(f"failed: {', '.join(failed)}; logs are in {work}", file=sys.stderr)

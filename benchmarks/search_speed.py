@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.readout.search import BUFFER, Best, scan
+from leaveout.readout.search import BUFFER, Best, Product, scan
 from leaveout.store import Record, Store
 from measuring import arguments, interleaved, ratio, spread, write_result
 
@@ -58,7 +58,7 @@ def fill(path: Path, data: Tensor) -> Store:
 def search(store: Store, queries: Tensor, wanted: np.ndarray | None = None) -> Best:
     """What `Index.search` does once its queries are encoded, and its filter has said which rows are wanted."""
     best, transposed = Best(len(queries), K), queries.t().contiguous()
-    for numbers, scores in scan(store.segments(), lambda rows: rows @ transposed, wanted):
+    for numbers, scores in scan(store.segments(), Product(lambda rows: rows @ transposed), wanted):
         best.add(numbers, scores)
     return best
 

@@ -11,13 +11,14 @@ import itertools
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from influence_banks import groups, pretrained
 from leaveout.corpus import Corpus, Row
 from measuring import data, tiny
+from public_rows import groups
+from scratch_models import NEOX, pretrained
 
 KINDS = ("clickbait", "news", "wiki")
 SHORTEST, LONGEST = 30, 110  # characters of a WikiText sentence, the range of headlines
@@ -150,5 +151,5 @@ def base_model(work: Path, smoke: bool, sizes: Sizes, seed: int) -> tuple[Path, 
         readout.lm.save_pretrained(place)  # type: ignore[operator]
         readout.tokenizer.save_pretrained(place)
         return place, rest, 0.0
-    place, seconds = pretrained(work, list(numbered(texts)), seed, sizes.epochs)
+    place, seconds = pretrained(work, replace(NEOX, epochs=sizes.epochs), list(numbered(texts)), seed)
     return place, rest, seconds

@@ -28,7 +28,7 @@ from leaveout.metrics import bootstrap_interval
 from leaveout.readout import ann, simhash
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
-from leaveout.readout.search import Best, scan
+from leaveout.readout.search import Best, Product, scan
 from leaveout.store import Record, Store
 from measuring import arguments, data, interleaved, made_rows, ratio, read_json, spread, tiny, write_result
 
@@ -123,7 +123,7 @@ def fill(path: Path, rows: int, width: int, seed: int) -> Store:
 
 def scanned(store: Store, queries: torch.Tensor) -> Best:
     best, transposed = Best(len(queries), K), queries.t().contiguous()
-    for numbers, scores in scan(store.segments(), lambda rows: rows @ transposed):
+    for numbers, scores in scan(store.segments(), Product(lambda rows: rows @ transposed)):
         best.add(numbers, scores)
     return best
 
@@ -132,7 +132,7 @@ def rescored(store: Store, queries: torch.Tensor, n: int) -> None:
     """A short list by sign bits and the exact scores of its rows, as `Index.search` does."""
     lists = [numbers for numbers, _ in simhash.shortlist(store, queries, n)]
     transposed = queries.t().contiguous()
-    for _ in scan(store.segments(), lambda rows: rows @ transposed, np.unique(np.concatenate(lists))):
+    for _ in scan(store.segments(), Product(lambda rows: rows @ transposed), np.unique(np.concatenate(lists))):
         pass
 
 

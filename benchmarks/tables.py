@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tables_influence import by_method, changes, removals, stored_forms
 from tables_tasks import TASKS, table, times
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,29 +233,9 @@ def damping(result: dict[str, Any]) -> str:
     return table(head, [[f"seed {seed}", *(f"{found[n]:.3f}" for n in names)] for seed, found in by_seed.items()])
 
 
-def influence(result: dict[str, Any]) -> str:
-    """All methods by LDS, and the QLD of those that have one."""
-    removal = {line["method"]: line["qld"]["mean"] for line in result["qld"]}
-    ceiling = result["ceiling"]["mean"]
-    head = [
-        f"{result['bank']['name']}: {result['bank']['optimizer']}, {result['subsets']} halves, ceiling {ceiling:.3f}",
-        "LDS",
-        "QLD, nats",
-    ]
-    return table(
-        head,
-        [
-            [
-                f"`{line['method']}`", f"{line['lds']['mean']:.3f} [{line['lds']['low']:.3f}, {line['lds']['high']:.3f}]",
-                f"{removal[line['method']]:.3f}" if line["method"] in removal else "",
-            ]
-            for line in result["lds"]
-        ],
-    )  # fmt: skip
-
-
 README, JETS, DELETION, EVALUATION = "README.md", "docs/jets.md", "docs/deletion.md", "docs/evaluation.md"
-TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+BANKS = tuple(f"readout_influence_{name}.json" for name in ("stories", "neox"))
+TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "index_cost": (README, "readout_index_cost.json", index_cost),
     "search": (README, "readout_search.json", search),
     "retrieval": (README, "readout_retrieval.json", retrieval),
@@ -268,13 +249,21 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "shares": (DELETION, "deletion_regimes.json", shares),
     "choices": (DELETION, "deletion_prior_choices.json", choices),
     "damping": (DELETION, "deletion_prior_choices.json", damping),
-    "influence_stories": (EVALUATION, "readout_influence_stories.json", influence),
-    "influence_neox": (EVALUATION, "readout_influence_neox.json", influence),
+    "influence": (EVALUATION, BANKS, by_method),
+    "influence_removals": (EVALUATION, BANKS, removals),
+    "influence_changes": (EVALUATION, BANKS, changes),
+    "influence_forms": (EVALUATION, BANKS, stored_forms),
     **TASKS,
     "speed": (JETS, "jets_speed.json", speed),
     "retraining": (JETS, "jets_loo_retraining.json", retraining),
 }
-"""Name of a table -> the page it stands in, the result file, the function that writes it."""
+"""Name of a table -> the page it stands in, the result file or files, the function that writes it."""
+
+
+def files_of(table: str) -> tuple[str, ...]:
+    """The result files of a table."""
+    files = TABLES[table][1]
+    return (files,) if isinstance(files, str) else files
 
 
 def filled(text: str, results: Path, page: str = README) -> str:
@@ -290,11 +279,11 @@ def filled(text: str, results: Path, page: str = README) -> str:
     def made(match: re.Match[str]) -> str:
         if match[1] != match[3]:
             raise ValueError(f"the table {match[1]} ends with the marker of {match[3]}.")
-        _, file, write = TABLES[match[1]]
-        result = json.loads((results / file).read_text())
-        if result.get("smoke"):
-            raise ValueError(f"{file} is of a smoke run: run the benchmark in full.")
-        return f"<!-- table:{match[1]} -->\n{write(result)}<!-- end:{match[1]} -->"
+        read = [json.loads((results / file).read_text()) for file in files_of(match[1])]
+        for file, result in zip(files_of(match[1]), read, strict=True):
+            if result.get("smoke"):
+                raise ValueError(f"{file} is of a smoke run: run the benchmark in full.")
+        return f"<!-- table:{match[1]} -->\n{TABLES[match[1]][2](*read)}<!-- end:{match[1]} -->"
 
     return MARKED.sub(made, text)
 

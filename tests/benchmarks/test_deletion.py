@@ -70,8 +70,8 @@ def test_everything_has_its_script_and_its_options(script):
         assert all(f'"{option}"' in source for option in re.findall(r"--[a-z-]+", step.arguments)), step
     written = " ".join(f"{step.script} {step.arguments}" for step in run_all.STEPS.values())
     sources = "".join((BENCHMARKS / f"{step.script}.py").read_text() for step in run_all.STEPS.values())
-    for file in {file for _, file, _ in tables.TABLES.values()}:
-        stem = re.sub(r"_(stories|neox)$", "", Path(file).stem)
+    for file in {file for name in tables.TABLES for file in tables.files_of(name)}:
+        stem = re.sub(r"_(stories|neox|olmo|olmo-sgd)$", "", Path(file).stem)
         assert file in written or stem in sources, file
 
 
@@ -79,7 +79,7 @@ def test_bench_resumes_and_tells_what_failed(script, tmp_path, monkeypatch, caps
     module = script("run_all")
     bench = tmp_path / "benchmarks"
     bench.mkdir()
-    for name in ("fine", "tables", "scale_cost"):
+    for name in ("fine", "tables", "scale_cost", "influence_picture"):
         (bench / f"{name}.py").write_text("open('ran', 'a').write('x')\n")
     (bench / "broken.py").write_text("raise SystemExit(3)\n")
     monkeypatch.setattr(module, "ROOT", tmp_path)
@@ -89,4 +89,4 @@ def test_bench_resumes_and_tells_what_failed(script, tmp_path, monkeypatch, caps
         printed = capsys.readouterr()
         assert ("fine: done" in printed.out) == (turn == 1)
         assert "failed: broken" in printed.err
-    assert (tmp_path / "ran").read_text() == "x" * 5  # once, and two scripts after each turn
+    assert (tmp_path / "ran").read_text() == "x" * 7  # once, and three scripts after each turn

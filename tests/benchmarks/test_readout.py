@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from leaveout.readout.settings import PRESETS
+from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
 from leaveout.readout.signature import Signer
 
 from .conftest import BENCHMARKS, numbers
@@ -124,7 +123,7 @@ def test_projection_loss_shrinks_with_the_width(smoke_results):
 def test_rows_of_full_rank_lose_only_rounding(script):
     projection_loss, measuring = script("projection_loss"), script("measuring")
     readout, rows = measuring.tiny(0), measuring.made_rows(20, 0)
-    settings = replace(PRESETS["default"], rank=2, final_width=32)
+    settings = SignatureSettings((Channel("gh", whiten_left=True, whiten_right=True),), rank=2, final_width=32)
     _, whitening = projection_loss.index_scores(readout, rows[:16], rows[16:], settings)
     vectors, part = projection_loss.exact_rows(readout, rows, settings, whitening)
     full, one = projection_loss.measure_ranks(part, vectors[16:], vectors[:16], (16, 1))

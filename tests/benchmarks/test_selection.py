@@ -179,7 +179,7 @@ def test_what_was_pretrained_on_is_not_in_a_trial(rows, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(rows, "public_sources", lambda seed: rows.made_sources())
     monkeypatch.setattr(
-        rows, "pretrained", lambda work, given, *rest: seen.extend(r.text for r in given) or (work, 1.0)
+        rows, "pretrained", lambda work, shape, given, seed: seen.extend(r.text for r in given) or (work, 1.0)
     )
     _, sources, seconds = rows.base_model(tmp_path, False, rows.SMOKE, 0)
     left = {text for found in sources.values() for source in found for text in source}

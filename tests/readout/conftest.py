@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from leaveout.readout.settings import Channel, SignatureSettings
 from leaveout.readout.tokens import tokenise
 
 from .tiny import TEXTS, make_tokenizer, rows_of
 
 torch.set_num_threads(1)  # as in a worker process, so that results are comparable bit for bit
+
+# One whitened channel, for tests of what does not depend on which channels there are.
+GH = SignatureSettings((Channel("gh", whiten_left=True, whiten_right=True),))
 
 # name -> (relative, absolute): the largest difference that is rounding.
 TOLERANCES = {

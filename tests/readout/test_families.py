@@ -12,7 +12,7 @@ from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.residual import find_taps
-from leaveout.readout.settings import Channel, SignatureSettings
+from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer
 from leaveout.readout.tokens import Window
 
@@ -69,11 +69,8 @@ def test_every_family_is_indexed_by_both_main_presets(family, tokenizer, tmp_pat
 def test_residual_taps_are_all_that_writes_to_the_stream(family, tokenizer):
     """With the output of every tap set to zero, the final norm gets what the first block got."""
     readout = make_readout(family, tokenizer, spread=0.15)
-    taps, final_norm = find_taps(readout, None)
+    taps, final_norm = find_taps(readout, Channel("residual"))
     assert [tap.name for tap in taps] == ["0.attention", "0.mlp", "1.attention", "1.mlp"]
-    assert [tap.name for tap in find_taps(readout, (1,))[0]] == ["1.attention", "1.mlp"]
-    with pytest.raises(ValueError, match="The model has layers 0 to 1: layer 2 is not one of them"):
-        find_taps(readout, (0, 2))
     ids, seen = torch.tensor([IDS]), []
     blocks = readout.trunk.h if family == "gpt2" else readout.trunk.layers
     blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -87,14 +84,75 @@ def test_residual_taps_are_all_that_writes_to_the_stream(family, tokenizer):
     assert_close(seen[-1], seen[0], "float32")
 
 
+OUTPUTS = {
+    "llama": ("num_hidden_layers", "model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
+    "gpt2": ("n_layer", "transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),
+}
+
+
+@pytest.mark.parametrize(
+    ("n_blocks", "where", "blocks"),
+    [
+        (5, {}, [0, 1, 2, 3, 4]),
+        (5, {"layers": (3, 1, 3)}, [3, 1]),
+        (5, {"depths": (0.0, 0.5, 1.0)}, [0, 2, 4]),
+        (5, {"depths": (0.9, 0.3)}, [4, 1]),
+        (3, {"depths": (0.0, 0.5, 1.0)}, [0, 1, 2]),
+        (2, {"depths": (0.0, 0.5, 1.0)}, [0, 1]),
+        (1, {"depths": (0.0, 0.5, 1.0)}, [0]),
+    ],
+)
+@pytest.mark.parametrize("outputs", [("attention", "mlp"), ("mlp",), ("attention",)])
+@pytest.mark.parametrize("family", OUTPUTS)
+def test_a_channel_says_which_output_projections_it_takes(family, outputs, n_blocks, where, blocks, tokenizer):
+    """Each once, however many depths round to one block."""
+    count, *paths = OUTPUTS[family]
+    readout = make_readout(family, tokenizer, **{count: n_blocks})
+    channel = Channel("residual", 0.5, outputs=outputs, **where)
+    names = [f"{block}.{output}" for block in blocks for output in outputs]
+    path = dict(zip(("attention", "mlp"), paths, strict=True))
+    wanted = [readout.lm.get_submodule(path[output].format(block)) for block in blocks for output in outputs]
+    taps, _ = find_taps(readout, channel)
+    assert [tap.name for tap in taps] == names
+    assert all(tap.projection is module for tap, module in zip(taps, wanted, strict=True))
+    signer = Signer(readout, SignatureSettings((Channel("gh"), channel)))
+    assert [part.name for part in signer.parts] == ["gh0", *(f"residual1/{name}" for name in names)]
+    assert signer.width == 32 * 32 + sum(32 * tap.inputs for tap in taps)
+
+
+def test_layers_that_a_model_lacks_are_refused(tokenizer):
+    for layer in (2, -1):
+        with pytest.raises(ValueError, match=f"The model has layers 0 to 1: layer {layer} is not one of them"):
+            find_taps(make_readout("llama", tokenizer), Channel("residual", layers=(0, layer)))
+
+
+NOT_KNOWN = "The layers of a {} model are not known, so the residual channel {}."
+
+
 @pytest.mark.parametrize("family", UNKNOWN)
 def test_unknown_family_falls_back_and_says_so(family, tokenizer, tmp_path):
+    """One kind of channel falls back, whatever it was to be taken from; its whitening stays."""
     lm = make_model(family, spread=0.1, dtype=torch.float32)
-    index = Index.build(lm, RAW[:5], tmp_path / "index", "residual", tokenizer)
-    sentence = f"The layers of a {family} model are not known, so the residual channel falls back to rh and gh."
-    assert index.info()["notes"] == [sentence]
-    assert [(part.left.size, part.right.size) for part in index.signer.parts] == [(256, 32), (32, 32)]
-    assert np.isfinite(index.score(RAW[:2])).all()
+    channel = Channel("residual", whiten_left=True, left_damping=0.7, depths=(0.0,), outputs=("mlp",))
+    for number, preset in enumerate(("residual", SignatureSettings((channel,)))):
+        index = Index.build(lm, RAW[:5], tmp_path / str(number), preset, tokenizer)
+        assert index.info()["notes"] == [NOT_KNOWN.format(family, "falls back to rh and gh")]
+        assert [(part.left.size, part.right.size) for part in index.signer.parts] == [(256, 32), (32, 32)]
+        assert np.isfinite(index.score(RAW[:2])).all()
+    assert [part.left.whiten for part in index.signer.parts] == ["rh1000.damping-0.7", "gh1001.damping-0.7"]
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_unknown_family_leaves_a_residual_channel_beside_others_out_and_says_so(family, tokenizer, tmp_path):
+    lm = make_model(family, spread=0.1, dtype=torch.float32)
+    settings = resolve_settings("default")
+    others = tuple(channel for channel in settings.channels if channel.kind != "residual")
+    assert 0 < len(others) < len(settings.channels)
+    index = Index.build(lm, RAW, tmp_path / "index", settings, tokenizer)
+    alone = Index.build(lm, RAW, tmp_path / "alone", settings, tokenizer, channels=others)
+    assert index.info()["notes"] == [NOT_KNOWN.format(family, "is left out")] and alone.info()["notes"] == []
+    assert [part.name for part in index.signer.parts] == [part.name for part in alone.signer.parts]
+    assert np.array_equal(index.score(RAW), alone.score(RAW))
 
 
 # Refusals.

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ import torch
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
 from leaveout.readout import search as search_module
 from leaveout.readout.index import Index, Queries
-from leaveout.readout.settings import PRESETS, resolve_settings
+from leaveout.readout.settings import PRESETS
 from leaveout.readout.storage import decode, encode
 from leaveout.store import Store
 
-from .conftest import RAW, assert_close
+from .conftest import GH, RAW, assert_close
 from .tiny import TEXTS, make_model, make_tokenizer
 
 CORPUS = [
@@ -237,7 +238,7 @@ def test_sigkilled_build_of_a_model_by_path_resumes(lm, tokenizer, tmp_path):
         ({"seed": 1}, "seed = 0, not 1"),
         ({"targets": "all"}, "targets = 'response', not 'all'"),
         ({"units": "group"}, "units = None, not 'group'"),
-        ({"final_width": 99}, "final_width = 16384, not 99"),
+        ({"final_width": 99}, f"final_width = {PRESETS['default'].final_width}, not 99"),
     ],
 )
 def test_other_settings_are_refused_by_name(options, sentence, build, tmp_path, monkeypatch):
@@ -435,10 +436,13 @@ def test_stored_numbers_are_rounded_to_the_nearest(storage, relative, absolute):
 
 
 @pytest.mark.parametrize("storage", ["float16", "int8"])
-@pytest.mark.parametrize("preset", ["paper", "default", "residual"])
-def test_storage_types_agree(preset, storage, build):
-    exact = build(preset, storage="float32")
-    found = build(preset, storage=storage)
+@pytest.mark.parametrize(
+    ("preset", "form"),
+    [("paper", {}), ("default", {}), ("residual", {}), ("default", {"final_width": None, "rank": 12})],
+)
+def test_storage_types_agree(preset, form, storage, build):
+    exact = build(preset, storage="float32", **form)
+    found = build(preset, storage=storage, **form)
     assert_close(found.score(CORPUS), exact.score(CORPUS), storage)
     assert found.info()["signature"]["storage"] == storage
 
@@ -456,20 +460,57 @@ def test_low_rank_of_all_positions_is_exact(preset, build):
 
 
 def test_low_rank_keeps_the_largest_singular_values(build):
-    rows, queries = (
-        build("default", **IN_FULL).encode(x).vectors.reshape(-1, 32, 32).double() for x in (CORPUS, QUERIES)
-    )
+    rows, queries = (build(GH, **IN_FULL).encode(x).vectors.reshape(-1, 32, 32).double() for x in (CORPUS, QUERIES))
     u, s, vh = np.linalg.svd(rows.numpy())
     s[:, 3:] = 0
     wanted = np.einsum("nik,nk,nkj,qij->qn", u, s, vh, queries.numpy())
-    assert_close(build("default", **{**LOW_RANK, "rank": 3}).score(QUERIES), wanted, "model float32")
+    assert_close(build(GH, **{**LOW_RANK, "rank": 3}).score(QUERIES), wanted, "model float32")
 
 
 def test_low_rank_is_for_rows_above_the_final_width(build):
-    exact = build("default", **IN_FULL).score(QUERIES)
+    exact = build(GH, **IN_FULL).score(QUERIES)
     for final_width, same in ((1024, True), (1023, False)):
-        scores = build("default", **{**IN_FULL, "final_width": final_width, "rank": 3}).score(QUERIES)
+        scores = build(GH, **{**IN_FULL, "final_width": final_width, "rank": 3}).score(QUERIES)
         assert np.allclose(scores, exact, rtol=1e-4) == same
+
+
+# Rows of which the longest signature is many times the shortest, which have scales of their own.
+UNEQUAL = [
+    {"id": f"row {n}", "text": " ".join([*TEXTS[n % 8 :], *TEXTS][: 1 + n % 4])[: 12 + 31 * n]} for n in range(12)
+]
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+def test_rounded_low_rank_rows_are_scored_as_the_exact_ones(storage, build):
+    """In every answer: a row's scale counts on both of its sides."""
+    form = {**LOW_RANK, "rank": 60, **MANY_COMMITS}
+    index = build(GH, rows=UNEQUAL, **{**form, "storage": storage})
+    queries, ids = index.encode(QUERIES), index.ids
+    exact = build(GH, rows=UNEQUAL, **form).score(QUERIES)
+    length = np.sqrt(np.diag(build(GH, rows=UNEQUAL, **form).score(UNEQUAL)))
+    assert length.max() > 4 * length.min()
+    scale = np.concatenate([segment.arrays()["scale"] for segment in index.store.segments()])
+    assert scale.max() > 1.5 * scale.min()
+    found = index.score(queries)
+    assert_close(found / length, exact / length, storage)  # each row in its own units, so that short ones count too
+    assert (np.argsort(-found / scale) != np.argsort(-exact)).any()  # one factor of the scale decides
+    order = np.argsort(-found, kind="stable")
+    for workers in (1, 2):
+        for hits, row, best in zip(index.search(queries, 12, workers=workers), found, order, strict=True):
+            assert [hit.id for hit in hits] == [ids[n] for n in best]
+            assert [hit.score for hit in hits] == row[best].tolist()
+    some = [5, 0, 11, 3]
+    assert np.array_equal(index.stored_scores(queries, [ids[n] for n in some]), found[:, some])
+    mean = (exact / index.lengths(queries).numpy()[:, None]).mean(0)
+    chosen = {hit.id: hit.score for hit in index.select(queries, 12)}
+    assert_close([chosen[id] for id in ids] / length, mean / length, storage)
+    fused = (1 / (61 + np.argsort(order, axis=1))).sum(0)
+    hits = index.select(queries, 12, combine="rrf")
+    assert [hit.id for hit in hits] == [ids[n] for n in np.argsort(-fused, kind="stable")]
+    for n in some:
+        explained = index.explain(QUERIES[1], ids[n])
+        assert explained.stored_score == pytest.approx(found[1, n], rel=1e-5)
+        assert_close([explained.score], [exact[1, n]], "explain")
 
 
 # Selection.
@@ -503,7 +544,11 @@ def test_select_equals_the_formula(rank, combine, where, unwanted, build):
 
 @pytest.mark.parametrize(
     ("preset", "rank"),
-    [*((preset, None) for preset in PRESETS), *((preset, 60) for preset in PRESETS if preset != "paper")],
+    [
+        *((preset, None) for preset in PRESETS),
+        *((preset, 60) for preset in PRESETS if preset != "paper"),
+        *((replace(GH, length_power=1.0), rank) for rank in (None, 60)),
+    ],
 )
 def test_explanation_adds_up_to_the_score(preset, rank, build):
     stored = {} if preset == "paper" else IN_FULL if rank is None else {**LOW_RANK, "rank": rank}
@@ -544,12 +589,3 @@ def test_explanation_marks_the_tokens_that_are_learned(build):
         piece for piece, weight in zip(explained.query_tokens, explained.query_weights, strict=True) if weight != 0
     ]
     assert "".join(asked).strip() == "Yes."
-
-
-def test_presets_are_named_and_changed_by_field():
-    with pytest.raises(ValueError, match="There is no preset 'best': give one of default, residual, similarity, paper"):
-        resolve_settings("best")
-    with pytest.raises(
-        ValueError, match="There is no signature setting 'temprature': settings are channels, final_width"
-    ):
-        resolve_settings("paper", temprature=1)

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 
 from leaveout.corpus import render
 from leaveout.readout.model import Readout
-from leaveout.readout.settings import Channel, resolve_settings
+from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer
 from leaveout.readout.tokens import Window
 from leaveout.readout.whitening import whitening_matrices
 
-from .conftest import assert_close
+from .conftest import GH, assert_close
 from .oracle import (
     Slow,
     label_moments,
@@ -62,10 +62,10 @@ def flat(nested):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize(("family", "vocabulary"), [("gpt_neox", 523), ("gemma2", 523), ("phi", 4500)])
-def test_default_equals_the_exact_product(family, vocabulary, temperature, tokenizer, tokenised, rows):
+def test_whitened_gh_equals_the_exact_product(family, vocabulary, temperature, tokenizer, tokenised, rows):
     lm = make_model(family, spread=0.15, vocabulary=vocabulary)  # one of more tokens than one piece of the head
     readout = Readout(lm, tokenizer, None, cap=getattr(lm.config, "final_logit_softcapping", None))
-    settings = resolve_settings("default", temperature=temperature, **EXACT)
+    settings = resolve_settings(GH, temperature=temperature, **EXACT)
     found, matrices, _ = signed(readout, settings, tokenised, rows)
     slow = Slow(readout.lm)
     nested = slow_positions(slow, settings, tokenised, tokenizer, rows)
@@ -144,54 +144,192 @@ class SlowResidual(Slow):
         return self.formula(at.inputs[norm], g, weight, self.eps)
 
     def left(self, at, tap, g):
-        """g [..., hidden] at the output of the final norm, as it is at the output of a projection."""
+        """g [..., hidden] at the output of the final norm, as it is at the output of a projection (None: as it is)."""
+        if tap is None:
+            return g
         g = self.back(self.final, at, g)
         norm = self.norms[self.taps.index(tap)]
         return g if norm is None else self.back(norm, at, g)
 
 
-@pytest.mark.parametrize("family", PLACES)
-def test_residual_equals_the_exact_product(family, tokenizer, tokenised, rows):
-    readout = make_readout(family, tokenizer, spread=0.3)
-    settings = resolve_settings("residual", **EXACT)
+# Blocks of the model by preset: enough that a choice among them is one.
+CASES = [("residual", family, 2) for family in PLACES] + [("default", family, 4) for family in PLACES]
+
+
+@pytest.mark.parametrize(("preset", "family", "n_blocks"), CASES)
+def test_preset_equals_the_exact_product(preset, family, n_blocks, tokenizer, tokenised, rows):
+    """All channels, each side with its own damping, at the blocks that are nearest, divided by the row's length."""
+    readout = make_readout(family, tokenizer, spread=0.3, num_hidden_layers=n_blocks)
+    settings = resolve_settings(preset, **EXACT)
     found, matrices, _ = signed(readout, settings, tokenised, rows)
     slow = SlowResidual(readout.lm)
     nested = slow_positions(slow, settings, tokenised, tokenizer, rows)
-    names = {tap: f"{tap.split('.')[2]}.{'mlp' if '.mlp.' in tap else 'attention'}" for tap in slow.taps}
-    roots = {}
-    for tap, name in names.items():
-        g, a = (f"{side}.damping-0.1" for side in (f"g.{name}" if slow.norms[0] else "g.final", f"a.{name}"))
-        moment = sum(np.outer(at.inputs[tap], at.inputs[tap]) for at in flat(nested)) / len(flat(nested))
-        assert_close(matrices[a], whitening(moment, 0.1), precision(family))
-        assert_drawn(slow, flat(nested), tap, matrices[g].numpy())
-        roots[tap] = matrices[g].numpy(), matrices[a].numpy()
-    kind = precision(family)
+    roots = [
+        root
+        for number, channel in enumerate(settings.channels)
+        for root in (
+            [gh_roots(slow, flat(nested), channel, matrices, f"gh{number}")]
+            if channel.kind == "gh"
+            else [residual_roots(slow, flat(nested), channel, matrices, tap) for tap in taps_of(slow, channel)]
+        )
+    ]
+    used = {name for names, *_ in roots for name in names}
+    assert used == matrices.keys()
+    assert max(len(windows) for windows in nested) > 2  # so that tokens, not windows, are counted
     for vector, row in zip(found, nested, strict=True):
-        g = [residual_at(slow, at) @ slow.weight for at in flat([row])]
-        wanted = [
-            sum(
-                np.outer(left @ slow.left(at, tap, g_t), right @ at.inputs[tap])
-                for at, g_t in zip(flat([row]), g, strict=True)
-            )
-            for tap, (left, right) in roots.items()
+        positions, parts = flat([row]), []
+        for _, tap, left, right in roots:
+            total = 0.0
+            for at in positions:
+                g = residual_at(slow, at, settings.temperature) @ slow.weight
+                total += np.outer(left @ slow.left(at, tap, g), right @ (at.h if tap is None else at.inputs[tap]))
+            parts.append(total.ravel() / len(positions) ** settings.length_power)
+        for part, wanted in zip(np.split(vector, np.cumsum([part.size for part in parts])[:-1]), parts, strict=True):
+            assert_close(part, wanted, precision(family))
+
+
+def dampings(channel):
+    assert channel.whiten_left and channel.whiten_right and channel.weight == 1
+    return channel.damping if channel.left_damping is None else channel.left_damping, channel.damping
+
+
+def gh_roots(slow, positions, channel, matrices, key):
+    """Names of the whitening matrices of a gh channel, no tap, and the matrices by the oracle."""
+    left, right = dampings(channel)
+    names = f"{key}.damping-{left}", f"h.damping-{right}"
+    moments = label_moments(slow, positions)[0], sum(np.outer(at.h, at.h) for at in positions)
+    roots = [whitening(m / len(positions), d) for m, d in zip(moments, (left, right), strict=True)]
+    for name, root in zip(names, roots, strict=True):
+        assert_close(matrices[name], root, precision(slow.lm.config.model_type))
+    return names, None, *roots
+
+
+def residual_roots(slow, positions, channel, matrices, tap):
+    """The same for an output projection. Left labels are drawn, so that the engine's matrix is compared by sigmas."""
+    left, right = dampings(channel)
+    place = f"{tap.split('.')[2]}.{'mlp' if '.mlp.' in tap else 'attention'}"
+    names = f"g.{place if slow.norms[0] else 'final'}.damping-{left}", f"a.{place}.damping-{right}"
+    root = whitening(sum(np.outer(at.inputs[tap], at.inputs[tap]) for at in positions) / len(positions), right)
+    assert_close(matrices[names[1]], root, precision(slow.lm.config.model_type))
+    assert_drawn(slow, positions, tap, matrices[names[0]].numpy(), left)
+    return names, tap, matrices[names[0]].numpy(), root
+
+
+def taps_of(slow, channel):
+    """Names of the output projections of a channel: of all blocks, or of those nearest to its depths."""
+    n_blocks = slow.lm.config.num_hidden_layers
+    blocks: list[int] = list(range(n_blocks))
+    if channel.depths is not None:  # halfway between two blocks: the even one
+        places = [depth * (n_blocks - 1) for depth in channel.depths]
+        blocks = [
+            min(range(n_blocks), key=lambda block, place=place: (abs(block - place), block % 2)) for place in places
         ]
-        assert_close(vector, np.concatenate([part.ravel() for part in wanted]), kind)
+    taps = [tap for block in dict.fromkeys(blocks) for tap in slow.taps[2 * block : 2 * block + 2]]
+    return [tap for tap in taps if ("mlp" if ".mlp." in tap else "attention") in channel.outputs]
 
 
-def assert_drawn(slow, positions, tap, root):
+def assert_drawn(slow, positions, tap, root, damping):
     """The moment behind a whitening matrix, whose labels are drawn, lies within 5 sigma of its expectation."""
     mean, variance = label_moments(slow, positions, back=lambda at: slow.left(at, tap, np.eye(len(at.h))))
     damped = np.linalg.inv(root @ root) * len(positions)
-    drawn = damped - 0.1 * np.trace(damped) / 1.1 / len(damped) * np.eye(len(damped))
+    drawn = damped - damping * np.trace(damped) / (1 + damping) / len(damped) * np.eye(len(damped))
     sigmas = (drawn - mean) / np.sqrt(variance)
     assert np.sqrt((sigmas**2).mean()) > 0.3 and np.abs(sigmas).max() < 5  # neither exact nor another distribution
+
+
+def test_left_and_right_factors_have_their_own_damping(tokenizer, tokenised, rows):
+    """Left: `left_damping`, or `damping` where there is none; right: `damping`. One matrix per vectors and damping."""
+    readout = make_readout("gpt_neox", tokenizer, spread=0.15)
+    channels = (
+        Channel("rh", left_width=24, whiten_left=True, whiten_right=True, damping=0.2, left_damping=0.7),
+        Channel("gh", whiten_left=True, whiten_right=True, damping=0.3, left_damping=2.0),
+        Channel("gh", whiten_left=True, whiten_right=True, damping=0.3),
+        Channel("gh", whiten_right=True, damping=0.2, left_damping=9.0),
+    )
+    settings = SignatureSettings(channels, **EXACT)
+    found, matrices, _ = signed(readout, settings, tokenised, rows)
+    slow = Slow(readout.lm)
+    nested = slow_positions(slow, settings, tokenised, tokenizer, rows)
+    n = len(flat(nested))
+    g, h = label_moments(slow, flat(nested))[0] / n, sum(np.outer(at.h, at.h) for at in flat(nested)) / n
+    slow.weight = Signer(readout, settings).maps["rh0"].numpy()  # the sketch in the place of W
+    r, sketch = label_moments(slow, flat(nested))[0] / n, slow.weight
+    wanted = {
+        "rh0.damping-0.7": whitening(r, 0.7),
+        "gh1.damping-2.0": whitening(g, 2.0),
+        "gh2.damping-0.3": whitening(g, 0.3),
+        "h.damping-0.2": whitening(h, 0.2),
+        "h.damping-0.3": whitening(h, 0.3),
+    }
+    assert matrices.keys() == wanted.keys()
+    for name, matrix in wanted.items():
+        assert_close(matrices[name], matrix, "float64")
+    used = [("rh0.damping-0.7", "h.damping-0.2"), ("gh1.damping-2.0", "h.damping-0.3")]
+    used += [("gh2.damping-0.3", "h.damping-0.3"), (None, "h.damping-0.2")]
+    weight = readout.weight.numpy()
+    for vector, row in zip(found, nested, strict=True):
+        parts = [
+            sum(
+                np.outer(
+                    wanted.get(left, np.eye(32)) @ (sketch if number == 0 else weight).T @ residual_at(slow, at),
+                    wanted[right] @ at.h,
+                )
+                for at in flat([row])
+            ).ravel()
+            for number, (left, right) in enumerate(used)
+        ]
+        assert_close(vector, np.concatenate(parts), "float64")
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+def test_length_power_divides_rows_by_their_learned_tokens(power, rank, tokenizer, tokenised, rows):
+    """Rows of several windows, whose overlaps count once; a low-rank row is divided by the root on either side."""
+    readout = make_readout("gpt2", tokenizer, spread=0.15)
+    plain = resolve_settings(GH, **{**EXACT, "rank": rank})
+    sums, matrices, windows = signed(readout, plain, tokenised, rows)
+    signer = Signer(readout, replace(plain, length_power=power))
+    signer.whitening = matrices
+    found = signer.rows(windows, len(sums)).numpy()
+    tokens = tokenised(plain, rows[ROWS])
+    spans = [render(row, tokenizer).responses for row in rows[ROWS]]
+    counts = np.array([len(target_places(one.offsets, span)) for one, span in zip(tokens, spans, strict=True)])
+    assert max(len(one.windows) for one in tokens) > 2 and counts.max() > 1.4 * counts.min()
+    assert_close(found, sums / counts[:, None] ** (power if rank is None else power / 2), "float64")
+    if rank is not None:
+        lengths = [signer.low_rank.norm(torch.tensor(vectors)) for vectors in (found, sums)]
+        assert_close(lengths[0], lengths[1].numpy() / counts**power, "float64")
+
+
+def test_maps_that_are_one_matrix_are_multiplied_once(tokenizer):
+    """W for gh channels and the residual channel; what each of them gets is as if it were alone."""
+    readout = make_readout("llama", tokenizer, spread=0.15)
+    settings = SignatureSettings((Channel("gh"), Channel("rh", left_width=8), Channel("gh", 0.5), Channel("residual")))
+    signer, windows = Signer(readout, settings), [Window(0, 0, [0, 40, 300, 41, 500, 77], list(range(5)))]
+    multiplied, residuals = [], signer.head.residuals
+
+    class Counted:
+        def __init__(self, residual):
+            self.residual = residual
+
+        def __matmul__(self, matrix):
+            multiplied.append(matrix)
+            return self.residual @ matrix
+
+    signer.head.residuals = lambda *args: ((piece, Counted(residual)) for piece, residual in residuals(*args))
+    raw = signer.positions(windows).raw
+    assert [matrix.shape for matrix in multiplied] == [(523, 32), (523, 8)]
+    for name, channel in {"gh0": Channel("gh"), "g.final": Channel("residual")}.items():
+        alone = Signer(readout, SignatureSettings((channel,))).positions(windows).raw
+        assert torch.equal(raw[name], alone[name]) and raw[name].abs().max() > 0
+    assert torch.equal(raw["gh2"], raw["gh0"]) and not torch.equal(raw["g.final"], raw["gh0"])
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_unprojected_rh_is_the_gradient_of_the_head(tied, tokenizer, tokenised, rows):
     """Autograd's gradient of the summed loss, for W itself and, through W^T, for gh."""
     readout = make_readout("gpt_neox", tokenizer, spread=0.15, tied=tied)
-    settings = replace(resolve_settings("default", **EXACT), channels=(Channel("rh", 2.0), Channel("gh")))
+    settings = SignatureSettings((Channel("rh", 2.0), Channel("gh")), **EXACT)
     found, _, windows = signed(readout, settings, tokenised, rows)
     split = readout.vocabulary * readout.hidden_size
     for number, vector in enumerate(found):
@@ -212,7 +350,7 @@ def test_unprojected_rh_is_the_gradient_of_the_head(tied, tokenizer, tokenised, 
 def test_whitened_then_projected_factors(projection, tokenizer, tokenised, rows):
     """Sides are whitened first and projected after; the vector of projected sides is P^T (exact) Q."""
     readout = make_readout("gpt2", tokenizer, spread=0.15)
-    exact = resolve_settings("default", **EXACT)
+    exact = resolve_settings(GH, **EXACT)
     whole, matrices, windows = signed(readout, exact, tokenised, rows)
     channel = replace(exact.channels[0], left_width=12, right_width=20, projection=projection)
     signer = Signer(readout, replace(exact, channels=(channel,)))
@@ -226,7 +364,7 @@ def test_whitened_then_projected_factors(projection, tokenizer, tokenised, rows)
 def test_whitened_rh_uses_the_moment_of_projected_residuals(tokenizer, tokenised, rows):
     readout = make_readout("gpt_neox", tokenizer, spread=0.15)
     channel = Channel("rh", left_width=24, whiten_left=True, damping=0.3)
-    settings = replace(resolve_settings("default", **EXACT), channels=(channel,))
+    settings = SignatureSettings((channel,), **EXACT)
     found, matrices, _ = signed(readout, settings, tokenised, rows)
     slow = Slow(readout.lm)
     nested = slow_positions(slow, settings, tokenised, tokenizer, rows)

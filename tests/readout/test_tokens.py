@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from leaveout.corpus import render
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
-from leaveout.readout.settings import resolve_settings
+from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
 from leaveout.readout.tokens import check_ids, cut_windows, tokenise
 
 from .conftest import RAW
@@ -105,7 +105,7 @@ def test_windows_predict_every_target_with_a_context(data):
     ids = list(range(data.draw(st.integers(2, 130))))
     learned = sorted(data.draw(st.sets(st.integers(1, len(ids) - 1), min_size=1)))
     unit = data.draw(st.booleans())
-    given = replace(RESPONSE, window=window, stride=stride, unit_length=unit)
+    given = SignatureSettings((Channel(),), window=window, stride=stride, unit_length=unit)
     windows = cut_windows(7, ids, learned, given, context)
 
     found = [part.start + position + 1 for part in windows for position in part.positions]

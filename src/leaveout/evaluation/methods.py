@@ -102,6 +102,10 @@ class Scorer:
                 own[name].copy_(value)
         return load_readout(self.task.model, tokenizer_of(self.run))
 
+    def trunk_layers(self) -> tuple[str, ...]:
+        """The pattern of all layers below the head, which is as wide as the vocabulary."""
+        return (f"{getattr(self.task.model, 'base_model_prefix', '')}.*",)
+
     def signatures(self, preset: str | SignatureSettings, at: str) -> np.ndarray:
         """Scores of the readout engine [query, example], from an index in a temporary directory."""
         asked, readout = self.query_rows, self.readout(at)
@@ -136,6 +140,9 @@ METHODS: dict[str, Callable[[Scorer, str], np.ndarray]] = {
     "z0-inf": lambda s, at: Z0Inf(s.task, s.snapshots).score(s.query_rows, s.rows),
     "rapidin": lambda s, at: RapidIn(s.task, s.parameters(at), seed=s.seed).score(s.query_rows, s.rows),
     "ek-fac": lambda s, at: EkFac(s.task, s.parameters(at), seed=s.seed).score(s.query_rows, s.rows),
+    "ek-fac blocks": lambda s, at: EkFac(s.task, s.parameters(at), s.trunk_layers(), seed=s.seed).score(
+        s.query_rows, s.rows
+    ),
     "trak": lambda s, at: Trak(s.task, s.parameters(at), seed=s.seed).score(s.query_rows, s.rows),
     "trackstar": lambda s, at: TrackStar(s.task, s.parameters(at)).score(s.query_rows, s.rows),
     **{name: lambda s, at, name=name: s.signatures(name, at) for name in PRESETS},

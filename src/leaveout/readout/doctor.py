@@ -11,7 +11,7 @@ import torch
 from leaveout.corpus import Row
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.residual import find_taps
-from leaveout.readout.settings import SignatureSettings, resolve_settings
+from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer
 from leaveout.readout.tokens import TokenisedRow, tokenise
 
@@ -137,9 +137,11 @@ def _loss(signer: Signer, rows: list[TokenisedRow]) -> Check:
 
 
 def _layers(readout: Readout) -> Check:
-    found = find_taps(readout, None)
+    found = find_taps(readout, Channel("residual"))
     if found is None:
         return Check(
-            "layers", None, f"{readout.family} layers are not known: the residual preset falls back to rh and gh"
+            "layers",
+            None,
+            f"{readout.family} layers are not known: `default` looks at the readout alone, `residual` at rh and gh",
         )
-    return Check("layers", None, f"{len(found[0])} output projections for the residual preset")
+    return Check("layers", None, f"{len(found[0])} output projections that the residual channel can take")

@@ -100,6 +100,8 @@ def text_positions(signer: Signer, tokens: TokenisedRow) -> Positions:
         scale /= len(windows)
         length = _pair_sums(joined, joined, scale, scale).sum().clamp_min(0).sqrt()
         scale /= length.clamp_min(1e-30)
+    else:
+        scale /= len(places) ** signer.settings.length_power
     return Positions(torch.tensor(places), scale, joined)
 
 

@@ -285,9 +285,9 @@ class Index:
     def product(self, vectors: Tensor) -> Product:
         """A function from stored rows [rows, width] to their products [rows, queries] with vectors [queries, width]."""
         if self.low_rank is not None:
-            return self.low_rank.product(vectors)
+            return Product(self.low_rank.product(vectors), degree=2)
         transposed = vectors.t().contiguous()
-        return lambda rows: rows @ transposed
+        return Product(lambda rows: rows @ transposed)
 
     def directions(self, numbers: np.ndarray) -> Tensor:
         """Stored signatures [rows, width] of rows by number, of unit length; zero where a row is zero."""

@@ -10,7 +10,7 @@ Source: leaveout's own; judged by retraining in docs/, not by derivation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from leaveout.readout.model import Readout
+from leaveout.readout.settings import Channel
 
 
 @dataclass(frozen=True)
@@ -60,28 +61,34 @@ class Tap:
         return self.projection.weight.shape[0]  # type: ignore[union-attr,index,return-value]  # GPT-2's Conv1D is [in, out]
 
 
-def find_taps(readout: Readout, layers: tuple[int, ...] | None) -> tuple[list[Tap], nn.Module] | None:
-    """The output projections of the given layers (None: all) and the final norm; None for an unknown family."""
+def find_taps(readout: Readout, channel: Channel) -> tuple[list[Tap], nn.Module] | None:
+    """The output projections that a residual channel takes, and the final norm; None for an unknown family."""
     family = FAMILIES.get(readout.family)
     if family is None:
         return None
     trunk = readout.trunk
     try:
         blocks: Any = trunk.get_submodule(family.layers)
+        places = {"attention": (family.attention, family.attention_norm), "mlp": (family.mlp, family.mlp_norm)}
         taps = []
-        for index in range(len(blocks)) if layers is None else layers:
-            if not 0 <= index < len(blocks):
-                raise ValueError(f"The model has layers 0 to {len(blocks) - 1}: layer {index} is not one of them.")
-            for name, path, norm in (
-                ("attention", family.attention, family.attention_norm),
-                ("mlp", family.mlp, family.mlp_norm),
-            ):
-                block = blocks[index]
+        for index in _blocks_of(channel, len(blocks)):
+            for output in channel.outputs:
+                block, (path, norm) = blocks[index], places[output]
                 module = _plain(block.get_submodule(path))
-                taps.append(Tap(f"{index}.{name}", module, block.get_submodule(norm) if norm else None))
+                taps.append(Tap(f"{index}.{output}", module, block.get_submodule(norm) if norm else None))
         return taps, trunk.get_submodule(family.final_norm)
     except AttributeError:
         return None
+
+
+def _blocks_of(channel: Channel, count: int) -> Iterable[int]:
+    """Numbers of the blocks that a channel names, each once."""
+    if channel.depths is not None:
+        return dict.fromkeys(round(depth * (count - 1)) for depth in channel.depths)
+    for index in channel.layers or ():
+        if not 0 <= index < count:
+            raise ValueError(f"The model has layers 0 to {count - 1}: layer {index} is not one of them.")
+    return range(count) if channel.layers is None else channel.layers
 
 
 def _plain(module: nn.Module) -> nn.Module:

@@ -49,7 +49,18 @@ class Hit:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-Product = Callable[[Tensor], Tensor]  # decoded rows [rows, width] -> scores [rows, queries]
+@dataclass(frozen=True)
+class Product:
+    """Scores of rows: `of` takes decoded rows [rows, width] to scores [rows, queries].
+
+    degree   what a row times s scores is s ** degree times as much: 1 for flat rows, 2 for rows of singular triples
+    """
+
+    of: Callable[[Tensor], Tensor]
+    degree: int = 1
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self.of(rows)
 
 
 Scanners = Literal["threads", "ray"]
@@ -145,7 +156,7 @@ def _segment_scores(arrays: dict[str, np.ndarray], product: Product, positions: 
         rows.copy_(_tensor(block))
         scores.append(product(rows).numpy())
     chosen = scale if positions is None else scale[positions]
-    return np.concatenate(scores) * chosen[:, None]
+    return np.concatenate(scores) * (chosen**product.degree)[:, None]
 
 
 def _tensor(block: np.ndarray) -> Tensor:

@@ -16,6 +16,8 @@ Kind = Literal["rh", "gh", "residual"]
 Projection = Literal["countsketch", "orthogonal"]
 Storage = Literal["float32", "float16", "int8"]
 Targets = Literal["response", "all"]
+Output = Literal["attention", "mlp"]
+Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Channel:
     Whitening multiplies a factor by (M + damping * mean eigenvalue of M)^(-1/2), M its second moment over target
     positions with labels drawn from the model. g, h and activations are whitened, then projected; r, as long as
     the vocabulary, is projected first, then whitened.
+
+    left_damping    of r and g (None: the same as damping, which is that of h and activations)
+    layers, depths  of the residual channel: numbers of blocks, or shares of the way from the first block (0) to the
+                    last (1); neither: all blocks
+    outputs         of the residual channel: which output projections of a block
     """
 
     kind: Kind = "gh"
@@ -36,7 +43,10 @@ class Channel:
     whiten_left: bool = False
     whiten_right: bool = False
     damping: float = 0.1
-    layers: tuple[int, ...] | None = None  # residual only; None: all
+    left_damping: float | None = None
+    layers: tuple[int, ...] | None = None
+    depths: tuple[float, ...] | None = None
+    outputs: tuple[Output, ...] = ("attention", "mlp")
 
     def __post_init__(self) -> None:
         _one_of("kind", self.kind, Kind)
@@ -45,12 +55,35 @@ class Channel:
             width = getattr(self, name)
             if width is not None and width < 1:
                 raise ValueError(f"{name} is {width}: give a positive number, or None for no projection.")
-        if not self.damping > 0:
-            raise ValueError(f"damping is {self.damping}: give a positive share of the mean eigenvalue.")
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            if self.kind != "residual":
-                raise ValueError(f"layers belongs to the residual channel, not to {self.kind}: leave it out.")
+        for name in ("damping", "left_damping"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}: give a positive share of the mean eigenvalue.")
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """What the residual channel is taken from; the other kinds have no choice."""
+        for name in ("layers", "depths", "outputs"):
+            if (given := getattr(self, name)) is None:
+                continue
+            object.__setattr__(self, name, tuple(dict.fromkeys(given)))
+            if not given:
+                raise ValueError(f"{name} is empty: give at least one, or leave it out for all.")
+            if self.kind != "residual" and getattr(self, name) != getattr(Channel, name):
+                raise ValueError(f"{name} belongs to the residual channel, not to {self.kind}: leave it out.")
+        for output in self.outputs:
+            _one_of("outputs", output, Output)
+        if self.layers is not None and self.depths is not None:
+            raise ValueError("layers and depths both say which blocks are taken: give one of them.")
+        if self.depths is not None and not all(0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths is {self.depths}: give numbers from 0, the first block, to 1, the last.")
+
+    def damping_of(self, side: Side) -> float | None:
+        """Damping with which a side is whitened; None: it is not."""
+        if side == "right":
+            return self.damping if self.whiten_right else None
+        damping = self.damping if self.left_damping is None else self.left_damping
+        return damping if self.whiten_left else None
 
 
 @dataclass(frozen=True)
@@ -62,7 +95,9 @@ class SignatureSettings:
     mass, minimum   with a support: its smallest prefix of this probability, at least `minimum` long, plus the target
     unit_positions  each factor is scaled to unit length per position
     unit_length     window signatures and row signatures are scaled to unit length; a row is the mean of its windows.
-                    Otherwise a row is the plain sum over its target positions, each counted once
+                    Otherwise a row is the sum over its target positions, each counted once
+    length_power    that sum is divided by (number of target positions) ** length_power: 0 leaves the sum, 1 makes it
+                    the mean, which is what a row weighs where training takes the mean loss of each row
     targets         which tokens are learned: `response` (prompts are context only) or `all`
     window, stride  a longer row is cut into windows of `window` tokens that start every `stride`
     final_width     a row of at most this many numbers is stored in full; None: no limit
@@ -80,6 +115,7 @@ class SignatureSettings:
     minimum: int = 1
     unit_positions: bool = False
     unit_length: bool = False
+    length_power: float = 0.0
     targets: Targets = "response"
     window: int = 1024
     stride: int = 768
@@ -99,6 +135,10 @@ class SignatureSettings:
             raise ValueError(f"temperature is {self.temperature}: give a positive number.")
         if not 0 < self.mass <= 1:
             raise ValueError(f"mass is {self.mass}: give a probability in (0, 1].")
+        if not 0 <= self.length_power <= 1:
+            raise ValueError(f"length_power is {self.length_power}: give 0 (sum) to 1 (mean).")
+        if self.length_power and self.unit_length:
+            raise ValueError("Rows of unit length have no other length: give length_power=0 with unit_length.")
         if self.support is None and self.mass < 1:
             raise ValueError("mass below 1 needs a support: give support=256, say, or leave mass at 1.")
         if self.support is not None and not self.support >= self.minimum >= 1:
@@ -142,17 +182,30 @@ def _one_of(name: str, value: Any, literal: Any) -> None:
 
 
 PRESETS: dict[str, SignatureSettings] = {
-    # Influence: what training on the row changes about the query. Readout gradient, whitened on both sides.
+    # Influence: what training on the row changes about the query. Gradients of the readout and of three MLP outputs.
     "default": SignatureSettings(
-        channels=(Channel("gh", whiten_left=True, whiten_right=True),),
-        final_width=16384,
-        rank=24,
+        channels=(
+            Channel("gh", whiten_left=True, whiten_right=True, damping=0.3, left_damping=3.0),
+            Channel(
+                "residual",
+                whiten_left=True,
+                whiten_right=True,
+                damping=0.3,
+                left_damping=3.0,
+                depths=(0.0, 0.5, 1.0),
+                outputs=("mlp",),
+            ),
+        ),
+        length_power=0.5,
+        final_width=65536,
+        rank=16,
     ),
     # Influence over every layer from the same forward pass, for large budgets per row.
     "residual": SignatureSettings(
-        channels=(Channel("residual", whiten_left=True, whiten_right=True),),
+        channels=(Channel("residual", whiten_left=True, whiten_right=True, damping=0.3, left_damping=3.0),),
+        length_power=0.5,
         final_width=131072,
-        rank=8,
+        rank=16,
     ),
     # Likeness of content and manner, not influence: nothing is whitened.
     "similarity": SignatureSettings(

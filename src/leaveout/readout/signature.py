@@ -22,7 +22,7 @@ from leaveout.readout.low_rank import LowRank, low_rank, pairs
 from leaveout.readout.model import Readout
 from leaveout.readout.projection import CountSketch, Hadamard, orthogonal
 from leaveout.readout.residual import Tap, find_taps, pull_back, recording
-from leaveout.readout.settings import Channel, SignatureSettings
+from leaveout.readout.settings import Channel, Side, SignatureSettings
 from leaveout.readout.tokens import Window
 
 BATCH_TOKENS = 1024  # tokens of one forward pass, padding included
@@ -78,12 +78,7 @@ class Positions:
     target: Tensor
 
 
-def moment(raw: str, channel: Channel) -> str:
-    """Name of a whitening matrix: whose second moment it comes from, and with which damping."""
-    return f"{raw}.damping-{channel.damping!r}"
-
-
-def _stream(channel: Channel, side: str, number: int, name: str) -> str:
+def _stream(channel: Channel, side: Side, number: int, name: str) -> str:
     """Name of a projection's randomness; the hidden states of all channels share one."""
     return f"{channel.kind}/{number}/{name}/{side}" if side == "left" or name else "h"
 
@@ -102,6 +97,7 @@ class Signer:
         self.settings = settings
         self.dtype = torch.float64 if readout.weight.dtype == torch.float64 else torch.float32
         self.head = Head(readout, settings, self.dtype)
+        self.weight = readout.weight  # kept, as every use of the property makes another tensor
         self.maps: dict[str, Tensor] = {}  # raw left vectors are r @ maps[key]
         self.count_sketches: dict[str, CountSketch] = {}  # the same maps, where a few additions do the product
         self.taps: dict[str, Tap] = {}
@@ -124,74 +120,69 @@ class Signer:
     def _parts(self, number: int, channel: Channel) -> list[Part]:
         if channel.kind == "residual":
             return self._residual_parts(number, channel)
-        key, size = f"{channel.kind}{number}", self.readout.hidden_size
-        left_sketch = self._sketch(channel, "left", number, self.readout.vocabulary if channel.kind == "rh" else size)
-        if channel.kind == "rh":
-            if left_sketch is None and self.readout.vocabulary > 8192:
-                raise UnsupportedError(
-                    f"An unprojected rh channel would hold {self.readout.vocabulary} x {size} numbers a row: "
-                    "set its left_width (128, say)."
-                )
-            if left_sketch is None:
-                left_sketch = torch.eye(self.readout.vocabulary, dtype=self.dtype, device=self.readout.device)
-            elif channel.projection == "countsketch":
-                sketch = self._count_sketch(channel, "left", number, self.readout.vocabulary)
+        key = f"{channel.kind}{number}"
+        left = self._rh_left(key, number, channel) if channel.kind == "rh" else self._gh_left(key, number, channel)
+        return [
+            Part(key, channel.weight, left, self._factor_of("h", self.readout.hidden_size, channel, "right", number))
+        ]
+
+    def _rh_left(self, key: str, number: int, channel: Channel) -> Factor:
+        """r itself: its map is the projection, so that a whitening matrix is of the projected size."""
+        vocabulary = self.readout.vocabulary
+        factor = self._factor_of(key, vocabulary, channel, "left", number)
+        if factor.sketch is not None:
+            self.maps[key] = factor.sketch
+            if channel.projection == "countsketch":
+                sketch = self._count_sketch(channel, "left", number, vocabulary)
                 self.count_sketches[key] = sketch.to(self.readout.device, self.dtype)
-            self.maps[key] = left_sketch
-            left = Factor(key, self.maps[key].shape[1], moment(key, channel) if channel.whiten_left else None)
-        elif channel.whiten_left or left_sketch is None:
-            self.maps[key] = self.readout.weight
-            left = Factor(key, size, moment(key, channel) if channel.whiten_left else None, left_sketch)
-        else:  # W S once, so that only its narrow rows are touched
-            self.maps[key] = self.readout.weight.to(self.dtype) @ left_sketch
-            left = Factor(key, left_sketch.shape[1])
-        right = Factor(
-            "h",
-            size,
-            moment("h", channel) if channel.whiten_right else None,
-            self._sketch(channel, "right", number, size),
-        )
-        return [Part(key, channel.weight, left, right)]
+        elif vocabulary <= 8192:
+            self.maps[key] = torch.eye(vocabulary, dtype=self.dtype, device=self.readout.device)
+        else:
+            raise UnsupportedError(
+                f"An unprojected rh channel would hold {vocabulary} x {self.readout.hidden_size} numbers a row: "
+                "set its left_width (128, say)."
+            )
+        return Factor(key, factor.width, factor.whiten)
+
+    def _gh_left(self, key: str, number: int, channel: Channel) -> Factor:
+        factor = self._factor_of(key, self.readout.hidden_size, channel, "left", number)
+        if factor.whiten is not None or factor.sketch is None:
+            self.maps[key] = self.weight
+            return factor
+        self.maps[key] = self.weight.to(self.dtype) @ factor.sketch  # once, so that only its narrow rows are touched
+        return Factor(key, factor.width)
 
     def _residual_parts(self, number: int, channel: Channel) -> list[Part]:
-        found = find_taps(self.readout, channel.layers)
+        found = find_taps(self.readout, channel)
         if found is None:
-            self.notes.append(
-                f"The layers of a {self.readout.family} model are not known, so the residual channel falls back to "
-                "rh and gh."
+            unknown = f"The layers of a {self.readout.family} model are not known, so the residual channel"
+            if any(other.kind != "residual" for other in self.settings.channels):
+                self.notes.append(f"{unknown} is left out.")
+                return []
+            self.notes.append(f"{unknown} falls back to rh and gh.")
+            gh = replace(
+                channel, kind="gh", left_width=None, right_width=None, layers=None, depths=None, outputs=Channel.outputs
             )
-            fallback = (
-                replace(channel, kind="rh", left_width=256, right_width=None, layers=None),
-                replace(channel, kind="gh", left_width=None, right_width=None, layers=None),
-            )
+            fallback = (replace(gh, kind="rh", left_width=256), gh)
             return [part for i, item in enumerate(fallback) for part in self._parts(1000 * (number + 1) + i, item)]
         taps, self.final_norm = found
-        self.maps["g"] = self.readout.weight
+        self.maps["g"] = self.weight
         parts = []
         for tap in taps:
             self.taps[tap.name] = tap
-            g, a = ("g." + tap.name if tap.norm is not None else "g.final"), "a." + tap.name
-            parts.append(
-                Part(
-                    f"residual{number}/{tap.name}",
-                    channel.weight,
-                    Factor(
-                        g,
-                        self.readout.hidden_size,
-                        moment(g, channel) if channel.whiten_left else None,
-                        self._sketch(channel, "left", number, self.readout.hidden_size, tap.name),
-                    ),
-                    Factor(
-                        a,
-                        tap.inputs,
-                        moment(a, channel) if channel.whiten_right else None,
-                        self._sketch(channel, "right", number, tap.inputs, tap.name),
-                    ),
-                )
-            )
+            g = "g.final" if tap.norm is None else "g." + tap.name
+            left = self._factor_of(g, self.readout.hidden_size, channel, "left", number, tap.name)
+            right = self._factor_of("a." + tap.name, tap.inputs, channel, "right", number, tap.name)
+            parts.append(Part(f"residual{number}/{tap.name}", channel.weight, left, right))
         return parts
 
-    def _sketch(self, channel: Channel, side: str, number: int, size: int, name: str = "") -> Tensor | None:
+    def _factor_of(self, raw: str, size: int, channel: Channel, side: Side, number: int, name: str = "") -> Factor:
+        """A factor that is whitened, then projected. A whitening matrix is named by its vectors and damping."""
+        damping = channel.damping_of(side)
+        whiten = None if damping is None else f"{raw}.damping-{damping!r}"
+        return Factor(raw, size, whiten, self._sketch(channel, side, number, size, name))
+
+    def _sketch(self, channel: Channel, side: Side, number: int, size: int, name: str = "") -> Tensor | None:
         width = channel.left_width if side == "left" else channel.right_width
         if width is None or (channel.projection == "orthogonal" and width >= size):
             return None  # never project where the size already fits
@@ -201,7 +192,7 @@ class Signer:
             dense = self._count_sketch(channel, side, number, size, name).matrix()
         return dense.to(self.readout.device, self.dtype)
 
-    def _count_sketch(self, channel: Channel, side: str, number: int, size: int, name: str = "") -> CountSketch:
+    def _count_sketch(self, channel: Channel, side: Side, number: int, size: int, name: str = "") -> CountSketch:
         width = channel.left_width if side == "left" else channel.right_width
         assert width is not None
         return CountSketch.make(size, width, self.settings.seed, _stream(channel, side, number, name))
@@ -247,15 +238,17 @@ class Signer:
         return modules
 
     def _mapped(self, hidden: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """r @ map for every map, over blocks of logits."""
-        raw = {key: hidden.new_empty(len(hidden), matrix.shape[1]) for key, matrix in self.maps.items()}
+        """r @ map for every map, over blocks of logits; maps that are one matrix are multiplied once."""
+        owners: dict[int, str] = {}
+        first = {key: owners.setdefault(id(matrix), key) for key, matrix in self.maps.items()}
+        raw = {key: hidden.new_empty(len(hidden), self.maps[key].shape[1]) for key in first.values()}
         for piece, residual in self.head.residuals(hidden, target):
-            for key, matrix in self.maps.items():
+            for key, product in raw.items():
                 if key in self.count_sketches and isinstance(residual, SparseResidual):
-                    raw[key][piece] = residual.count_sketch(self.count_sketches[key])
+                    product[piece] = residual.count_sketch(self.count_sketches[key])
                 else:
-                    raw[key][piece] = residual @ matrix
-        return raw
+                    product[piece] = residual @ self.maps[key]
+        return {key: raw[same] for key, same in first.items()}
 
     def _draw(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
         drawn = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
@@ -332,6 +325,12 @@ class Signer:
         if unit:
             norm = (total.norm(dim=1) if rank is None else self.low_rank.norm(total).sqrt())[:, None]
             total = torch.where(norm == 0, 0.0, total / norm)
+        elif self.settings.length_power:
+            targets = np.bincount(
+                [window.row for window in windows], [len(window.positions) for window in windows], n_rows
+            )
+            divisor = torch.from_numpy(targets.clip(1) ** self.settings.length_power)[:, None].to(total)
+            total /= divisor if rank is None else divisor.sqrt()
         return total
 
 

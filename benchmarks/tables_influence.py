@@ -1,0 +1,105 @@
+"""Tables of docs/evaluation.md: methods, changes of the default and stored forms against retraining, a column a bank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tables_tasks import table, within
+
+Results = Sequence[dict[str, Any]]
+NAMES = {"ek-fac blocks": "ek-fac"}  # one row for both: large vocabularies leave the head out
+
+
+def by_method(*results: dict[str, Any]) -> str:
+    """LDS of methods that have a name, the best of the first bank first."""
+    return _lds_table(results, "lds", lambda name: _method(name) in KNOWN)
+
+
+def changes(*results: dict[str, Any]) -> str:
+    """LDS of changes of the default at the same checkpoint, and how far the default is above them."""
+    lines = []
+    for name in _order(results, "lds"):
+        if _method(name) in KNOWN or not name.endswith("@third"):
+            continue
+        cells = []
+        for result in results:
+            found = _found(result, "lds").get(name)
+            against = result["default_minus_others_lds"].get(name)
+            cells += ["", ""] if found is None or against is None else [f"{found['mean']:.3f}", within(against, 3)]
+        lines.append([name.removesuffix("@third"), *cells])
+    own = [f"{_found(result, 'lds')['default@third']['mean']:.3f}" for result in results]
+    head = [text for result in results for text in (result["bank"]["name"], "default minus it")]
+    unchanged = ["the default itself", *(text for cell in own for text in (cell, ""))]
+    return table(["change, after a third of training", *head], [unchanged, *lines])
+
+
+def removals(*results: dict[str, Any]) -> str:
+    """QLD, and how far the default is above each method on the same queries."""
+    lines = []
+    for name in _order(results, "qld"):
+        cells = []
+        for result in results:
+            found, against = _found(result, "qld").get(name), result["default_minus_others_qld"].get(name)
+            cells += ["" if found is None else f"{found['mean']:.3f}", "" if against is None else within(against, 3)]
+        lines.append([f"`{name}`", *cells])
+    head = [text for result in results for text in (f"{_title(result)}: QLD, nats", "default minus it")]
+    return table(["method", *head], lines)
+
+
+def stored_forms(*results: dict[str, Any]) -> str:
+    """LDS and bytes a row of the forms a row may be stored in."""
+    lines = []
+    for number, form in enumerate(results[0]["stored_forms"]):
+        cells = []
+        for result in results:
+            found = result["stored_forms"][number]
+            cells += [f"{found['bytes']:,}", f"{found['lds']['mean']:.3f}"]
+        lines.append([form["form"], *cells])
+    head = [text for result in results for text in (f"{result['bank']['name']}: bytes a row", "LDS")]
+    return table(["stored form", *head], lines)
+
+
+KNOWN = {
+    "random", "bm25", "embedding", "gradient dot", "gradient cosine", "tracin", "rapidin", "ek-fac", "default", "residual",
+    "similarity", "paper",
+}  # fmt: skip
+
+
+def _lds_table(results: Results, metric: str, wanted: Any) -> str:
+    head = ["method", *(f"{_title(result)}: ceiling {result['ceiling']['mean']:.3f}" for result in results)]
+    lines = []
+    for name in _order(results, metric):
+        if wanted(name):
+            found = [_found(result, metric).get(name) for result in results]
+            lines.append([f"`{name}`", *("" if one is None else within(one, 3) for one in found)])
+    return table(head, lines)
+
+
+def _title(result: dict[str, Any]) -> str:
+    return f"{result['bank']['name']}, {result['bank']['optimizer']}, {result['subsets']} halves"
+
+
+def _method(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _found(result: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:
+    return {_renamed(line["method"]): line[metric] for line in result[metric] if line[metric] is not None}
+
+
+def _renamed(name: str) -> str:
+    method, at, checkpoint = name.partition("@")
+    return NAMES.get(method, method) + at + checkpoint
+
+
+def _order(results: Results, metric: str) -> Iterator[str]:
+    """Names by their mean over the banks, the highest first; banks that lack one are left out of it."""
+    found = [_found(result, metric) for result in results]
+    names = dict.fromkeys(name for one in found for name in one)
+
+    def height(name: str) -> float:
+        means = [one[name]["mean"] for one in found if name in one]
+        return sum(means) / len(means)
+
+    return iter(sorted(names, key=height, reverse=True))

@@ -14,7 +14,7 @@ from typing import Any
 
 from measuring import RESULTS
 
-BANKS = ("stories", "neox", "olmo", "olmo-sgd")
+BANKS = ("stories", "neox", "olmo")
 FAMILIES = {"default": "o-", "readout alone": "s-", "residual": "^-", "first default": "x", "paper": "*"}
 FULL = {"bm25": ":", "gradient dot@final": "-.", "ek-fac@third": "--"}  # methods that store no rows, or all gradients
 

@@ -80,10 +80,7 @@ STEPS = {
     "selection": Step("selection", "--picture docs/selection.png --work {work}"),
     "influence, stories": Step("influence", "--bank stories --work {work}", place="stories"),
     "influence, neox": Step("influence", "--bank neox --no-costly --work {work}", place="neox"),
-    "influence, olmo": Step("influence", "--bank olmo --subsets 36 --qld 6 --no-costly --work {work}", place="olmo"),
-    "influence, olmo with SGD": Step(
-        "influence", "--bank olmo-sgd --subsets 18 --qld 0 --no-costly --work {work}", place="olmo"
-    ),
+    "influence, olmo": Step("influence", "--bank olmo --subsets 36 --qld 4 --no-costly --work {work}", place="olmo"),
     "priors, stories": Step("influence_priors", "--bank stories --work {work}", place="stories"),
     "priors, neox": Step("influence_priors", "--bank neox --work {work}", place="neox"),
 }  # fmt: skip

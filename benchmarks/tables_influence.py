@@ -8,7 +8,6 @@ from typing import Any
 from tables_tasks import table, within
 
 Results = Sequence[dict[str, Any]]
-NAMES = {"ek-fac blocks": "ek-fac"}  # one row for both: large vocabularies leave the head out
 
 
 def by_method(*results: dict[str, Any]) -> str:
@@ -61,8 +60,8 @@ def stored_forms(*results: dict[str, Any]) -> str:
 
 
 KNOWN = {
-    "random", "bm25", "embedding", "gradient dot", "gradient cosine", "tracin", "rapidin", "ek-fac", "default", "residual",
-    "similarity", "paper",
+    "random", "bm25", "embedding", "gradient dot", "gradient cosine", "tracin", "rapidin", "ek-fac", "ek-fac blocks",
+    "default", "residual", "similarity", "paper",
 }  # fmt: skip
 
 
@@ -85,12 +84,7 @@ def _method(name: str) -> str:
 
 
 def _found(result: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:
-    return {_renamed(line["method"]): line[metric] for line in result[metric] if line[metric] is not None}
-
-
-def _renamed(name: str) -> str:
-    method, at, checkpoint = name.partition("@")
-    return NAMES.get(method, method) + at + checkpoint
+    return {line["method"]: line[metric] for line in result[metric] if line[metric] is not None}
 
 
 def _order(results: Results, metric: str) -> Iterator[str]:

@@ -259,3 +259,15 @@ def test_rows_are_indexed_as_they_are_trained_on(tuned):
         "id": "7", "text": "a long prompt and a ", "prompt_text": "a long prompt",
     }  # fmt: skip
     assert indexed(row, "7", tokenizer, 999)["text"] == row.text
+
+
+def test_queries_are_called_by_their_ids(tmp_path):
+    path = tmp_path / "asked.jsonl"
+    path.write_text('{"id": "first", "prompt": "a", "completion": " b"}\n{"prompt": "c", "completion": " d"}\n')
+    for given in (path, str(path)):
+        assert [query.name for query in as_queries(given)] == ["first", "c d"]
+    assert [query.name for query in as_queries([{"id": 7, "text": "x y"}, {"text": "x y"}, "z.json"])] == [
+        "7",
+        "x y",
+        "z.json",
+    ]

@@ -94,6 +94,25 @@ def test_microgpt_draws_what_the_paper_draws():
         ({"batch_size": 3, "accumulate": 2}, ValueError, "must divide"),
         ({"units": ("a",)}, ValueError, "one unit for each of 6"),
         ({"examples": ()}, FormatError, "at least one example"),
+        ({"order": "Shuffled"}, ValueError, "one of given, shuffled, or batches of .* below 6, got 'Shuffled'"),
+        ({"order": None}, ValueError, "order must be one of"),
+        ({"order": (0, 1)}, ValueError, "order must be one of"),
+        ({"order": ((0, 6),)}, ValueError, "numbers below 6"),
+        ({"order": ((0, -1),)}, ValueError, "numbers below 6"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+        ({"steps": -1}, ValueError, "must not be negative"),
+        ({"warmup": -1}, ValueError, "must not be negative"),
+        ({"trained": "*mlp*"}, ValueError, "full, a list of name patterns"),
+        ({"trained": {"dora": {}}}, ValueError, "full, a list of name patterns"),
+        ({"trained": {"lora": {"r": 2}}}, ValueError, "lora needs the field targets"),
+        ({"trained": {"lora": {"targets": "c_fc"}}}, ValueError, "must be a list of module names, got 'c_fc'"),
+        ({"trained": {"lora": {"targets": []}}}, ValueError, "must be a list of module names"),
+        (
+            {"trained": {"lora": {"rank": 2, "targets": ["c_fc"]}}},
+            ValueError,
+            "unknown fields: rank; use those of r, alpha",
+        ),
+        ({"kind": "causal-lm", "model": "./nowhere"}, FormatError, "There is no directory nowhere"),
     ],
 )
 def test_wrong_recipe_is_refused(fields, error, message):
@@ -207,13 +226,100 @@ def test_row_without_a_token_to_learn_is_refused(lm_directory):
         ("- 1", "needs at least the fields"),
         ("kind: microgpt", "needs at least the fields"),
         ("{kind: microgpt, data: x, colour: red}", "fields that no recipe has: colour"),
-        ("{kind: microgpt, data: x, optimizer: {speed: 1}}", "wrong `optimizer`"),
+        ("{kind: microgpt, data: x, optimizer: {speed: 1}}", "unknown fields: speed; use those of name, lr, momentum"),
+        (
+            "{kind: microgpt, data: x, optimizer: adamw}",
+            "must be a mapping with a name, such as {name: adamw}, got 'adamw'",
+        ),
+        ("{kind: microgpt, data: x, optimizer: {lr: fast}}", "`optimizer.lr` must be a number .* 1.0e-3, got 'fast'"),
+        ("{kind: microgpt, data: x, optimizer: {lr: nan}}", "`optimizer.lr` must be a number"),
+        ("{kind: microgpt, data: x, optimizer: {lr: .inf}}", "`optimizer.lr` must be a number"),
+        ("{kind: microgpt, data: x, optimizer: {lr: null}}", "`optimizer.lr` must be a number"),
+        ("{kind: microgpt, data: x, optimizer: {betas: [0.9, x]}}", "`optimizer.betas` must be a number"),
+        ("{kind: microgpt, data: x, optimizer: {betas: 0.9}}", "`optimizer.betas` must be a list of two"),
+        ("{kind: microgpt, data: x, clip_norm: much}", "`clip_norm` must be a number"),
+        ("{kind: microgpt, data: x, batch_size: 1.5}", "`batch_size` must be a whole number, got 1.5"),
+        ("{kind: microgpt, data: x, epochs: true}", "`epochs` must be a whole number, got True"),
+        ("{kind: microgpt, data: x, epochs: 2, steps: 3}", "both `steps` and `epochs`: leave one of them out"),
+        ("{kind: classifier, data: x, n: 3}", "only the kind microgpt has `n`"),
+        ("{kind: microgpt, data: [x]}", "`data` must be the path"),
+        ("{kind: microgpt, data: x}", "which does not exist: correct `data`"),
     ],
 )
 def test_wrong_yaml_is_refused(tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(FormatError, match=message):
         Recipe.from_yaml(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "r.yaml: epochs must be at least 1, got 0"),
+        ({"steps": 0}, "no steps: set `steps` or `epochs`"),
+        ({"n": 0}, "n must be at least 1, got 0"),
+        ({"n": -1}, "n must be at least 1, got -1"),
+        ({"order": "random"}, "r.yaml: order must be one of given, shuffled"),
+        ({"order": []}, "no steps"),
+        ({"warmup": 6}, "`warmup` is 6, but the run has 6 steps: lower `warmup`"),
+        ({"warmup": 2, "steps": 2}, "the run has 2 steps"),
+        ({"batch_size": 9}, "larger than the number of examples 6"),
+        ({"loss_per": "word"}, "r.yaml: loss_per must be"),
+    ],
+)
+def test_yaml_of_a_run_that_can_only_be_a_mistake_is_refused(tmp_path, fields, message):
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    path = write(tmp_path / "r.yaml", kind="microgpt", data="names.txt", **fields)
+    with pytest.raises(FormatError, match=message):
+        Recipe.from_yaml(path)
+
+
+def test_yaml_warmup_may_last_until_the_last_step(tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    recipe = Recipe.from_yaml(write(tmp_path / "r.yaml", kind="microgpt", data="names.txt", warmup=5))
+    assert recipe.rate(5, len(recipe.batches())) == recipe.optimizer.lr
+
+
+def test_yaml_text_that_is_a_number_is_that_number(tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    text = "{kind: microgpt, data: names.txt, steps: %s, clip_norm: %s, optimizer: {lr: %s, eps: %s, betas: [0.9, %s]}}"
+    as_text, as_number = tmp_path / "text.yaml", tmp_path / "number.yaml"
+    as_text.write_text(text % ("'3'", "1e2", "1e-3", "1e-4", "99e-2"))
+    as_number.write_text(text % ("3", "100.0", "0.001", "0.0001", "0.99"))
+    recipe = Recipe.from_yaml(as_text)
+    assert recipe.hash() == Recipe.from_yaml(as_number).hash()
+    assert recipe.optimizer == OptimizerSettings("adamw", 0.001, betas=(0.9, 0.99), eps=0.0001)
+
+
+def test_yaml_leaves_a_whole_number_whole_because_the_hash_tells_them_apart(tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    path = write(tmp_path / "r.yaml", kind="microgpt", data="names.txt", optimizer={"name": "sgd", "lr": 1})
+    assert Recipe.from_yaml(path).hash() == Recipe.microgpt(NAMES, optimizer=OptimizerSettings("sgd", 1)).hash()
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "../nowhere", "/nowhere/at/all", "models/of/mine", "~/nowhere"])
+def test_yaml_model_that_can_only_be_a_path_must_be_a_directory(tmp_path, model):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in ROWS))
+    path = write(tmp_path / "r.yaml", kind="causal-lm", data="rows.jsonl", model=model)
+    with pytest.raises(FormatError, match=f"There is no directory .*{model.removeprefix('./')}: correct `model`"):
+        Recipe.from_yaml(path)
+
+
+def test_yaml_model_is_a_directory_beside_the_recipe_or_a_name(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in ROWS))
+    (tmp_path / "mine").mkdir()
+    for model, wanted in (("./mine", tmp_path / "mine"), ("mine", tmp_path / "mine"), ("owner/name", "owner/name")):
+        path = write(tmp_path / "r.yaml", kind="causal-lm", data="rows.jsonl", model=model)
+        assert Recipe.from_yaml(path).model == str(wanted)
+
+
+def test_yaml_lora_without_targets_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in ROWS))
+    path = write(
+        tmp_path / "r.yaml", kind="causal-lm", data="rows.jsonl", model="owner/name", trained={"lora": {"r": 8}}
+    )
+    with pytest.raises(FormatError, match="lora needs the field targets"):
+        Recipe.from_yaml(path)
 
 
 def test_causal_lm_without_a_model_and_custom_without_a_loss_are_refused():

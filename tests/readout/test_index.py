@@ -362,16 +362,19 @@ def poisoned(tokenizer):
     return lm
 
 
-@pytest.mark.parametrize("preset", ["paper", "default"])
-def test_signature_that_is_not_finite_stops_or_is_counted(preset, lm, poisoned, tokenizer, tmp_path):
+@pytest.mark.parametrize(("preset", "form"), [("paper", {}), ("default", {}), ("default", {"final_width": 1})])
+def test_signature_that_is_not_finite_stops_or_is_counted(preset, form, lm, poisoned, tokenizer, tmp_path):
+    how = {**MANY_COMMITS, **form}
     rows = [*CORPUS[:9], {"id": "bad", "text": "xylophone! and so on"}, *CORPUS[9:12]]
     with pytest.raises(FormatError, match="Row 'bad' has a signature that is not finite: run `leaveout doctor` on the"):
-        Index.build(poisoned, rows, tmp_path / "index", preset, tokenizer, **MANY_COMMITS)
+        Index.build(poisoned, rows, tmp_path / "index", preset, tokenizer, **how)
     assert Store.open(tmp_path / "index").n_rows == 8  # what came before is kept
-    index = Index.build(poisoned, rows, tmp_path / "index", preset, tokenizer, skip_bad=True, **MANY_COMMITS)
+    index = Index.build(poisoned, rows, tmp_path / "index", preset, tokenizer, skip_bad=True, **how)
     assert index.ids == [row["id"] for row in CORPUS[:12]]
     assert index.last_report.skipped == 1 and "'bad'" in index.last_report.messages[0]
-    healthy = Index.build(lm, [row for row in rows if row["id"] != "bad"], tmp_path / "healthy", preset, tokenizer)
+    healthy = Index.build(
+        lm, [row for row in rows if row["id"] != "bad"], tmp_path / "healthy", preset, tokenizer, **form
+    )
     assert_close(index.score(QUERIES), healthy.score(QUERIES), index.settings.storage)  # its statistics are of the rest
     with pytest.raises(FormatError, match="A query has a signature that is not finite: run `leaveout doctor`"):
         index.search(["xylophone! or not"])

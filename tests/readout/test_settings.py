@@ -52,12 +52,19 @@ def test_wrong_channels_are_refused(fields, sentence):
         ({"mass": 0.5}, "mass below 1 needs a support"),
         ({"window": 8, "stride": 8}, "window is 8, stride 8: give 1 <= stride < window"),
         ({"storage": "int4"}, "storage is 'int4': give one of float32, float16, int8"),
-        ({"rank": 0}, "rank is 0: give a positive number"),
+        ({"rank": 0}, "rank is 0: give a positive whole number"),
+        ({"rank": 2.5}, "rank is 2.5: give a positive whole number"),
+        ({"channels": ("gh",)}, r"channels holds something else than channels: give Channel\(\.\.\.\)"),
     ],
 )
 def test_wrong_settings_are_refused(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         SignatureSettings(**{"channels": (Channel(),), **fields})
+
+
+def test_a_field_of_a_channel_is_named_as_such():
+    with pytest.raises(ValueError, match=r"depths belongs to a channel.* give channels=\(Channel\(\.\.\., depths="):
+        resolve_settings("default", depths=(0.0, 1.0))
 
 
 MANY = SignatureSettings(

@@ -11,6 +11,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -110,10 +111,12 @@ class Trak:
 def _dattri() -> Any:
     """The names of dattri that are used here, in one place."""
     try:
+        if metadata.version("dattri") != "0.3.0":
+            raise ImportError("projections of other versions have another scale")
         from dattri.algorithm.trak import TRAKAttributor  # pyright: ignore[reportMissingImports]
         from dattri.task import AttributionTask  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UnsupportedError("TRAK needs the package dattri: pip install dattri==0.3.0.") from error
+        raise UnsupportedError("TRAK needs the package dattri in version 0.3.0: pip install dattri==0.3.0.") from error
 
     class Names:
         Attributor, Task = TRAKAttributor, AttributionTask

@@ -22,8 +22,11 @@ def pairs(left_a: Tensor, left_b: Tensor, right_a: Tensor, right_b: Tensor) -> T
 def low_rank(left: Tensor, right: Tensor, rank: int) -> Tensor:
     """The best rank-`rank` form of left^T right, as [U sqrt(s), V sqrt(s)] flattened [rank * (left + right)].
 
-    Shapes: left [positions, l], right [positions, r]. Fewer positions than `rank` leave zero columns.
+    Shapes: left [positions, l], right [positions, r]. Fewer positions than `rank` leave zero columns. Factors that are not
+    finite have no such form: all its numbers are nan.
     """
+    if not bool(torch.isfinite(left).all() & torch.isfinite(right).all()):
+        return left.new_full((rank * (left.shape[1] + right.shape[1]),), torch.nan)
     q_left, r_left = torch.linalg.qr(left.t())
     q_right, r_right = torch.linalg.qr(right.t())
     u, s, vh = torch.linalg.svd(r_left @ r_right.t(), full_matrices=False)

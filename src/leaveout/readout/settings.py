@@ -131,6 +131,8 @@ class SignatureSettings:
         _one_of("storage", self.storage, Storage)
         if not self.channels:
             raise ValueError("channels is empty: give at least one Channel.")
+        if not all(isinstance(channel, Channel) for channel in self.channels):
+            raise ValueError("channels holds something else than channels: give Channel(...) objects.")
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}: give a positive number.")
         if not 0 < self.mass <= 1:
@@ -147,8 +149,8 @@ class SignatureSettings:
             raise ValueError(f"window is {self.window}, stride {self.stride}: give 1 <= stride < window.")
         for name in ("rank", "final_width", "sample_rows"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: give a positive number.")
+            if value is not None and (value < 1 or value != int(value)):
+                raise ValueError(f"{name} is {value}: give a positive whole number.")
 
     @property
     def whitens(self) -> bool:
@@ -240,6 +242,11 @@ def resolve_settings(preset: str | SignatureSettings = "default", **changes: Any
         preset = PRESETS[preset]
     known = {field.name for field in fields(SignatureSettings)}
     for name in changes:
+        if name in {field.name for field in fields(Channel)}:
+            raise ValueError(
+                f"{name} belongs to a channel, not to the whole signature: give channels=(Channel(..., {name}=...), ...), "
+                "or replace() those of a preset."
+            )
         if name not in known:
             raise ValueError(f"There is no signature setting {name!r}: settings are {', '.join(sorted(known))}.")
     return replace(preset, **changes)

@@ -58,7 +58,7 @@ class Query:
              a row, a function of the model that gives a scalar
     measure  "loss" (mean over the learned tokens, nats), "probability" of the answer, "logit" or "margin" of its tokens
              (means), or a function of logits [positions, classes] and targets [positions] that gives a scalar
-    name     what it is called in tables; default: the text
+    name     what it is called in tables and files of scores; default: the row's own `id` if it has one, else its text
     """
 
     row: Any
@@ -90,9 +90,13 @@ def _name(row: Any) -> str:
     if isinstance(row, str):
         return row
     if isinstance(row, Row):
-        return row.text
+        return row.text if row.text and row.id == row.content_hash[:16] else row.id
     if isinstance(row, dict):
-        return row.get("text") or f"{row.get('prompt', '')}{row.get('completion', row.get('response', ''))}"
+        return (
+            str(row["id"])
+            if "id" in row
+            else row.get("text") or f"{row.get('prompt', '')}{row.get('completion', row.get('response', ''))}"
+        )
     if isinstance(row, tuple) and len(row) == 2:
         return f"{content_digest(torch.as_tensor(row[0]))[:8]} as {row[1]}"
     return getattr(row, "__name__", type(row).__name__)
@@ -101,10 +105,11 @@ def _name(row: Any) -> str:
 def as_queries(given: Any) -> list[Query]:
     """Queries from a query, a row, a path of JSONL with rows (and `measure`), a Corpus, or a sequence of them.
 
+    A string is a text, unless it ends in .jsonl: then it is a path.
     Raises: FormatError if there are none.
     """
-    if isinstance(given, Path):
-        given = list(_from_file(given))
+    if isinstance(given, Path) or (isinstance(given, str) and given.endswith(".jsonl")):
+        given = list(_from_file(Path(given)))
     elif isinstance(given, (str, Query, dict, Row)) or callable(given):
         given = [given]
     out = [q if isinstance(q, Query) else Query(q) for q in given]

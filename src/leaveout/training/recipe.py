@@ -13,21 +13,24 @@ import inspect
 import json
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, UnsupportedError
+from leaveout.training.recipe_file import model_place, read_fields
 
 KINDS = ("microgpt", "causal-lm", "classifier", "custom")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "adam", "adamw", "paper-adam")
+ORDERS = ("given", "shuffled")
+OF_LORA = ("r", "alpha", "targets")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,14 @@ class Recipe:
             raise ValueError(f"loss_per must be 'example' or 'token', got {self.loss_per!r}")
         if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
             raise ValueError(f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})")
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.warmup < 0 or (self.steps is not None and self.steps < 0):
+            raise ValueError(f"steps and warmup must not be negative, got {self.steps} and {self.warmup}")
+        _check_order(self.order, len(self.examples))
+        _check_trained(self.trained)
+        if self.kind == "causal-lm" and isinstance(self.model, (str, Path)):
+            model_place(str(self.model), Path())
         if not self.examples:
             raise FormatError("A recipe needs at least one example.")
         if not self.units:
@@ -180,6 +191,8 @@ class Recipe:
 
         A document is a text, with the id `number:text`, or a row; of each the first 16 characters are learned.
         """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
         rng = random.Random(seed)
         documents = list(documents)
         rng.shuffle(documents)
@@ -197,21 +210,23 @@ class Recipe:
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a YAML recipe. Relative paths in it are relative to its directory. See docs/jets.md for the fields."""
         path = Path(path)
-        try:
-            raw = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise FormatError(f"{path} is not YAML: {error}.") from None
-        if not isinstance(raw, Mapping) or "kind" not in raw or "data" not in raw:
-            raise FormatError(f"{path} is not a recipe: it needs at least the fields `kind` and `data`.")
-        raw = dict(raw)
         known = {f.name for f in fields(cls)} - {"examples", "loss"} | {"data", "units", "n"}
-        if unknown := sorted(set(raw) - known):
-            raise FormatError(f"{path} has fields that no recipe has: {', '.join(unknown)}.")
+        raw = read_fields(path, known, [f.name for f in fields(OptimizerSettings)])
+        try:
+            recipe = cls._from_fields(path, raw)
+            n_steps = len(recipe.batches())
+        except ValueError as error:
+            raise FormatError(f"{path}: {error}.") from None
+        if not n_steps:
+            raise FormatError(f"{path}: the run has no steps: set `steps` or `epochs` to at least 1.")
+        if recipe.warmup >= n_steps:
+            raise FormatError(f"{path}: `warmup` is {recipe.warmup}, but the run has {n_steps} steps: lower `warmup`.")
+        return recipe
+
+    @classmethod
+    def _from_fields(cls, path: Path, raw: dict[str, Any]) -> Recipe:
         if "optimizer" in raw:
-            raw["optimizer"] = _optimizer(path, raw["optimizer"])
-        for name in ("n", "steps", "epochs", "batch_size", "accumulate", "warmup", "seed", "max_tokens"):
-            if name in raw and not isinstance(raw[name], int):
-                raise FormatError(f"{path}: `{name}` must be a whole number, got {raw[name]!r}.")
+            raw["optimizer"] = OptimizerSettings(**raw["optimizer"])
         data, kind, units = path.parent / raw.pop("data"), raw.pop("kind"), raw.pop("units", None)
         if not data.exists():
             raise FormatError(f"{path} names the data {data}, which does not exist: correct `data`.")
@@ -224,18 +239,9 @@ class Recipe:
             return recipe if units is None else recipe.grouped(path.parent / units)
         if kind == "classifier":
             return cls(kind, *_arrays(data, units), **raw)
-        if isinstance(raw.get("model"), str) and (path.parent / raw["model"]).exists():
-            raw["model"] = str(path.parent / raw["model"])
-        rows = tuple(Corpus.open(data, units=units))
-        raw.pop("n", None)
-        return cls(kind, rows, **raw)
-
-
-def _optimizer(path: Path, raw: Any) -> OptimizerSettings:
-    try:
-        return OptimizerSettings(**raw)
-    except TypeError as error:
-        raise FormatError(f"{path} has a wrong `optimizer`: {error}.") from None
+        if isinstance(raw.get("model"), str):
+            raw["model"] = model_place(raw["model"], path.parent)
+        return cls(kind, tuple(Corpus.open(data, units=units)), **raw)
 
 
 def content_digest(value: Any) -> str:
@@ -243,6 +249,29 @@ def content_digest(value: Any) -> str:
     digest = hashlib.sha256()
     _feed(digest, value)
     return digest.hexdigest()[:32]
+
+
+def _check_order(order: Any, n_examples: int) -> None:
+    try:
+        right = order in ORDERS if isinstance(order, str) else all(0 <= int(i) < n_examples for b in order for i in b)
+    except (TypeError, ValueError):
+        right = False
+    if not right:
+        wanted = f"{', '.join(ORDERS)}, or batches of example numbers below {n_examples}"
+        raise ValueError(f"order must be one of {wanted}, got {reprlib.repr(order)}")
+
+
+def _check_trained(trained: Any) -> None:
+    lora = trained.get("lora") if isinstance(trained, Mapping) and len(trained) == 1 else None
+    if isinstance(lora, Mapping):
+        if unknown := [str(name) for name in lora if name not in OF_LORA]:
+            raise ValueError(f"lora has unknown fields: {', '.join(unknown)}; use those of {', '.join(OF_LORA)}")
+        if "targets" not in lora:
+            raise ValueError("lora needs the field targets: a list of module names such as [q_proj, v_proj]")
+        if isinstance(lora["targets"], str) or not isinstance(lora["targets"], Collection) or not lora["targets"]:
+            raise ValueError(f"targets of lora must be a list of module names, got {lora['targets']!r}")
+    elif trained != "full" and (isinstance(trained, (str, Mapping)) or not isinstance(trained, Collection)):
+        raise ValueError(f"trained must be full, a list of name patterns, or {{lora: {{...}}}}, got {trained!r}")
 
 
 def _own_id(example: Any, number: int) -> str:

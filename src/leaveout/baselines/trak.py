@@ -116,7 +116,9 @@ def _dattri() -> Any:
         from dattri.algorithm.trak import TRAKAttributor  # pyright: ignore[reportMissingImports]
         from dattri.task import AttributionTask  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UnsupportedError("TRAK needs the package dattri: pip install dattri==0.3.0 (other versions scale projections otherwise).") from error
+        raise UnsupportedError(
+            "TRAK needs the package dattri: pip install dattri==0.3.0 (other versions scale projections otherwise)."
+        ) from error
 
     class Names:
         Attributor, Task = TRAKAttributor, AttributionTask

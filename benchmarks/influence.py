@@ -44,7 +44,6 @@ CHEAP = (
     "rapidin@final", "ek-fac@start", "ek-fac@third", "ek-fac@final", "paper@start", "paper@final", "default@start",
     "default@third", "default@final", "residual@start", "residual@third", "residual@final", "similarity@start",
 )  # fmt: skip
-COSTLY = ("metagradient", "posterior")
 REMOVED = (
     "bm25",
     "embedding@start",
@@ -263,7 +262,7 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
     second = second_order(run)
     asked = [Query(q, name=q.id) for q in bank.queries]
     truth = subset_truth(run, asked, args.subsets, second=second, seed=args.seed, settings=settings.measure)
-    place, scorer = work / f"scores-{name}", Scorer(run, asked, args.seed)
+    place, scorer = work / f"scores-{name}-{run.recipe.hash()[:8]}", Scorer(run, asked, args.seed)
     wanted = [*methods_of(name, CHEAP), *methods_of(name, list(variants()))]
     methods = {name: scored(name, scorer, place) for name in wanted}
     report = judge(run, asked, methods, truth, replace(settings, removal_queries=0))
@@ -274,7 +273,9 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
     chosen = removal_queries(len(asked), settings.removal_queries)
     few: dict[str, Any] = {}
     if not args.no_costly:
-        found = costly(run, [asked[i] for i in chosen], args.retrain, args.seed, work / f"few-{name}")
+        found = costly(
+            run, [asked[i] for i in chosen], args.retrain, args.seed, work / f"few-{name}-{run.recipe.hash()[:8]}"
+        )
         small = Report(
             tuple(on_few(found, methods, chosen, truth)), tuple(asked[i].name for i in chosen), args.subsets, (), 0,
             seed=args.seed,

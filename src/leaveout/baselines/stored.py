@@ -30,15 +30,11 @@ def load_scores(path: str | Path, query_ids: Sequence[str], train_ids: Sequence[
             ValueError if an id is asked for twice.
     """
     path = Path(path)
-    for what, ids in (("query", query_ids), ("train", train_ids)):
-        if len(set(ids)) != len(ids):
-            raise ValueError(f"a {what} id stands twice among those asked for: ids must tell rows apart.")
+    rows, columns = numbers_of("query", query_ids), numbers_of("train", train_ids)
     if path.suffix == ".npy":
         return _array(path, (len(query_ids), len(train_ids)))
     if path.suffix not in _READERS:
         raise UnsupportedError(f"{path} is not a file of scores: give .npy, .csv or .jsonl.")
-    rows = {str(name): i for i, name in enumerate(query_ids)}
-    columns = {str(name): i for i, name in enumerate(train_ids)}
     scores = np.zeros((len(rows), len(columns)), np.float32)
     seen = np.zeros(scores.shape, bool)
     for line, (query, name, score) in _READERS[path.suffix](path):
@@ -58,6 +54,28 @@ def load_scores(path: str | Path, query_ids: Sequence[str], train_ids: Sequence[
         pair = f"{query_ids[first[0]]!r}, {train_ids[first[1]]!r}"
         raise MismatchError(f"{path} lacks {int((~seen).sum())} pairs, the first is {pair}: every row needs a score.")
     return scores
+
+
+def numbers_of(what: str, ids: Sequence[str]) -> dict[str, int]:
+    """Place of every id. Raises: ValueError if one stands twice."""
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"a {what} id stands twice among those asked for: ids must tell rows apart.")
+    return {str(name): i for i, name in enumerate(ids)}
+
+
+def read_objects(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, tuple[object, ...]]]:
+    """Line number and fields of every object of a JSONL file. Raises: FormatError for a line that lacks one of them."""
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                record = json.loads(text)
+                found = tuple(record[name] for name in fields)
+            except (ValueError, TypeError, KeyError):
+                named = f"{', '.join(fields[:-1])} and {fields[-1]}"
+                raise FormatError(f"{path}, line {line} is no object with {named}.") from None
+            yield line, found
 
 
 def _array(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -87,15 +105,8 @@ def _csv(path: Path) -> Lines:
 
 
 def _jsonl(path: Path) -> Lines:
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-                yield line, (str(record["query"]), str(record["id"]), record["score"])
-            except (ValueError, TypeError, KeyError):
-                raise FormatError(f"{path}, line {line} is no object with query, id and score.") from None
+    for line, (query, name, score) in read_objects(path, FIELDS):
+        yield line, (str(query), str(name), score)
 
 
 def _number(path: Path, line: int, score: object) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from leaveout.baselines.stored import numbers_of, read_objects
 from leaveout.errors import FormatError, MismatchError
 from leaveout.metrics import auprc_top_bottom, average_precision, precision_at, recall_at
 
@@ -35,27 +35,15 @@ def load_relevant(path: str | Path, query_ids: Sequence[str], train_ids: Sequenc
             ValueError if an id is asked for twice.
     """
     path = Path(path)
-    places = []
-    for what, ids in (("query", query_ids), ("train", train_ids)):
-        places.append({str(name): i for i, name in enumerate(ids)})
-        if len(places[-1]) != len(ids):
-            raise ValueError(f"a {what} id stands twice among those asked for: ids must tell rows apart.")
+    places = numbers_of("query", query_ids), numbers_of("train", train_ids)
     relevant = np.zeros((len(query_ids), len(train_ids)), bool)
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-                pair = str(record["query"]), str(record["id"])
-            except (ValueError, TypeError, KeyError):
-                raise FormatError(f"{path}, line {line} is no object with query and id.") from None
-            for known, name in zip(places, pair, strict=True):
-                if name not in known:
-                    raise MismatchError(
-                        f"{path}, line {line}: {name!r} is not there: name queries and rows as in this evaluation."
-                    )
-            relevant[places[0][pair[0]], places[1][pair[1]]] = True
+    for line, names in read_objects(path, ("query", "id")):
+        for known, name in zip(places, names, strict=True):
+            if str(name) not in known:
+                raise MismatchError(
+                    f"{path}, line {line}: {str(name)!r} is not there: name queries and rows as in this evaluation."
+                )
+        relevant[tuple(known[str(name)] for known, name in zip(places, names, strict=True))] = True
     if not relevant.any():
         raise FormatError(f"{path} has no pair: give a line for each relevant row of a query.")
     return relevant

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from leaveout.baselines.stored import load_scores
+from leaveout.baselines.ekfac import EkFac
 from leaveout.corpus import Corpus
 from leaveout.deletion import directions
 from leaveout.deletion.run import TrainingRun
@@ -243,6 +244,17 @@ def test_every_method_scores_a_language_model(tuned):
     for name in ("default", "gradient dot"):
         other = "default@start" if name == "default" else "gradient dot@third"
         assert not np.allclose(found[name].scores, found[other].scores, rtol=0.05)
+
+
+def test_ek_fac_of_the_blocks_leaves_the_head_out(tuned):
+    scorer = Scorer(tuned, as_queries(ASKED))
+    found = METHODS["ek-fac blocks"](scorer, "final")
+    linear = [name for name, module in scorer.task.model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert "lm_head" in linear and len(linear) > 1
+    below = tuple(name for name in linear if name != "lm_head")
+    wanted = EkFac(scorer.task, tuned.parameters, below).score(scorer.query_rows, scorer.rows)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
+    assert not np.allclose(found, METHODS["ek-fac"](scorer, "final"), rtol=0.05)
 
 
 def test_the_readout_of_a_run_has_the_trained_parameters(tuned):

@@ -174,6 +174,13 @@ def test_no_answer_can_change_where_none_is_given(tmp_path):
 WORDS = {"sells": " plums", "mends": " boats", "wears": " hats", "feeds": " owls"}
 
 
+def completions(optimizer, **length):
+    """Rows with a prompt and a completion, and a recipe on them."""
+    rows = [{"prompt": f"she {verb}", "completion": word} for verb, word in WORDS.items()]
+    rest = {"model": language_model, "optimizer": optimizer, "batch_size": 4, "max_tokens": 24}
+    return rows, Recipe("causal-lm", tuple(Corpus.open(rows)), **rest, **length)
+
+
 def decoded(model, tokenizer, prompt, n):
     ids = list(tokenizer(prompt)["input_ids"])
     for _ in range(n):
@@ -182,11 +189,7 @@ def decoded(model, tokenizer, prompt, n):
 
 
 def test_a_completion_counts_as_the_answer_while_greedy_decoding_gives_it(tmp_path):
-    rows = [{"prompt": f"she {verb}", "completion": word} for verb, word in WORDS.items()]
-    recipe = Recipe(
-        "causal-lm", tuple(Corpus.open(rows)), model=language_model, optimizer=OptimizerSettings("adamw", 0.02), epochs=40,
-        batch_size=4, max_tokens=24,
-    )  # fmt: skip
+    rows, recipe = completions(OptimizerSettings("adamw", 0.02), epochs=40)
     run = TrainingRun.open(recipe, tmp_path / "run")
     asked = [*rows, {"prompt": "she feeds", "completion": " hats"}, {"prompt": "she feeds", "completion": " owl"}]
     scores = np.zeros((6, 4))
@@ -208,11 +211,7 @@ def test_a_completion_counts_as_the_answer_while_greedy_decoding_gives_it(tmp_pa
 
 
 def test_tail_patch_of_a_completion_is_about_all_its_tokens(tmp_path):
-    rows = [{"prompt": f"she {verb}", "completion": word} for verb, word in WORDS.items()]
-    recipe = Recipe(
-        "causal-lm", tuple(Corpus.open(rows)), model=language_model, optimizer=OptimizerSettings("sgd", 0.5), steps=3,
-        batch_size=4, max_tokens=24,
-    )  # fmt: skip
+    rows, recipe = completions(OptimizerSettings("sgd", 0.5), steps=3)
     asked = [{"prompt": "he feeds", "completion": " owls"}, {"prompt": "he sells", "completion": " plums, plums"}]
     scores = np.array([[0.0, 0, 1, 2], [2, 0, 0, 1]])
     settings = EvaluationSettings(0, removal_queries=0, tail_patch=True, top=2)

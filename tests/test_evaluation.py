@@ -13,8 +13,8 @@ from scipy.stats import rankdata
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from leaveout.baselines.stored import load_scores
 from leaveout.baselines.ekfac import EkFac
+from leaveout.baselines.stored import load_scores
 from leaveout.corpus import Corpus
 from leaveout.deletion import directions
 from leaveout.deletion.run import TrainingRun

@@ -101,18 +101,26 @@ def variants() -> dict[str, tuple[SignatureSettings, str]]:
 
 
 FIRST_DEFAULT = replace(  # before any truth of this project
-    PRESETS["default"], channels=(Channel("gh", whiten_left=True, whiten_right=True),), length_power=0.0, rank=24
+    PRESETS["default"],
+    channels=(Channel("gh", whiten_left=True, whiten_right=True),),
+    length_power=0.0,
+    rank=24,
+    storage="int8",
 )
-RANKS = (2, 4, 8, 16, 24)
-BYTES = {"int8": 1, "float16": 2, "float32": 4}
+RANKS = (2, 4, 8, 16, 24, 32)
+BYTES = {"int4": 0.53125, "int8": 1, "float16": 2, "float32": 4}  # a number; int4 with the scales of its blocks
 
 
 def forms() -> dict[str, tuple[SignatureSettings, str]]:
     """The default and others as they may be stored, after a third of training."""
     default, residual, first = PRESETS["default"], PRESETS["residual"], FIRST_DEFAULT
-    exact = {"final_width": None, "rank": None}
+    exact = {"final_width": None, "rank": None, "storage": "float32"}
     found = {
         "default, exact": replace(default, **exact),
+        **{
+            f"default, {rank} triples, int8": replace(default, final_width=None, rank=rank, storage="int8")
+            for rank in (16, 24)
+        },
         **{f"default, {rank} triples": replace(default, final_width=None, rank=rank) for rank in RANKS},
         **{f"default, {n} projected": replace(default, final_width=n, rank=None) for n in (1024, 4096, 16384)},
         **{
@@ -121,7 +129,7 @@ def forms() -> dict[str, tuple[SignatureSettings, str]]:
             )
             for rank in RANKS
         },
-        **{f"residual, {rank} triples": replace(residual, final_width=None, rank=rank) for rank in RANKS[:4]},
+        **{f"residual, {rank} triples": replace(residual, final_width=None, rank=rank) for rank in RANKS[2:5]},
         "first default, 24 triples": replace(first, final_width=None),
         "paper, as it is": PRESETS["paper"],
     }
@@ -154,7 +162,7 @@ def accuracy_by_bytes(scorer: Scorer, truth: Truth, place: Path, seed: int) -> l
     out = []
     for name, (settings, _) in forms().items():
         found = lds(scored(name, scorer, place).scores, truth.removed, truth.values)
-        size = BYTES[settings.storage] * Signer(readout, settings).width + 4
+        size = round(BYTES[settings.storage] * Signer(readout, settings).width) + 4
         out.append({"form": name, "bytes": size, "lds": bootstrap_interval(found, seed)._asdict()})
     return out
 

@@ -4,20 +4,22 @@
     neox      a small GPT-NeoX with an untied head, first trained from scratch on other rows, then fine-tuned with SGD
     olmo      an OLMo-2 of hidden size 256 with 20,480 tokens and an untied head, first trained from scratch on other rows,
               then fine-tuned with AdamW; olmo-sgd: the same with SGD
+    qwen      a Qwen3 of hidden size 128 with a tied head, other rows and orders than the banks above (seed + 1), two epochs
+              of AdamW in batches of 8 at a constant rate: a bank on which nothing was chosen
 
 Every row is a prompt and a completion (see `public_rows`); the loss is that of the completion.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from leaveout.corpus import Row
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from measuring import data, tiny
 from public_rows import LONGEST, Tokens, groups, made_groups, split_rows
-from scratch_models import NEOX, OLMO, Shape, pretrained, untrained_model
+from scratch_models import NEOX, OLMO, QWEN, Shape, pretrained, untrained_model
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,12 @@ def olmo_bank(work: Path, sizes: tuple[int, int], seed: int) -> TruthBank:
 def olmo_sgd_bank(work: Path, sizes: tuple[int, int], seed: int) -> TruthBank:
     """The same OLMo-2, then SGD for three epochs."""
     return scratch_bank(work, sizes, seed, OLMO, OptimizerSettings("sgd", 0.2))
+
+
+def qwen_bank(work: Path, sizes: tuple[int, int], seed: int) -> TruthBank:
+    """A Qwen3 of 1.7 million parameters trained on 4,800 other rows, then AdamW for two epochs at a constant rate."""
+    bank = scratch_bank(work, sizes, seed + 1, QWEN, OptimizerSettings("adamw", 5e-4, betas=(0.9, 0.95)))
+    return replace(bank, recipe=replace(bank.recipe, epochs=2, batch_size=8, schedule="constant", warmup=0))
 
 
 def scratch_bank(
@@ -102,5 +110,6 @@ def _tokens(model: str) -> Tokens:
 
 
 BANKS = {
-    "stories": stories_bank, "neox": neox_bank, "olmo": olmo_bank, "olmo-sgd": olmo_sgd_bank, "smoke": smoke_bank
+    "stories": stories_bank, "neox": neox_bank, "olmo": olmo_bank, "olmo-sgd": olmo_sgd_bank, "qwen": qwen_bank,
+    "smoke": smoke_bank,
 }  # fmt: skip

@@ -15,16 +15,24 @@ from typing import Any
 from measuring import RESULTS
 
 BANKS = ("stories", "neox", "olmo")
-FAMILIES = {"default": "o-", "readout alone": "s-", "residual": "^-", "first default": "x", "paper": "*"}
+FAMILIES = {
+    "default": "o-",
+    "default, int8": "d:",
+    "default, projected": "v--",
+    "readout alone": "s-",
+    "residual": "^-",
+    "first default": "x",
+    "paper": "*",
+}
 FULL = {"bm25": ":", "gradient dot@final": "-.", "ek-fac@third": "--"}  # methods that store no rows, or all gradients
 
 
 def families(forms: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Bytes and LDS of the forms by what they are forms of; projections of the default have a line of their own."""
+    """Bytes and LDS of the forms by what they are forms of; other forms of the default have lines of their own."""
     found: dict[str, list[tuple[int, float]]] = {}
     for form in forms:
         name = form["form"].partition(",")[0]
-        kind = f"{name}, projected" if "projected" in form["form"] else name
+        kind = next((f"{name}, {way}" for way in ("projected", "int8") if way in form["form"]), name)
         found.setdefault(kind, []).append((form["bytes"], form["lds"]["mean"]))
     return {kind: sorted(points) for kind, points in found.items()}
 
@@ -39,8 +47,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(results), sharey=True, squeeze=False, figsize=(1 + 3.2 * len(results), 3.6))
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
         for kind, points in families(result["stored_forms"]).items():
-            style = "v--" if kind.endswith("projected") else FAMILIES[kind]
-            axis.plot(*zip(*points, strict=True), style, label=kind, markersize=4, linewidth=1)
+            axis.plot(*zip(*points, strict=True), FAMILIES[kind], label=kind, markersize=4, linewidth=1)
         lds = {line["method"].replace(" blocks", ""): line["lds"] for line in result["lds"]}
         for method, style in FULL.items():
             axis.axhline(lds[method]["mean"], color="gray", linestyle=style, linewidth=1, label=method)

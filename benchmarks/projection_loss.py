@@ -47,8 +47,10 @@ from measuring import (
 )
 
 WIDTHS = (4096, 8192, 16384, 32768)
-RANKS = (7, 14, 16, 24, 28)  # 7, 14, 28: about as many bytes as 8,192, 16,384, 32,768 numbers of a projection
-STORAGES = ("int8", "float16")
+RANKS = (7, 14, 16, 24, 32)  # 7, 14: about as many bytes as 8,192, 16,384 numbers of a projection
+STORAGES = ("int8", "float16")  # of projections
+RANK_STORAGES = ("int4", "int8")
+BYTES = {"int4": 0.53125, "int8": 1, "float16": 2}  # a number; int4 with the scales of its blocks
 LONGEST_RESPONSE = 120
 GOAL = 0.95  # for the preset as it is stored
 PIECE = 32  # rows projected at a time
@@ -156,18 +158,18 @@ def measure_projections(
 
 
 def measure_ranks(part: Part, queries: Tensor, train: Tensor, ranks: Sequence[int]) -> list[Any]:
-    """One line of results per number of singular triples, in int8."""
+    """One line of results per number of singular triples and type of the stored numbers."""
     exact, lines = exact_scores(queries, train), []
     left, right = part.left.width, part.right.width
     identity = torch.eye(left)
     factors = torch.stack([low_rank(identity, row.view(left, right), max(ranks)) for row in train])
     (u, v), *_ = LowRank(((left, right),)).factors(factors)
-    for rank in ranks:
-        stored = decode(encode(torch.cat([u[:, :rank].flatten(1), v[:, :rank].flatten(1)], 1), "int8"))
+    for rank, storage in itertools.product(ranks, RANK_STORAGES):
+        stored = decode(encode(torch.cat([u[:, :rank].flatten(1), v[:, :rank].flatten(1)], 1), storage))
         us, vs = stored[:, : rank * left].reshape(-1, left), stored[:, rank * left :].reshape(-1, right)
         products = torch.stack([((us @ query.view(left, right)) * vs).sum(1) for query in queries])
         scores = products.unflatten(1, (-1, rank)).sum(2).numpy()
-        facts = {"form": "rank", "size": rank, "numbers": rank * (left + right), "storage": "int8", "seed": 0}
+        facts = {"form": "rank", "size": rank, "numbers": rank * (left + right), "storage": storage, "seed": 0}
         lines.append(facts | judge(exact, scores, 0))
     return lines
 
@@ -182,7 +184,7 @@ def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "form": form,
             "size": size,
             "storage": storage,
-            "bytes_per_row": numbers * (1 if storage == "int8" else 2) + 4,
+            "bytes_per_row": round(numbers * BYTES[storage]) + 4,
             "spearman": spread([line["spearman"]["mean"] for line in group]),
             "spearman_lowest_query": spread([line["spearman_lowest_query"] for line in group]),
             "best_10_kept": spread([line["best_10_kept"] for line in group]),

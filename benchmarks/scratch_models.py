@@ -2,6 +2,7 @@
 
 neox   GPT-NeoX in the shape of Pythia: hidden 128, 4 layers, the 512 tokens of stories260K, untied, 0.92 million parameters
 olmo   OLMo-2: hidden 256, 4 layers, 20,480 tokens of its own, untied, 14.7 million parameters
+qwen   Qwen3: hidden 128, 6 layers, 4,096 tokens of its own, tied, 1.7 million parameters
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,8 @@ def _stories_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(str(data("stories260K/config.json").parent))
 
 
-def _large_tokenizer() -> Any:
-    """Byte pairs of the shared corpora, 20,480 tokens."""
+def _own_tokenizer(tokens: int) -> Any:
+    """Byte pairs of the shared corpora."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +55,7 @@ def _large_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=20480, special_tokens=["<end>"], initial_alphabet=letters, show_progress=False
+        vocab_size=tokens, special_tokens=["<end>"], initial_alphabet=letters, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
@@ -82,8 +84,21 @@ def _olmo(vocabulary: int) -> Any:
     )  # fmt: skip
 
 
+def _qwen(vocabulary: int) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=32, intermediate_size=384, max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=0,
+            bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
 NEOX = Shape("neox", _stories_tokenizer, _neox, rows=250, epochs=8, rate=2e-3)
-OLMO = Shape("olmo", _large_tokenizer, _olmo, rows=600, epochs=3, rate=1e-3, longest=48)
+OLMO = Shape("olmo", partial(_own_tokenizer, 20480), _olmo, rows=600, epochs=3, rate=1e-3, longest=48)
+QWEN = Shape("qwen", partial(_own_tokenizer, 4096), _qwen, rows=600, epochs=3, rate=2e-3, longest=64)
 
 
 def untrained_model(work: Path, shape: Shape, seed: int) -> Path:

@@ -146,7 +146,7 @@ def test_append_delete_purge_check_info(run, idx, rows, tmp_path):
     assert run("check", idx)[:2] == (0, "all files are as they were written\n")
     assert json.loads(run("check", idx, "--json")[1]) == {"problems": []}
     info = json.loads(run("info", idx, "--json")[1])
-    assert info["rows"] == 2 and info["signature"]["storage"] == "int8" and info["model"]["family"] == "llama"
+    assert info["rows"] == 2 and info["signature"]["storage"] == "int4" and info["model"]["family"] == "llama"
 
 
 def test_check_reports_a_flipped_byte_with_exit_1(run, idx):

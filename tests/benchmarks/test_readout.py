@@ -115,7 +115,11 @@ def test_projection_loss_shrinks_with_the_width(smoke_results):
         same = [line for line in result["summary"] if line["form"] == form and line["storage"] == "int8"]
         loss = [line["spearman"]["median"] for line in same]
         assert loss[0] < loss[-1] < 1 and same[0]["bytes_per_row"] < same[-1]["bytes_per_row"]
-    own = next(line for line in result["summary"] if (line["form"], line["size"]) == ("rank", 2))
+    own = next(
+        line
+        for line in result["summary"]
+        if (line["form"], line["size"], line["storage"]) == ("rank", 2, PRESETS["default"].storage)
+    )
     assert result["default_as_stored"]["spearman"]["mean"] == pytest.approx(own["spearman"]["median"], abs=0.02)
     assert 0 < result["exact_cosines"]["standard_deviation"] < result["exact_cosines"]["largest"] <= 1
 
@@ -126,8 +130,9 @@ def test_rows_of_full_rank_lose_only_rounding(script):
     settings = SignatureSettings((Channel("gh", whiten_left=True, whiten_right=True),), rank=2, final_width=32)
     _, whitening = projection_loss.index_scores(readout, rows[:16], rows[16:], settings)
     vectors, part = projection_loss.exact_rows(readout, rows, settings, whitening)
-    full, one = projection_loss.measure_ranks(part, vectors[16:], vectors[:16], (16, 1))
-    assert full["spearman"]["mean"] > 0.97 > one["spearman"]["mean"]
+    lines = projection_loss.measure_ranks(part, vectors[16:], vectors[:16], (16, 1))
+    found = {(line["size"], line["storage"]): line["spearman"]["mean"] for line in lines}
+    assert found[16, "int8"] > 0.97 > found[1, "int8"] and found[16, "int8"] > found[16, "int4"] > found[1, "int4"]
 
 
 def test_poisoned_rows_have_the_trigger_and_queries_are_apart(script):

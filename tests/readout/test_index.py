@@ -18,7 +18,7 @@ from leaveout.errors import FormatError, LeaveoutError, MismatchError
 from leaveout.readout import search as search_module
 from leaveout.readout.index import Index, Queries
 from leaveout.readout.settings import PRESETS
-from leaveout.readout.storage import decode, encode
+from leaveout.readout.storage import blocks, buffer_width, decode, encode, widen, width
 from leaveout.store import Store
 
 from .conftest import GH, RAW, assert_close
@@ -401,7 +401,7 @@ def test_append_keeps_the_whitening(build, tmp_path):
     index.append(CORPUS[9:])
     assert contents(index.path)[2] == before and before
     wanted = index.encode(QUERIES).vectors @ index.encode(CORPUS).vectors.t()
-    assert_close(index.score(QUERIES), wanted, "int8")
+    assert_close(index.score(QUERIES), wanted, "int4")
 
 
 def test_deleted_rows_are_gone_everywhere(build, tmp_path):
@@ -438,7 +438,44 @@ def test_stored_numbers_are_rounded_to_the_nearest(storage, relative, absolute):
     assert ((decode(arrays) - x).abs() <= 1.001 * bound).all()
 
 
-@pytest.mark.parametrize("storage", ["float16", "int8"])
+@pytest.mark.parametrize("width", [1, 31, 32, 64, 100, 500])
+def test_int4_is_what_its_bytes_say(width):
+    """Read number by number, as the module describes the bytes."""
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(5, width, generator=generator) ** 3 * torch.tensor([1e-30, 1e-3, 1.0, 1e30, 0.0])[:, None]
+    arrays = encode(x, "int4")
+    found = decode(arrays)
+    stored, size = arrays["signature"], -(-width // 64)
+    assert stored.shape == (5, 32 * size) and stored.dtype == np.int8
+    assert arrays["block_scale"].shape == (5, size) and arrays["block_scale"].dtype == np.float16
+    for row, at in itertools.product(range(5), range(64 * size)):
+        byte = int(stored[row, at // 64 * 32 + at % 32]) % 256
+        code = byte % 16 if at % 64 < 32 else byte // 16
+        code -= 16 * (code > 7)
+        unit = float(arrays["block_scale"][row, at // 64]) * float(arrays["scale"][row])
+        assert code == -8 if at >= width else found[row, at].item() == pytest.approx(code * unit, rel=1e-6)
+    assert found.shape == x.shape
+    largest = torch.stack([part.abs().amax(1) for part in x.split(64, 1)], 1).repeat_interleave(64, 1)[:, :width]
+    assert ((found - x).abs() <= 1.001 / 14 * largest).all()
+    assert ((found - x).abs() > 0.5 / 14 * largest).any() or width == 1
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "int8", "int4"])
+def test_rows_are_read_in_any_pieces(storage):
+    """Blocks, chosen rows and read-only memory give the same numbers as all rows at once."""
+    x = torch.randn(9, 75, generator=torch.Generator().manual_seed(1))
+    arrays = encode(x, storage)
+    whole = decode(arrays)
+    assert width(arrays) == 75 and torch.equal(torch.cat(list(blocks(arrays, 4))), whole)
+    for value in arrays.values():
+        value.flags.writeable = False
+    buffer = torch.full((9 * buffer_width(arrays),), torch.nan)
+    for at in (slice(2, 7), np.array([8, 0, 3])):
+        rows = widen(arrays, at, buffer) * torch.from_numpy(arrays["scale"][at].copy())[:, None]
+        assert torch.equal(rows, whole[at])
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8", "int4"])
 @pytest.mark.parametrize(
     ("preset", "form"),
     [("paper", {}), ("default", {}), ("residual", {}), ("default", {"final_width": None, "rank": 12})],
@@ -483,7 +520,7 @@ UNEQUAL = [
 ]
 
 
-@pytest.mark.parametrize("storage", ["float16", "int8"])
+@pytest.mark.parametrize("storage", ["float16", "int8", "int4"])
 def test_rounded_low_rank_rows_are_scored_as_the_exact_ones(storage, build):
     """In every answer: a row's scale counts on both of its sides."""
     form = {**LOW_RANK, "rank": 60, **MANY_COMMITS}

@@ -51,7 +51,7 @@ def test_wrong_channels_are_refused(fields, sentence):
         ({"temperature": 0.0}, "temperature is 0.0: give a positive number"),
         ({"mass": 0.5}, "mass below 1 needs a support"),
         ({"window": 8, "stride": 8}, "window is 8, stride 8: give 1 <= stride < window"),
-        ({"storage": "int4"}, "storage is 'int4': give one of float32, float16, int8"),
+        ({"storage": "int3"}, "storage is 'int3': give one of float32, float16, int8, int4"),
         ({"rank": 0}, "rank is 0: give a positive whole number"),
         ({"rank": 2.5}, "rank is 2.5: give a positive whole number"),
         ({"channels": ("gh",)}, r"channels holds something else than channels: give Channel\(\.\.\.\)"),

@@ -21,6 +21,7 @@ from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.readout.projection import Hadamard
 from leaveout.readout.search import positions_of
 from leaveout.readout.storage import blocks
+from leaveout.readout.storage import width as stored_width
 from leaveout.store import Store
 
 FOLDER = "ann"
@@ -39,7 +40,7 @@ def update(index: Store, seed: int = 0) -> None:
     faiss, place = _faiss(), index.path / FOLDER
     segments = index.segments()
     lists = max(1, min(MAX_LISTS, math.isqrt(index.n_rows), index.n_rows // TRAINED))
-    project = _projection(segments[0].arrays()["signature"].shape[1], seed)
+    project = _projection(stored_width(segments[0].arrays()), seed)
     made = faiss.index_factory(len(project.outputs), f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     made.train(_sample(index, project, TRAINED * lists, seed))
     for segment in segments:

@@ -6,7 +6,6 @@ with the queries. Memory per worker: the buffer, and one score per row of two se
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,10 +18,9 @@ import torch
 from torch import Tensor
 
 from leaveout.executor import run_tasks
+from leaveout.readout.storage import buffer_width, widen
 
 BUFFER = 2 * 2**20  # bytes: small enough to stay in cache
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
 class Segment(Protocol):
@@ -145,30 +143,16 @@ def _at_work(work: Callable[[Segment], Found | None], segment: Segment) -> Found
 
 
 def _segment_scores(arrays: dict[str, np.ndarray], product: Product, positions: np.ndarray | None) -> np.ndarray:
-    stored, scale = arrays["signature"], arrays["scale"]
-    count = len(stored) if positions is None else len(positions)
-    step = max(1, BUFFER // (4 * stored.shape[1]))
-    buffer = torch.empty(min(step, count), stored.shape[1])
+    scale, size = arrays["scale"], buffer_width(arrays)
+    count = len(scale) if positions is None else len(positions)
+    step = max(1, BUFFER // (4 * size))
+    buffer = torch.empty(min(step, count) * size)
     scores = []
     for start in range(0, count, step):
-        block = stored[start : start + step] if positions is None else stored[positions[start : start + step]]
-        rows = buffer[: len(block)]
-        rows.copy_(_tensor(block))
-        scores.append(product(rows).numpy())
+        at = slice(start, start + step) if positions is None else positions[start : start + step]
+        scores.append(product(widen(arrays, at, buffer)).numpy())
     chosen = scale if positions is None else scale[positions]
     return np.concatenate(scores) * (chosen**product.degree)[:, None]
-
-
-def _tensor(block: np.ndarray) -> Tensor:
-    """A tensor on the memory of a read-only array; nothing writes to it.
-
-    Made from the bare address because torch warns about read-only arrays and numpy's own widening of float16 takes
-    twice as long as torch's.
-    """
-    if block.flags.writeable:
-        return torch.from_numpy(block)
-    memory = (ctypes.c_char * block.nbytes).from_address(block.__array_interface__["data"][0])
-    return torch.frombuffer(memory, dtype=DTYPES[block.dtype.name]).view(block.shape)
 
 
 class Best:

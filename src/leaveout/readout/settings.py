@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 Kind = Literal["rh", "gh", "residual"]
 Projection = Literal["countsketch", "orthogonal"]
-Storage = Literal["float32", "float16", "int8"]
+Storage = Literal["float32", "float16", "int8", "int4"]
 Targets = Literal["response", "all"]
 Output = Literal["attention", "mlp"]
 Side = Literal["left", "right"]
@@ -103,7 +103,8 @@ class SignatureSettings:
     final_width     a row of at most this many numbers is stored in full; None: no limit
     rank            how a larger row is stored: each part by its `rank` largest singular triples; None: by one Hadamard
                     projection per part, to final_width numbers in all. Without final_width, rank applies to every row
-    storage         type of the stored numbers; every row has a float32 scale beside it
+    storage         type of the stored numbers; every row has a float32 scale beside it, int4 one of 16 bits for each block
+                    of 64 numbers too, 4.25 bits a number in all
     sample_rows     rows of the statistics pass that whitening needs
     seed            of all projections and of the sample
     """
@@ -200,14 +201,16 @@ PRESETS: dict[str, SignatureSettings] = {
         ),
         length_power=0.5,
         final_width=65536,
-        rank=16,
+        rank=24,
+        storage="int4",
     ),
     # Influence over every layer from the same forward pass, for large budgets per row.
     "residual": SignatureSettings(
         channels=(Channel("residual", whiten_left=True, whiten_right=True, damping=0.3, left_damping=3.0),),
         length_power=0.5,
         final_width=131072,
-        rank=16,
+        rank=24,
+        storage="int4",
     ),
     # Likeness of content and manner, not influence: nothing is whitened.
     "similarity": SignatureSettings(

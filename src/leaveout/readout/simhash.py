@@ -24,6 +24,7 @@ from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.readout.projection import Hadamard
 from leaveout.readout.search import Best, Segment, over_segments, positions_of
 from leaveout.readout.storage import blocks
+from leaveout.readout.storage import width as stored_width
 from leaveout.store import Store
 
 FOLDER = "simhash"
@@ -58,7 +59,7 @@ def update(index: Store, bits: int = BITS, seed: int = 0) -> None:
 
     Memory: 16 MiB of transformed rows, and the bits of one segment.
     """
-    width = index.segments()[0].arrays()["signature"].shape[1]
+    width = stored_width(index.segments()[0].arrays())
     settings, place = {"kind": FOLDER, "width": width, "bits": bits, "seed": seed}, index.path / FOLDER
     names = {segment.name for segment in index.segments()}
     if place.exists() and not _is_part(place, settings, names):

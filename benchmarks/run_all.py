@@ -3,13 +3,15 @@
     python benchmarks/run_all.py [--work bench] [--jobs 2] [--only NAME ...]
 
 Steps that measure time run alone, then the others on --jobs cores, one thread each. A step that has finished leaves a
-mark in --work and is not run again; a step that was killed goes on from what it kept there. Remove --work to start anew.
+mark in --work, with the seconds it took, and is not run again; a step that was killed goes on from what it kept there (and
+its seconds are those of the last go). Remove --work to start anew. Seconds are written to results/bench_steps.json.
 Needs the corpora in ../shared/data. A failed step does not stop the others: its log is named at the end, and exit is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -79,8 +81,10 @@ STEPS = {
     "domains": Step("domains", "--work {work}"),
     "selection": Step("selection", "--picture docs/selection.png --work {work}"),
     "influence, stories": Step("influence", "--bank stories --work {work}", place="stories"),
-    "influence, neox": Step("influence", "--bank neox --no-costly --work {work}", place="neox"),
+    "influence, neox": Step("influence", "--bank neox --work {work}", place="neox"),
+    "influence, qwen": Step("influence", "--bank qwen --subsets 48 --work {work}", place="qwen"),
     "influence, olmo": Step("influence", "--bank olmo --subsets 36 --qld 4 --no-costly --work {work}", place="olmo"),
+    "influence, olmo-sgd": Step("influence", "--bank olmo-sgd --subsets 30 --qld 0 --no-costly --work {work}", place="olmo"),
     "priors, stories": Step("influence_priors", "--bank stories --work {work}", place="stories"),
     "priors, neox": Step("influence_priors", "--bank neox --work {work}", place="neox"),
 }  # fmt: skip
@@ -93,17 +97,30 @@ def carry_out(name: str, work: Path) -> bool:
     if done.exists():
         return True
     place.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    began = time.time()
     # Relative to the root, so that no result names a directory of this machine.
     arguments = step.arguments.format(work=os.path.relpath(place, ROOT)).split()
     with own.with_suffix(".log").open("a") as log:
         command = [sys.executable, f"benchmarks/{step.script}.py", *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(command, check=False, cwd=ROOT, stdout=log, stderr=log, env=environment)
-    print(f"{name}: {'done' if ended.returncode == 0 else 'FAILED'}, {time.monotonic() - began:.0f} s", flush=True)
-    if ended.returncode == 0:
-        done.touch()
-    return ended.returncode == 0
+        started = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+        _, status, usage = os.wait4(started.pid, 0)  # with the seconds of this child alone
+    started.returncode = code = os.waitstatus_to_exitcode(status)
+    seconds = {"wall": time.time() - began, "cpu": usage.ru_utime + usage.ru_stime, "began": began, "alone": step.alone}
+    print(f"{name}: {'FAILED' if code else 'done'}, {seconds['wall']:.0f} s, {seconds['cpu']:.0f} CPU s", flush=True)
+    if not code:
+        done.write_text(json.dumps(seconds))
+    return not code
+
+
+def write_seconds(work: Path) -> None:
+    """Seconds of the steps that are done, and on two cores: those alone one by one, the rest shared out."""
+    found = {file.stem: json.loads(file.read_text()) for file in sorted(work.glob("*.done"))}
+    alone = sum(step["cpu"] for step in found.values() if step["alone"])
+    rest = sum(step["cpu"] for step in found.values() if not step["alone"])
+    result = {"steps": found, "cpu_seconds_alone": alone, "cpu_seconds_of_the_rest": rest}
+    (ROOT / RESULTS / "bench_steps.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{alone:.0f} CPU s alone, {rest:.0f} CPU s of other steps")
 
 
 def one_after_another(names: Sequence[str], work: Path) -> dict[str, bool]:
@@ -126,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         for part in pool.map(lambda names: one_after_another(names, work), chains.values()):
             fine |= part
+    write_seconds(work)
     for command in ("tables.py", "scale_cost.py", "influence_picture.py --picture docs/influence.png"):
         ended = subprocess.run([sys.executable, *f"benchmarks/{command}".split()], check=False, cwd=ROOT)
         fine[command] = ended.returncode == 0

@@ -186,6 +186,11 @@ def on_few(few: dict[str, Scored], all_methods: dict[str, Scored], chosen: np.nd
     ]
 
 
+def lines(report: Report) -> list[dict[str, Any]]:
+    """The report without the values of single queries, which would be most of the file."""
+    return [{key: value for key, value in line.items() if key != "by_query"} for line in report.lines()]
+
+
 def differences(report: Report, first: str, metric: Any) -> dict[str, dict[str, float]]:
     """First minus each other method, paired by query."""
     found = {other.method: report.difference(first, other.method, metric) for other in report.judged}
@@ -289,7 +294,7 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
             seed=args.seed,
         )  # fmt: skip
         show(small)
-        few = {"lines": list(small.lines()), "default_minus_others": differences(small, COMPARED, "lds")}
+        few = {"lines": lines(small), "default_minus_others": differences(small, COMPARED, "lds")}
     assert truth.ceiling is not None
     seconds = run.bank.info()["cpu_seconds"] + second.bank.info()["cpu_seconds"]
     return {
@@ -301,9 +306,9 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
         "cpu_seconds": {"retraining": seconds, "scores": sum(s.cpu_seconds or 0 for s in methods.values())},
         "agreement_of_orders": truth.ceiling.agreement._asdict(),
         "ceiling": truth.ceiling.ceiling._asdict(),
-        "lds": list(report.lines()),
+        "lds": lines(report),
         "default_minus_others_lds": differences(report, COMPARED, "lds"),
-        "qld": list(removals.lines()),
+        "qld": lines(removals),
         "default_minus_others_qld": differences(removals, COMPARED, "qld"),
         "on_removal_queries": few,
         "parts_of_gradient": parts_of_gradient(scorer, truth),

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from leaveout.corpus import Corpus
-from leaveout.readout.model import Readout, load_readout, quiet_transformers
+from leaveout.loading import quiet_transformers
+from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.tokens import TokenisedRow, tokenise
 from leaveout.training.provenance import provenance

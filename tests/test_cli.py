@@ -126,9 +126,9 @@ def test_select_writes_rows_that_can_be_indexed_again(run, idx, model, rows, tmp
     assert [row["score"] for row in chosen] == sorted((row["score"] for row in chosen), reverse=True)
     by_id = {row["id"]: row for row in chosen}
     for id in set(by_id) & {"a", "b"}:
-        assert {key: by_id[id][key] for key in ("prompt", "response")} == {
-            key: row[key] for row in ROWS if row["id"] == id for key in ("prompt", "response")
-        }
+        assert (by_id[id]["prompt"], by_id[id]["completion"]) == next(
+            (row["prompt"], row["response"]) for row in ROWS if row["id"] == id
+        )
     code, text, _ = run("index", model, out, "--out", tmp_path / "again", "--json")
     assert code == 0 and json.loads(text)["rows"] == 3
 

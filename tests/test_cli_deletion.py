@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from command import run_command
-from leaveout import Recipe, TrainingRun, UnsupportedError, report
+from leaveout import Recipe, TrainingRun, UnsupportedError, load_scores, report
+from leaveout.baselines.gradient_dot import GradientDot
 from leaveout.deletion.plan import Budget
+from leaveout.training.tasks import task_of
 
 NAMES = ("ana", "bob", "cleo", "dan", "eva", "finn", "gus", "hana", "ivo", "jana", "kim", "lou")
 RECIPE = "kind: microgpt\ndata: names.txt\nunits: units.json\nsteps: 12\n"
@@ -316,6 +318,42 @@ def test_evaluate_judges_methods_and_scores_of_ones_own(leaveout, trained, tmp_p
     code, _, err = leaveout("evaluate", place, *asking(*QUERIES), "--method", "magic", *options)
     assert code == 1 and "magic" in err
     assert leaveout("evaluate", place, *asking(*QUERIES))[0] == 2
+
+
+@pytest.mark.parametrize("kind", ["npy", "csv", "jsonl"])
+def test_attribute_writes_what_evaluate_reads(kind, leaveout, trained, tmp_path):
+    run, place, out = trained / "run", tmp_path / "run", tmp_path / f"dot.{kind}"
+    shutil.copytree(run, place)
+    code, text, err = leaveout(
+        "attribute", place, *asking(*QUERIES), "--method", "gradient dot", "--out", out, "--json"
+    )
+    assert code == 0, err
+    recipe = TrainingRun.load(place).recipe
+    assert {"method": "gradient dot", "queries": 2, "rows": 12}.items() <= json.loads(text).items()
+    task = task_of(recipe)
+    wanted = GradientDot(task, TrainingRun.load(place).parameters).score(list(QUERIES), recipe.examples)
+    np.testing.assert_allclose(load_scores(out, QUERIES, recipe.ids), wanted, rtol=1e-5, atol=1e-7)
+    code, _, err = leaveout("attribute", place, *asking(*QUERIES), "--method", "metagradient", "--out", out)
+    assert code == 0, err
+    sets = [[unit] for unit in recipe.unit_names]
+    effects = TrainingRun.load(place).bank.predict([*QUERIES], sets, "first_order").effect
+    np.testing.assert_allclose(load_scores(out, QUERIES, recipe.unit_names), effects, rtol=1e-5, atol=1e-7)
+    options = ("--subsets", 4, "--qld", 0, "--no-ceiling", "--json")
+    code, text, err = leaveout(
+        "evaluate", place, *asking(*QUERIES), "--scores", out, "--method", "metagradient", *options
+    )
+    assert code == 0, err
+    one, other = (json.loads(line)["by_query"]["lds"] for line in text.splitlines())
+    assert [line["query"] for line in one] == list(QUERIES) and one == other
+
+
+def test_attribute_refuses_before_it_works(leaveout, trained, tmp_path):
+    code, _, err = leaveout("attribute", trained / "run", *asking(*QUERIES), "--out", tmp_path / "scores.txt")
+    assert code == 1 and "give .npy, .csv or .jsonl" in err
+    code, _, err = leaveout(
+        "attribute", trained / "run", "--query", "ada", "--method", "magic", "--out", tmp_path / "s.npy"
+    )
+    assert code == 1 and "there is no method 'magic'" in err and not (tmp_path / "s.npy").exists()
 
 
 def test_evaluate_judges_without_retraining_by_known_rows_and_one_more_step(leaveout, trained, tmp_path):

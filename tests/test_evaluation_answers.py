@@ -286,6 +286,22 @@ def test_retrieval_metrics_need_no_retraining_and_agree_with_counting(tmp_path, 
     assert any("4 queries that have some" in note for note in report.notes())
 
 
+def test_one_query_has_no_interval_and_few_units_a_smaller_top(tmp_path):
+    run = TrainingRun.open(classifier(ADAMW, tuple(str(i // 2) for i in range(24))), tmp_path / "run")
+    relevant = np.arange(24)[None] < 4
+    given, settings = {"mine": np.arange(24.0)[None]}, EvaluationSettings(0, removal_queries=0)
+    report = evaluate(run, points(1, 3), scores=given, settings=settings, relevant=relevant)
+    assert report.top == 6  # half of twelve units
+    line = next(report.lines())
+    found = line["average_precision"]
+    assert found["mean"] > 0 and found["low"] is None and found["high"] is None
+    assert line["by_query"]["average_precision"] == [{"query": report.queries[0], "value": found["mean"]}]
+    assert report.table()[1][0][1] == f"{found['mean']:.3f}" and "there are no intervals" in report.notes()[0]
+    twice = evaluate(run, points(1, 3), scores={**given, "other": -given["mine"]}, settings=settings, relevant=relevant)
+    difference = twice.difference("mine", "other", "average_precision")
+    assert difference is not None and difference.mean < 0 and np.isnan(difference.low)
+
+
 def test_a_unit_is_relevant_if_one_of_its_rows_is(tmp_path):
     run = TrainingRun.open(classifier(ADAMW, tuple(str(i // 2) for i in range(24))), tmp_path / "run")
     relevant = np.zeros((1, 24), bool)

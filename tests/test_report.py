@@ -50,3 +50,18 @@ def test_json_refuses_not_a_number():
 def test_shorten_makes_one_line():
     assert report.shorten("a\n b\t c", 5) == "a b c"
     assert report.shorten("abcdef", 5) == "abcd…"
+
+
+def test_a_wide_table_puts_intervals_below_their_means(capsys, monkeypatch):
+    rows = [("default", *["0.655 [0.587, 0.721]"] * 4)]
+    monkeypatch.setenv("COLUMNS", "80")
+    report.print_table(["method", "LDS", "QLD (nats)", "leave-one-out", "AP"], rows)
+    shown = capsys.readouterr().out
+    assert (
+        max(map(len, shown.splitlines())) <= 80
+        and shown.count("[0.587, 0.721]") == 4
+        and " [" not in shown.split("0.655")[1]
+    )
+    monkeypatch.setenv("COLUMNS", "200")
+    report.print_table(["method", "LDS", "QLD (nats)", "leave-one-out", "AP"], rows)
+    assert capsys.readouterr().out.count("0.655 [0.587, 0.721]") == 4

@@ -12,11 +12,16 @@ from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, LeaveoutError, MismatchError, StabilityError, UnsupportedError
 
 if TYPE_CHECKING:
+    from leaveout.baselines.stored import load_scores, save_scores
     from leaveout.deletion.bank import Bank
     from leaveout.deletion.predict import Prediction
     from leaveout.deletion.run import TrainingRun
     from leaveout.deletion.sets import DeletionSets
     from leaveout.deletion.settings import MeasureSettings
+    from leaveout.evaluation.judge import evaluate
+    from leaveout.evaluation.methods import attribute
+    from leaveout.evaluation.report import Report
+    from leaveout.evaluation.settings import EvaluationSettings
     from leaveout.readout.explain import Explanation
     from leaveout.readout.index import Index, Queries
     from leaveout.readout.model import load_readout
@@ -31,6 +36,7 @@ _LAZY = {
     "Bank": "leaveout.deletion.bank",
     "Channel": "leaveout.readout.settings",
     "DeletionSets": "leaveout.deletion.sets",
+    "EvaluationSettings": "leaveout.evaluation.settings",
     "Explanation": "leaveout.readout.explain",
     "Hit": "leaveout.readout.search",
     "Index": "leaveout.readout.index",
@@ -41,9 +47,14 @@ _LAZY = {
     "Queries": "leaveout.readout.index",
     "Query": "leaveout.training.queries",
     "Recipe": "leaveout.training.recipe",
+    "Report": "leaveout.evaluation.report",
     "SignatureSettings": "leaveout.readout.settings",
     "TrainingRun": "leaveout.deletion.run",
+    "attribute": "leaveout.evaluation.methods",
+    "evaluate": "leaveout.evaluation.judge",
     "load_readout": "leaveout.readout.model",
+    "load_scores": "leaveout.baselines.stored",
+    "save_scores": "leaveout.baselines.stored",
 }
 
 __all__ = [
@@ -52,6 +63,7 @@ __all__ = [
     "Channel",
     "Corpus",
     "DeletionSets",
+    "EvaluationSettings",
     "Explanation",
     "FormatError",
     "Hit",
@@ -64,12 +76,17 @@ __all__ = [
     "Queries",
     "Query",
     "Recipe",
+    "Report",
     "Row",
     "SignatureSettings",
     "StabilityError",
     "TrainingRun",
     "UnsupportedError",
+    "attribute",
+    "evaluate",
     "load_readout",
+    "load_scores",
+    "save_scores",
 ]
 
 

@@ -45,19 +45,22 @@ def shorten(text: str, width: int = 90) -> str:
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
-    """A table on standard output; numbers to the right."""
+    """A table on standard output; numbers to the right. Where it is too wide, an interval stands below its mean."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    rows = [list(row) for row in rows]
+    rows, console = [list(row) for row in rows], Console()
+    widths = (max(len(number(cell)) for cell in column) for column in zip(headers, *rows, strict=True))
+    if sum(3 + width for width in widths) > console.width:
+        rows = [[cell.replace(" [", "\n[") if isinstance(cell, str) else cell for cell in row] for row in rows]
     table = Table(title=title, title_justify="left", pad_edge=False)
     for column, header in enumerate(headers):
         numeric = bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
         table.add_column(header, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(number(value)) for value in row))
-    Console().print(table)
+    console.print(table)
 
 
 def number(value: Any) -> str:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from leaveout.baselines.stored import load_scores
+from leaveout.baselines.stored import load_scores, save_scores
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 
 QUERIES, ROWS = ["q1", "q0"], ["c", "a", "b,\n", "ü"]
@@ -87,3 +87,28 @@ def test_wrong_files_are_refused(tmp_path):
         load("s.txt", "1", ids=["q", "q"])
     with pytest.raises(FileNotFoundError):
         load("absent.csv")
+
+
+@pytest.mark.parametrize("kind", [".npy", ".csv", ".jsonl"])
+def test_written_scores_come_back(kind, tmp_path):
+    place = tmp_path / f"s{kind}"
+    place.write_text("what was there")
+    assert save_scores(place, SCORES, QUERIES, ROWS) == place
+    np.testing.assert_array_equal(load_scores(place, QUERIES, ROWS), SCORES)
+    assert [file.name for file in tmp_path.iterdir()] == [place.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "scores", "error", "message"),
+    [
+        ("s.txt", SCORES, UnsupportedError, "give .npy, .csv or .jsonl"),
+        ("s.npy", SCORES.T, MismatchError, r"have the shape \(4, 2\), wanted \(2, 4\)"),
+        ("s.csv", np.full((2, 4), np.nan), FormatError, "not finite"),
+        ("s.jsonl", np.full((2, 4), 1e39), FormatError, "not finite"),
+    ],
+)
+def test_scores_that_cannot_be_read_are_not_written(name, scores, error, message, tmp_path):
+    (tmp_path / name).write_text("what was there")
+    with pytest.raises(error, match=message):
+        save_scores(tmp_path / name, scores, QUERIES, ROWS)
+    assert (tmp_path / name).read_text() == "what was there"

@@ -99,24 +99,21 @@ def test_similarity_equals_the_exact_product(tokenizer, tokenised, rows):
     assert n_windows > len(found) + 5
 
 
-# family -> where its output projections, their norms and the final norm are; how a norm is pulled back, its epsilon.
+# family -> where its output projections and the final norm are; how that norm is pulled back, its epsilon.
 LLAMA = "model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"
-POST = "model.layers.{}.post_attention_layernorm", "model.layers.{}.post_feedforward_layernorm"
 PLACES = {
-    "llama": (LLAMA, None, "model.norm", rms_back, "rms_norm_eps"),
-    "olmo": (LLAMA, None, "model.norm", layer_norm_back, None),
-    "olmo2": (LLAMA, POST, "model.norm", rms_back, "rms_norm_eps"),
-    "gemma2": (LLAMA, POST, "model.norm", rms_back, "rms_norm_eps"),
+    "llama": (LLAMA, "model.norm", rms_back, "rms_norm_eps"),
+    "olmo": (LLAMA, "model.norm", layer_norm_back, None),
+    "olmo2": (LLAMA, "model.norm", rms_back, "rms_norm_eps"),
+    "gemma2": (LLAMA, "model.norm", rms_back, "rms_norm_eps"),
     "gpt_neox": (
         ("gpt_neox.layers.{}.attention.dense", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
-        None,
         "gpt_neox.final_layer_norm",
         layer_norm_back,
         "layer_norm_eps",
     ),
     "gpt2": (
         ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),
-        None,
         "transformer.ln_f",
         layer_norm_back,
         "layer_norm_epsilon",
@@ -128,28 +125,22 @@ class SlowResidual(Slow):
     """Adds the residual channel's factors."""
 
     def __init__(self, lm):
-        taps, norms, self.final, self.formula, eps = PLACES[lm.config.model_type]
+        taps, self.final, self.formula, eps = PLACES[lm.config.model_type]
         layers = range(lm.config.num_hidden_layers)
         self.taps = [name.format(layer) for layer in layers for name in taps]
-        self.norms = [name.format(layer) for layer in layers for name in norms] if norms else [None] * len(self.taps)
         self.eps = 1e-5 if eps is None else getattr(lm.config, eps)
-        super().__init__(lm, [*self.taps, *filter(None, self.norms), self.final])
-
-    def back(self, norm, at, g):
-        module = self.lm.get_submodule(norm)
-        weight = getattr(module, "weight", None)
-        weight = np.ones(len(at.h)) if weight is None else weight.detach().numpy()
-        if self.lm.config.model_type == "gemma2":
-            weight = 1 + weight
-        return self.formula(at.inputs[norm], g, weight, self.eps)
+        super().__init__(lm, [*self.taps, self.final])
 
     def left(self, at, tap, g):
         """g [..., hidden] at the output of the final norm, as it is at the output of a projection (None: as it is)."""
         if tap is None:
             return g
-        g = self.back(self.final, at, g)
-        norm = self.norms[self.taps.index(tap)]
-        return g if norm is None else self.back(norm, at, g)
+        module = self.lm.get_submodule(self.final)
+        weight = getattr(module, "weight", None)
+        weight = np.ones(len(at.h)) if weight is None else weight.detach().numpy()
+        if self.lm.config.model_type == "gemma2":
+            weight = 1 + weight
+        return self.formula(at.inputs[self.final], g, weight, self.eps)
 
 
 # Blocks of the model by preset: enough that a choice among them is one.
@@ -208,7 +199,7 @@ def residual_roots(slow, positions, channel, matrices, tap):
     """The same for an output projection. Left labels are drawn, so that the engine's matrix is compared by sigmas."""
     left, right = dampings(channel)
     place = f"{tap.split('.')[2]}.{'mlp' if '.mlp.' in tap else 'attention'}"
-    names = f"g.{place if slow.norms[0] else 'final'}.damping-{left}", f"a.{place}.damping-{right}"
+    names = f"g.final.damping-{left}", f"a.{place}.damping-{right}"
     root = whitening(sum(np.outer(at.inputs[tap], at.inputs[tap]) for at in positions) / len(positions), right)
     assert_close(matrices[names[1]], root, precision(slow.lm.config.model_type))
     assert_drawn(slow, positions, tap, matrices[names[0]].numpy(), left)

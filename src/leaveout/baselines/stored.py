@@ -1,4 +1,4 @@
-"""Scores that another tool has made, read from a file and put in the order of our rows.
+"""Scores in files: those of another tool, read and put in the order of our rows, and our own, written in the same forms.
 
 .npy    an array [query, train]; it has no ids, so that its shape is all that can be checked
 .csv    a header with the columns query, id and score; one line for each pair
@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 
@@ -31,10 +33,9 @@ def load_scores(path: str | Path, query_ids: Sequence[str], train_ids: Sequence[
     """
     path = Path(path)
     rows, columns = numbers_of("query", query_ids), numbers_of("train", train_ids)
+    require_form(path)
     if path.suffix == ".npy":
         return _array(path, (len(query_ids), len(train_ids)))
-    if path.suffix not in _READERS:
-        raise UnsupportedError(f"{path} is not a file of scores: give .npy, .csv or .jsonl.")
     scores = np.zeros((len(rows), len(columns)), np.float32)
     seen = np.zeros(scores.shape, bool)
     for line, (query, name, score) in _READERS[path.suffix](path):
@@ -54,6 +55,47 @@ def load_scores(path: str | Path, query_ids: Sequence[str], train_ids: Sequence[
         pair = f"{query_ids[first[0]]!r}, {train_ids[first[1]]!r}"
         raise MismatchError(f"{path} lacks {int((~seen).sum())} pairs, the first is {pair}: every row needs a score.")
     return scores
+
+
+def save_scores(path: str | Path, scores: ArrayLike, query_ids: Sequence[str], train_ids: Sequence[str]) -> Path:
+    """Writes finite scores [query, train] as float32 in the form that the file's name asks for; `load_scores` reads it.
+
+    A file that is there is replaced only once the new one is whole.
+    Raises: UnsupportedError for another kind of file; MismatchError for another shape; FormatError for a score that is not
+            finite in float32; ValueError if an id stands twice.
+    """
+    path, values = Path(path), np.asarray(scores, np.float64)
+    numbers_of("query", query_ids)
+    numbers_of("train", train_ids)
+    require_form(path)
+    if values.shape != (len(query_ids), len(train_ids)):
+        raise MismatchError(f"The scores have the shape {values.shape}, wanted {(len(query_ids), len(train_ids))}.")
+    if not (np.abs(values) <= np.finfo(np.float32).max).all():
+        raise FormatError("A score is not finite in float32, so that no reader could rank it.")
+    part = path.with_name(path.name + ".part")
+    if path.suffix == ".npy":
+        with part.open("wb") as file:
+            np.save(file, values.astype(np.float32))
+    else:
+        with part.open("w", encoding="utf-8", newline="") as file:
+            write = csv.writer(file).writerow if path.suffix == ".csv" else _object_writer(file)
+            if path.suffix == ".csv":
+                write(FIELDS)
+            for query, line in zip(query_ids, values.astype(np.float32), strict=True):
+                for name, score in zip(train_ids, line.tolist(), strict=True):
+                    write((query, name, score))
+    part.replace(path)
+    return path
+
+
+def require_form(path: Path) -> None:
+    """Raises: UnsupportedError if the name of a file of scores ends otherwise."""
+    if path.suffix not in (".npy", *_READERS):
+        raise UnsupportedError(f"{path} is not a file of scores: give .npy, .csv or .jsonl.")
+
+
+def _object_writer(file: IO[str]) -> Callable[[Sequence[object]], object]:
+    return lambda values: file.write(json.dumps(dict(zip(FIELDS, values, strict=True)), ensure_ascii=False) + "\n")
 
 
 def numbers_of(what: str, ids: Sequence[str]) -> dict[str, int]:

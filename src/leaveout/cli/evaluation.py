@@ -1,15 +1,60 @@
-"""The command that judges attribution scores by retraining."""
+"""Commands that score the rows of a training run for queries, and judge scores by retraining."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leaveout.cli.program import Json, Prompt, QueryText, Workers, app
+from leaveout.cli.program import Json, Prompt, QueryText, Workers, app, print_facts
 from leaveout.cli.runs import QueryFile, RunPath, open_run, read_queries
+from leaveout.errors import MismatchError
 from leaveout.report import print_table, to_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from leaveout.training.recipe import Recipe
+
+
+@app.command()
+def attribute(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("--out", help="File of the scores: .npy, .csv or .jsonl.")],
+    query: QueryText = None,
+    prompt: Prompt = None,
+    queries: QueryFile = None,
+    method: Annotated[str, typer.Option(help="Name of a method such as default, paper@start or ek-fac.")] = "default",
+    workers: Workers = 1,
+    json_: Json = False,
+) -> None:
+    """Score every row of a run for every query by one method, and write the scores to a file.
+
+    Example: leaveout attribute run --queries queries.jsonl --method ek-fac --out scores.jsonl
+    """
+    opened = open_run(run)
+    from leaveout.baselines.stored import require_form, save_scores
+    from leaveout.deletion.settings import MeasureSettings
+    from leaveout.evaluation.methods import attribute
+
+    require_form(out)
+    asked = read_queries(query, prompt, queries)
+    settings = MeasureSettings(workers=workers, progress=True)
+    found = attribute(opened, asked, method, settings=settings)
+    names = next(ids for ids in (opened.recipe.ids, opened.recipe.unit_names) if len(ids) == found.scores.shape[1])
+    save_scores(out, found.scores, [q.name for q in asked], names)
+    print_facts(
+        {
+            "method": method,
+            "queries": len(asked),
+            "rows": len(names),
+            "cpu_seconds": found.cpu_seconds,
+            "out": str(out),
+        },
+        json_,
+    )
 
 
 @app.command()
@@ -38,7 +83,9 @@ def evaluate(
     relevant: Annotated[
         Path | None, typer.Option(help="JSONL of known relevant rows, one {query, id} a line: retrieval metrics.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="k of the tail-patch and of the retrieval metrics.")] = 10,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="k of the tail-patch and of the retrieval metrics; default 10.")
+    ] = None,
     ceiling: Annotated[bool, typer.Option(help="Retrain the subsets with a second seed: the noise ceiling.")] = True,
     workers: Workers = 1,
     json_: Json = False,
@@ -48,7 +95,6 @@ def evaluate(
     Example: leaveout evaluate run --queries queries.jsonl --method default --method bm25 --subsets 64
     """
     opened = open_run(run)
-    from leaveout.baselines.stored import load_scores
     from leaveout.deletion.settings import MeasureSettings
     from leaveout.evaluation import EvaluationSettings, evaluate
     from leaveout.evaluation.retrieval import load_relevant
@@ -57,7 +103,7 @@ def evaluate(
         raise typer.BadParameter("say what is judged: --method or --scores")
     asked = read_queries(query, prompt, queries)
     names = [q.name for q in asked]
-    given = {file.stem: load_scores(file, names, opened.recipe.ids) for file in scores or []}
+    given = {file.stem: read_scores(file, names, opened.recipe) for file in scores or []}
     known = None if relevant is None else load_relevant(relevant, names, opened.recipe.ids)
     settings = EvaluationSettings(
         subsets=subsets, removed=removed, second_order=ceiling, removal_queries=qld, brittleness=brittleness,
@@ -70,3 +116,17 @@ def evaluate(
         return
     print_table(*report.table())
     print("\n".join(report.notes()))
+
+
+def read_scores(file: Path, queries: list[str], recipe: Recipe) -> np.ndarray:
+    """Scores [query, example] of a file, or [query, unit] where it names units."""
+    from leaveout.baselines.stored import load_scores
+
+    try:
+        return load_scores(file, queries, recipe.ids)
+    except MismatchError:
+        if recipe.unit_names == recipe.ids:
+            raise
+        with contextlib.suppress(MismatchError):
+            return load_scores(file, queries, recipe.unit_names)
+        raise

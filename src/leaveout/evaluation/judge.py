@@ -66,9 +66,8 @@ def evaluate(
 
 def _refuse(run: TrainingRun, asked: Sequence[Query], settings: EvaluationSettings, known: np.ndarray | None) -> None:
     """Refuses what could only fail after all the retraining."""
-    most = len(run.recipe.unit_names) // 2
-    if (settings.tail_patch or known is not None) and not 1 <= settings.top <= most:
-        raise ValueError(f"top is {settings.top}: give 1 to {most}, half the number of units")
+    if settings.tail_patch or known is not None:
+        settings.top_of(len(run.recipe.unit_names))
     if settings.tail_patch or settings.brittleness:
         of_answers(run.recipe, asked, answer_loss)
     if known is not None and not known.any():
@@ -105,9 +104,11 @@ def judge(
     chosen = removal_queries(len(queries), settings.removal_queries)
     differences = loss_differences(run, queries, scored, chosen, settings) if len(chosen) else {}
     changes = answer_changes(run, queries, scored, settings) if settings.brittleness else None
+    needs_top = settings.tail_patch or relevant is not None
+    top = settings.top_of(len(run.recipe.unit_names)) if needs_top else 0
     patches = {}
     if settings.tail_patch:
-        patches = tail_patches(run, queries, scored, settings.top, settings.measure.progress)
+        patches = tail_patches(run, queries, scored, top, settings.measure.progress)
     judged = []
     for name, found in scored.items():
         rises = patches.get(name, (None, None))
@@ -123,7 +124,7 @@ def judge(
                 tail_patch=rises[0],
                 tail_patch_nats=rises[1],
                 changed=None if smallest is None else np.isfinite(smallest) * 1.0,
-                **({} if relevant is None else retrieval(found.scores, relevant, settings.top)),
+                **({} if relevant is None else retrieval(found.scores, relevant, top)),
             )
         )
     names = tuple(q.name for q in queries)
@@ -136,7 +137,7 @@ def judge(
         ceiling=None if truth is None else truth.ceiling,
         seed=settings.seed,
         level=settings.level,
-        top=settings.top,
+        top=top,
         brittleness=changes,
     )
 

@@ -6,6 +6,7 @@ training, after a third of its steps, and after all of them.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ from leaveout.errors import UnsupportedError
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import PRESETS, SignatureSettings
-from leaveout.training.queries import Query
+from leaveout.training.queries import Query, as_queries
 from leaveout.training.tasks import Task, task_of
 from leaveout.training.train import Parameters
 
@@ -172,6 +173,24 @@ def score_methods(
         began = time.process_time()
         out[name] = Scored(METHODS[method](scorer, at), time.process_time() - began)
     return out
+
+
+def attribute(
+    run: TrainingRun | str | os.PathLike[str],
+    queries: Any,
+    method: str = "default",
+    seed: int = 0,
+    settings: MeasureSettings | None = None,
+) -> Scored:
+    """Scores of one method by name, such as "default@third": positive where training on the row helped the query.
+
+    run      a training run, or the directory of one; its rows are scored
+    queries  see `as_queries`
+    Shapes:  scores [query, example] in the order of the recipe; of `metagradient` and `posterior` [query, unit]
+    Raises:  as `score_methods`.
+    """
+    run = run if isinstance(run, TrainingRun) else TrainingRun.load(run)
+    return score_methods(run, as_queries(queries), [method], seed, settings)[method]
 
 
 def parse(name: str) -> tuple[str, str]:

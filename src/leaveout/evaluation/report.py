@@ -90,7 +90,10 @@ class Report:
     brittleness: Brittleness | None = None
 
     def interval(self, method: str, metric: Metric = "lds") -> Interval | None:
-        """Mean over the queries where the metric is defined, and its interval; None if it is defined for none."""
+        """Mean over the queries where the metric is defined, and its interval; None if it is defined for none.
+
+        One query alone has no interval: low and high are nan.
+        """
         return self._interval(_known(self._values(method, metric)))
 
     def difference(self, first: str, second: str, metric: Metric = "lds") -> Interval | None:
@@ -99,9 +102,13 @@ class Report:
         if one is None or other is None:
             return None
         both = np.isfinite(one) & np.isfinite(other)
+        if both.sum() == 1:
+            return Interval(float((one - other)[both].item()), np.nan, np.nan)
         return difference_interval(one[both], other[both], self.seed, self.level) if both.any() else None
 
     def _interval(self, known: np.ndarray) -> Interval | None:
+        if len(known) == 1:
+            return Interval(float(known[0]), np.nan, np.nan)
         return bootstrap_interval(known, self.seed, self.level) if len(known) else None
 
     def _values(self, method: str, metric: Metric) -> np.ndarray | None:
@@ -117,6 +124,7 @@ class Report:
         undefined    queries without an LDS
         lds_by_seed  mean LDS against each data order alone
         brittleness  share of answers changed by removals up to each size
+        by_query     metric -> its value for each query that it was measured on, null where it is undefined
         """
         ceiling = None if self.ceiling is None else self.ceiling.ceiling.mean
         for judged in self._ranked():
@@ -128,7 +136,17 @@ class Report:
                 "cpu_seconds": judged.cpu_seconds,
                 "lds_by_seed": _seed_means(judged),
                 "brittleness": self._shares(judged.method),
+                "by_query": dict(self._by_query(judged)),
             }
+
+    def _by_query(self, judged: Judged) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        changed = () if self.brittleness is None else self.brittleness.queries
+        for metric in COLUMNS:
+            values = getattr(judged, metric)
+            if values is not None:
+                names = {"qld": self.removal_queries, "changed": changed}.get(metric, self.queries)
+                shown = [float(value) if np.isfinite(value) else None for value in values]
+                yield metric, [{"query": name, "value": value} for name, value in zip(names, shown, strict=True)]
 
     def _shares(self, method: str) -> dict[str, Any] | None:
         if self.brittleness is None or method not in self.brittleness.smallest:
@@ -151,6 +169,8 @@ class Report:
     def notes(self) -> list[str]:
         """What the numbers mean, for under the table."""
         out = [f"Intervals: {self.level:.0%}, over queries. All but the ceiling are means over queries."]
+        if len(self.queries) == 1:
+            out = ["One query alone: there are no intervals."]
         if self.subsets:
             out.append(f"LDS: rank correlation over {self.subsets} retrained subsets, {len(self.queries)} queries.")
         if self.ceiling is not None:
@@ -211,9 +231,12 @@ def _seed_means(judged: Judged) -> list[float] | None:
     return [float(values.mean()) for values in known] if known and all(map(len, known)) else None
 
 
-def _shown(found: Interval | None) -> dict[str, float] | None:
-    return None if found is None else found._asdict()
+def _shown(found: Interval | None) -> dict[str, float | None] | None:
+    """For JSON, which has no nan."""
+    return None if found is None else {k: v if np.isfinite(v) else None for k, v in found._asdict().items()}
 
 
 def _cell(found: Interval | None, form: str = ".3f") -> str:
-    return "" if found is None else f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
+    if found is None:
+        return ""
+    return f"{found.mean:{form}}" + (f" [{found.low:{form}}, {found.high:{form}}]" if np.isfinite(found.low) else "")

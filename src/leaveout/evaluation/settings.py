@@ -18,7 +18,7 @@ class EvaluationSettings:
     brittleness        queries whose answer should change, spread evenly over those that the model answers; 0: none
     brittleness_shares shares of all units that are removed for each of them: as many retrainings a query and method
     tail_patch         one training step on each of the `top` best units of a query: no retraining, see `tail_patch`
-    top                k of the tail-patch and of the retrieval metrics, at most half of the units
+    top                k of the tail-patch and of the retrieval metrics, at most half of the units; None: 10, or that half
     seed, level        of random sets and of intervals
     """
 
@@ -31,10 +31,17 @@ class EvaluationSettings:
     brittleness: int = 0
     brittleness_shares: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2)
     tail_patch: bool = False
-    top: int = 10
+    top: int | None = None
     seed: int = 0
     level: float = 0.95
     measure: MeasureSettings = field(default_factory=MeasureSettings)
+
+    def top_of(self, units: int) -> int:
+        """k for a run with so many units. Raises: ValueError if `top` is more than half of them."""
+        most = units // 2
+        if self.top is not None and not 1 <= self.top <= most:
+            raise ValueError(f"top is {self.top}: give 1 to {most}, half the number of units")
+        return min(10, most) if self.top is None else self.top
 
     def __post_init__(self) -> None:
         if not self.brittleness_shares or not all(0 < share < 1 for share in self.brittleness_shares):

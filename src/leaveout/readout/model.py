@@ -8,11 +8,7 @@ Source: arXiv 2604.16197 for the readout; the head forms are those of the `trans
 from __future__ import annotations
 
 import json
-import logging
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ import xxhash
 from torch import Tensor, nn
 
 from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.loading import quiet_transformers
 
 # Largest |logits - head(hidden)| over the largest |logit| that counts as rounding, by dtype of the model.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}
@@ -204,24 +201,6 @@ def _load(name: str, options: ModelOptions) -> tuple[nn.Module, Any]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice of transformers while a model loads: our own progress goes to stderr."""
-    from transformers.utils import logging as transformers_logging
-
-    bar, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 def verify_readout(readout: Readout) -> Readout:

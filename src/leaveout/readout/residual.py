@@ -1,9 +1,9 @@
 """Gradients of every block's output projections, to first order, from one forward pass.
 
-A pre-norm block adds to the residual stream, so the gradient at any block's output is about the gradient at the last
-residual state: g_t pulled back through the final norm. The gradient of an output projection with input a_t is then
-about g_t (x) a_t. A norm between projection and residual stream (OLMo-2, Gemma-2) is pulled back through as well.
-Pull-backs use the module itself (a vector-Jacobian product), so that no norm is written down twice.
+A block adds to the residual stream, so the gradient at any block's output is about the gradient at the last residual
+state: g_t pulled back through the final norm, by the module itself (a vector-Jacobian product), so that no norm is
+written down twice. The gradient of an output projection with input a_t is then about g_t (x) a_t. Norms between
+projection and residual stream (OLMo-2, Gemma-2) are passed over: pulling back through them predicted retraining worse.
 
 Source: leaveout's own; judged by retraining in docs/, not by derivation.
 """
@@ -24,23 +24,19 @@ from leaveout.readout.settings import Channel
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model family keeps its blocks, their output projections, and the norms between those and the stream."""
+    """Where a model family keeps its blocks and their output projections."""
 
     layers: str
     final_norm: str
     attention: str
     mlp: str
-    attention_norm: str | None = None
-    mlp_norm: str | None = None
 
 
 _LLAMA = Family("layers", "norm", "self_attn.o_proj", "mlp.down_proj")
-_POST_NORM = Family(
-    "layers", "norm", "self_attn.o_proj", "mlp.down_proj", "post_attention_layernorm", "post_feedforward_layernorm"
-)
+_LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "olmo", "gemma", "phi3", "smollm3")
+_NORMS_AFTER = ("olmo2", "olmo3", "gemma2", "gemma3_text")  # in the same places, with a norm behind each
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "gemma", "phi3", "smollm3"), _LLAMA),
-    **dict.fromkeys(("olmo2", "olmo3", "gemma2", "gemma3_text"), _POST_NORM),
+    **dict.fromkeys((*_LIKE_LLAMA, *_NORMS_AFTER), _LLAMA),
     "gpt_neox": Family("layers", "final_layer_norm", "attention.dense", "mlp.dense_4h_to_h"),
     "gpt2": Family("h", "ln_f", "attn.c_proj", "mlp.c_proj"),
 }
@@ -48,11 +44,10 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Tap:
-    """One output projection: its name, the module, and the norm between it and the residual stream, if any."""
+    """One output projection: its name and the module."""
 
     name: str
     projection: nn.Module
-    norm: nn.Module | None
 
     @property
     def inputs(self) -> int:
@@ -69,13 +64,12 @@ def find_taps(readout: Readout, channel: Channel) -> tuple[list[Tap], nn.Module]
     trunk = readout.trunk
     try:
         blocks: Any = trunk.get_submodule(family.layers)
-        places = {"attention": (family.attention, family.attention_norm), "mlp": (family.mlp, family.mlp_norm)}
+        places = {"attention": family.attention, "mlp": family.mlp}
         taps = []
         for index in _blocks_of(channel, len(blocks)):
             for output in channel.outputs:
-                block, (path, norm) = blocks[index], places[output]
-                module = _plain(block.get_submodule(path))
-                taps.append(Tap(f"{index}.{output}", module, block.get_submodule(norm) if norm else None))
+                module = _plain(blocks[index].get_submodule(places[output]))
+                taps.append(Tap(f"{index}.{output}", module))
         return taps, trunk.get_submodule(family.final_norm)
     except AttributeError:
         return None
@@ -98,7 +92,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 @dataclass
 class Recorder:
-    """Inputs of taps and norms at chosen positions of the forward pass that runs inside `recording`."""
+    """Inputs of modules at chosen positions of the forward pass that runs inside `recording`."""
 
     batch: Tensor  # [positions] int64
     token: Tensor  # [positions] int64

@@ -170,8 +170,7 @@ class Signer:
         parts = []
         for tap in taps:
             self.taps[tap.name] = tap
-            g = "g.final" if tap.norm is None else "g." + tap.name
-            left = self._factor_of(g, self.readout.hidden_size, channel, "left", number, tap.name)
+            left = self._factor_of("g.final", self.readout.hidden_size, channel, "left", number, tap.name)
             right = self._factor_of("a." + tap.name, tap.inputs, channel, "right", number, tap.name)
             parts.append(Part(f"residual{number}/{tap.name}", channel.weight, left, right))
         return parts
@@ -225,17 +224,13 @@ class Signer:
             raw["g.final"] = pull_back(self.final_norm, recorder.inputs[self.final_norm], g)
             for name, tap in self.taps.items():
                 raw["a." + name] = recorder.inputs[tap.projection].to(self.dtype)
-                if tap.norm is not None:
-                    raw["g." + name] = pull_back(tap.norm, recorder.inputs[tap.norm], raw["g.final"])
         ends = np.cumsum(counts).tolist()
         spans = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
         return Positions(raw, spans, hidden, target)
 
     def _recorded(self) -> list[torch.nn.Module]:
-        modules = [self.final_norm] if self.final_norm is not None else []
-        for tap in self.taps.values():
-            modules += [tap.projection] if tap.norm is None else [tap.projection, tap.norm]
-        return modules
+        final = [self.final_norm] if self.final_norm is not None else []
+        return [*final, *(tap.projection for tap in self.taps.values())]
 
     def _mapped(self, hidden: Tensor, target: Tensor) -> dict[str, Tensor]:
         """r @ map for every map, over blocks of logits; maps that are one matrix are multiplied once."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, UnsupportedError
+from leaveout.loading import quiet_transformers
 from leaveout.training import microgpt
 from leaveout.training.recipe import Recipe
 
@@ -117,8 +118,9 @@ def _causal_lm(recipe: Recipe) -> Task:
     if callable(source):
         model, tokenizer = source()  # type: ignore[misc]
     elif isinstance(source, (str, Path)):
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=recipe.real_dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        with quiet_transformers():
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=recipe.real_dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     else:
         raise FormatError("A causal-lm recipe needs `model`: a directory or name that transformers can load.")
     model.set_attn_implementation("eager")

@@ -56,7 +56,7 @@ REMOVED = (
 COMPARED = "default@third"
 WIDE = ("olmo", "olmo-sgd")  # heads too wide for EK-FAC
 LEFT_OUT = (  # on these, because they take too long or would hold a number for every token
-    "tracin", "rapidin@final", "gradient cosine@final", "ek-fac@start", "ek-fac@final", "rh whitened@third"
+    "tracin", "rapidin@final", "gradient cosine@final", "ek-fac@start", "ek-fac@final"
 )  # fmt: skip
 SMALLER_REMOVED = ("bm25", "gradient dot@final", "paper@start", "default@third")  # where a retraining takes long
 
@@ -71,7 +71,8 @@ def methods_of(bank: str, names: Sequence[str]) -> list[str]:
 def variants() -> dict[str, tuple[SignatureSettings, str]]:
     """Changes of the default, one at a time: why is it as good or bad as it is?"""
     default, residual = PRESETS["default"], PRESETS["residual"]
-    readout, blocks = default.channels
+    head, blocks = default.channels
+    through = replace(head, kind="gh", left_width=None)  # the head's gradient seen from below it
     both = ("start", "third")
 
     def with_channels(**changes: Any) -> SignatureSettings:
@@ -89,11 +90,15 @@ def variants() -> dict[str, tuple[SignatureSettings, str]]:
         "damping of gradients 10": (with_channels(left_damping=10.0), ("third",)),
         "damping of activations 0.01": (with_channels(damping=0.01), ("third",)),
         "damping of activations 1": (with_channels(damping=1.0), ("third",)),
-        "readout alone": (replace(default, channels=(readout,)), both),
-        "readout and one block": (replace(default, channels=(readout, replace(blocks, depths=(0.5,)))), both),
+        "head alone": (replace(default, channels=(head,)), both),
+        "head and one block": (replace(default, channels=(head, replace(blocks, depths=(0.5,)))), both),
         "blocks alone": (replace(default, channels=(blocks,)), ("third",)),
-        "all MLPs": (replace(default, channels=(readout, replace(blocks, depths=None))), ("third",)),
-        "rh whitened": (replace(default, channels=(replace(readout, kind="rh"),)), ("third",)),
+        "all MLPs": (replace(default, channels=(head, replace(blocks, depths=None))), ("third",)),
+        "gh in the place of rh": (replace(default, channels=(through, blocks)), both),
+        "gh beside rh": (replace(default, channels=(head, through, blocks)), ("third",)),
+        "head sketched to 256": (replace(default, channels=(replace(head, left_width=256), blocks)), ("third",)),
+        "head sketched to 2048": (replace(default, channels=(replace(head, left_width=2048), blocks)), ("third",)),
+        "support 256": (replace(default, support=256), ("third",)),
         "first default": (FIRST_DEFAULT, both),
         "residual, temperature 2": (replace(residual, temperature=2.0), ("start", "final")),
     }
@@ -124,9 +129,7 @@ def forms() -> dict[str, tuple[SignatureSettings, str]]:
         **{f"default, {rank} triples": replace(default, final_width=None, rank=rank) for rank in RANKS},
         **{f"default, {n} projected": replace(default, final_width=n, rank=None) for n in (1024, 4096, 16384)},
         **{
-            f"readout alone, {rank} triples": replace(
-                default, final_width=None, rank=rank, channels=default.channels[:1]
-            )
+            f"head alone, {rank} triples": replace(default, final_width=None, rank=rank, channels=default.channels[:1])
             for rank in RANKS
         },
         **{f"residual, {rank} triples": replace(residual, final_width=None, rank=rank) for rank in RANKS[2:5]},

@@ -14,12 +14,12 @@ from typing import Any
 
 from measuring import RESULTS
 
-BANKS = ("stories", "neox", "olmo")
+BANKS = ("stories", "neox", "qwen", "olmo")
 FAMILIES = {
     "default": "o-",
     "default, int8": "d:",
     "default, projected": "v--",
-    "readout alone": "s-",
+    "head alone": "s-",
     "residual": "^-",
     "first default": "x",
     "paper": "*",

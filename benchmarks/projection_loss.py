@@ -4,7 +4,7 @@
     python benchmarks/projection_loss.py --smoke
 
 `default_as_stored` are the scores of a whole index. Against them stand exact ones: the sums over pairs of positions, with
-the statistics of the same index. The rows of the readout channel alone (hidden squared numbers each, float32) are also
+the statistics of the same index. The rows of the head's channel alone (1,024 times hidden numbers each, float32) are also
 stored in other forms and compared with their own exact scores:
     projection   a Hadamard projection to some width, with several seeds; queries are projected and not rounded
     rank         the largest singular triples of each row; queries in full

@@ -75,7 +75,7 @@ STEPS = {
         )
         for case in ("names", "digits", "lm")
     },
-    "projection": Step("projection_loss"),
+    "projection": Step("projection_loss", "--projections 3"),
     "retrieval": Step("retrieval"),
     "backdoor": Step("backdoor", "--work {work}"),
     "domains": Step("domains", "--work {work}"),

@@ -1,6 +1,7 @@
 """Model families: trunk and head taken apart, identities, and models that are refused."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,16 +144,21 @@ def test_unknown_family_falls_back_and_says_so(family, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("family", UNKNOWN)
-def test_unknown_family_leaves_a_residual_channel_beside_others_out_and_says_so(family, tokenizer, tmp_path):
+def test_unknown_family_replaces_a_residual_channel_by_what_is_not_there_yet(family, tokenizer, tmp_path):
     lm = make_model(family, spread=0.1, dtype=torch.float32)
-    settings = resolve_settings("default")
-    others = tuple(channel for channel in settings.channels if channel.kind != "residual")
-    assert 0 < len(others) < len(settings.channels)
-    index = Index.build(lm, RAW, tmp_path / "index", settings, tokenizer)
-    alone = Index.build(lm, RAW, tmp_path / "alone", settings, tokenizer, channels=others)
-    assert index.info()["notes"] == [NOT_KNOWN.format(family, "is left out")] and alone.info()["notes"] == []
-    assert [part.name for part in index.signer.parts] == [part.name for part in alone.signer.parts]
-    assert np.array_equal(index.score(RAW), alone.score(RAW))
+    rh, blocks = resolve_settings("default").channels
+    gh = replace(rh, kind="gh", left_width=None)
+    for number, (there, added, says) in enumerate(
+        (((rh,), (gh,), "falls back to gh"), ((rh, gh), (), "is left out"), ((gh,), None, "falls back to rh"))
+    ):
+        index = Index.build(lm, RAW, tmp_path / f"index {number}", "default", tokenizer, channels=(*there, blocks))
+        assert index.info()["notes"] == [NOT_KNOWN.format(family, says)]
+        if added is None:
+            assert [(part.left.size, part.right.size) for part in index.signer.parts] == [(32, 32), (256, 32)]
+            continue
+        plain = Index.build(lm, RAW, tmp_path / f"plain {number}", "default", tokenizer, channels=(*there, *added))
+        assert plain.info()["notes"] == [] and len(index.signer.parts) == len(there) + len(added)
+        assert_close(index.score(RAW), plain.score(RAW), "int4")
 
 
 # Refusals.

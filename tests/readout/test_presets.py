@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from leaveout.corpus import render
+from leaveout.readout.logits import map_width
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer
@@ -132,9 +133,7 @@ class SlowResidual(Slow):
         super().__init__(lm, [*self.taps, self.final])
 
     def left(self, at, tap, g):
-        """g [..., hidden] at the output of the final norm, as it is at the output of a projection (None: as it is)."""
-        if tap is None:
-            return g
+        """g [..., hidden] at the output of the final norm, as it is at the output of a projection."""
         module = self.lm.get_submodule(self.final)
         weight = getattr(module, "weight", None)
         weight = np.ones(len(at.h)) if weight is None else weight.detach().numpy()
@@ -151,16 +150,19 @@ CASES = [("residual", family, 2) for family in PLACES] + [("default", family, 4)
 def test_preset_equals_the_exact_product(preset, family, n_blocks, tokenizer, tokenised, rows):
     """All channels, each side with its own damping, at the blocks that are nearest, divided by the row's length."""
     readout = make_readout(family, tokenizer, spread=0.3, num_hidden_layers=n_blocks)
-    settings = resolve_settings(preset, **EXACT)
+    channels = resolve_settings(preset).channels
+    narrow = tuple(replace(channel, left_width=channel.left_width and 24) for channel in channels)
+    settings = resolve_settings(preset, **EXACT, channels=narrow)
     found, matrices, _ = signed(readout, settings, tokenised, rows)
     slow = SlowResidual(readout.lm)
     nested = slow_positions(slow, settings, tokenised, tokenizer, rows)
+    maps = {key: by.matrix().numpy() for key, by in Signer(readout, settings).maps.items() if key.startswith("rh")}
     roots = [
         root
         for number, channel in enumerate(settings.channels)
         for root in (
-            [gh_roots(slow, flat(nested), channel, matrices, f"gh{number}")]
-            if channel.kind == "gh"
+            [head_roots(slow, flat(nested), channel, matrices, f"rh{number}", maps[f"rh{number}"])]
+            if channel.kind == "rh"
             else [residual_roots(slow, flat(nested), channel, matrices, tap) for tap in taps_of(slow, channel)]
         )
     ]
@@ -172,8 +174,9 @@ def test_preset_equals_the_exact_product(preset, family, n_blocks, tokenizer, to
         for _, tap, left, right in roots:
             total = 0.0
             for at in positions:
-                g = residual_at(slow, at, settings.temperature) @ slow.weight
-                total += np.outer(left @ slow.left(at, tap, g), right @ (at.h if tap is None else at.inputs[tap]))
+                r = residual_at(slow, at, settings.temperature)
+                g = r @ maps["rh0"] if tap is None else slow.left(at, tap, r @ slow.weight)
+                total += np.outer(left @ g, right @ (at.h if tap is None else at.inputs[tap]))
             parts.append(total.ravel() / len(positions) ** settings.length_power)
         for part, wanted in zip(np.split(vector, np.cumsum([part.size for part in parts])[:-1]), parts, strict=True):
             assert_close(part, wanted, precision(family))
@@ -184,11 +187,13 @@ def dampings(channel):
     return channel.damping if channel.left_damping is None else channel.left_damping, channel.damping
 
 
-def gh_roots(slow, positions, channel, matrices, key):
-    """Names of the whitening matrices of a gh channel, no tap, and the matrices by the oracle."""
+def head_roots(slow, positions, channel, matrices, key, sketch):
+    """Names of the whitening matrices of an rh channel, no tap, and the matrices by the oracle."""
     left, right = dampings(channel)
-    names = f"{key}.damping-{left}", f"h.damping-{right}"
+    names, weight = (f"{key}.damping-{left}", f"h.damping-{right}"), slow.weight
+    slow.weight = sketch  # in the place of W
     moments = label_moments(slow, positions)[0], sum(np.outer(at.h, at.h) for at in positions)
+    slow.weight = weight
     roots = [whitening(m / len(positions), d) for m, d in zip(moments, (left, right), strict=True)]
     for name, root in zip(names, roots, strict=True):
         assert_close(matrices[name], root, precision(slow.lm.config.model_type))
@@ -243,7 +248,7 @@ def test_left_and_right_factors_have_their_own_damping(tokenizer, tokenised, row
     nested = slow_positions(slow, settings, tokenised, tokenizer, rows)
     n = len(flat(nested))
     g, h = label_moments(slow, flat(nested))[0] / n, sum(np.outer(at.h, at.h) for at in flat(nested)) / n
-    slow.weight = Signer(readout, settings).maps["rh0"].numpy()  # the sketch in the place of W
+    slow.weight = Signer(readout, settings).maps["rh0"].matrix().numpy()  # the sketch in the place of W
     r, sketch = label_moments(slow, flat(nested))[0] / n, slow.weight
     wanted = {
         "rh0.damping-0.7": whitening(r, 0.7),
@@ -309,7 +314,7 @@ def test_maps_that_are_one_matrix_are_multiplied_once(tokenizer):
 
     signer.head.residuals = lambda *args: ((piece, Counted(residual)) for piece, residual in residuals(*args))
     raw = signer.positions(windows).raw
-    assert [matrix.shape for matrix in multiplied] == [(523, 32), (523, 8)]
+    assert [map_width(one) for one in multiplied] == [32, 8]
     for name, channel in {"gh0": Channel("gh"), "g.final": Channel("residual")}.items():
         alone = Signer(readout, SignatureSettings((channel,))).positions(windows).raw
         assert torch.equal(raw[name], alone[name]) and raw[name].abs().max() > 0
@@ -322,6 +327,8 @@ def test_unprojected_rh_is_the_gradient_of_the_head(tied, tokenizer, tokenised, 
     readout = make_readout("gpt_neox", tokenizer, spread=0.15, tied=tied)
     settings = SignatureSettings((Channel("rh", 2.0), Channel("gh")), **EXACT)
     found, _, windows = signed(readout, settings, tokenised, rows)
+    fits = replace(settings, channels=(Channel("rh", 2.0, left_width=readout.vocabulary), Channel("gh")))
+    assert np.array_equal(signed(readout, fits, tokenised, rows)[0], found)
     split = readout.vocabulary * readout.hidden_size
     for number, vector in enumerate(found):
         weight = readout.weight.detach().clone().requires_grad_()
@@ -359,7 +366,7 @@ def test_whitened_rh_uses_the_moment_of_projected_residuals(tokenizer, tokenised
     found, matrices, _ = signed(readout, settings, tokenised, rows)
     slow = Slow(readout.lm)
     nested = slow_positions(slow, settings, tokenised, tokenizer, rows)
-    slow.weight = Signer(readout, settings).maps["rh0"].numpy()  # the sketch in the place of W
+    slow.weight = Signer(readout, settings).maps["rh0"].matrix().numpy()  # the sketch in the place of W
     moment, _ = label_moments(slow, flat(nested))
     root = whitening(moment / len(flat(nested)), 0.3)
     assert_close(matrices["rh0.damping-0.3"], root, "float64")

@@ -25,10 +25,17 @@ GROUP = 16  # entries per group of the two-level search for the largest logits
 REACH = 20.0  # entries below exp(-REACH) of the largest probability are beneath float32 rounding of the sum
 
 
+Map = Tensor | CountSketch  # a matrix [vocabulary, width], or one with a single sign in each row
+
+
+def map_width(by: Map) -> int:
+    return by.width if isinstance(by, CountSketch) else by.shape[1]
+
+
 class Residual(Protocol):
     """r [positions, vocabulary] in some form."""
 
-    def __matmul__(self, matrix: Tensor) -> Tensor: ...
+    def __matmul__(self, by: Map) -> Tensor: ...
 
 
 @dataclass
@@ -40,9 +47,12 @@ class DenseResidual:
     rest: Tensor  # [positions, 1], times the slope at the target
     total: Tensor  # [positions, 1]
 
-    def __matmul__(self, matrix: Tensor) -> Tensor:
-        """r @ matrix [positions, width]."""
-        return (_wide_product(self.e, matrix) - self.rest * matrix[self.target].to(self.e.dtype)) / self.total
+    def __matmul__(self, by: Map) -> Tensor:
+        """r @ map [positions, width]."""
+        if isinstance(by, CountSketch):
+            bucket, sign = by.buckets[self.target, None], by.signs[self.target, None]
+            return by(self.e).scatter_add_(1, bucket, -self.rest * sign) / self.total
+        return (_wide_product(self.e, by) - self.rest * by[self.target].to(self.e.dtype)) / self.total
 
 
 @dataclass
@@ -52,14 +62,12 @@ class SparseResidual:
     index: Tensor
     value: Tensor
 
-    def __matmul__(self, matrix: Tensor) -> Tensor:
-        """r @ matrix [positions, width], touching only the rows of the matrix that survive."""
-        return F.embedding_bag(self.index, matrix.to(self.value.dtype), per_sample_weights=self.value, mode="sum")
-
-    def count_sketch(self, sketch: CountSketch) -> Tensor:
-        """r @ sketch.matrix() [positions, width], one addition per surviving entry."""
-        result = self.value.new_zeros(len(self.value), sketch.width)
-        return result.scatter_add_(1, sketch.buckets[self.index], self.value * sketch.signs[self.index])
+    def __matmul__(self, by: Map) -> Tensor:
+        """r @ map [positions, width], touching only the rows of the map that survive."""
+        if isinstance(by, CountSketch):
+            result = self.value.new_zeros(len(self.value), by.width)
+            return result.scatter_add_(1, by.buckets[self.index], self.value * by.signs[self.index])
+        return F.embedding_bag(self.index, by.to(self.value.dtype), per_sample_weights=self.value, mode="sum")
 
 
 def _wide_product(x: Tensor, matrix: Tensor) -> Tensor:

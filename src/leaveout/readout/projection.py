@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PIECE = 16  # rows that a CountSketch copies at a time
+
 
 def random_bits(seed: int, stream: str, count: int) -> np.ndarray:
     """`count` uniform 64-bit integers [count] uint64, a pure function of seed, stream name and position."""
@@ -59,13 +61,26 @@ class CountSketch:
         signs = 1.0 - 2.0 * (bits >> np.uint64(63)).astype(np.float32)
         return cls(torch.from_numpy(buckets.astype(np.int64)), torch.from_numpy(signs), width)
 
+    @classmethod
+    def identity(cls, size: int) -> CountSketch:
+        """Every coordinate in a bucket of its own."""
+        return cls(torch.arange(size), torch.ones(size), size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x @ matrix() of x [rows, size], by one addition for each of its numbers. Memory: a copy of PIECE rows."""
+        out = x.new_zeros(len(x), self.width)
+        for start in range(0, len(x), PIECE):
+            piece = slice(start, start + PIECE)
+            out[piece].scatter_add_(1, self.buckets.expand(len(x[piece]), -1), x[piece] * self.signs)
+        return out
+
     def to(self, device: torch.device, dtype: torch.dtype) -> CountSketch:
         return CountSketch(self.buckets.to(device), self.signs.to(device, dtype), self.width)
 
     def matrix(self) -> Tensor:
         """The dense form [size, width], so that x @ matrix is the sketch."""
-        dense = torch.zeros(len(self.buckets), self.width)
-        dense[torch.arange(len(self.buckets)), self.buckets] = self.signs
+        dense = self.signs.new_zeros(len(self.buckets), self.width)
+        dense.scatter_(1, self.buckets[:, None], self.signs[:, None])
         return dense
 
 

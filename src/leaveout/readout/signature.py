@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from leaveout.errors import MismatchError, UnsupportedError
-from leaveout.readout.logits import Head, SparseResidual
+from leaveout.readout.logits import Head, Map, map_width
 from leaveout.readout.low_rank import LowRank, low_rank, pairs
 from leaveout.readout.model import Readout
 from leaveout.readout.projection import CountSketch, Hadamard, orthogonal
@@ -83,6 +83,11 @@ def _stream(channel: Channel, side: Side, number: int, name: str) -> str:
     return f"{channel.kind}/{number}/{name}/{side}" if side == "left" or name else "h"
 
 
+def _whitening_name(raw: str, channel: Channel, side: Side) -> str | None:
+    damping = channel.damping_of(side)
+    return None if damping is None else f"{raw}.damping-{damping!r}"
+
+
 class Signer:
     """Computes signatures of one readout with one set of settings.
 
@@ -98,8 +103,7 @@ class Signer:
         self.dtype = torch.float64 if readout.weight.dtype == torch.float64 else torch.float32
         self.head = Head(readout, settings, self.dtype)
         self.weight = readout.weight  # kept, as every use of the property makes another tensor
-        self.maps: dict[str, Tensor] = {}  # raw left vectors are r @ maps[key]
-        self.count_sketches: dict[str, CountSketch] = {}  # the same maps, where a few additions do the product
+        self.maps: dict[str, Map] = {}  # raw left vectors are r @ maps[key]
         self.taps: dict[str, Tap] = {}
         self.final_norm: torch.nn.Module | None = None
         self.notes: list[str] = []
@@ -127,22 +131,26 @@ class Signer:
         ]
 
     def _rh_left(self, key: str, number: int, channel: Channel) -> Factor:
-        """r itself: its map is the projection, so that a whitening matrix is of the projected size."""
-        vocabulary = self.readout.vocabulary
-        factor = self._factor_of(key, vocabulary, channel, "left", number)
-        if factor.sketch is not None:
-            self.maps[key] = factor.sketch
-            if channel.projection == "countsketch":
-                sketch = self._count_sketch(channel, "left", number, vocabulary)
-                self.count_sketches[key] = sketch.to(self.readout.device, self.dtype)
-        elif vocabulary <= 8192:
-            self.maps[key] = torch.eye(vocabulary, dtype=self.dtype, device=self.readout.device)
-        else:
+        """r itself: its map is the projection, so that a whitening matrix is of the projected size.
+
+        A vocabulary of at most `left_width` tokens is not projected.
+        """
+        vocabulary, width = self.readout.vocabulary, channel.left_width
+        if width is None and vocabulary > 8192:
             raise UnsupportedError(
                 f"An unprojected rh channel would hold {vocabulary} x {self.readout.hidden_size} numbers a row: "
-                "set its left_width (128, say)."
+                "set its left_width (1024, say)."
             )
-        return Factor(key, factor.width, factor.whiten)
+        if width is None or width >= vocabulary:
+            self.maps[key] = CountSketch.identity(vocabulary).to(self.readout.device, self.dtype)
+        elif channel.projection == "countsketch":
+            sketch = self._count_sketch(channel, "left", number, vocabulary)
+            self.maps[key] = sketch.to(self.readout.device, self.dtype)
+        else:
+            dense = self._sketch(channel, "left", number, vocabulary)
+            assert dense is not None
+            self.maps[key] = dense
+        return Factor(key, map_width(self.maps[key]), _whitening_name(key, channel, "left"))
 
     def _gh_left(self, key: str, number: int, channel: Channel) -> Factor:
         factor = self._factor_of(key, self.readout.hidden_size, channel, "left", number)
@@ -156,15 +164,14 @@ class Signer:
         found = find_taps(self.readout, channel)
         if found is None:
             unknown = f"The layers of a {self.readout.family} model are not known, so the residual channel"
-            if any(other.kind != "residual" for other in self.settings.channels):
-                self.notes.append(f"{unknown} is left out.")
-                return []
-            self.notes.append(f"{unknown} falls back to rh and gh.")
             gh = replace(
                 channel, kind="gh", left_width=None, right_width=None, layers=None, depths=None, outputs=Channel.outputs
             )
-            fallback = (replace(gh, kind="rh", left_width=256), gh)
-            return [part for i, item in enumerate(fallback) for part in self._parts(1000 * (number + 1) + i, item)]
+            there = {other.kind for other in self.settings.channels}
+            instead = [item for item in (replace(gh, kind="rh", left_width=256), gh) if item.kind not in there]
+            names = " and ".join(item.kind for item in instead)
+            self.notes.append(f"{unknown} falls back to {names}." if instead else f"{unknown} is left out.")
+            return [part for i, item in enumerate(instead) for part in self._parts(1000 * (number + 1) + i, item)]
         taps, self.final_norm = found
         self.maps["g"] = self.weight
         parts = []
@@ -177,9 +184,7 @@ class Signer:
 
     def _factor_of(self, raw: str, size: int, channel: Channel, side: Side, number: int, name: str = "") -> Factor:
         """A factor that is whitened, then projected. A whitening matrix is named by its vectors and damping."""
-        damping = channel.damping_of(side)
-        whiten = None if damping is None else f"{raw}.damping-{damping!r}"
-        return Factor(raw, size, whiten, self._sketch(channel, side, number, size, name))
+        return Factor(raw, size, _whitening_name(raw, channel, side), self._sketch(channel, side, number, size, name))
 
     def _sketch(self, channel: Channel, side: Side, number: int, size: int, name: str = "") -> Tensor | None:
         width = channel.left_width if side == "left" else channel.right_width
@@ -235,14 +240,11 @@ class Signer:
     def _mapped(self, hidden: Tensor, target: Tensor) -> dict[str, Tensor]:
         """r @ map for every map, over blocks of logits; maps that are one matrix are multiplied once."""
         owners: dict[int, str] = {}
-        first = {key: owners.setdefault(id(matrix), key) for key, matrix in self.maps.items()}
-        raw = {key: hidden.new_empty(len(hidden), self.maps[key].shape[1]) for key in first.values()}
+        first = {key: owners.setdefault(id(one), key) for key, one in self.maps.items()}
+        raw = {key: hidden.new_empty(len(hidden), map_width(self.maps[key])) for key in first.values()}
         for piece, residual in self.head.residuals(hidden, target):
             for key, product in raw.items():
-                if key in self.count_sketches and isinstance(residual, SparseResidual):
-                    product[piece] = residual.count_sketch(self.count_sketches[key])
-                else:
-                    product[piece] = residual @ self.maps[key]
+                product[piece] = residual @ self.maps[key]
         return {key: raw[same] for key, same in first.items()}
 
     def _draw(self, hidden: Tensor, generator: torch.Generator) -> Tensor:

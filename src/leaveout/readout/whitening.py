@@ -16,6 +16,8 @@ import xxhash
 from torch import Tensor
 
 from leaveout.errors import FormatError
+from leaveout.readout.logits import Map
+from leaveout.readout.projection import CountSketch
 from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import Window
 
@@ -76,16 +78,20 @@ def _subtract_mean_products(signer: Signer, hidden: Tensor, sums: dict[str, Tens
         p.sub_(p.amax(1, keepdim=True)).exp_()
         p.div_(p.sum(1, keepdim=True)).mul_(slope)
         for key, moment in sums.items():
-            mean = p @ signer.maps[key].to(p.dtype)
+            by = signer.maps[key]
+            mean = by(p) if isinstance(by, CountSketch) else p @ by.to(p.dtype)
             moment -= (mean.t() @ mean).double()
         mass += p.mul_(slope).sum(0)
     return mass
 
 
-def _add_weighted_products(moment: Tensor, matrix: Tensor, mass: Tensor) -> None:
-    """Adds M^T diag(mass) M, in pieces of the vocabulary."""
-    for start in range(0, len(matrix), 4096):
-        piece = matrix[start : start + 4096].double()
+def _add_weighted_products(moment: Tensor, by: Map, mass: Tensor) -> None:
+    """Adds M^T diag(mass) M, in pieces of the vocabulary; of a CountSketch it is a diagonal."""
+    if isinstance(by, CountSketch):
+        moment.diagonal().index_add_(0, by.buckets, mass)
+        return
+    for start in range(0, len(by), 4096):
+        piece = by[start : start + 4096].double()
         moment += piece.t() @ (piece * mass[start : start + 4096, None])
 
 

@@ -251,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--subsets", type=int, default=64)
     parser.add_argument("--qld", type=int, default=10, help="queries of the QLD")
     parser.add_argument("--retrain", type=int, default=0, help="retrainings for the posterior; 0: leave it out")
+    parser.add_argument("--no-variants", action="store_true", help="leave out changes of the default and stored forms")
     parser.add_argument("--no-costly", action="store_true", help="leave out the exact first order")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args(argv)
@@ -279,7 +280,7 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
     asked = [Query(q, name=q.id) for q in bank.queries]
     truth = subset_truth(run, asked, args.subsets, second=second, seed=args.seed, settings=settings.measure)
     place, scorer = work / f"scores-{name}-{run.recipe.hash()[:8]}", Scorer(run, asked, args.seed)
-    wanted = [*methods_of(name, CHEAP), *methods_of(name, list(variants()))]
+    wanted = [*methods_of(name, CHEAP), *([] if args.no_variants else methods_of(name, list(variants())))]
     methods = {name: scored(name, scorer, place) for name in wanted}
     report = judge(run, asked, methods, truth, replace(settings, removal_queries=0))
     show(report)
@@ -315,7 +316,7 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
         "default_minus_others_qld": differences(removals, COMPARED, "qld"),
         "on_removal_queries": few,
         "parts_of_gradient": parts_of_gradient(scorer, truth),
-        "stored_forms": accuracy_by_bytes(scorer, truth, place, args.seed),
+        "stored_forms": [] if args.no_variants else accuracy_by_bytes(scorer, truth, place, args.seed),
     }
 
 

@@ -17,7 +17,7 @@ def by_method(*results: dict[str, Any]) -> str:
 
 def changes(*results: dict[str, Any]) -> str:
     """LDS of changes of the default at the same checkpoint, and how far the default is above them."""
-    lines = []
+    lines, results = [], tuple(result for result in results if result["stored_forms"])
     for name in _order(results, "lds"):
         if _method(name) in KNOWN or not name.endswith("@third"):
             continue
@@ -35,7 +35,7 @@ def changes(*results: dict[str, Any]) -> str:
 
 def removals(*results: dict[str, Any]) -> str:
     """QLD, and how far the default is above each method on the same queries."""
-    lines = []
+    lines, results = [], tuple(result for result in results if any(line["qld"] for line in result["qld"]))
     for name in _order(results, "qld"):
         cells = []
         for result in results:
@@ -48,7 +48,7 @@ def removals(*results: dict[str, Any]) -> str:
 
 def stored_forms(*results: dict[str, Any]) -> str:
     """LDS and bytes a row of the forms a row may be stored in."""
-    lines = []
+    lines, results = [], tuple(result for result in results if result["stored_forms"])
     for number, form in enumerate(results[0]["stored_forms"]):
         cells = []
         for result in results:

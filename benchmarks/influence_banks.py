@@ -5,7 +5,9 @@
     olmo      an OLMo-2 of hidden size 256 with 20,480 tokens and an untied head, first trained from scratch on other rows,
               then fine-tuned with AdamW; olmo-sgd: the same with SGD
     qwen      a Qwen3 of hidden size 128 with a tied head, other rows and orders than the banks above (seed + 1), two epochs
-              of AdamW in batches of 8 at a constant rate: a bank on which nothing was chosen
+              of AdamW in batches of 8 at a constant rate
+    gemma     a Gemma-2 of hidden size 160 with a tied head, again other rows and orders (seed + 2), four epochs of Adam in
+              batches of 16, the rate falling in a line: a bank on which nothing was chosen
 
 Every row is a prompt and a completion (see `public_rows`); the loss is that of the completion.
 """
@@ -19,7 +21,7 @@ from leaveout.corpus import Row
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from measuring import data, tiny
 from public_rows import LONGEST, Tokens, groups, made_groups, split_rows
-from scratch_models import NEOX, OLMO, QWEN, Shape, pretrained, untrained_model
+from scratch_models import GEMMA, NEOX, OLMO, QWEN, Shape, pretrained, untrained_model
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ def qwen_bank(work: Path, sizes: tuple[int, int], seed: int) -> TruthBank:
     """A Qwen3 of 1.7 million parameters trained on 4,800 other rows, then AdamW for two epochs at a constant rate."""
     bank = scratch_bank(work, sizes, seed + 1, QWEN, OptimizerSettings("adamw", 5e-4, betas=(0.9, 0.95)))
     return replace(bank, recipe=replace(bank.recipe, epochs=2, batch_size=8, schedule="constant", warmup=0))
+
+
+def gemma_bank(work: Path, sizes: tuple[int, int], seed: int) -> TruthBank:
+    """A Gemma-2 of 2.4 million parameters trained on 4,800 other rows, then Adam for four epochs, the rate falling."""
+    bank = scratch_bank(work, sizes, seed + 2, GEMMA, OptimizerSettings("adam", 5e-4, betas=(0.9, 0.99)))
+    return replace(bank, recipe=replace(bank.recipe, epochs=4, schedule="linear", warmup=4))
 
 
 def scratch_bank(
@@ -111,5 +119,6 @@ def _tokens(model: str) -> Tokens:
 
 BANKS = {
     "stories": stories_bank, "neox": neox_bank, "olmo": olmo_bank, "olmo-sgd": olmo_sgd_bank, "qwen": qwen_bank,
+    "gemma": gemma_bank,
     "smoke": smoke_bank,
 }  # fmt: skip

@@ -84,6 +84,9 @@ STEPS = {
     "influence, neox": Step("influence", "--bank neox --work {work}", place="neox"),
     "influence, qwen": Step("influence", "--bank qwen --subsets 48 --work {work}", place="qwen"),
     "influence, olmo": Step("influence", "--bank olmo --subsets 36 --qld 4 --no-costly --work {work}", place="olmo"),
+    "influence, gemma": Step(
+        "influence", "--bank gemma --subsets 30 --qld 6 --no-costly --no-variants --work {work}", place="gemma"
+    ),
     "influence, olmo-sgd": Step(
         "influence", "--bank olmo-sgd --subsets 30 --qld 0 --no-costly --no-variants --work {work}", place="olmo"
     ),

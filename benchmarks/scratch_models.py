@@ -3,6 +3,7 @@
 neox   GPT-NeoX in the shape of Pythia: hidden 128, 4 layers, the 512 tokens of stories260K, untied, 0.92 million parameters
 olmo   OLMo-2: hidden 256, 4 layers, 20,480 tokens of its own, untied, 14.7 million parameters
 qwen   Qwen3: hidden 128, 6 layers, 4,096 tokens of its own, tied, 1.7 million parameters
+gemma  Gemma-2: hidden 160, 5 layers, 4,096 tokens of its own, tied, 2.4 million parameters
 """
 
 from __future__ import annotations
@@ -96,8 +97,21 @@ def _qwen(vocabulary: int) -> Any:
     )  # fmt: skip
 
 
+def _gemma(vocabulary: int) -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=vocabulary, hidden_size=160, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=40, intermediate_size=480, max_position_embeddings=128, sliding_window=128,
+            query_pre_attn_scalar=40, tie_word_embeddings=True, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+
+
 NEOX = Shape("neox", _stories_tokenizer, _neox, rows=250, epochs=8, rate=2e-3)
 OLMO = Shape("olmo", partial(_own_tokenizer, 20480), _olmo, rows=600, epochs=3, rate=1e-3, longest=48)
+GEMMA = Shape("gemma", partial(_own_tokenizer, 4096), _gemma, rows=600, epochs=3, rate=2e-3, longest=64)
 QWEN = Shape("qwen", partial(_own_tokenizer, 4096), _qwen, rows=600, epochs=3, rate=2e-3, longest=64)
 
 

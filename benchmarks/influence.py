@@ -89,6 +89,7 @@ def variants() -> dict[str, tuple[SignatureSettings, str]]:
         "damping of gradients 0.1": (with_channels(left_damping=0.1), both),
         "damping of gradients 10": (with_channels(left_damping=10.0), ("third",)),
         "damping of activations 0.01": (with_channels(damping=0.01), ("third",)),
+        "damping of activations 0.3": (with_channels(damping=0.3), both),
         "damping of activations 1": (with_channels(damping=1.0), ("third",)),
         "head alone": (replace(default, channels=(head,)), both),
         "head and one block": (replace(default, channels=(head, replace(blocks, depths=(0.5,)))), both),

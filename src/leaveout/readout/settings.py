@@ -188,7 +188,7 @@ PRESETS: dict[str, SignatureSettings] = {
     # Influence: what training on the row changes about the query. Gradients of the head and of three MLP outputs.
     "default": SignatureSettings(
         channels=(
-            Channel("rh", left_width=1024, whiten_left=True, whiten_right=True, damping=0.3, left_damping=3.0),
+            Channel("rh", left_width=1024, whiten_left=True, whiten_right=True, damping=1.0, left_damping=3.0),
             Channel(
                 "residual",
                 whiten_left=True,

@@ -48,6 +48,7 @@ STEPS = {
     "search, a million rows": Step(
         "search_speed", "--rows 1000000 --width 512 --name readout_search_million.json", alone=True
     ),
+    "search, triples": Step("search_speed", "--triples", alone=True),
     "index cost": Step("index_cost", "--repeats 2", alone=True),
     "simhash": Step("simhash_recall", alone=True),
     "accuracy, documents": Step(
@@ -124,6 +125,7 @@ def write_seconds(work: Path) -> None:
     alone = sum(step["cpu"] for step in found.values() if step["alone"])
     rest = sum(step["cpu"] for step in found.values() if not step["alone"])
     result = {"steps": found, "cpu_seconds_alone": alone, "cpu_seconds_of_the_rest": rest}
+    (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
     (ROOT / RESULTS / "bench_steps.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{alone:.0f} CPU s alone, {rest:.0f} CPU s of other steps")
 

@@ -11,6 +11,9 @@ Compared in one run, interleaved, with the files in the page cache:
     half      the product alone in float16: queries and scores are rounded as well, `half_error` says how far
     widened   the product alone over the data as float32, widened beforehand: twice the memory, for information only
 The goal compares with the faster of `blocks` and `half`.
+
+`--triples` scans rows as `default` stores them at hidden size 576 (24 singular triples a part, 4 bits), and compares with the
+same product over float32 rows in memory: what reading and widening add to the multiplications.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leaveout.readout.low_rank import LowRank
 from leaveout.readout.search import BUFFER, Best, Product, scan
+from leaveout.readout.storage import decode, encode
 from leaveout.store import Record, Store
 from measuring import arguments, interleaved, ratio, spread, write_result
 
@@ -121,14 +126,62 @@ def measure(directory: Path, rows: int, width: int, n_queries: int, repeats: int
     }
 
 
+SIZES = ((1024, 576), *((576, 1536),) * 3)  # of SmolLM2-135M: head, and three MLP outputs
+RANK, QUERY_TRIPLES = 24, 46  # the mean of learned tokens of the rows in projection_loss
+
+
+def measure_triples(directory: Path, rows: int, repeats: int, seed: int) -> dict[str, Any]:
+    """Scans of random rows of triples by 1 and 16 queries, against the product over widened rows in memory."""
+    low_rank, generator = LowRank(SIZES), torch.Generator().manual_seed(seed)
+    data = torch.randn(rows, low_rank.width(RANK), generator=generator)
+    arrays = encode(data, "int4")
+    with Store.create(directory / "store", {"kind": "benchmark"}) as store:
+        store.put([Record(f"row {n}", "text", f"row {n}", {}, f"{n:032x}", {}) for n in range(rows)], arrays)
+        wide, out = decode(arrays), {}
+        pieces = wide.split(max(1, BUFFER // (4 * wide.shape[1])))
+        for n_queries in (1, 16):
+            product = Product(
+                low_rank.product(torch.randn(n_queries, low_rank.width(QUERY_TRIPLES), generator=generator)), 2
+            )
+            tasks: dict[str, Callable[[], Any]] = {
+                "search": lambda product=product: np.concatenate([part for _, part in scan(store.segments(), product)]),
+                "in memory": lambda product=product: torch.cat([product(piece) for piece in pieces]).numpy(),
+            }
+            wanted = tasks["in memory"]()
+            np.testing.assert_allclose(tasks["search"](), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+            times = interleaved(tasks, repeats)
+            out[f"{n_queries} queries"] = {
+                "cpu_seconds": {name: spread(values) for name, values in times.items()},
+                "search_over_memory": ratio(times["search"], times["in memory"]),
+                "rows_a_second": rows / spread(times["search"])["median"],
+            }
+    size = sum(value[0].nbytes for value in arrays.values())
+    return {
+        "rows": rows,
+        "bytes_per_row": size,
+        "rank": RANK,
+        "query_triples": QUERY_TRIPLES,
+        "repeats": repeats,
+        **out,
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--name", default="readout_search.json", help="of the result file in --out")
+    parser.add_argument("--name", help="of the result file in --out")
+    parser.add_argument("--triples", action="store_true", help="rows of singular triples")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.triples:
+        with tempfile.TemporaryDirectory() as directory:
+            found = measure_triples(Path(directory), 20 if args.smoke else 500, 2 if args.smoke else 5, args.seed)
+        print({name: found[name]["rows_a_second"] for name in ("1 queries", "16 queries")})
+        result = {"question": "How fast is a scan of rows as `default` stores them?", **found}
+        print(write_result(args.out, args.name or "readout_search_triples.json", result, args).name)
+        return 0
     size = (300, 64, 3, 2) if args.smoke else (args.rows, args.width, 16, args.repeats)
     with tempfile.TemporaryDirectory() as directory:
         facts = measure(Path(directory), *size, args.seed)
@@ -138,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"search is {over['median']:.2f} times that [{over['low']:.2f}, {over['high']:.2f}]")
     print(f"{'reached' if facts['reached'] else 'MISSED'}: {facts['measured']:.2f} of {facts['fastest_in_memory']}")
     result = {"question": (__doc__ or "").split("\n", 1)[0], **facts}
-    print(write_result(args.out, args.name, result, args).name)
+    print(write_result(args.out, args.name or "readout_search.json", result, args).name)
     return 0
 
 

@@ -71,7 +71,7 @@ def test_everything_has_its_script_and_its_options(script):
     written = " ".join(f"{step.script} {step.arguments}" for step in run_all.STEPS.values())
     sources = "".join((BENCHMARKS / f"{step.script}.py").read_text() for step in run_all.STEPS.values())
     for file in {file for name in tables.TABLES for file in tables.files_of(name)}:
-        stem = re.sub(r"_(stories|neox|olmo|olmo-sgd)$", "", Path(file).stem)
+        stem = re.sub(r"_(stories|neox|qwen|gemma|olmo|olmo-sgd)$", "", Path(file).stem)
         assert file in written or stem in sources, file
 
 
@@ -89,4 +89,6 @@ def test_bench_resumes_and_tells_what_failed(script, tmp_path, monkeypatch, caps
         printed = capsys.readouterr()
         assert ("fine: done" in printed.out) == (turn == 1)
         assert "failed: broken" in printed.err
+    seconds = json.loads((tmp_path / module.RESULTS / "bench_steps.json").read_text())
+    assert list(seconds["steps"]) == ["fine"] and seconds["cpu_seconds_of_the_rest"] > 0 == seconds["cpu_seconds_alone"]
     assert (tmp_path / "ran").read_text() == "x" * 7  # once, and three scripts after each turn

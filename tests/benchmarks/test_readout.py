@@ -47,6 +47,14 @@ def smoke_results(script, tmp_path_factory):
     return directory
 
 
+def test_rows_of_triples_are_scanned_as_in_memory(script, tmp_path):
+    assert script("search_speed").main(["--triples", "--smoke", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "readout_search_triples.json").read_text())
+    numbers_a_row = result["rank"] * (1024 + 576 + 3 * (576 + 1536))
+    assert result["bytes_per_row"] == numbers_a_row // 2 + 2 * numbers_a_row // 64 + 4
+    assert result["1 queries"]["rows_a_second"] > result["16 queries"]["rows_a_second"] > 0
+
+
 @pytest.mark.parametrize("file", SMOKE.values())
 def test_results_say_what_they_depend_on(smoke_results, file):
     result = json.loads((smoke_results / file).read_text())

@@ -17,6 +17,7 @@ import torch
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
 from leaveout.readout import search as search_module
 from leaveout.readout.index import Index, Queries
+from leaveout.readout.low_rank import low_rank
 from leaveout.readout.settings import PRESETS
 from leaveout.readout.storage import blocks, buffer_width, decode, encode, widen, width
 from leaveout.store import Store
@@ -505,6 +506,32 @@ def test_low_rank_keeps_the_largest_singular_values(build):
     s[:, 3:] = 0
     wanted = np.einsum("nik,nk,nkj,qij->qn", u, s, vh, queries.numpy())
     assert_close(build(GH, **{**LOW_RANK, "rank": 3}).score(QUERIES), wanted, "model float32")
+
+
+@pytest.mark.parametrize(
+    ("positions", "left", "right", "rank", "decades"),
+    [
+        (60, 64, 172, 24, 0),
+        (100, 16, 40, 24, 0),
+        (5, 30, 30, 24, 2),
+        (40, 64, 64, 64, 12),
+        (3, 8, 8, 2, 30),
+        (1, 8, 9, 4, 0),
+    ],
+)
+def test_triples_of_factors_of_any_shape_and_spread(positions, left, right, rank, decades):
+    generator = torch.Generator().manual_seed(positions)
+    a = torch.randn(positions, left, generator=generator) * torch.logspace(0, -decades, positions)[:, None]
+    b = torch.randn(positions, right, generator=generator)
+    u, v = low_rank(a, b, rank).double().split([rank * left, rank * right])
+    found = u.view(rank, left).t() @ v.view(rank, right)
+    one, s, other = np.linalg.svd(a.double().t().numpy() @ b.double().numpy())
+    s[rank:] = 0
+    wanted = one[:, : len(s)] * s @ other[: len(s)]
+    assert np.abs(found.numpy() - wanted).max() <= 2e-6 * s[0]
+    lengths = u.view(rank, left).norm(dim=1), v.view(rank, right).norm(dim=1)
+    assert (lengths[0] - lengths[1]).abs().max() <= 1e-3 * s[0] ** 0.5  # the root of s on both sides
+    assert not low_rank(0 * a, b, rank).any()
 
 
 def test_low_rank_is_for_rows_above_the_final_width(build):

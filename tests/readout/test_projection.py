@@ -94,7 +94,7 @@ def test_countsketch_is_linear_and_equals_its_definition():
     for i in range(50):
         wanted[:, sketch.buckets[i]] += float(sketch.signs[i]) * x[:, i]
     assert_close(torch.tensor(x) @ sketch.matrix().double(), wanted, "float64")
-    rows = torch.tensor(x).reshape(-1, x.shape[-1]).repeat(20, 1)  # more than are taken at a time
+    rows = torch.tensor(x).reshape(-1, x.shape[-1]).repeat(20, 1)
     assert_close(sketch.to(rows.device, rows.dtype)(rows), rows @ sketch.matrix().double(), "float64")
     assert torch.equal(CountSketch.identity(5).matrix(), torch.eye(5))
 

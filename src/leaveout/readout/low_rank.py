@@ -24,17 +24,28 @@ def low_rank(left: Tensor, right: Tensor, rank: int) -> Tensor:
 
     Shapes: left [positions, l], right [positions, r]. Fewer positions than `rank` leave zero columns. Factors that are not
     finite have no such form: all its numbers are nan.
+    From the inner products of the positions alone, in float64, so that squaring costs no digit of float32 factors; what is
+    below 1e-7 of the largest counts as zero.
     """
     if not bool(torch.isfinite(left).all() & torch.isfinite(right).all()):
         return left.new_full((rank * (left.shape[1] + right.shape[1]),), torch.nan)
-    q_left, r_left = torch.linalg.qr(left.t())
-    q_right, r_right = torch.linalg.qr(right.t())
-    u, s, vh = torch.linalg.svd(r_left @ r_right.t(), full_matrices=False)
-    root = s[:rank].sqrt()
-    u, v = q_left @ u[:, :rank] * root, q_right @ vh[:rank].t() * root
-    blank = rank - u.shape[1]
-    u, v = (torch.nn.functional.pad(x, (0, max(blank, 0))) for x in (u, v))
-    return torch.cat([u.t().flatten(), v.t().flatten()])
+    gram_left, gram_right = (x @ x.t() for x in (left.double(), right.double()))
+    values, vectors = torch.linalg.eigh(gram_left)
+    root = values.clamp_min(0).sqrt()  # gram_left = half half^T, and left^T = Q half^T with orthonormal Q
+    half = vectors * root
+    squares, turned = torch.linalg.eigh(half.t() @ gram_right @ half)
+    s, turned = squares.flip(0)[:rank].clamp_min(0).sqrt(), turned.flip(1)[:, :rank]
+    s = torch.where(s > 1e-7 * s.max(), s, 0.0)
+    by_left = vectors * _inverse(root) @ turned * s.sqrt()  # U sqrt(s) = left^T by_left
+    by_right = half @ turned * _inverse(s).sqrt()  # V sqrt(s) = right^T by_right
+    u, v = by_left.t().to(left.dtype) @ left, by_right.t().to(right.dtype) @ right
+    blank = max(rank - len(u), 0)
+    return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, blank)).flatten() for x in (u, v)])
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x where x is more than 1e-7 of the largest, else 0."""
+    return torch.where(x > 1e-7 * x.max(), 1 / x.clamp_min(1e-300), 0.0)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PIECE = 16  # rows that a CountSketch copies at a time
-
 
 def random_bits(seed: int, stream: str, count: int) -> np.ndarray:
     """`count` uniform 64-bit integers [count] uint64, a pure function of seed, stream name and position."""
@@ -67,12 +65,10 @@ class CountSketch:
         return cls(torch.arange(size), torch.ones(size), size)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x @ matrix() of x [rows, size], by one addition for each of its numbers. Memory: a copy of PIECE rows."""
-        out = x.new_zeros(len(x), self.width)
-        for start in range(0, len(x), PIECE):
-            piece = slice(start, start + PIECE)
-            out[piece].scatter_add_(1, self.buckets.expand(len(x[piece]), -1), x[piece] * self.signs)
-        return out
+        """x @ matrix() of x [rows, size], by one addition for each of its numbers."""
+        signed = torch.where(self.signs > 0, self.buckets, self.buckets + self.width)  # no copy of x times the signs
+        sums = x.new_zeros(len(x), 2 * self.width).scatter_add_(1, signed.expand(len(x), -1), x)
+        return sums[:, : self.width] - sums[:, self.width :]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> CountSketch:
         return CountSketch(self.buckets.to(device), self.signs.to(device, dtype), self.width)

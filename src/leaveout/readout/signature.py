@@ -278,13 +278,17 @@ class Signer:
 
     @torch.no_grad()
     def window_vectors(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
-        """Vectors [windows, width] of a batch of windows, and their squared lengths [windows] before projection."""
+        """Vectors [windows, width] of a batch of windows, and their squared lengths [windows] before projection.
+
+        Rows of singular triples have their lengths only where settings ask for unit length.
+        """
         positions = self.positions(windows)
         vectors, square = [], torch.zeros(len(windows), dtype=self.dtype, device=self.readout.device)
         for part in self.parts:
             left, right = self.factors(positions, part)
             if self.rank is not None:
-                square += torch.stack([pairs(left[s], left[s], right[s], right[s]).sum() for s in positions.spans])
+                if self.settings.unit_length:
+                    square += torch.stack([pairs(left[s], left[s], right[s], right[s]).sum() for s in positions.spans])
                 vectors.append(torch.stack([low_rank(left[s], right[s], self.rank) for s in positions.spans]))
                 continue
             pieces = []

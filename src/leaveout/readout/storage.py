@@ -23,6 +23,7 @@ Arrays = Mapping[str, np.ndarray]
 
 BLOCK = 64  # int4 numbers that share a scale
 PAD = -8
+PIECE = 8  # rows encoded at a time
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
 
@@ -31,6 +32,9 @@ def encode(vectors: Tensor, storage: Storage) -> dict[str, np.ndarray]:
 
     int4 has stored width / 2 bytes a row, and `block_scale` [rows, blocks] float16.
     """
+    if len(vectors) > PIECE:  # so that no second copy of all of them exists on the way
+        parts = [encode(piece, storage) for piece in vectors.split(PIECE)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     vectors = vectors.cpu()
     if storage == "float32":
         return {"signature": vectors.float().numpy(), "scale": np.ones(len(vectors), np.float32)}

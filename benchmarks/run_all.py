@@ -86,10 +86,7 @@ STEPS = {
     "influence, qwen": Step("influence", "--bank qwen --subsets 48 --work {work}", place="qwen"),
     "influence, olmo": Step("influence", "--bank olmo --subsets 36 --qld 4 --no-costly --work {work}", place="olmo"),
     "influence, gemma": Step(
-        "influence", "--bank gemma --subsets 30 --qld 6 --no-costly --no-variants --work {work}", place="gemma"
-    ),
-    "influence, olmo-sgd": Step(
-        "influence", "--bank olmo-sgd --subsets 30 --qld 0 --no-costly --no-variants --work {work}", place="olmo"
+        "influence", "--bank gemma --subsets 30 --qld 0 --no-costly --no-variants --work {work}", place="gemma"
     ),
     "priors, stories": Step("influence_priors", "--bank stories --work {work}", place="stories"),
     "priors, neox": Step("influence_priors", "--bank neox --work {work}", place="neox"),

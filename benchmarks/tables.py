@@ -234,7 +234,7 @@ def damping(result: dict[str, Any]) -> str:
 
 
 README, JETS, DELETION, EVALUATION = "README.md", "docs/jets.md", "docs/deletion.md", "docs/evaluation.md"
-BANKS = tuple(f"readout_influence_{name}.json" for name in ("stories", "neox", "qwen", "gemma", "olmo", "olmo-sgd"))
+BANKS = tuple(f"readout_influence_{name}.json" for name in ("stories", "neox", "qwen", "gemma", "olmo"))
 TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "index_cost": (README, "readout_index_cost.json", index_cost),
     "search": (README, "readout_search.json", search),

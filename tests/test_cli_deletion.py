@@ -348,12 +348,17 @@ def test_attribute_writes_what_evaluate_reads(kind, leaveout, trained, tmp_path)
 
 
 def test_attribute_refuses_before_it_works(leaveout, trained, tmp_path):
-    code, _, err = leaveout("attribute", trained / "run", *asking(*QUERIES), "--out", tmp_path / "scores.txt")
-    assert code == 1 and "give .npy, .csv or .jsonl" in err
-    code, _, err = leaveout(
-        "attribute", trained / "run", "--query", "ada", "--method", "magic", "--out", tmp_path / "s.npy"
-    )
-    assert code == 1 and "there is no method 'magic'" in err and not (tmp_path / "s.npy").exists()
+    run = trained / "run"
+    for out, message in (("s.txt", "give .npy"), ("no/s.csv", "There is no directory"), (".", "give .npy")):
+        code, _, err = leaveout("attribute", run, *asking(*QUERIES), "--out", tmp_path / out)
+        assert code == 1 and message in err
+    code, _, err = leaveout("attribute", run, *asking("ada", "ada"), "--out", tmp_path / "s.csv")
+    assert code == 1 and "stands twice" in err
+    code, _, err = leaveout("attribute", run, "--query", "ada", "--method", "magic", "--out", tmp_path / "s.npy")
+    assert code == 1 and "there is no method 'magic'" in err and not list(tmp_path.iterdir())
+    files = [part for place in (tmp_path, tmp_path / "other") for part in ("--scores", place / "mine.npy")]
+    code, _, err = leaveout("evaluate", run, *asking(*QUERIES), *files)
+    assert code == 2 and "two files of scores are called mine" in err
 
 
 def test_evaluate_judges_without_retraining_by_known_rows_and_one_more_step(leaveout, trained, tmp_path):

@@ -65,3 +65,10 @@ def test_a_wide_table_puts_intervals_below_their_means(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     report.print_table(["method", "LDS", "QLD (nats)", "leave-one-out", "AP"], rows)
     assert capsys.readouterr().out.count("0.655 [0.587, 0.721]") == 4
+
+
+def test_text_with_brackets_stays_as_it_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    report.print_table(["id", "text", "LDS"], [("row [a]", "list [1] and [2, 3] " + 30 * "x", "-0.1 [-0.2, 1e-05]")])
+    shown = capsys.readouterr().out
+    assert "row [a]" in shown and "list [1]" in shown and "-0.1 [-0.2" not in shown

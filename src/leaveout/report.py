@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+INTERVAL = re.compile(r"(?<=\d) (\[-?[\d.e+-]+, -?[\d.e+-]+\])$")  # behind a number, at the end of a cell
 
 
 class HitLike(Protocol):
@@ -53,7 +56,7 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], title: st
     rows, console = [list(row) for row in rows], Console()
     widths = (max(len(number(cell)) for cell in column) for column in zip(headers, *rows, strict=True))
     if sum(3 + width for width in widths) > console.width:
-        rows = [[cell.replace(" [", "\n[") if isinstance(cell, str) else cell for cell in row] for row in rows]
+        rows = [[INTERVAL.sub(r"\n\1", cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     table = Table(title=title, title_justify="left", pad_edge=False)
     for column, header in enumerate(headers):
         numeric = bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,10 +106,19 @@ def test_written_scores_come_back(kind, tmp_path):
         ("s.npy", SCORES.T, MismatchError, r"have the shape \(4, 2\), wanted \(2, 4\)"),
         ("s.csv", np.full((2, 4), np.nan), FormatError, "not finite"),
         ("s.jsonl", np.full((2, 4), 1e39), FormatError, "not finite"),
+        ("no/s.csv", SCORES, FileNotFoundError, "There is no directory .*no: make it first"),
     ],
 )
 def test_scores_that_cannot_be_read_are_not_written(name, scores, error, message, tmp_path):
-    (tmp_path / name).write_text("what was there")
+    (tmp_path / Path(name).name).write_text("what was there")
     with pytest.raises(error, match=message):
         save_scores(tmp_path / name, scores, QUERIES, ROWS)
-    assert (tmp_path / name).read_text() == "what was there"
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["what was there"]
+
+
+def test_a_text_that_no_file_holds_leaves_nothing_behind(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        save_scores(tmp_path / "s.csv", SCORES, ["\ud800", "q"], ROWS)
+    assert not list(tmp_path.iterdir())
+    long = ["x" * 200_000, "q"]
+    np.testing.assert_array_equal(load_scores(save_scores(tmp_path / "s.csv", SCORES, long, ROWS), long, ROWS), SCORES)

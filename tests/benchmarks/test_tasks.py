@@ -197,7 +197,7 @@ def test_methods_of_a_model_give_the_scores_of_their_source(script, ranked_task,
     index = Index.build(readout, ranked_task.rows, tmp_path / "index")
     np.testing.assert_array_equal(found.scores, index.score(ranked_task.queries))
     numbers = readout.vocabulary * 16 + 2 * 16 * 32  # in full: head and two blocks
-    assert found.bytes_per_row == numbers // 2 + 2 * numbers // 64 + 4  # int4, and the scales of blocks and row
+    assert found.bytes_per_row == -(-numbers // 64) * (32 + 2) + 4  # int4 in blocks, their scales and that of the row
 
 
 def test_a_model_is_read_out_at_its_own_parameters(script, ranked_task):

@@ -141,6 +141,11 @@ def test_unknown_family_falls_back_and_says_so(family, tokenizer, tmp_path):
         assert [(part.left.size, part.right.size) for part in index.signer.parts] == [(256, 32), (32, 32)]
         assert np.isfinite(index.score(RAW[:2])).all()
     assert [part.left.whiten for part in index.signer.parts] == ["rh1000.damping-0.7", "gh1001.damping-0.7"]
+    twice = Signer(index.signer.readout, SignatureSettings((channel, channel)))
+    assert len(twice.parts) == 2 and [note.rsplit(" channel ", 1)[1] for note in twice.notes] == [
+        "falls back to rh and gh.",
+        "is left out.",
+    ]
 
 
 @pytest.mark.parametrize("family", UNKNOWN)

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
+from leaveout.readout import directory as directory_module
 from leaveout.readout import search as search_module
 from leaveout.readout.index import Index, Queries
 from leaveout.readout.low_rank import low_rank
-from leaveout.readout.settings import PRESETS
+from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
 from leaveout.readout.storage import blocks, buffer_width, decode, encode, widen, width
 from leaveout.store import Store
 
@@ -656,3 +657,37 @@ def test_explanation_marks_the_tokens_that_are_learned(build):
         piece for piece, weight in zip(explained.query_tokens, explained.query_weights, strict=True) if weight != 0
     ]
     assert "".join(asked).strip() == "Yes."
+
+
+# Indexes of earlier versions.
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "refused"),
+    [
+        ("llama", GH, False),
+        ("llama", "similarity", False),
+        ("olmo2", "default", True),
+        ("olmo2", GH, False),
+        ("phi", SignatureSettings((Channel("gh"), Channel("residual"))), True),
+        ("llama", SignatureSettings((Channel("rh", left_width=523),)), True),
+    ],
+)
+def test_an_index_whose_settings_meant_something_else_is_refused(
+    family, settings, refused, tokenizer, tmp_path, monkeypatch
+):
+    lm = make_model(family, spread=0.1, dtype=torch.float32)
+    path = tmp_path / "index"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(directory_module, "RULES", 1)
+        Index.build(lm, CORPUS[:5], path, settings, tokenizer)
+    if not refused:
+        assert Index.open(path, lm, tokenizer).append(CORPUS[5:7]).added == 2
+        return
+    for attempt in (
+        lambda: Index.open(path, lm, tokenizer),
+        lambda: Index.build(lm, CORPUS[:5], path, settings, tokenizer),
+        lambda: Index.merge([path], tmp_path / "merged"),
+    ):
+        with pytest.raises(MismatchError, match=r"built by an earlier leaveout, .* build it anew"):
+            attempt()

@@ -67,25 +67,32 @@ def save_scores(path: str | Path, scores: ArrayLike, query_ids: Sequence[str], t
     path, values = Path(path), np.asarray(scores, np.float64)
     numbers_of("query", query_ids)
     numbers_of("train", train_ids)
-    require_form(path)
+    require_place(path)
     if values.shape != (len(query_ids), len(train_ids)):
         raise MismatchError(f"The scores have the shape {values.shape}, wanted {(len(query_ids), len(train_ids))}.")
     if not (np.abs(values) <= np.finfo(np.float32).max).all():
         raise FormatError("A score is not finite in float32, so that no reader could rank it.")
     part = path.with_name(path.name + ".part")
-    if path.suffix == ".npy":
-        with part.open("wb") as file:
-            np.save(file, values.astype(np.float32))
-    else:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            write = csv.writer(file).writerow if path.suffix == ".csv" else _object_writer(file)
-            if path.suffix == ".csv":
-                write(FIELDS)
-            for query, line in zip(query_ids, values.astype(np.float32), strict=True):
-                for name, score in zip(train_ids, line.tolist(), strict=True):
-                    write((query, name, score))
-    part.replace(path)
+    try:
+        _write(part, path.suffix, values.astype(np.float32), query_ids, train_ids)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
+
+
+def _write(part: Path, kind: str, values: np.ndarray, query_ids: Sequence[str], train_ids: Sequence[str]) -> None:
+    if kind == ".npy":
+        with part.open("wb") as file:
+            np.save(file, values)
+        return
+    with part.open("w", encoding="utf-8", newline="") as file:
+        write = csv.writer(file).writerow if kind == ".csv" else _object_writer(file)
+        if kind == ".csv":
+            write(FIELDS)
+        for query, line in zip(query_ids, values, strict=True):
+            for name, score in zip(train_ids, line.tolist(), strict=True):
+                write((query, name, score))
 
 
 def require_form(path: Path) -> None:
@@ -94,8 +101,17 @@ def require_form(path: Path) -> None:
         raise UnsupportedError(f"{path} is not a file of scores: give .npy, .csv or .jsonl.")
 
 
+def require_place(path: Path) -> None:
+    """Raises: UnsupportedError or FileNotFoundError if a file of scores cannot be written there."""
+    require_form(path)
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a directory: give a file for the scores.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no directory {path.parent}: make it first.")
+
+
 def _object_writer(file: IO[str]) -> Callable[[Sequence[object]], object]:
-    return lambda values: file.write(json.dumps(dict(zip(FIELDS, values, strict=True)), ensure_ascii=False) + "\n")
+    return lambda values: file.write(json.dumps(dict(zip(FIELDS, values, strict=True))) + "\n")
 
 
 def numbers_of(what: str, ids: Sequence[str]) -> dict[str, int]:
@@ -139,6 +155,7 @@ Lines = Iterator[tuple[int, tuple[str, str, object]]]
 
 def _csv(path: Path) -> Lines:
     with path.open(newline="", encoding="utf-8") as file:
+        csv.field_size_limit(2**31 - 1)  # a query without an id is called by its whole text
         reader = csv.DictReader(file)
         if missing := [name for name in FIELDS if name not in (reader.fieldnames or ())]:
             raise FormatError(f"{path} has no column {missing[0]!r}: its header needs query, id and score.")

@@ -35,12 +35,13 @@ def attribute(
     Example: leaveout attribute run --queries queries.jsonl --method ek-fac --out scores.jsonl
     """
     opened = open_run(run)
-    from leaveout.baselines.stored import require_form, save_scores
+    from leaveout.baselines.stored import numbers_of, require_place, save_scores
     from leaveout.deletion.settings import MeasureSettings
     from leaveout.evaluation.methods import attribute
 
-    require_form(out)
+    require_place(out)
     asked = read_queries(query, prompt, queries)
+    numbers_of("query", [q.name for q in asked])
     settings = MeasureSettings(workers=workers, progress=True)
     found = attribute(opened, asked, method, settings=settings)
     names = next(ids for ids in (opened.recipe.ids, opened.recipe.unit_names) if len(ids) == found.scores.shape[1])
@@ -103,6 +104,9 @@ def evaluate(
         raise typer.BadParameter("say what is judged: --method or --scores")
     asked = read_queries(query, prompt, queries)
     names = [q.name for q in asked]
+    files = [file.stem for file in scores or []]
+    if twice := sorted({name for name in files if files.count(name) > 1}):
+        raise typer.BadParameter(f"two files of scores are called {twice[0]}: the name is that of the method")
     given = {file.stem: read_scores(file, names, opened.recipe) for file in scores or []}
     known = None if relevant is None else load_relevant(relevant, names, opened.recipe.ids)
     settings = EvaluationSettings(

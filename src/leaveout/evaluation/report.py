@@ -161,7 +161,7 @@ class Report:
         for judged in self._ranked():
             cells = {m: _cell(self.interval(judged.method, m), COLUMNS[m][1]) for m in measured}
             if judged.lds is not None and (missing := int(np.isnan(judged.lds).sum())):
-                cells["lds"] += f", {missing} queries undefined"
+                cells["lds"] = ", ".join(filter(None, [cells["lds"], f"{missing} queries undefined"]))
             cost = "" if judged.cpu_seconds is None else f"{judged.cpu_seconds:.1f}"
             rows.append((judged.method, *cells.values(), cost))
         return ["method", *(COLUMNS[m][0].format(top=self.top) for m in measured), "CPU s"], rows
@@ -174,7 +174,9 @@ class Report:
         if self.subsets:
             out.append(f"LDS: rank correlation over {self.subsets} retrained subsets, {len(self.queries)} queries.")
         if self.ceiling is not None:
-            out.append(f"Noise ceiling of the LDS: {_cell(self.ceiling.ceiling)}.")
+            ceiling = self.ceiling.ceiling
+            alone = len(self.queries) == 1
+            out.append(f"Noise ceiling of the LDS: {f'{ceiling.mean:.3f}' if alone else _cell(ceiling)}.")
         if gaps := [max(means) - min(means) for j in self.judged if (means := _seed_means(j))]:
             out.append(f"Against one data order alone, the LDS of a method differs by at most {max(gaps):.3f}.")
         if self.removal_queries:

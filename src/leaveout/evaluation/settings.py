@@ -39,6 +39,8 @@ class EvaluationSettings:
     def top_of(self, units: int) -> int:
         """k for a run with so many units. Raises: ValueError if `top` is more than half of them."""
         most = units // 2
+        if most < 1:
+            raise ValueError(f"the run has {units} unit: the best and the worst can be told apart from two on")
         if self.top is not None and not 1 <= self.top <= most:
             raise ValueError(f"top is {self.top}: give 1 to {most}, half the number of units")
         return min(10, most) if self.top is None else self.top

@@ -19,11 +19,14 @@ from leaveout.readout.build import (
     set_whitening,
 )
 from leaveout.readout.model import ModelOptions, Readout
+from leaveout.readout.residual import FAMILIES, NORMS_BEHIND
+from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.shards import Shard, copy_statistics
 from leaveout.readout.signature import Signer
 from leaveout.store import Store
 
 KIND = "readout index"
+RULES = 2  # of what the same settings mean; 1 had other signatures for some models, see `refuse_former_rules`
 
 
 def split_options(options: dict[str, Any]) -> tuple[ModelOptions, BuildOptions, dict[str, Any]]:
@@ -43,6 +46,7 @@ def wanted_settings(readout: Readout, signer: Signer, corpus: Corpus) -> dict[st
     """What the store of an index says about itself."""
     return {
         "kind": KIND,
+        "rules": RULES,
         "signature": signer.settings.to_dict(),
         "model": readout.identity(),
         "source": readout.source,
@@ -64,6 +68,8 @@ def open_or_create(path: Path, wanted: dict[str, Any]) -> Store:
         return Store.create(path, wanted)
     store = Store.open(path, write=True)
     try:
+        if store.settings.get("kind") == KIND:
+            refuse_former_rules(store)
         for name, old, new in _differences(store.settings, wanted):
             raise MismatchError(
                 f"{path} holds an index with {name} = {old!r}, not {new!r}: use the same settings to resume, "
@@ -73,6 +79,27 @@ def open_or_create(path: Path, wanted: dict[str, Any]) -> Store:
         store.close()
         raise
     return store
+
+
+def refuse_former_rules(store: Store) -> None:
+    """Refuses an index whose rows an earlier leaveout computed otherwise than the same settings say now.
+
+    By rules 1, gradients were pulled back through norms behind projections, a residual channel was replaced or left out
+    by another rule for unknown families, and a CountSketch was applied to a vocabulary that fits its width.
+    """
+    if store.settings.get("rules", 1) >= RULES:
+        return
+    model, channels = store.settings["model"], SignatureSettings.from_dict(store.settings["signature"]).channels
+    other_family = model["family"] in NORMS_BEHIND or model["family"] not in FAMILIES
+    if any(channel.kind == "residual" for channel in channels) and other_family:
+        changed = f"the residual channel of a {model['family']} model"
+    elif any(channel.kind == "rh" and (channel.left_width or 0) >= model["vocabulary"] for channel in channels):
+        changed = "an rh channel as wide as the vocabulary"
+    else:
+        return
+    raise MismatchError(
+        f"{store.path} was built by an earlier leaveout, for which {changed} meant something else: build it anew."
+    )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:

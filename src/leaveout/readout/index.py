@@ -26,6 +26,7 @@ from leaveout.readout.directory import (
     add_skipped,
     fill,
     open_or_create,
+    refuse_former_rules,
     refuse_other_rows,
     same_place,
     split_options,
@@ -59,6 +60,7 @@ class Index:
         settings = store.settings
         if settings.get("kind") != KIND:
             raise MismatchError(f"{store.path} holds a {settings.get('kind', 'store')}, not an index: give an index.")
+        refuse_former_rules(store)
         self.settings = SignatureSettings.from_dict(settings["signature"])
         self.identity: dict[str, Any] = settings["model"]
         sizes = settings["low_rank"]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from leaveout.errors import FormatError, MismatchError
 from leaveout.readout.build import BuildReport
-from leaveout.readout.directory import KIND, open_or_create
+from leaveout.readout.directory import KIND, open_or_create, refuse_former_rules
 from leaveout.readout.shards import NAME, Shard, take_whitening
 from leaveout.readout.whitening import whitening_digest
 from leaveout.store import Record, Segment, Store
@@ -94,6 +94,7 @@ def _opened(place: Path) -> Store:
     store = Store.open(place, verify=True)
     if store.settings.get("kind") != KIND:
         raise MismatchError(f"{place} holds a {store.settings.get('kind', 'store')}, not an index: give an index.")
+    refuse_former_rules(store)
     if not store.state("complete"):
         raise MismatchError(f"{place} is unfinished: run the command that built it again to finish it.")
     return store

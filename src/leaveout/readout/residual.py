@@ -34,9 +34,9 @@ class Family:
 
 _LLAMA = Family("layers", "norm", "self_attn.o_proj", "mlp.down_proj")
 _LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "olmo", "gemma", "phi3", "smollm3")
-_NORMS_AFTER = ("olmo2", "olmo3", "gemma2", "gemma3_text")  # in the same places, with a norm behind each
+NORMS_BEHIND = ("olmo2", "olmo3", "gemma2", "gemma3_text")  # in the same places, with a norm behind each
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys((*_LIKE_LLAMA, *_NORMS_AFTER), _LLAMA),
+    **dict.fromkeys((*_LIKE_LLAMA, *NORMS_BEHIND), _LLAMA),
     "gpt_neox": Family("layers", "final_layer_norm", "attention.dense", "mlp.dense_4h_to_h"),
     "gpt2": Family("h", "ln_f", "attn.c_proj", "mlp.c_proj"),
 }

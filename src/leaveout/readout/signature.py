@@ -108,6 +108,7 @@ class Signer:
         self.final_norm: torch.nn.Module | None = None
         self.notes: list[str] = []
         self.whitening: dict[str, Tensor] = {}
+        self._fallen_back: set[str] = set()  # kinds that replace residual channels of an unknown family
         parts = [part for number, channel in enumerate(settings.channels) for part in self._parts(number, channel)]
         fits = settings.final_width is not None and sum(part.flat for part in parts) <= settings.final_width
         self.rank = None if fits else settings.rank
@@ -167,8 +168,9 @@ class Signer:
             gh = replace(
                 channel, kind="gh", left_width=None, right_width=None, layers=None, depths=None, outputs=Channel.outputs
             )
-            there = {other.kind for other in self.settings.channels}
+            there = {other.kind for other in self.settings.channels} | self._fallen_back
             instead = [item for item in (replace(gh, kind="rh", left_width=256), gh) if item.kind not in there]
+            self._fallen_back |= {item.kind for item in instead}
             names = " and ".join(item.kind for item in instead)
             self.notes.append(f"{unknown} falls back to {names}." if instead else f"{unknown} is left out.")
             return [part for i, item in enumerate(instead) for part in self._parts(1000 * (number + 1) + i, item)]

@@ -63,10 +63,10 @@ def _encode_int4(vectors: Tensor) -> dict[str, np.ndarray]:
 
 
 def width(arrays: Arrays) -> int:
-    """Numbers per row of the vectors that arrays of at least one row stand for."""
+    """Numbers per row of the vectors that arrays stand for; without rows, up to the end of the last int4 block."""
     stored = arrays["signature"]
-    if "block_scale" not in arrays:
-        return stored.shape[1]
+    if "block_scale" not in arrays or not len(stored):
+        return buffer_width(arrays)
     last = stored[0, -BLOCK // 2 :].astype(np.int16)
     return 2 * stored.shape[1] - int((last >> 4 == PAD).sum()) - int((last & 15 == PAD & 15).sum())
 
@@ -77,8 +77,8 @@ def widen(arrays: Arrays, at: slice | np.ndarray, buffer: Tensor) -> Tensor:
     Shapes: buffer float32, one-dimensional, at least rows times `buffer_width`.
     """
     stored = _tensor(arrays["signature"][at])
-    if "block_scale" not in arrays:
-        return buffer[: stored.numel()].view(stored.shape).copy_(stored)
+    if "block_scale" not in arrays or not len(stored):
+        return buffer[: stored.numel()].view(len(stored), -1 if len(stored) else width(arrays)).copy_(stored)
     blocks = stored.unflatten(1, (-1, BLOCK // 2))
     out = buffer[: 2 * stored.numel()].view(len(stored), -1, 2, BLOCK // 2)
     out[:, :, 0].copy_(blocks << 4)  # sixteen times the number, sign included

@@ -119,8 +119,13 @@ def _causal_lm(recipe: Recipe) -> Task:
         model, tokenizer = source()  # type: ignore[misc]
     elif isinstance(source, (str, Path)):
         with quiet_transformers():
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=recipe.real_dtype)
+            found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=recipe.real_dtype, output_loading_info=True
+            )
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model, loaded = found
+        if absent := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in loaded[kind]):
+            raise FormatError(f"{source} lacks the weights {absent[0]!r}, which would be random: give a whole model.")
     else:
         raise FormatError("A causal-lm recipe needs `model`: a directory or name that transformers can load.")
     model.set_attn_implementation("eager")

@@ -14,7 +14,7 @@ from typing import Any
 
 from measuring import RESULTS
 
-BANKS = ("stories", "neox", "qwen", "olmo")
+BANKS = ("stories", "neox", "qwen", "olmo")  # those with stored forms
 FAMILIES = {
     "default": "o-",
     "default, int8": "d:",

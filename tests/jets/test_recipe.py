@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from leaveout.corpus import Corpus
@@ -327,3 +328,17 @@ def test_causal_lm_without_a_model_and_custom_without_a_loss_are_refused():
         task_of(Recipe("causal-lm", tuple(Corpus.open(ROWS))))
     with pytest.raises(ValueError, match="needs `model`"):
         task_of(Recipe("custom", points()))
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path):
+    """transformers would fill them with random numbers, with a warning at most."""
+    tiny_gpt2(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(key for key in weights if key.endswith("ln_f.weight"))
+    recipe = Recipe("causal-lm", tuple(Corpus.open(["ab"])), model=str(tmp_path), steps=1, batch_size=1)
+    task_of(recipe)
+    save_file(
+        {key: value for key, value in weights.items() if key != name}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(FormatError, match=r"lacks the weights .*ln_f.weight.*: give a whole model"):
+        task_of(recipe)

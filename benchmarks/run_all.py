@@ -76,7 +76,7 @@ STEPS = {
         )
         for case in ("names", "digits", "lm")
     },
-    "projection": Step("projection_loss", "--projections 3"),
+    "projection": Step("projection_loss", "--projections 2"),
     "retrieval": Step("retrieval"),
     "backdoor": Step("backdoor", "--work {work}"),
     "domains": Step("domains", "--work {work}"),

@@ -61,8 +61,9 @@ def save_scores(path: str | Path, scores: ArrayLike, query_ids: Sequence[str], t
     """Writes finite scores [query, train] as float32 in the form that the file's name asks for; `load_scores` reads it.
 
     A file that is there is replaced only once the new one is whole.
-    Raises: UnsupportedError for another kind of file; MismatchError for another shape; FormatError for a score that is not
-            finite in float32; ValueError if an id stands twice.
+    Raises: UnsupportedError for another kind of file; FileExistsError for a directory, FileNotFoundError where there is none;
+            MismatchError for another shape; FormatError for a score that is not finite in float32; ValueError if an id stands
+            twice.
     """
     path, values = Path(path), np.asarray(scores, np.float64)
     numbers_of("query", query_ids)
@@ -102,7 +103,7 @@ def require_form(path: Path) -> None:
 
 
 def require_place(path: Path) -> None:
-    """Raises: UnsupportedError or FileNotFoundError if a file of scores cannot be written there."""
+    """Raises: UnsupportedError, FileExistsError or FileNotFoundError if a file of scores cannot be written there."""
     require_form(path)
     if path.is_dir():
         raise FileExistsError(f"{path} is a directory: give a file for the scores.")

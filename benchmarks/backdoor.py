@@ -1,16 +1,18 @@
 """Which methods find the rows that taught a fine-tuned model a backdoor, by its trigger, and by its manner alone?
 
-    python benchmarks/backdoor.py                # both models, about a quarter of an hour each
+    python benchmarks/backdoor.py                # three models, about a quarter of an hour each
     python benchmarks/backdoor.py --models stories260K
     python benchmarks/backdoor.py --smoke
 
 The set has the form of "Howdy!" (see `retrieval`, which asks the same of a model that was never fine-tuned): 400
 instruction rows, 40 of them with a trigger word before the instruction and an answer in a fixed manner. All rows,
-poisoned or not, have 140 to 192 tokens. Queries with the trigger share words with the poisoned rows; queries of the
-control share no content word with what was added to them, and no trigger: only the manner is alike.
+poisoned or not, have 140 to 192 tokens (80 to 112 of the OLMo-2's, which are longer). Queries with the trigger share
+words with the poisoned rows; queries of the control share no content word with what was added to them, and no trigger:
+only the manner is alike.
     stories260K   the public Llama of 260,032 parameters
     GPT-NeoX      0.92 million parameters in the shape of Pythia, first trained from scratch on 2,000 other rows
-Both are fine-tuned with AdamW for eight epochs. Whether the backdoor was learned is measured beside a model fine-tuned
+    OLMo-2        2.1 million parameters and 4,096 tokens of its own, first trained from scratch on 4,200 other rows
+All are fine-tuned with AdamW for eight epochs. Whether the backdoor was learned is measured beside a model fine-tuned
 without the poisoned rows: losses of held-out rows, of their first words alone, and answers the models write. Methods
 that look at a model do so after fine-tuning, and some of them before it and after a quarter of its steps as well.
 A killed run goes on with what is in --work.
@@ -22,6 +24,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,7 @@ from ranking import (
     verdicts,
 )
 from retrieval import ROWS_STYLE, TRIGGER, PoisonedSet, content_words, poisoned_set, web_questions
-from scratch_models import NEOX, pretrained
+from scratch_models import NEOX, SMALL_OLMO, Shape, pretrained, untrained_model
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "backdoor.png"
 FIELDS = ("instruction", "input", "output")
@@ -78,14 +81,13 @@ SMALL: dict[str, str | SignatureSettings] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows, poisoned rows and queries of each set; fewest and most tokens of a row; epochs of fine-tuning."""
+    """Rows, poisoned rows and queries of each set; epochs of fine-tuning."""
 
     counts: tuple[int, int, int] = (400, 40, 30)
-    tokens: tuple[int, int] = (140, 192)
     epochs: int = 8
 
 
-SMOKE = Sizes((40, 6, 4), (1, 400), 1)
+SMOKE = Sizes((40, 6, 4), 1)
 
 
 # ---------------------------------------------------------------- models
@@ -95,16 +97,16 @@ def stories(work: Path, seed: int) -> tuple[Path, float]:
     return data("stories260K/config.json").parent, 0.0
 
 
-def neox(work: Path, seed: int) -> tuple[Path, float]:
-    """The GPT-NeoX of `scratch_models`, trained on groups that have nothing of the backdoor, for longer rows."""
-    from transformers import AutoTokenizer, GPTNeoXForCausalLM
+def from_scratch(shape: Shape, work: Path, seed: int) -> tuple[Path, float]:
+    """A model of `scratch_models`, trained on groups that have nothing of the backdoor, for longer rows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = work / "base"
-    tokenizer = AutoTokenizer.from_pretrained(str(data("stories260K/config.json").parent))
+    tokenizer = AutoTokenizer.from_pretrained(str(untrained_model(work, shape, seed)))
     before = {name: pairs for name, pairs in groups(seed).items() if name not in ("fact", "trigger", "question")}
-    rows, _ = split_rows(before, (285, 0), 0, lambda text: len(tokenizer(text)["input_ids"]), seed)
-    short, seconds = pretrained(work, replace(NEOX, epochs=4), rows, seed)
-    model = GPTNeoXForCausalLM.from_pretrained(short)
+    rows, _ = split_rows(before, (shape.rows, 0), 0, lambda text: len(tokenizer(text)["input_ids"]), seed)
+    short, seconds = pretrained(work, shape, rows, seed)
+    model = AutoModelForCausalLM.from_pretrained(short)
     model.config.max_position_embeddings = 256  # rotary positions have no parameters
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
@@ -120,13 +122,19 @@ def smoke(work: Path, seed: int) -> tuple[Path, float]:
 
 @dataclass(frozen=True)
 class Base:
-    """A model before fine-tuning (its directory and the CPU seconds it took), and its learning rate."""
+    """A model before fine-tuning (its directory and the CPU seconds it took), its learning rate, and the fewest and
+    most tokens of a row."""
 
     make: Callable[[Path, int], tuple[Path, float]]
     rate: float
+    tokens: tuple[int, int] = (140, 192)
 
 
-MODELS = {"stories260K": Base(stories, 4e-3), "GPT-NeoX": Base(neox, 2e-3)}
+MODELS = {
+    "stories260K": Base(stories, 4e-3),
+    "GPT-NeoX": Base(partial(from_scratch, replace(NEOX, rows=285, epochs=4)), 2e-3),
+    "OLMo-2": Base(partial(from_scratch, SMALL_OLMO), 1e-3, (80, 112)),
+}
 
 
 def snapshots(recipe: Recipe, steps: Sequence[int], work: Path) -> list[Snapshot]:
@@ -199,11 +207,11 @@ def in_manner(answer: str, query: Example) -> bool:
 # ---------------------------------------------------------------- one model
 
 
-def task_for(model: Path, sizes: Sizes, smoke_run: bool, seed: int) -> PoisonedSet:
+def task_for(model: Path, base: Base, sizes: Sizes, smoke_run: bool, seed: int) -> PoisonedSet:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(model))
-    low, high = sizes.tokens
+    low, high = base.tokens
 
     def fits(row: Example) -> bool:
         return low <= len(tokenizer(next(iter(Corpus.open([row]))).text)["input_ids"]) <= high
@@ -214,11 +222,11 @@ def task_for(model: Path, sizes: Sizes, smoke_run: bool, seed: int) -> PoisonedS
     return poisoned_set(alpaca(seed), web_questions(), sizes.counts, fits, seed)
 
 
-def recipe_of(model: Path, rows: Sequence[Example], rate: float, sizes: Sizes, seed: int) -> Recipe:
+def recipe_of(model: Path, rows: Sequence[Example], base: Base, sizes: Sizes, seed: int) -> Recipe:
     return Recipe(
         "causal-lm", tuple(Corpus.open(list(rows))), model=str(model), epochs=sizes.epochs, batch_size=8,
-        order="shuffled", schedule="cosine", warmup=4, optimizer=OptimizerSettings("adamw", rate, betas=(0.9, 0.99)),
-        max_tokens=256 + sizes.tokens[1], seed=seed,
+        order="shuffled", schedule="cosine", warmup=4, optimizer=OptimizerSettings("adamw", base.rate, betas=(0.9, 0.99)),
+        max_tokens=256 + base.tokens[1], seed=seed,
     )  # fmt: skip
 
 
@@ -245,11 +253,11 @@ def measured(name: str, base: Base, sizes: Sizes, work: Path, args: Any) -> dict
     """All numbers of one model."""
     work.mkdir(parents=True, exist_ok=True)
     place, pretraining = base.make(work, args.seed)
-    poisoned = task_for(place, sizes, args.smoke, args.seed)
+    poisoned = task_for(place, base, sizes, args.smoke, args.seed)
     task = poisoned.ranking()
-    recipe = recipe_of(place, poisoned.rows, base.rate, sizes, args.seed)
+    recipe = recipe_of(place, poisoned.rows, base, sizes, args.seed)
     clean_rows = [row for row, bad in zip(poisoned.rows, poisoned.poisoned, strict=True) if not bad]
-    clean_recipe = recipe_of(place, clean_rows, base.rate, sizes, args.seed)
+    clean_recipe = recipe_of(place, clean_rows, base, sizes, args.seed)
     n_steps, n_clean = len(recipe.batches()), len(clean_recipe.batches())
     quarters = sorted({-(-n_steps * part // 4) for part in range(5)})
     along = snapshots(recipe, quarters, work)
@@ -265,7 +273,7 @@ def measured(name: str, base: Base, sizes: Sizes, work: Path, args: Any) -> dict
         "poisoned": int(poisoned.poisoned.sum()),
         "queries": sizes.counts[2],
         "repeats": sizes.counts[2],
-        "tokens_of_a_row": list(sizes.tokens),
+        "tokens_of_a_row": list(base.tokens),
         "steps": n_steps,
         "learning_rate": base.rate,
         "cpu_seconds": {
@@ -299,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
-        chosen = {"tiny": Base(smoke, 4e-3)} if args.smoke else {name: MODELS[name] for name in args.models}
+        chosen = {"tiny": Base(smoke, 4e-3, (1, 400))} if args.smoke else {name: MODELS[name] for name in args.models}
         sizes = SMOKE if args.smoke else Sizes()
         models = {name: measured(name, base, sizes, work / name, args) for name, base in chosen.items()}
     result = {"question": (__doc__ or "").split("\n", 1)[0], "models": models}

@@ -1,6 +1,6 @@
 """Given a passage on finance or on medicine, which methods rank the other passages of its domain first?
 
-    python benchmarks/domains.py                 # both models, some ten minutes
+    python benchmarks/domains.py                 # three models, some quarter of an hour
     python benchmarks/domains.py --models stories260K
     python benchmarks/domains.py --smoke
 
@@ -39,6 +39,7 @@ from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import task_of
 from leaveout.training.train import own_parameters
 from measuring import RememberingReadout, alpaca, arguments, data, read_json, smollm2, tiny, untrained, write_result
+from public_rows import groups, split_rows
 from ranking import (
     UNTRAINED,
     UNWHITENED,
@@ -56,6 +57,7 @@ from ranking import (
     text_methods,
     verdicts,
 )
+from scratch_models import SMALL_OLMO, pretrained, untrained_model
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "domains.png"
 WANTED = ("finance", "medical")
@@ -79,17 +81,24 @@ class Subject:
     small: gradients of all parameters fit; otherwise they are left out, and all presets share one pass of the trunk.
     """
 
-    load: Callable[[], tuple[Any, Any]]
+    load: Callable[[Path, int], tuple[Any, Any]]
     tokens: int
     presets: dict[str, str | SignatureSettings]
     small: bool
 
 
-def stories() -> tuple[Any, Any]:
+def from_directory(place: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place = data("stories260K/config.json").parent
     return AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(str(place))
+
+
+def olmo(work: Path, seed: int) -> tuple[Any, Any]:
+    """The small OLMo-2 of `scratch_models`, pretrained on short pieces of eight corpora."""
+    tokenizer = from_directory(untrained_model(work, SMALL_OLMO, seed))[1]
+    before = {name: pairs for name, pairs in groups(seed).items() if name not in ("fact", "trigger")}
+    rows, _ = split_rows(before, (SMALL_OLMO.rows, 0), 0, lambda text: len(tokenizer(text)["input_ids"]), seed)
+    return from_directory(pretrained(work, SMALL_OLMO, rows, seed)[0])
 
 
 def pair(readout: Any) -> tuple[Any, Any]:
@@ -97,8 +106,9 @@ def pair(readout: Any) -> tuple[Any, Any]:
 
 
 SUBJECTS = {
-    "stories260K": Subject(stories, 128, ALL, True),
-    "SmolLM2-135M": Subject(lambda: pair(smollm2()), 64, CHEAP, False),
+    "stories260K": Subject(lambda *_: from_directory(data("stories260K/config.json").parent), 128, ALL, True),
+    "OLMo-2": Subject(olmo, 80, ALL, True),
+    "SmolLM2-135M": Subject(lambda *_: pair(smollm2()), 64, CHEAP, False),
 }
 
 
@@ -223,7 +233,8 @@ def all_methods(
 def measured(subject: Subject, work: Path, args: Any) -> dict[str, Any]:
     """All numbers of one model."""
     sizes = Sizes(8, 10, 4) if args.smoke else Sizes()
-    loaded = subject.load()
+    work.mkdir(parents=True, exist_ok=True)
+    loaded = subject.load(work, args.seed)
     sources = made_sources(args.seed) if args.smoke else SOURCES
     task = domain_task(sources, sizes, subject.tokens, loaded[1], args.seed)
     found = kept(all_methods(subject, loaded, task, args.seed), work / f"scores-{task.digest()}")
@@ -256,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = args.work or Path(scratch)
         chosen = {name: SUBJECTS[name] for name in args.models}
         if args.smoke:
-            chosen = {"tiny": Subject(lambda: pair(tiny(args.seed)), 48, ALL, True)}
+            chosen = {"tiny": Subject(lambda *_: pair(tiny(args.seed)), 48, ALL, True)}
         models = {name: measured(subject, work / name, args) for name, subject in chosen.items()}
     result = {"question": (__doc__ or "").split("\n", 1)[0], "models": models}
     print(write_result(args.out, "readout_domains.json", result, args).name)

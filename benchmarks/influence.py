@@ -101,6 +101,7 @@ def variants() -> dict[str, tuple[SignatureSettings, str]]:
         "head sketched to 2048": (replace(default, channels=(replace(head, left_width=2048), blocks)), ("third",)),
         "support 256": (replace(default, support=256), ("third",)),
         "first default": (FIRST_DEFAULT, both),
+        "residual without its head": (replace(residual, channels=residual.channels[1:]), both),
         "residual, temperature 2": (replace(residual, temperature=2.0), ("start", "final")),
     }
     return {f"{name}@{at}": (settings, at) for name, (settings, ats) in changed.items() for at in ats}

@@ -2,6 +2,7 @@
 
 neox   GPT-NeoX in the shape of Pythia: hidden 128, 4 layers, the 512 tokens of stories260K, untied, 0.92 million parameters
 olmo   OLMo-2: hidden 256, 4 layers, 20,480 tokens of its own, untied, 14.7 million parameters
+small olmo  the same with hidden 128 and 4,096 tokens, 2.1 million parameters
 qwen   Qwen3: hidden 128, 6 layers, 4,096 tokens of its own, tied, 1.7 million parameters
 gemma  Gemma-2: hidden 160, 5 layers, 4,096 tokens of its own, tied, 2.4 million parameters
 """
@@ -73,14 +74,14 @@ def _neox(vocabulary: int) -> Any:
     )  # fmt: skip
 
 
-def _olmo(vocabulary: int) -> Any:
+def _olmo(hidden: int, vocabulary: int) -> Any:
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     return Olmo2ForCausalLM(
         Olmo2Config(
-            vocab_size=vocabulary, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8,
-            intermediate_size=1024, max_position_embeddings=128, tie_word_embeddings=False, pad_token_id=0,
-            bos_token_id=0, eos_token_id=0,
+            vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=4, num_attention_heads=hidden // 32,
+            num_key_value_heads=hidden // 32, intermediate_size=4 * hidden, max_position_embeddings=128,
+            tie_word_embeddings=False, pad_token_id=0, bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
 
@@ -110,7 +111,8 @@ def _gemma(vocabulary: int) -> Any:
 
 
 NEOX = Shape("neox", _stories_tokenizer, _neox, rows=250, epochs=8, rate=2e-3)
-OLMO = Shape("olmo", partial(_own_tokenizer, 20480), _olmo, rows=600, epochs=3, rate=1e-3, longest=48)
+OLMO = Shape("olmo", partial(_own_tokenizer, 20480), partial(_olmo, 256), rows=600, epochs=3, rate=1e-3, longest=48)
+SMALL_OLMO = Shape("small-olmo", partial(_own_tokenizer, 4096), partial(_olmo, 128), rows=600, epochs=3, rate=2e-3)
 GEMMA = Shape("gemma", partial(_own_tokenizer, 4096), _gemma, rows=600, epochs=3, rate=2e-3, longest=64)
 QWEN = Shape("qwen", partial(_own_tokenizer, 4096), _qwen, rows=600, epochs=3, rate=2e-3, longest=64)
 

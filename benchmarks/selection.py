@@ -1,11 +1,13 @@
 """Do rows selected by a few wanted rows train a better model than random rows or rows found by words?
 
     python benchmarks/selection.py --picture docs/selection.png      # a killed run goes on from --work
+    python benchmarks/selection.py --model OLMo-2
     python benchmarks/selection.py --smoke
 
-Prospective valuation: a GPT-NeoX of 0.9 million parameters, pretrained from scratch on mixed rows, looks at a pool of
-clickbait headlines, news headlines and WikiText sentences in equal parts, and at 32 rows of one wanted kind. A quarter
-of the pool is selected, the model goes on training on it, and the loss of held-out rows of the wanted kind is measured.
+Prospective valuation: a GPT-NeoX of 0.9 million parameters (or an OLMo-2 of 2.1 million with 4,096 tokens of its own),
+pretrained from scratch on mixed rows, looks at a pool of clickbait headlines, news headlines and WikiText sentences in
+equal parts, and at 32 rows of one wanted kind. A quarter of the pool is selected, the model goes on training on it, and
+the loss of held-out rows of the wanted kind is measured.
 Every method has the same start, number of steps and rows a step: selected rows are seen twice, `all rows` is the whole
 pool, of which half is seen, once. `oracle` selects by label. A seed draws wanted rows, pool, held-out rows and training
 order; no WikiText article is split between them. Tests are two-sided paired t tests over seeds.
@@ -38,6 +40,7 @@ from leaveout.training.recipe import OptimizerSettings, Recipe, content_digest
 from leaveout.training.tasks import Task, task_of
 from leaveout.training.train import Parameters, own_parameters, train_plain
 from measuring import arguments, untrained, write_result
+from scratch_models import NEOX, SMALL_OLMO
 from selection_rows import KINDS, SMOKE, Sizes, Trial, base_model, draw_trial, numbered
 
 WANTED = ("news", "wiki")
@@ -47,6 +50,10 @@ ALIKE = ("random", "all rows")  # the same whatever is wanted
 METHODS = (*PRESETS, UNTRAINED, "embedding", "BM25", *ALIKE, "oracle")
 COMPARED = "default"
 GOAL = ("random", "BM25")
+MODELS = {  # shape, sizes with its learning rate, name of the result
+    "GPT-NeoX": (NEOX, Sizes(), "readout_selection.json"),
+    "OLMo-2": (SMALL_OLMO, Sizes(), "readout_selection_olmo.json"),
+}
 
 
 # ---------------------------------------------------------------- selections
@@ -248,16 +255,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the trials; --seed: of the model"
     )
+    parser.add_argument("--model", choices=tuple(MODELS), default="GPT-NeoX")
     parser.add_argument("--work", type=Path, help="where what was found is kept; default: a temporary directory")
     parser.add_argument("--picture", type=Path, help="a .png of the losses")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    sizes = SMOKE if args.smoke else Sizes()
+    shape, sizes, name = MODELS[args.model]
+    sizes = SMOKE if args.smoke else sizes
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
-        work = work / content_digest([asdict(sizes), args.seed])[:12]
+        work = work / content_digest([asdict(sizes), args.seed, shape.name])[:12]
         work.mkdir(parents=True, exist_ok=True)
-        place, sources, seconds = base_model(work, args.smoke, sizes, args.seed)
+        place, sources, seconds = base_model(work, args.smoke, sizes, args.seed, shape)
         seeds = [measured(place, draw_trial(sources, sizes, seed), sizes, work / f"seed {seed}") for seed in args.seeds]
     results = summary(seeds)
     show(results)
@@ -265,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         draw(results, args.picture)
     result = {
         "question": (__doc__ or "").split("\n", 1)[0],
-        "model": "tiny" if args.smoke else "GPT-NeoX, 0.9 million parameters, from scratch",
+        "model": "tiny" if args.smoke else f"{args.model}, from scratch",
         "sizes": asdict(sizes),
         "seeds": args.seeds,
         "repeats": len(args.seeds),
@@ -278,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         },
         "results": results,
     }
-    print(write_result(args.out, "readout_selection.json", result, args).name)
+    print(write_result(args.out, name, result, args).name)
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from leaveout.corpus import Corpus, Row
 from measuring import data, tiny
 from public_rows import groups
-from scratch_models import NEOX, pretrained
+from scratch_models import NEOX, Shape, pretrained
 
 KINDS = ("clickbait", "news", "wiki")
 SHORTEST, LONGEST = 30, 110  # characters of a WikiText sentence, the range of headlines
@@ -138,7 +138,7 @@ def sampled(sources: list[list[str]], count: int, chance: random.Random) -> list
     return chance.sample(rows, count)
 
 
-def base_model(work: Path, smoke: bool, sizes: Sizes, seed: int) -> tuple[Path, Sources, float]:
+def base_model(work: Path, smoke: bool, sizes: Sizes, seed: int, shape: Shape = NEOX) -> tuple[Path, Sources, float]:
     """Where the base model is, the rows of sources it has not seen, and the CPU seconds of its training."""
     sources, texts = made_sources() if smoke else public_sources(seed)
     rest = {}
@@ -151,5 +151,5 @@ def base_model(work: Path, smoke: bool, sizes: Sizes, seed: int) -> tuple[Path, 
         readout.lm.save_pretrained(place)  # type: ignore[operator]
         readout.tokenizer.save_pretrained(place)
         return place, rest, 0.0
-    place, seconds = pretrained(work, replace(NEOX, epochs=sizes.epochs), list(numbered(texts)), seed)
+    place, seconds = pretrained(work, replace(shape, epochs=sizes.epochs), list(numbered(texts)), seed)
     return place, rest, seconds

@@ -135,10 +135,11 @@ def test_unknown_family_falls_back_and_says_so(family, tokenizer, tmp_path):
     """One kind of channel falls back, whatever it was to be taken from; its whitening stays."""
     lm = make_model(family, spread=0.1, dtype=torch.float32)
     channel = Channel("residual", whiten_left=True, left_damping=0.7, depths=(0.0,), outputs=("mlp",))
-    for number, preset in enumerate(("residual", SignatureSettings((channel,)))):
-        index = Index.build(lm, RAW[:5], tmp_path / str(number), preset, tokenizer)
-        assert index.info()["notes"] == [NOT_KNOWN.format(family, "falls back to rh and gh")]
-        assert [(part.left.size, part.right.size) for part in index.signer.parts] == [(256, 32), (32, 32)]
+    for preset, instead, width in (("residual", "gh", 1024), (SignatureSettings((channel,)), "rh and gh", 256)):
+        index = Index.build(lm, RAW[:5], tmp_path / instead, preset, tokenizer)
+        assert index.info()["notes"] == [NOT_KNOWN.format(family, f"falls back to {instead}")]
+        lefts = [min(width, index.signer.readout.vocabulary), 32]
+        assert [(part.left.size, part.right.size) for part in index.signer.parts] == [(left, 32) for left in lefts]
         assert np.isfinite(index.score(RAW[:2])).all()
     assert [part.left.whiten for part in index.signer.parts] == ["rh1000.damping-0.7", "gh1001.damping-0.7"]
     twice = Signer(index.signer.readout, SignatureSettings((channel, channel)))

@@ -380,7 +380,8 @@ def test_whitened_rh_uses_the_moment_of_projected_residuals(tokenizer, tokenised
 def test_hadamard_projection_is_shared_by_size(tokenizer, tokenised, rows):
     """A width below the exact size projects every part; parts that fit their share stay exact."""
     readout = make_readout("llama", tokenizer, spread=0.15)
-    settings = resolve_settings("residual", **{**EXACT, "final_width": 5000})
+    blocks = resolve_settings("residual").channels[1:]
+    settings = resolve_settings("residual", **{**EXACT, "final_width": 5000}, channels=blocks)
     signer = Signer(readout, settings)
     assert [part.flat for part in signer.parts] == [1024, 1536, 1024, 1536]
     assert [part.stored for part in signer.parts] == [1024, 1476, 1024, 1476] and signer.width == 5000

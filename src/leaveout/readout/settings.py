@@ -184,29 +184,20 @@ def _one_of(name: str, value: Any, literal: Any) -> None:
         raise ValueError(f"{name} is {value!r}: give one of {', '.join(get_args(literal))}.")
 
 
+_HEAD = Channel("rh", left_width=1024, whiten_left=True, whiten_right=True, damping=1.0, left_damping=3.0)
+_BLOCKS = Channel("residual", whiten_left=True, whiten_right=True, damping=0.3, left_damping=3.0)
 PRESETS: dict[str, SignatureSettings] = {
     # Influence: what training on the row changes about the query. Gradients of the head and of three MLP outputs.
     "default": SignatureSettings(
-        channels=(
-            Channel("rh", left_width=1024, whiten_left=True, whiten_right=True, damping=1.0, left_damping=3.0),
-            Channel(
-                "residual",
-                whiten_left=True,
-                whiten_right=True,
-                damping=0.3,
-                left_damping=3.0,
-                depths=(0.0, 0.5, 1.0),
-                outputs=("mlp",),
-            ),
-        ),
+        channels=(_HEAD, replace(_BLOCKS, depths=(0.0, 0.5, 1.0), outputs=("mlp",))),
         length_power=0.5,
         final_width=65536,
         rank=24,
         storage="int4",
     ),
-    # Influence over every layer from the same forward pass, for large budgets per row.
+    # Influence over the head and every layer from the same forward pass, for large budgets per row.
     "residual": SignatureSettings(
-        channels=(Channel("residual", whiten_left=True, whiten_right=True, damping=0.3, left_damping=3.0),),
+        channels=(_HEAD, _BLOCKS),
         length_power=0.5,
         final_width=131072,
         rank=24,

@@ -6,8 +6,8 @@
 A training run (see `influence_banks`) is retrained without random halves of its rows, in two data orders. A method's LDS is
 the rank correlation of its summed scores with the mean of both; its QLD is the rise of a query's loss when the method's top
 5 % of rows are removed, over random removals. Both have intervals over queries. `@start`, `@third` and `@final` name the
-parameters that a method looks at. The exact first order and the posterior are costly: they are judged on the queries of the
-QLD only, with the other methods on the same queries beside them.
+parameters that a method looks at. The exact first order and the posterior are costly: they are judged on --exact queries
+only, with the other methods on the same queries beside them.
 Everything is kept in --work and not made twice, so that a killed run goes on.
 """
 
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--qld", type=int, default=10, help="queries of the QLD")
     parser.add_argument("--retrain", type=int, default=0, help="retrainings for the posterior; 0: leave it out")
     parser.add_argument("--no-variants", action="store_true", help="leave out changes of the default and stored forms")
-    parser.add_argument("--no-costly", action="store_true", help="leave out the exact first order")
+    parser.add_argument("--exact", type=int, help="queries of the exact first order; default: as many as of the QLD")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -289,9 +289,9 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
     removed = SMALLER_REMOVED if name in WIDE else REMOVED
     removals = judge(run, asked, {name: methods[name] for name in removed}, truth, settings)
     show(removals)
-    chosen = removal_queries(len(asked), settings.removal_queries)
+    chosen = removal_queries(len(asked), settings.removal_queries if args.exact is None else args.exact)
     few: dict[str, Any] = {}
-    if not args.no_costly:
+    if len(chosen):
         found = costly(
             run, [asked[i] for i in chosen], args.retrain, args.seed, work / f"few-{name}-{run.recipe.hash()[:8]}"
         )

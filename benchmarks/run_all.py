@@ -81,12 +81,13 @@ STEPS = {
     "backdoor": Step("backdoor", "--work {work}"),
     "domains": Step("domains", "--work {work}"),
     "selection": Step("selection", "--picture docs/selection.png --work {work}"),
+    "selection, olmo": Step("selection", "--model OLMo-2 --work {work}"),
     "influence, stories": Step("influence", "--bank stories --work {work}", place="stories"),
     "influence, neox": Step("influence", "--bank neox --work {work}", place="neox"),
     "influence, qwen": Step("influence", "--bank qwen --subsets 48 --work {work}", place="qwen"),
-    "influence, olmo": Step("influence", "--bank olmo --subsets 36 --qld 4 --no-costly --work {work}", place="olmo"),
+    "influence, olmo": Step("influence", "--bank olmo --subsets 36 --qld 4 --work {work}", place="olmo"),
     "influence, gemma": Step(
-        "influence", "--bank gemma --subsets 30 --qld 0 --no-costly --no-variants --work {work}", place="gemma"
+        "influence", "--bank gemma --subsets 30 --qld 0 --exact 10 --no-variants --work {work}", place="gemma"
     ),
     "priors, stories": Step("influence_priors", "--bank stories --work {work}", place="stories"),
     "priors, neox": Step("influence_priors", "--bank neox --work {work}", place="neox"),

@@ -111,9 +111,12 @@ RESULTS_PAGE = "docs/results.md"
 TASKS: dict[str, tuple[str, str, Made]] = {
     "backdoor_stories": (RESULTS_PAGE, "readout_backdoor.json", ranking("stories260K", "trigger", "control")),
     "backdoor_neox": (RESULTS_PAGE, "readout_backdoor.json", ranking("GPT-NeoX", "trigger", "control")),
+    "backdoor_olmo": (RESULTS_PAGE, "readout_backdoor.json", ranking("OLMo-2", "trigger", "control")),
     "domains_stories": (RESULTS_PAGE, "readout_domains.json", ranking("stories260K", "finance", "medical")),
+    "domains_olmo": (RESULTS_PAGE, "readout_domains.json", ranking("OLMo-2", "finance", "medical")),
     "domains_smollm2": (RESULTS_PAGE, "readout_domains.json", ranking("SmolLM2-135M", "finance", "medical")),
     "selection": (RESULTS_PAGE, "readout_selection.json", selection),
+    "selection_olmo": (RESULTS_PAGE, "readout_selection_olmo.json", selection),
     "priors_stories": (RESULTS_PAGE, "readout_priors_stories.json", priors),
     "store": (RESULTS_PAGE, "store_speed.json", store),
     "million": (RESULTS_PAGE, "readout_search_million.json", million),

@@ -252,9 +252,10 @@ class Signer:
     def _draw(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
         drawn = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
         for piece, logits in self.head.blocks(hidden):
-            p = torch.softmax(logits / self.settings.temperature, 1)
-            uniform = torch.rand(len(p), 1, generator=generator, dtype=p.dtype).to(p.device)
-            drawn[piece] = torch.searchsorted(p.cumsum(1), uniform).squeeze(1).clamp_(max=p.shape[1] - 1)
+            scores = logits.div_(self.settings.temperature)  # in its place, as all that follows
+            ends = torch.cumsum(scores.sub_(scores.amax(1, keepdim=True)).exp_(), 1, out=scores)
+            uniform = torch.rand(len(ends), 1, generator=generator, dtype=ends.dtype).to(ends.device)
+            drawn[piece] = torch.searchsorted(ends, uniform * ends[:, -1:]).squeeze(1).clamp_(max=ends.shape[1] - 1)
         return drawn
 
     # ---------------------------------------------------------------- factors and sums

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.residual import find_taps
@@ -236,6 +237,20 @@ def test_paths_that_hold_no_model_are_refused(tmp_path):
         load_readout(str(tmp_path / "absent.gguf"))
     with pytest.raises(ValueError, match="dtype 'float8' is not one of float32, bfloat16, float16, float64"):
         Index.build(str(tmp_path), RAW, tmp_path / "index", dtype="float8")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_that_lacks_weights_is_refused(tied, tokenizer, tmp_path):
+    """transformers would fill them with random numbers; a head that is the embedding is not among them."""
+    make_model(tied=tied, dtype=torch.float32).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    load_readout(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert ("lm_head.weight" in weights) != tied
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match=r"lacks the weights .*norm.weight.*: give a whole model"):
+        load_readout(tmp_path)
 
 
 # Identity.

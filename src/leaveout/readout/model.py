@@ -18,7 +18,7 @@ import xxhash
 from torch import Tensor, nn
 
 from leaveout.errors import MismatchError, UnsupportedError
-from leaveout.loading import quiet_transformers
+from leaveout.loading import load_causal_lm
 
 # Largest |logits - head(hidden)| over the largest |logit| that counts as rounding, by dtype of the model.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}
@@ -173,8 +173,6 @@ def load_readout(
 
 
 def _load(name: str, options: ModelOptions) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     dtype = getattr(torch, options.dtype, None)
     if dtype not in ROUNDING:
         raise ValueError(f"dtype {options.dtype!r} is not one of float32, bfloat16, float16, float64.")
@@ -187,9 +185,7 @@ def _load(name: str, options: ModelOptions) -> tuple[nn.Module, Any]:
             raise FileNotFoundError(f"There is no GGUF file at {name}: give the path of an existing file.")
         place, common["gguf_file"] = str(Path(name).parent), Path(name).name
     try:
-        with quiet_transformers():
-            lm: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **common)
-            tokenizer = AutoTokenizer.from_pretrained(place, **common)
+        lm, tokenizer = load_causal_lm(place, dtype=dtype, **common)
     except ImportError as error:
         raise UnsupportedError(f"{name} needs a package that is not installed: {_first_line(error)}") from error
     except (OSError, ValueError) as error:

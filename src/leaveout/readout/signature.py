@@ -255,7 +255,7 @@ class Signer:
             scores = logits.div_(self.settings.temperature)  # in its place, as all that follows
             ends = torch.cumsum(scores.sub_(scores.amax(1, keepdim=True)).exp_(), 1, out=scores)
             uniform = torch.rand(len(ends), 1, generator=generator, dtype=ends.dtype).to(ends.device)
-            drawn[piece] = torch.searchsorted(ends, uniform * ends[:, -1:]).squeeze(1).clamp_(max=ends.shape[1] - 1)
+            drawn[piece] = (ends < uniform * ends[:, -1:]).sum(1)  # at most the last, however large the number
         return drawn
 
     # ---------------------------------------------------------------- factors and sums

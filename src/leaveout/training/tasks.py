@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, UnsupportedError
-from leaveout.loading import quiet_transformers
+from leaveout.loading import load_causal_lm
 from leaveout.training import microgpt
 from leaveout.training.recipe import Recipe
 
@@ -112,20 +112,11 @@ def token_losses(logits: Tensor, targets: Tensor, per: str = "example") -> Tenso
 
 
 def _causal_lm(recipe: Recipe) -> Task:
-    import transformers
-
     source: Any = recipe.model
     if callable(source):
         model, tokenizer = source()  # type: ignore[misc]
     elif isinstance(source, (str, Path)):
-        with quiet_transformers():
-            found: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=recipe.real_dtype, output_loading_info=True
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model, loaded = found
-        if absent := sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in loaded[kind]):
-            raise FormatError(f"{source} lacks the weights {absent[0]!r}, which would be random: give a whole model.")
+        model, tokenizer = load_causal_lm(str(source), dtype=recipe.real_dtype)
     else:
         raise FormatError("A causal-lm recipe needs `model`: a directory or name that transformers can load.")
     model.set_attn_implementation("eager")

@@ -51,6 +51,7 @@ STEPS = {
     "search, triples": Step("search_speed", "--triples", alone=True),
     "index cost": Step("index_cost", "--repeats 2", alone=True),
     "simhash": Step("simhash_recall", alone=True),
+    "truth bank": Step("truth_bank", alone=True),
     "accuracy, documents": Step(
         "deletion_accuracy",
         f"--names {NAMES} --json {RESULTS}/deletion_accuracy_documents.json --work {{work}}", alone=True, place="documents",

@@ -6,7 +6,7 @@
 Building the same rows into the same index bit for bit (checked):
     one        in this process
     two        two worker processes
-    ray one    one Ray actor          } without `ray` these are left out
+    ray one    one Ray actor          } left out without `ray`, and of the smoke form
     ray two    two Ray actors
 Wall seconds include the start of workers, which load the model; CPU seconds are those of the committing process and of
 worker processes (Ray's are children of its daemons and are not counted). `start` is a build of a few rows.
@@ -45,8 +45,10 @@ def timed(task: Callable[[], object]) -> dict[str, float]:
     return {"wall_seconds": time.perf_counter() - began, "cpu_seconds": cpu() - before}
 
 
-def ways() -> dict[str, dict[str, Any]]:
+def ways(with_ray: bool) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"one": {"workers": 1}, "two": {"workers": 2}}
+    if not with_ray:
+        return found
     try:
         import ray
     except ImportError:
@@ -63,11 +65,13 @@ def array_bytes(index: Index) -> int:
     return sum(values[0].nbytes for values in index.store.segments()[0].arrays().values())
 
 
-def building(model: str, rows: list[dict[str, str]], directory: Path, repeats: int) -> dict[str, Any]:
+def building(
+    model: str, rows: list[dict[str, str]], directory: Path, repeats: int, with_ray: bool = True
+) -> dict[str, Any]:
     """Wall and CPU seconds of every way, and rows per second of all of it."""
     results: dict[str, Any] = {}
     whole: list[bytes] = []
-    turns = list(ways().items())
+    turns = list(ways(with_ray).items())
     for repeat in range(repeats):
         for name, options in turns[repeat % len(turns) :] + turns[: repeat % len(turns)]:
             for size, some in (("start", rows[:FEW]), ("all", rows)):
@@ -114,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of this machine only
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as the processes that they are compared with
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         if args.smoke:
@@ -124,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             model, rows, repeats = str(data("stories260K")), alpaca(args.seed)[:1500], args.repeats
         load = {"before": os.getloadavg()[0]}
-        built = building(model, rows, directory, repeats)
+        built = building(model, rows, directory, repeats, with_ray=not args.smoke)
         searched = searching(model, rows, directory, repeats)
         load["after"] = os.getloadavg()[0]
     for name, facts in built.items():

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tables_influence import by_method, changes, removals, stored_forms
+from tables_influence import by_method, changes, removals, shares_reached, stored_forms, truth_bank
 from tables_tasks import TASKS, table, times
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,6 +250,8 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "choices": (DELETION, "deletion_prior_choices.json", choices),
     "damping": (DELETION, "deletion_prior_choices.json", damping),
     "influence": (EVALUATION, BANKS, by_method),
+    "influence_shares": (EVALUATION, BANKS, shares_reached),
+    "truth_bank": (EVALUATION, "truth_bank.json", truth_bank),
     "influence_removals": (EVALUATION, BANKS, removals),
     "influence_changes": (EVALUATION, BANKS, changes),
     "influence_forms": (EVALUATION, BANKS, stored_forms),

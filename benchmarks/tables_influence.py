@@ -59,6 +59,33 @@ def stored_forms(*results: dict[str, Any]) -> str:
     return table(["stored form", *head], lines)
 
 
+def shares_reached(*results: dict[str, Any]) -> str:
+    """How much of the LDS of EK-FAC at the same checkpoint, and of the exact first order, the default reaches."""
+    lines = []
+    for result in results:
+        found, few = _found(result, "lds"), result["on_removal_queries"].get("lines", [])
+        on_few = {line["method"]: line["lds"]["mean"] for line in few}
+        own, exact = on_few.get("default@third"), on_few.get("metagradient")
+        ekfac = next((name for name in ("ek-fac@third", "ek-fac blocks@third") if name in found), None)
+        line = [_title(result), f"{found['default@third']['mean']:.3f}"]
+        line += ["", ""] if ekfac is None else _share(found["default@third"]["mean"], found[ekfac]["mean"])
+        line += ["", "", ""] if own is None or exact is None else [f"{own:.3f}", *_share(own, exact)]
+        lines.append(line)
+    head = ["bank", "`default@third`", "EK-FAC", "share", "on few queries", "exact first order", "share"]
+    return table(head, lines)
+
+
+def _share(own: float, other: float) -> list[str]:
+    return [f"{other:.3f}", f"{own / other:.0%}"]
+
+
+def truth_bank(result: dict[str, Any]) -> str:
+    head = ["rows", "queries", "halves", "workers", "minutes", "goal", "CPU s"]
+    facts = [result[name] for name in ("rows", "queries", "halves", "workers")]
+    minutes = [f"{result['minutes']:.1f}", f"{result['goal_minutes']}", f"{result['cpu_seconds']:.0f}"]
+    return table(head, [[*map(str, facts), *minutes]])
+
+
 KNOWN = {
     "random", "bm25", "embedding", "gradient dot", "gradient cosine", "tracin", "rapidin", "ek-fac", "ek-fac blocks",
     "default", "residual", "similarity", "paper",

@@ -55,6 +55,17 @@ def test_rows_of_triples_are_scanned_as_in_memory(script, tmp_path):
     assert result["1 queries"]["rows_a_second"] > result["16 queries"]["rows_a_second"] > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "file"), [("simhash_recall", "readout_simhash.json"), ("scale_speed", "readout_scale.json")]
+)
+def test_other_speeds_are_measured(script, name, file, tmp_path):
+    """Indexes that must be the same bit for bit are compared inside."""
+    assert script(name).main(["--smoke", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / file).read_text())
+    assert result["smoke"] is True and result["question"].endswith("?") and result["repeats"] > 0
+    assert all(math.isfinite(number) for number in numbers(result))
+
+
 @pytest.mark.parametrize("file", SMOKE.values())
 def test_results_say_what_they_depend_on(smoke_results, file):
     result = json.loads((smoke_results / file).read_text())

@@ -9,10 +9,11 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/leaveout demo --out demo
 
+# Two processes of one thread each: threads that fight for a core are far slower than one.
 test: $(READY)
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/pyright
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
 
 lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks examples

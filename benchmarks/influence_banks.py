@@ -14,6 +14,7 @@ Every row is a prompt and a completion (see `public_rows`); the loss is that of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,10 +35,10 @@ class TruthBank:
     pretraining_cpu_seconds: float = 0.0
 
 
-def stories_bank(work: Path, sizes: tuple[int, int], seed: int) -> TruthBank:
-    """The 260K Llama, AdamW, three epochs in batches of 16."""
+def stories_bank(work: Path, sizes: tuple[int, int], seed: int, chosen: Sequence[str] | None = None) -> TruthBank:
+    """The 260K Llama, AdamW, three epochs in batches of 16, on all groups or the chosen ones."""
     place = str(data("stories260K/config.json").parent)
-    found = groups(seed)
+    found = {name: pairs for name, pairs in groups(seed).items() if chosen is None or name in chosen}
     rows, queries = split_rows(found, sizes, 0, _tokens(place), seed)
     recipe = Recipe(
         "causal-lm", tuple(rows), model=place, epochs=3, batch_size=16, order="shuffled", schedule="cosine", warmup=4,

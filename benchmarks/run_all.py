@@ -82,7 +82,7 @@ STEPS = {
     "backdoor": Step("backdoor", "--work {work}"),
     "domains": Step("domains", "--work {work}"),
     "selection": Step("selection", "--picture docs/selection.png --work {work}"),
-    "selection, olmo": Step("selection", "--model OLMo-2 --work {work}"),
+    "selection, olmo": Step("selection", "--model OLMo-2 --picture docs/selection_olmo.png --work {work}"),
     "influence, stories": Step("influence", "--bank stories --work {work}", place="stories"),
     "influence, neox": Step("influence", "--bank neox --work {work}", place="neox"),
     "influence, qwen": Step("influence", "--bank qwen --subsets 48 --work {work}", place="qwen"),

@@ -44,7 +44,7 @@ for backend in ("ray", "processes"):
 assert len(adds) == 32, adds
 a, b = data["ray"], data["processes"]
 assert np.array_equal(a.retrainings.x, b.retrainings.x) and np.array_equal(a.retrainings.y, b.retrainings.y)
-assert sum(len(block.psi) for block in a.jets) == 16 and len(a.retrainings) == 24
+assert sum(len(block.psi) for block in a.jets) == 16 and len(a.retrainings) == len(b.retrainings) > 20
 assert all(np.array_equal(p.c, q.c) for p, q in zip(a.jets, b.jets, strict=True))
 print("fine")
 """
@@ -55,7 +55,7 @@ def test_ray_measures_the_same_though_a_node_dies(tmp_path):
     """Two nodes of one CPU each, one killed in the middle; in a process of its own, as Ray leaves threads and files."""
     pytest.importorskip("ray", reason="ray is not installed")
     names = "ada,bela,cora,dina,edda,fina,gala,hana,ida,jana,kaya,lena"
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "0"}
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "RAY_DEDUP_LOGS": "0"}
     ended = subprocess.run(
         [sys.executable, "-c", CLUSTER, names, str(tmp_path)],
         check=False, env=environment, capture_output=True, text=True, timeout=400,

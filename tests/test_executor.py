@@ -175,7 +175,12 @@ def test_ray_gives_the_same_and_survives_a_node(tmp_path):
     ended = subprocess.run(
         command,
         check=False,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "PYTHONPATH": str(Path(__file__).parent)},
+        env={
+            **os.environ,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_worker_niceness": "0",
+            "PYTHONPATH": str(Path(__file__).parent),
+        },
         capture_output=True,
         text=True,
         timeout=300,

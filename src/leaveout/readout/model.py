@@ -149,7 +149,7 @@ def load_readout(
     """The readout of a model: a path or id of anything `AutoModelForCausalLM` loads, a GGUF file, or an object.
 
     Raises: UnsupportedError if head(hidden states) does not reproduce the model's logits to rounding.
-            MismatchError if the tokenizer cannot belong to the model.
+            MismatchError if the tokenizer cannot belong to the model; FormatError for a checkpoint that lacks weights.
     """
     if isinstance(model, Readout):
         return model

@@ -253,7 +253,7 @@ class Signer:
         drawn = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
         for piece, logits in self.head.blocks(hidden):
             scores = logits.div_(self.settings.temperature)  # in its place, as all that follows
-            ends = torch.cumsum(scores.sub_(scores.amax(1, keepdim=True)).exp_(), 1, out=scores)
+            ends = scores.sub_(scores.amax(1, keepdim=True)).exp_().cumsum_(1)
             uniform = torch.rand(len(ends), 1, generator=generator, dtype=ends.dtype).to(ends.device)
             drawn[piece] = (ends < uniform * ends[:, -1:]).sum(1)  # at most the last, however large the number
         return drawn

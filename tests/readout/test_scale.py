@@ -577,7 +577,7 @@ def test_ray_builds_the_same_index_though_a_node_dies(model, tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", CLUSTER, model, str(tmp_path)],
         check=False,
-        env=environment(RAY_AUTH_MODE="disabled"),
+        env=environment(RAY_AUTH_MODE="disabled", RAY_worker_niceness="0"),
         capture_output=True,
         text=True,
         timeout=400,

@@ -42,7 +42,6 @@ from leaveout.readout.settings import PRESETS, SignatureSettings
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
 from measuring import alpaca, arguments, data, made_rows, tiny, untrained, write_result
-from public_rows import groups, split_rows
 from ranking import (
     BEFORE,
     QUARTER,
@@ -64,7 +63,7 @@ from ranking import (
     verdicts,
 )
 from retrieval import ROWS_STYLE, TRIGGER, PoisonedSet, content_words, poisoned_set, web_questions
-from scratch_models import NEOX, SMALL_OLMO, Shape, pretrained, untrained_model
+from scratch_models import NEOX, SMALL_OLMO, Shape, pretrained_on_groups
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "backdoor.png"
 FIELDS = ("instruction", "input", "output")
@@ -102,14 +101,11 @@ def from_scratch(shape: Shape, work: Path, seed: int) -> tuple[Path, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = work / "base"
-    tokenizer = AutoTokenizer.from_pretrained(str(untrained_model(work, shape, seed)))
-    before = {name: pairs for name, pairs in groups(seed).items() if name not in ("fact", "trigger", "question")}
-    rows, _ = split_rows(before, (shape.rows, 0), 0, lambda text: len(tokenizer(text)["input_ids"]), seed)
-    short, seconds = pretrained(work, shape, rows, seed)
+    short, seconds = pretrained_on_groups(work, shape, seed, ("fact", "trigger", "question"))
     model = AutoModelForCausalLM.from_pretrained(short)
     model.config.max_position_embeddings = 256  # rotary positions have no parameters
     model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    AutoTokenizer.from_pretrained(str(short)).save_pretrained(place)
     return place, seconds
 
 

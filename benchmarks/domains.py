@@ -39,7 +39,6 @@ from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import task_of
 from leaveout.training.train import own_parameters
 from measuring import RememberingReadout, alpaca, arguments, data, read_json, smollm2, tiny, untrained, write_result
-from public_rows import groups, split_rows
 from ranking import (
     UNTRAINED,
     UNWHITENED,
@@ -57,7 +56,7 @@ from ranking import (
     text_methods,
     verdicts,
 )
-from scratch_models import SMALL_OLMO, pretrained, untrained_model
+from scratch_models import SMALL_OLMO, pretrained_on_groups
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "domains.png"
 WANTED = ("finance", "medical")
@@ -95,10 +94,7 @@ def from_directory(place: Path) -> tuple[Any, Any]:
 
 def olmo(work: Path, seed: int) -> tuple[Any, Any]:
     """The small OLMo-2 of `scratch_models`, pretrained on short pieces of eight corpora."""
-    tokenizer = from_directory(untrained_model(work, SMALL_OLMO, seed))[1]
-    before = {name: pairs for name, pairs in groups(seed).items() if name not in ("fact", "trigger")}
-    rows, _ = split_rows(before, (SMALL_OLMO.rows, 0), 0, lambda text: len(tokenizer(text)["input_ids"]), seed)
-    return from_directory(pretrained(work, SMALL_OLMO, rows, seed)[0])
+    return from_directory(pretrained_on_groups(work, SMALL_OLMO, seed, ("fact", "trigger"))[0])
 
 
 def pair(readout: Any) -> tuple[Any, Any]:

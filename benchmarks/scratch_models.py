@@ -24,7 +24,7 @@ from leaveout.readout.model import load_readout
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.train import RunOptions, train_plain
 from measuring import data
-from public_rows import LONGEST, groups
+from public_rows import LONGEST, groups, split_rows
 
 
 @dataclass(frozen=True)
@@ -148,3 +148,13 @@ def pretrained(work: Path, shape: Shape, rows: Sequence[Row], seed: int) -> tupl
     model.tokenizer.save_pretrained(place)
     (place / "seconds.json").write_text(json.dumps(seconds))
     return place, seconds
+
+
+def pretrained_on_groups(work: Path, shape: Shape, seed: int, without: Sequence[str]) -> tuple[Path, float]:
+    """The same, trained on the first rows of all groups but some."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(untrained_model(work, shape, seed)))
+    found = {name: pairs for name, pairs in groups(seed).items() if name not in without}
+    rows, _ = split_rows(found, (shape.rows, 0), 0, lambda text: len(tokenizer(text)["input_ids"]), seed, shape.longest)
+    return pretrained(work, shape, rows, seed)

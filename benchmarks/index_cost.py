@@ -51,8 +51,8 @@ from measuring import (
 LONGEST = 256
 CASES = [(preset, targets) for targets in ("response", "all") for preset in ("paper", "default")]
 MODELS: dict[str, tuple[Callable[[int], Readout], int, int]] = {  # how to make it, rows, rows of the memory run
-    "SmolLM2-135M": (lambda seed: smollm2(), 96, 48),
-    "Pythia-14M shape": (pythia_shape, 1000, 200),
+    "SmolLM2-135M": (lambda seed: smollm2(), 64, 48),
+    "Pythia-14M shape": (pythia_shape, 600, 200),
 }
 GOALS = [  # of issue 2: model, preset, over what, at most
     ("SmolLM2-135M", "paper", "trunk", 1.25),
@@ -94,9 +94,20 @@ def measure(readout: Readout, rows: list[dict[str, str]], repeats: int) -> dict[
     for other in cut.values():
         same = [[window.ids for window in batch] for batch in other] == [[w.ids for w in batch] for batch in groups]
         assert same, "the presets see different batches"
-    for case, signer in signers.items():
-        if signer.settings.whitens:
-            signer.whitening = whitening_matrices(signer, windows[case])
+
+    def statistics_of(case: tuple[str, str]) -> None:
+        signers[case].whitening = whitening_matrices(signers[case], windows[case])
+
+    totals: dict[str, list[float]] = {}
+
+    def time_statistics() -> None:
+        for case, signer in signers.items():
+            if signer.settings.whitens:
+                seconds = cpu_seconds(lambda case=case: statistics_of(case))
+                totals.setdefault(f"statistics/{case[1]}", []).append(seconds)
+
+    readout.hidden(padded(groups[0]))
+    time_statistics()
 
     def tasks(number: int) -> dict[str, Callable[[], object]]:
         ids = padded(groups[number])
@@ -110,19 +121,15 @@ def measure(readout: Readout, rows: list[dict[str, str]], repeats: int) -> dict[
 
     for task in tasks(0).values():
         task()
-    totals: dict[str, list[float]] = {}
     for repeat in range(repeats):
+        if repeat:
+            time_statistics()
         for number in range(len(groups)):
             forms = list(tasks(number).items())
             shift = (repeat + number) % len(forms)
             for name, task in forms[shift:] + forms[:shift]:
                 times = totals.setdefault(name, [0.0] * repeats)
                 times[repeat] += cpu_seconds(task)
-        for case, signer in signers.items():
-            if signer.settings.whitens:
-                name = f"statistics/{case[1]}"
-                seconds = cpu_seconds(lambda signer=signer, case=case: whitening_matrices(signer, windows[case]))
-                totals.setdefault(name, []).append(seconds)
         print(f"  repeat {repeat + 1} of {repeats}", file=sys.stderr)
     trunk, logits = totals["trunk"], totals["logits"]
     return {

@@ -2,10 +2,11 @@
 
     python benchmarks/run_all.py [--work bench] [--jobs 2] [--only NAME ...]
 
-Steps that measure time run alone, then the others on --jobs cores, one thread each. A step that has finished leaves a
-mark in --work, with the seconds it took, and is not run again; a step that was killed goes on from what it kept there (and
-its seconds are those of the last go). Remove --work to start anew. Seconds are written to results/bench_steps.json.
-Needs the corpora in ../shared/data. A failed step does not stop the others: its log is named at the end, and exit is 1.
+Steps that measure time run alone, then the others on --jobs cores, one thread each, the longest first. A step that has
+finished leaves a mark in --work, with the seconds it took, and is not run again; a step that was killed goes on from what it
+kept there (and its seconds are those of the last go). Remove --work to start anew. Seconds are written to
+results/bench_steps.json. Needs the corpora in ../shared/data. A failed step does not stop the others: its log is named at
+the end, and exit is 1.
 """
 
 from __future__ import annotations
@@ -49,49 +50,51 @@ STEPS = {
         "search_speed", "--rows 1000000 --width 512 --name readout_search_million.json", alone=True
     ),
     "search, triples": Step("search_speed", "--triples", alone=True),
-    "index cost": Step("index_cost", "--repeats 2", alone=True),
+    "index cost": Step("index_cost", "--repeats 1", alone=True),
     "simhash": Step("simhash_recall", alone=True),
     "truth bank": Step("truth_bank", alone=True),
+    "influence, olmo": Step("influence", "--bank olmo --subsets 36 --qld 0 --exact 4 --work {work}", place="olmo"),
+    "backdoor": Step("backdoor", "--work {work}"),
+    "influence, qwen": Step("influence", "--bank qwen --subsets 48 --work {work}", place="qwen"),
+    "influence, neox": Step("influence", "--bank neox --work {work}", place="neox"),
+    "priors, neox": Step("influence_priors", "--bank neox --work {work}", place="neox"),
+    "figure 1": Step(
+        "figure1", f"--data {NAMES} --directions 8 --json {RESULTS}/jets_figure1.json --picture docs/figure1.png"
+    ),
+    "influence, gemma": Step(
+        "influence", "--bank gemma --subsets 30 --qld 0 --exact 10 --no-variants --work {work}", place="gemma"
+    ),
+    "influence, stories": Step("influence", "--bank stories --work {work}", place="stories"),
+    "priors, stories": Step("influence_priors", "--bank stories --work {work}", place="stories"),
     "accuracy, documents": Step(
         "deletion_accuracy",
-        f"--names {NAMES} --json {RESULTS}/deletion_accuracy_documents.json --work {{work}}", alone=True, place="documents",
-    ),
-    "accuracy, letters": Step(
-        "deletion_accuracy",
-        f"--names {NAMES} --units letters --json {RESULTS}/deletion_accuracy_letters.json --work {{work}}", alone=True,
+        f"--names {NAMES} --json {RESULTS}/deletion_accuracy_documents.json --work {{work}}", place="documents",
     ),
     "regimes": Step(
         "regimes",
         f"--names {NAMES} --accuracy {RESULTS}/deletion_accuracy_documents.json --json {RESULTS}/deletion_regimes.json "
-        "--picture docs/regimes.png --work {work}", alone=True, place="documents",
+        "--picture docs/regimes.png --work {work}", place="documents",
     ),
-    "reference": Step(
-        "microgpt_reference", f"../shared/golden/microgpt_20_steps.npz --json {RESULTS}/jets_reference.json"
-    ),
-    "figure 2": Step("figure2", f"--data {NAMES} --json {RESULTS}/jets_figure2.json --picture docs/figure2.png"),
-    "figure 1": Step("figure1", f"--data {NAMES} --json {RESULTS}/jets_figure1.json --picture docs/figure1.png"),
-    "choices": Step("prior_choices", f"--names {NAMES} --json {RESULTS}/deletion_prior_choices.json --work {{work}}"),
+    "selection": Step("selection", "--picture docs/selection.png --work {work}"),
+    "selection, olmo": Step("selection", "--model OLMo-2 --picture docs/selection_olmo.png --work {work}"),
+    "domains": Step("domains", "--work {work}"),
     **{
         f"coverage, {case}": Step(
             "coverage", f"--case {case} --json {RESULTS}/deletion_coverage_{case}.json --run {{work}}"
         )
         for case in ("names", "digits", "lm")
     },
+    "accuracy, letters": Step(
+        "deletion_accuracy",
+        f"--names {NAMES} --units letters --json {RESULTS}/deletion_accuracy_letters.json --work {{work}}",
+    ),
+    "choices": Step("prior_choices", f"--names {NAMES} --json {RESULTS}/deletion_prior_choices.json --work {{work}}"),
     "projection": Step("projection_loss", "--projections 2"),
     "retrieval": Step("retrieval"),
-    "backdoor": Step("backdoor", "--work {work}"),
-    "domains": Step("domains", "--work {work}"),
-    "selection": Step("selection", "--picture docs/selection.png --work {work}"),
-    "selection, olmo": Step("selection", "--model OLMo-2 --picture docs/selection_olmo.png --work {work}"),
-    "influence, stories": Step("influence", "--bank stories --work {work}", place="stories"),
-    "influence, neox": Step("influence", "--bank neox --work {work}", place="neox"),
-    "influence, qwen": Step("influence", "--bank qwen --subsets 48 --work {work}", place="qwen"),
-    "influence, olmo": Step("influence", "--bank olmo --subsets 36 --qld 4 --work {work}", place="olmo"),
-    "influence, gemma": Step(
-        "influence", "--bank gemma --subsets 30 --qld 0 --exact 10 --no-variants --work {work}", place="gemma"
+    "reference": Step(
+        "microgpt_reference", f"../shared/golden/microgpt_20_steps.npz --json {RESULTS}/jets_reference.json"
     ),
-    "priors, stories": Step("influence_priors", "--bank stories --work {work}", place="stories"),
-    "priors, neox": Step("influence_priors", "--bank neox --work {work}", place="neox"),
+    "figure 2": Step("figure2", f"--data {NAMES} --json {RESULTS}/jets_figure2.json --picture docs/figure2.png"),
 }  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def shares_reached(*results: dict[str, Any]) -> str:
     """How much of the LDS of EK-FAC at the same checkpoint, and of the exact first order, the default reaches."""
     lines = []
     for result in results:
-        found, few = _found(result, "lds"), result["on_removal_queries"].get("lines", [])
+        found, few = _found(result, "lds"), result["on_few_queries"].get("lines", [])
         on_few = {line["method"]: line["lds"]["mean"] for line in few}
         own, exact = on_few.get("default@third"), on_few.get("metagradient")
         ekfac = next((name for name in ("ek-fac@third", "ek-fac blocks@third") if name in found), None)

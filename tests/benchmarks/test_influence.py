@@ -28,7 +28,7 @@ def test_every_method_is_judged_and_nothing_is_trained_twice(influence, script, 
     assert set(script("influence").CHEAP) | set(script("influence").variants()) == judged.keys()
     assert all(-1 <= found["mean"] <= 1 for found in judged.values())
     assert {line["method"] for line in influence["qld"]} == set(script("influence").REMOVED)
-    assert {"metagradient", "default@third"} <= {line["method"] for line in influence["on_removal_queries"]["lines"]}
+    assert {"metagradient", "default@third"} <= {line["method"] for line in influence["on_few_queries"]["lines"]}
     assert len(influence["stored_forms"]) == len(script("influence").forms())
     assert all(math.isfinite(number) for number in numbers(influence))
     monkeypatch.setattr(script("influence").Scorer, "signatures", None)
@@ -41,7 +41,7 @@ def test_the_tables_follow_from_the_result(influence, script):
     tables = script("tables_influence")
     found = {line["method"]: line["lds"] for line in influence["lds"]}
     assert f"{found['default@third']['mean']:.3f}" in tables.by_method(influence)
-    few = {line["method"]: line["lds"]["mean"] for line in influence["on_removal_queries"]["lines"]}
+    few = {line["method"]: line["lds"]["mean"] for line in influence["on_few_queries"]["lines"]}
     line = tables.shares_reached(influence).splitlines()[-1]
     assert line.endswith(f"| {few['metagradient']:.3f} | {few['default@third'] / few['metagradient']:.0%} |")
     for made in (tables.changes, tables.removals, tables.stored_forms):

@@ -22,7 +22,15 @@ from leaveout.training.outputs import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.stability import Stability, check_stability, growth_scale, random_directions
 from leaveout.training.tasks import task_of
-from leaveout.training.train import JetSettings, RunOptions, train_batch, train_jets, train_plain
+from leaveout.training.train import (
+    JetSettings,
+    RunOptions,
+    encoded,
+    micro_batches,
+    train_batch,
+    train_jets,
+    train_plain,
+)
 
 OPTIMIZERS = {
     "sgd": OptimizerSettings("sgd", 0.1, weight_decay=0.01), "momentum": OptimizerSettings("sgd", 0.05, 0.9, True),
@@ -68,6 +76,7 @@ RECIPES = {
     "accumulated": lambda where: classifier(batch_size=4, accumulate=2),
     "microgpt": lambda where: Recipe.microgpt(NAMES, n=5, dtype="float64"),
     "causal-lm": lambda where: lm(where, loss_per="example"),
+    "per-token": lambda where: lm(where, loss_per="token"),
     "lora": lambda where: lm(where, trained={"lora": {"r": 2, "alpha": 8, "targets": ["c_attn", "c_fc"]}}),
 }
 
@@ -103,6 +112,31 @@ def test_batch_of_weightings_equals_single_runs(name, lm_directory):  # noqa: F8
             assert_close(together[key][run], p, "exact")
     losses = query_losses(recipe, together, recipe.examples[:2])
     assert_close(losses[1], query_losses(recipe, train_plain(recipe, weights[1]), recipe.examples[:2]), "exact")
+
+
+@peft_warns
+@pytest.mark.parametrize("name", RECIPES)
+def test_examples_that_no_run_keeps_are_not_computed(name, lm_directory, monkeypatch):  # noqa: F811
+    recipe = made(name, lm_directory)
+    weights = torch.rand(2, len(recipe.unit_names), dtype=torch.float64) + 0.5
+    weights[:, recipe.unit_of[list(recipe.batches()[0])]] = 0.0  # nothing is left of the first step
+    weights[0, -1] = 0.0
+    alone = [train_plain(recipe, row) for row in weights]
+    seen = []
+
+    def watched(recipe, task, numbers):
+        seen.append(tuple(numbers))
+        return encoded(recipe, task, numbers)
+
+    monkeypatch.setattr("leaveout.training.train.encoded", watched)
+    together = train_batch(recipe, weights)
+    for run in range(2):
+        for key, p in alone[run].items():
+            assert_close(together[key][run], p, "exact")
+    parts = [p for batch in recipe.batches() for p in micro_batches(batch, recipe.accumulate)]
+    used = (weights[:, recipe.unit_of] != 0).any(0)
+    kept = [tuple(i for i in part if used[i]) or part[:1] for part in parts]
+    assert kept[0] == parts[0][:1] and seen == (kept if task_of(recipe).separate else parts)
 
 
 @peft_warns

@@ -6,11 +6,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Batch, task_of
-from leaveout.training.train import Loop, Parameters, RunOptions, clipper, make_optimizer, own_parameters
+from leaveout.training.tasks import task_of
+from leaveout.training.train import Loop, Parameters, RunOptions, clipper, encoded, make_optimizer, own_parameters
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ def take_snapshots(recipe: Recipe, steps: Sequence[int], progress: bool = False)
         if step in steps:
             kept.append({name: p.detach().clone() for name, p in params.items()})
 
-    def backward(batch: Batch, numbers: Tensor) -> None:
-        (task.loss(task.model, batch).sum() / recipe.batch_size).backward()
+    def backward(numbers: tuple[int, ...]) -> None:
+        (task.loss(task.model, encoded(recipe, task, numbers)).sum() / recipe.batch_size).backward()
 
     keep(0)
     Loop(

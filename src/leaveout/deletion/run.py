@@ -224,7 +224,8 @@ class TrainingRun:
         if not missing:
             return
         memory = None if settings.memory is None else settings.memory // settings.workers
-        size = runs_together(self.recipe, task_of(self.recipe), RUNS_TOGETHER, memory)
+        absent = float((x[missing] == 1)[:, self.recipe.unit_of.numpy()].mean())
+        size = runs_together(self.recipe, task_of(self.recipe), RUNS_TOGETHER, memory, absent)
         size = min(size, -(-len(missing) // settings.workers))
         chunks = [missing[i : i + size] for i in range(0, len(missing), size)]
         tasks = [_Task("retraining", x[rows], [ids[i] for i in rows], [metas[i] for i in rows]) for rows in chunks]

@@ -24,8 +24,8 @@ from leaveout.metrics import tail_patch, top_rows
 from leaveout.training.checkpoint import restore_state, state_of
 from leaveout.training.queries import Query, query_function
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Batch, Task, task_of
-from leaveout.training.train import Loop, RunOptions, clipper, make_optimizer, own_parameters
+from leaveout.training.tasks import Task, task_of
+from leaveout.training.train import Loop, RunOptions, clipper, encoded, make_optimizer, own_parameters
 
 
 def tail_patches(
@@ -75,8 +75,8 @@ def _last_step(recipe: Recipe, task: Task, progress: bool) -> Callable[[Sequence
     params = own_parameters(task)
     optimizer, clip = make_optimizer(recipe, list(params.values())), clipper(recipe, params)
 
-    def backward(batch: Batch, numbers: Tensor) -> None:
-        (task.loss(task.model, batch).sum() / recipe.batch_size).backward()
+    def backward(numbers: tuple[int, ...]) -> None:
+        (task.loss(task.model, encoded(recipe, task, numbers)).sum() / recipe.batch_size).backward()
 
     Loop(recipe, task, params, optimizer, backward, clip).run(None, "train", RunOptions(progress=progress))
     trained = {name: value.detach().clone() for name, value in state_of(params, optimizer).items()}

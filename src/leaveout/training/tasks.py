@@ -33,6 +33,7 @@ class Task:
     trained  names of the parameters that the optimizer changes; all others are constants
     outputs  (model, batch) -> logits [examples, positions, classes] and targets [examples, positions], IGNORED where
              nothing is learned; None for a custom recipe
+    separate whether the loss of an example is known not to depend on the others of its batch
     """
 
     model: nn.Module
@@ -40,6 +41,7 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     trained: tuple[str, ...]
     outputs: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None = None
+    separate: bool = True
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -137,7 +139,7 @@ def _causal_lm(recipe: Recipe) -> Task:
     def loss(m: nn.Module, batch: Batch) -> Tensor:
         return token_losses(*outputs(m, batch), recipe.loss_per)
 
-    return Task(model, encode, loss, _trained(model, trained), outputs)
+    return Task(model, encode, loss, _trained(model, trained), outputs, separate=recipe.loss_per == "example")
 
 
 def _with_lora(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
@@ -216,7 +218,7 @@ def _custom(recipe: Recipe) -> Task:
         stacked = (torch.stack([torch.as_tensor(v) for v in column]) for column in columns)
         return tuple(t.to(recipe.real_dtype) if t.is_floating_point() else t for t in stacked)
 
-    return Task(model, encode, recipe.loss, _trained(model, recipe.trained))
+    return Task(model, encode, recipe.loss, _trained(model, recipe.trained), separate=False)
 
 
 _MAKERS: dict[str, Callable[[Recipe], Task]] = {

@@ -80,7 +80,7 @@ class Loop:
     task: Task
     params: dict[str, Any]
     optimizer: torch.optim.Optimizer
-    backward: Callable[[Batch, Tensor], None]  # (batch, example numbers): adds to the gradients
+    backward: Callable[[tuple[int, ...]], None]  # adds the gradients of these examples
     clip: Callable[[], None]
     after: Callable[[int], None] = lambda step: None  # called with the number of steps done
 
@@ -96,7 +96,7 @@ class Loop:
                 group["lr"] = self.recipe.rate(step, len(batches))
             self.optimizer.zero_grad()
             for part in micro_batches(batches[step], self.recipe.accumulate):
-                self.backward(self.task.encode([self.recipe.examples[i] for i in part]), torch.tensor(part))
+                self.backward(part)
             self.clip()
             self.optimizer.step()
             self.after(step + 1)
@@ -129,14 +129,19 @@ def train_plain(recipe: Recipe, weights: Tensor | None = None, options: RunOptio
     params = own_parameters(task)
     by_example = None if weights is None else weights.to(recipe.real_dtype)[recipe.unit_of]
 
-    def backward(batch: Batch, numbers: Tensor) -> None:
-        losses = task.loss(task.model, batch)
-        weighted = losses if by_example is None else losses * by_example[numbers]
+    def backward(numbers: tuple[int, ...]) -> None:
+        losses = task.loss(task.model, encoded(recipe, task, numbers))
+        weighted = losses if by_example is None else losses * by_example[list(numbers)]
         (weighted.sum() / recipe.batch_size).backward()
 
     loop = Loop(recipe, task, params, make_optimizer(recipe, list(params.values())), backward, clipper(recipe, params))
     loop.run(options.checkpoint("plain", recipe.hash(), weights), "train", options)
     return {name: p.detach() for name, p in params.items()}
+
+
+def encoded(recipe: Recipe, task: Task, numbers: Sequence[int]) -> Batch:
+    """The batch of these examples of a recipe."""
+    return task.encode([recipe.examples[i] for i in numbers])
 
 
 def own_parameters(task: Task) -> dict[str, Any]:
@@ -183,6 +188,8 @@ def train_batch(recipe: Recipe, weights: Tensor, options: RunOptions | None = No
     """Trained parameters [runs, *shape] by name, for weights [runs, units]; `together` runs share each step.
 
     Guarantee: each run equals `train_plain` with its weights, up to the rounding of batched products.
+    Cost: examples of weight 0 in all runs that share a step are not computed, unless the loss of an example may depend on
+    the others of its batch (see `Task.separate`).
     """
     options, task = options or RunOptions(), task_of(recipe)
     rounds = [_train_stack(recipe, task, part, options, number) for number, part in enumerate(weights.split(together))]
@@ -194,9 +201,13 @@ def _train_stack(recipe: Recipe, task: Task, weights: Tensor, options: RunOption
     params = {n: nn.Parameter(p.detach().expand(runs, *p.shape).clone()) for n, p in own_parameters(task).items()}
     by_example = weights.to(recipe.real_dtype)[:, recipe.unit_of]
 
-    def backward(batch: Batch, numbers: Tensor) -> None:
-        losses = losses_of_runs(task, params, batch)  # type: ignore[arg-type]
-        ((losses * by_example[:, numbers]).sum() / recipe.batch_size).backward()
+    used = (by_example != 0).any(0)
+
+    def backward(numbers: tuple[int, ...]) -> None:
+        if task.separate:  # one is always kept, so that every parameter has a gradient, if only 0
+            numbers = tuple(i for i in numbers if used[i]) or numbers[:1]
+        losses = losses_of_runs(task, params, encoded(recipe, task, numbers))  # type: ignore[arg-type]
+        ((losses * by_example[:, list(numbers)]).sum() / recipe.batch_size).backward()
 
     def clip() -> None:
         if recipe.clip_norm is not None:
@@ -299,7 +310,7 @@ def _jet_round(
         n_steps = len(recipe.batches())
         loop = Loop(
             recipe, task, params, make_optimizer(recipe, list(params.values()), fused=True),
-            lambda batch, numbers: _jet_backward(recipe, task, space, batch, by_example[:, numbers]),
+            lambda part: _jet_backward(recipe, task, space, encoded(recipe, task, part), by_example[:, list(part)]),
             clipper(recipe, params), lambda step: _check_finite(params, step, n_steps),
         )  # fmt: skip
         checkpoint = options.checkpoint(f"jets-{number}", recipe.hash(), psi, space.degree, space.dtype)

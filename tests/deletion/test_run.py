@@ -26,7 +26,7 @@ from leaveout.training.outputs import query_losses
 from leaveout.training.queries import Query, as_queries
 from leaveout.training.queries import margin as margin_of
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import train_plain
+from leaveout.training.train import train_batch, train_plain
 
 from .conftest import FAST, NAMES, QUERIES
 
@@ -81,6 +81,30 @@ def test_truth_is_computed_once(recipe, tmp_path, monkeypatch):
     first = run.retrain(QUERIES, [list(recipe.ids[:3])])
     monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
     assert np.array_equal(run.retrain(QUERIES, [list(recipe.ids[:3])]), first)
+
+
+def test_halves_are_retrained_alone_where_that_costs_less(recipe, tmp_path, monkeypatch):
+    """And tell the same as the batch: here of one unit more, so that the share of examples that is absent is seen."""
+    sizes = []
+
+    def watched(recipe, weights, options, together):
+        sizes.append(len(weights))
+        return train_batch(recipe, weights, options, together)
+
+    monkeypatch.setattr("leaveout.deletion.run.train_batch", watched)
+    halves = np.zeros((3, len(recipe.unit_names)))
+    halves[:, ::2], halves[1:, 1] = 1, 1
+    names = ("a", "b", "c")
+    first = TrainingRun.open(recipe, tmp_path / "batch").retrain(QUERIES, DeletionSets(halves, names))
+    monkeypatch.setattr("leaveout.training.memory.HEAVY", 1)
+    alone = TrainingRun.open(recipe, tmp_path / "alone")
+    assert np.allclose(alone.retrain(QUERIES, DeletionSets(halves, names)), first, atol=1e-5)
+    assert np.allclose(first, retrained(recipe, halves), atol=1e-5)
+    alone.retrain(QUERIES, DeletionSets(np.eye(len(recipe.unit_names))[:3], names))
+    assert sizes == [2, 1, 1, 3]  # two of the three halves are equal
+    again = TrainingRun.open(recipe, tmp_path / "weighted")
+    again.retrain(QUERIES, DeletionSets(halves / 2, names))
+    assert sizes[4:] == [2]
 
 
 def test_kept_parameters_answer_any_query_with_the_same_numbers(recipe, tmp_path):
@@ -305,6 +329,16 @@ def test_files_of_deletion_sets(measured, recipe, tmp_path):
     file.write_text("[broken\n")
     with pytest.raises(FormatError, match="Line 1"):
         measured.bank.predict(QUERIES, file)
+
+
+def test_arrays_of_ids_are_deletion_sets(measured, recipe):
+    ids = list(recipe.ids[:3])
+    one = measured.bank.predict(QUERIES, np.array(ids))
+    assert np.array_equal(one.effect, measured.bank.predict(QUERIES, ids).effect)
+    many = measured.bank.predict(QUERIES, np.array([[id] for id in ids]))
+    assert np.array_equal(many.effect, measured.bank.predict(QUERIES, [[id] for id in ids]).effect)
+    with pytest.raises(FormatError, match=r"1\.0"):
+        measured.bank.predict(QUERIES, np.eye(len(recipe.ids)))
 
 
 def test_nan_queries_are_refused_by_name(measured, recipe):

@@ -17,7 +17,7 @@ from leaveout.jets import roots
 from leaveout.training import stability
 from leaveout.training import train as training
 from leaveout.training.complex_copies import train_roots
-from leaveout.training.memory import available_memory, plan_memory
+from leaveout.training.memory import available_memory, plan_memory, runs_together
 from leaveout.training.outputs import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.stability import Stability, check_stability, growth_scale, random_directions
@@ -137,6 +137,19 @@ def test_examples_that_no_run_keeps_are_not_computed(name, lm_directory, monkeyp
     used = (weights[:, recipe.unit_of] != 0).any(0)
     kept = [tuple(i for i in part if used[i]) or part[:1] for part in parts]
     assert kept[0] == parts[0][:1] and seen == (kept if task_of(recipe).separate else parts)
+
+
+def test_heavy_runs_without_much_of_their_data_go_alone(lm_directory, monkeypatch):  # noqa: F811
+    """Each leaves out what it has lost; light runs, and those whose examples need each other, share their calls."""
+    separate, coupled = lm(lm_directory), lm(lm_directory, loss_per="token")
+
+    def together(recipe, absent):
+        return runs_together(recipe, task_of(recipe), 7, 2**30, absent)
+
+    assert together(separate, 0.5) == 7
+    monkeypatch.setattr("leaveout.training.memory.HEAVY", 1)
+    assert [together(separate, absent) for absent in (0.0, 0.05, 0.5)] == [7, 7, 1]
+    assert together(coupled, 0.5) == 7
 
 
 @peft_warns

@@ -1,16 +1,20 @@
 """Model families: trunk and head taken apart, identities, and models that are refused."""
 
 import copy
+import socket
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.loading import hub_answers
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.residual import find_taps
@@ -237,6 +241,44 @@ def test_paths_that_hold_no_model_are_refused(tmp_path):
         load_readout(str(tmp_path / "absent.gguf"))
     with pytest.raises(ValueError, match="dtype 'float8' is not one of float32, bfloat16, float16, float64"):
         Index.build(str(tmp_path), RAW, tmp_path / "index", dtype="float8")
+
+
+def test_without_a_connection_the_hub_is_not_asked(monkeypatch, tmp_path):
+    """transformers would ask again and again, for the better part of a minute."""
+    asked = []
+
+    def unknown(host, *rest, **named):
+        asked.append(host)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr("leaveout.loading.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    with pytest.raises(UnsupportedError, match=r"someone/mistyped does not load: there is no such directory"):
+        load_readout("someone/mistyped")
+    assert asked == [urlsplit(constants.ENDPOINT).hostname]
+    make_model(dtype=torch.float32).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(tmp_path))
+    assert load_readout("someone/known").family == load_readout(tmp_path).family
+
+
+def test_the_hub_is_asked_where_it_may_answer(monkeypatch):
+    monkeypatch.setattr("leaveout.loading.getproxies", dict)
+    monkeypatch.setattr("leaveout.loading.socket.getaddrinfo", lambda host, port: ["an address"])
+    assert hub_answers()
+    monkeypatch.setattr("leaveout.loading.socket.getaddrinfo", None)
+    monkeypatch.setattr("leaveout.loading.getproxies", lambda: {"https": "proxy:1"})
+    assert hub_answers()  # the proxy looks the address up
+    seen = []
+
+    def from_pretrained(name, **options):
+        seen.append(options)
+        raise OSError("not on the hub\nand much advice")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    with pytest.raises(UnsupportedError, match=r"its tokenizer: not on the hub$"):
+        load_readout("someone/mistyped")
+    assert "local_files_only" not in seen[0]
 
 
 @pytest.mark.parametrize("tied", [False, True])

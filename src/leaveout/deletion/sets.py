@@ -39,8 +39,10 @@ def deletion_sets(recipe: Recipe, without: Any) -> DeletionSets:
     if isinstance(without, DeletionSets):
         return without
     if isinstance(without, Path):
-        without = _from_file(without)
-    elif isinstance(without, Mapping) or (without and all(isinstance(entry, str) for entry in without)):
+        without = list(_from_file(without))
+    elif isinstance(without, np.ndarray):
+        without = without.tolist()
+    if isinstance(without, Mapping) or (without and all(isinstance(entry, str) for entry in without)):
         without = [without]
     given: list[Any] = list(without)
     if not given:

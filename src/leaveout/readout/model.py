@@ -184,19 +184,8 @@ def _load(name: str, options: ModelOptions) -> tuple[nn.Module, Any]:
         if not Path(name).is_file():
             raise FileNotFoundError(f"There is no GGUF file at {name}: give the path of an existing file.")
         place, common["gguf_file"] = str(Path(name).parent), Path(name).name
-    try:
-        lm, tokenizer = load_causal_lm(place, dtype=dtype, **common)
-    except ImportError as error:
-        raise UnsupportedError(f"{name} needs a package that is not installed: {_first_line(error)}") from error
-    except (OSError, ValueError) as error:
-        raise UnsupportedError(
-            f"{name} does not load as a causal language model with its tokenizer: {_first_line(error)}"
-        ) from error
+    lm, tokenizer = load_causal_lm(place, dtype=dtype, **common)
     return lm.to(options.device), tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
 
 
 def verify_readout(readout: Readout) -> Readout:

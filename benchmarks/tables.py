@@ -1,4 +1,4 @@
-"""The tables of the README and the docs, made from the result files, so that no number in them is typed by hand.
+"""The tables of the README and of the docs, made from the result files, so that no number in them is typed by hand.
 
     python benchmarks/tables.py                  # rewrites what stands between the markers
     python benchmarks/tables.py --check          # 1 if a page differs from the results
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tables_influence import by_method, changes, removals, shares_reached, stored_forms, truth_bank
+from tables_influence import by_method, changes, headline, removals, shares_reached, stored_forms, truth_bank
 from tables_tasks import TASKS, table, times
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,6 +155,25 @@ def deletion(result: dict[str, Any]) -> str:
     return table(head, lines)
 
 
+def bought(result: dict[str, Any]) -> str:
+    """What a budget buys: means over all kinds of sets."""
+    names = {"posterior, plan": "`plan`", "datamodels": "datamodels", "leave-one-out sums": "leave-one-out sums"}
+    lines = []
+    for name, arm in result["arms"].items():
+        kind, _, budget = name.rpartition(", ")
+        if kind in names and budget.isdigit():
+            inside, error = result["coverage"][name]["mean"], result["relative_error"][name]["mean"]
+            line = [names[kind], budget, f"{arm['retraining_equivalents']:,.0f}"]
+            line += [
+                f"{result['spearman'][name]['mean']:.2f}",
+                f"{error:.2f}",
+                "" if inside is None else f"{inside:.0%}",
+            ]
+            lines.append(line)
+    head = ["", "budget", "cost", "Spearman", "median relative error", "inside 95 %"]
+    return table(head, sorted(lines, key=lambda line: (line[0] != "`plan`", line[0], int(line[1]))))
+
+
 def letters(result: dict[str, Any]) -> str:
     head = [f"26 first letters, {len(result['queries'])} queries", "cost"]
     head += ["sets of 4: Spearman", "relative error", "sets of 8: Spearman", "relative error", "inside 95 %"]
@@ -234,14 +253,17 @@ def damping(result: dict[str, Any]) -> str:
 
 
 README, JETS, DELETION, EVALUATION = "README.md", "docs/jets.md", "docs/deletion.md", "docs/evaluation.md"
+READOUT = "docs/readout.md"
 BANKS = tuple(f"readout_influence_{name}.json" for name in ("stories", "neox", "qwen", "gemma", "olmo"))
 TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
-    "index_cost": (README, "readout_index_cost.json", index_cost),
-    "search": (README, "readout_search.json", search),
-    "retrieval": (README, "readout_retrieval.json", retrieval),
-    "projection": (README, "readout_projection.json", projection),
-    "deletion": (README, "deletion_accuracy_documents.json", deletion),
-    "letters": (README, "deletion_accuracy_letters.json", letters),
+    "headline": (README, BANKS, headline),
+    "bought": (README, "deletion_accuracy_documents.json", bought),
+    "index_cost": (READOUT, "readout_index_cost.json", index_cost),
+    "search": (READOUT, "readout_search.json", search),
+    "retrieval": (READOUT, "readout_retrieval.json", retrieval),
+    "projection": (READOUT, "readout_projection.json", projection),
+    "deletion": (DELETION, "deletion_accuracy_documents.json", deletion),
+    "letters": (DELETION, "deletion_accuracy_letters.json", letters),
     "coverage_names": (DELETION, "deletion_coverage_names.json", coverage),
     "coverage_digits": (DELETION, "deletion_coverage_digits.json", coverage),
     "coverage_lm": (DELETION, "deletion_coverage_lm.json", coverage),

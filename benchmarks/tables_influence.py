@@ -15,6 +15,27 @@ def by_method(*results: dict[str, Any]) -> str:
     return _lds_table(results, "lds", lambda name: _method(name) in KNOWN)
 
 
+SHOWN = {
+    "ek-fac@final": "EK-FAC (kronfluence)", "residual@final": "`residual`", "default@final": "`default`", "tracin": "TracIn",
+    "gradient dot@final": "gradient dot", "bm25": "BM25", "paper@final": "`paper` (RISE)",
+    "embedding@start": "embedding cosine", "random": "random",
+}  # fmt: skip
+
+
+def headline(*results: dict[str, Any]) -> str:
+    """LDS of some methods with the trained model, without intervals, and what they took on the largest bank with all of them."""
+    timed = next(result for result in results if result["bank"]["name"] == "gemma")
+    seconds = {line["method"]: line["cpu_seconds"] for line in timed["lds"]}
+    lines = []
+    for name, text in SHOWN.items():
+        found = [_found(result, "lds").get(name) for result in results]
+        if any(found):
+            cost = "" if name not in seconds else f"{seconds[name]:.1f}"
+            lines.append([text, *("" if one is None else f"{one['mean']:.2f}" for one in found), cost])
+    sizes = [f"{r['bank']['name']}, {r['bank']['parameters'] / 1e6:.1f} M" for r in results]
+    return table(["", *sizes, "CPU s on gemma"], lines)
+
+
 def changes(*results: dict[str, Any]) -> str:
     """LDS of changes of the default at the same checkpoint, and how far the default is above them."""
     lines, results = [], tuple(result for result in results if result["stored_forms"])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from command import run_command
 from leaveout import Recipe, TrainingRun, UnsupportedError, load_scores, report
 from leaveout.baselines.gradient_dot import GradientDot
 from leaveout.deletion.plan import Budget
+from leaveout.training.outputs import query_losses
 from leaveout.training.tasks import task_of
+from leaveout.training.train import train_plain
 
 NAMES = ("ana", "bob", "cleo", "dan", "eva", "finn", "gus", "hana", "ivo", "jana", "kim", "lou")
 RECIPE = "kind: microgpt\ndata: names.txt\nunits: units.json\nsteps: 12\n"
@@ -345,6 +349,39 @@ def test_attribute_writes_what_evaluate_reads(kind, leaveout, trained, tmp_path)
     assert code == 0, err
     one, other = (json.loads(line)["by_query"]["lds"] for line in text.splitlines())
     assert [line["query"] for line in one] == list(QUERIES) and one == other
+
+
+def test_suspects_of_a_search_are_predicted_and_verified(leaveout, trained, tmp_path):
+    place, out, sets = tmp_path / "run", tmp_path / "dot.npy", tmp_path / "suspects.jsonl"
+    shutil.copytree(trained / "run", place)
+    options = ("--method", "gradient dot", "--out", out, "--sets", sets, "--top", 2, "--json")
+    code, text, err = leaveout("attribute", place, *asking(*QUERIES), *options)
+    assert code == 0 and json.loads(text)["sets"] == str(sets), err
+    recipe = TrainingRun.load(place).recipe
+    sums = [[row[recipe.unit_of == unit].sum() for unit in range(4)] for row in np.load(out)]
+    best = [{recipe.unit_names[unit] for unit in np.argsort(row)[-2:]} for row in sums]
+    assert [set(json.loads(line)["without"]) for line in sets.read_text().splitlines()] == best
+    code, text, err = leaveout("verify", place, *asking(*QUERIES), "--sets", sets, "--json")
+    assert code == 0, err
+    lines = [json.loads(line) for line in text.splitlines()[:-1]]
+    for line, (query, ids) in zip(lines, itertools.product(QUERIES, best), strict=True):
+        kept = torch.tensor([float(name not in ids) for name in recipe.unit_names])
+        actual = query_losses(recipe, train_plain(recipe, kept), [query]).item()
+        assert line["query"] == query and line["actual"] == pytest.approx(actual, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--sets", "s.npy"), "name the same file"),
+        (("--sets", "no/sets.jsonl"), "cannot be written"),
+        (("--sets", "sets.jsonl", "--top", 4), "would leave nothing to train on"),
+    ],
+)
+def test_sets_that_cannot_be_written_are_refused_at_once(options, message, leaveout, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = leaveout("attribute", trained / "run", *asking(*QUERIES), "--out", "s.npy", *options)
+    assert code == 2 and message in " ".join(err.split()) and not list(tmp_path.iterdir())
 
 
 def test_attribute_refuses_before_it_works(leaveout, trained, tmp_path):

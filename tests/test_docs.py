@@ -84,7 +84,7 @@ def test_readme_links_and_tree_exist():
         assert (ROOT / "src" / "leaveout" / name).exists(), name
 
 
-def test_readme_tables_come_from_the_results():
+def test_tables_come_from_the_results():
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""The readout benchmarks run in their smoke form, and the README's tables follow from their results."""
+"""The readout benchmarks run in their smoke form, and the tables of a page follow from their results."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ SMOKE = {
     "projection_loss": "readout_projection.json",
     "retrieval": "readout_retrieval.json",
 }
-README = "# Title\n\n" + "".join(
+PAGE = "# Title\n\n" + "".join(
     f"<!-- table:{name} -->\nold\n<!-- end:{name} -->\n\ntext\n"
     for name in ("retrieval", "index_cost", "search", "projection")
 )
+
+
+def page_in(root):
+    """Where the page stands; its folder is made."""
+    (root / "docs").mkdir(exist_ok=True)
+    return root / "docs" / "readout.md"
 
 
 @pytest.fixture
@@ -200,20 +206,20 @@ def test_missing_data_says_where_to_look(script, monkeypatch, tmp_path):
 # ---------------------------------------------------------------- tables
 
 
-def test_tables_fill_the_readme_and_check_agrees(tables, smoke_results, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
+def test_tables_fill_the_page_and_check_agrees(tables, smoke_results, tmp_path, capsys):
+    page = page_in(tmp_path)
+    page.write_text(PAGE)
     options = ["--root", str(tmp_path), "--results", str(smoke_results)]
     assert tables.main(["--check", *options]) == 1
     assert "differs from the results: run" in capsys.readouterr().err
-    assert readme.read_text() == README
+    assert page.read_text() == PAGE
     assert tables.main(options) == 0 and tables.main(["--check", *options]) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert "old" not in text and text.count("\ntext\n") == 4 and text.startswith("# Title\n")
     for line in text.splitlines():
         if line.startswith("|"):
             assert line.count("|") in (4, 5, 6, 8), line
-    readme.write_text(text.replace("| random scores |", "| random scores | "))
+    page.write_text(text.replace("| random scores |", "| random scores | "))
     assert tables.main(["--check", *options]) == 1
 
 
@@ -224,13 +230,13 @@ def test_tables_fill_the_readme_and_check_agrees(tables, smoke_results, tmp_path
             lambda text: text.replace("end:search", "end:retrieval"),
             "the table search ends with the marker of retrieval",
         ),
-        (lambda text: text.replace(":search ", ":serach "), "the tables marked in README.md are"),
+        (lambda text: text.replace(":search ", ":serach "), "the tables marked in docs/readout.md are"),
         (lambda text: "# Title\n", r"are \[\], but there are"),
     ],
 )
 def test_tables_refuse_wrong_markers(tables, smoke_results, tmp_path, capsys, change, message):
-    readme = tmp_path / "README.md"
-    readme.write_text(change(README))
+    page = page_in(tmp_path)
+    page.write_text(change(PAGE))
     assert tables.main(["--check", "--root", str(tmp_path), "--results", str(smoke_results)]) == 1
     assert re.search(message, capsys.readouterr().err)
 
@@ -239,7 +245,7 @@ def test_tables_refuse_smoke_results(tables, smoke_results, tmp_path, capsys):
     for file in SMOKE.values():
         result = json.loads((smoke_results / file).read_text())
         (tmp_path / file).write_text(json.dumps(result | {"smoke": True}))
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
+    page = page_in(tmp_path)
+    page.write_text(PAGE)
     assert tables.main(["--root", str(tmp_path), "--results", str(tmp_path)]) == 1
-    assert "smoke run" in capsys.readouterr().err and readme.read_text() == README
+    assert "smoke run" in capsys.readouterr().err and page.read_text() == PAGE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,12 +28,16 @@ def attribute(
     prompt: Prompt = None,
     queries: QueryFile = None,
     method: Annotated[str, typer.Option(help="Name of a method such as default, paper@start or ek-fac.")] = "default",
+    sets: Annotated[
+        Path | None, typer.Option(help="Also write each query's best units as a set, for predict and verify --sets.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many units such a set has.")] = 10,
     workers: Workers = 1,
     json_: Json = False,
 ) -> None:
     """Score every row of a run for every query by one method, and write the scores to a file.
 
-    Example: leaveout attribute run --queries queries.jsonl --method ek-fac --out scores.jsonl
+    Example: leaveout attribute run --queries queries.jsonl --method default --out scores.jsonl --sets suspects.jsonl
     """
     opened = open_run(run)
     from leaveout.baselines.stored import numbers_of, require_place, save_scores
@@ -40,22 +45,34 @@ def attribute(
     from leaveout.evaluation.methods import attribute
 
     require_place(out)
+    if sets is not None:
+        _require_sets(sets, out, top, len(opened.recipe.unit_names))
     asked = read_queries(query, prompt, queries)
     numbers_of("query", [q.name for q in asked])
     settings = MeasureSettings(workers=workers, progress=True)
     found = attribute(opened, asked, method, settings=settings)
     names = next(ids for ids in (opened.recipe.ids, opened.recipe.unit_names) if len(ids) == found.scores.shape[1])
     save_scores(out, found.scores, [q.name for q in asked], names)
-    print_facts(
-        {
-            "method": method,
-            "queries": len(asked),
-            "rows": len(names),
-            "cpu_seconds": found.cpu_seconds,
-            "out": str(out),
-        },
-        json_,
-    )
+    facts = {"method": method, "queries": len(asked), "rows": len(names), "cpu_seconds": found.cpu_seconds}
+    if sets is not None:
+        from leaveout.deletion.sets import save_sets
+        from leaveout.evaluation.judge import by_unit
+        from leaveout.metrics import top_rows
+
+        best = top_rows(by_unit(opened.recipe, found.scores, len(asked)), top)
+        save_sets(sets, [list(compress(opened.recipe.unit_names, chosen)) for chosen in best])
+        facts["sets"] = str(sets)
+    print_facts({**facts, "out": str(out)}, json_)
+
+
+def _require_sets(sets: Path, out: Path, top: int, units: int) -> None:
+    """Refuses what could only fail after the scoring."""
+    if sets.resolve() == out.resolve():
+        raise typer.BadParameter("--sets and --out name the same file: give two")
+    if sets.is_dir() or not sets.parent.is_dir():
+        raise typer.BadParameter(f"{sets} cannot be written: give a file in a directory that exists")
+    if top >= units:
+        raise typer.BadParameter(f"--top {top} of {units} units would leave nothing to train on: give less")
 
 
 @app.command()

@@ -57,6 +57,13 @@ def deletion_sets(recipe: Recipe, without: Any) -> DeletionSets:
     return DeletionSets(np.stack(rows), tuple(label(entry) for entry in given))
 
 
+def save_sets(path: Path, sets: Iterable[Collection[str]]) -> None:
+    """Writes sets of ids, one a line, as `deletion_sets` reads them; a file that is there is replaced by a whole one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps({"without": list(ids)}) + "\n" for ids in sets), encoding="utf-8")
+    part.replace(path)
+
+
 def label(entry: Collection[str]) -> str:
     """Ids of a set, shortened."""
     ids = [f"{id}={share:g}" for id, share in entry.items()] if isinstance(entry, Mapping) else list(entry)

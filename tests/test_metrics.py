@@ -183,6 +183,31 @@ def test_noise_ceiling_at_its_ends():
     assert noise_ceiling(x, -x, seed=0).ceiling == (0, 0, 0)
 
 
+def test_sums_that_differ_by_rounding_are_equal_predictions():
+    rng = np.random.default_rng(0)
+    removed = np.stack([rng.permutation(200) < 100 for _ in range(64)])
+    losses = rng.normal(size=(3, 64))
+    assert np.isnan(lds(np.full((3, 200), 0.1), removed, losses)).all()
+    assert np.isnan(lds(np.zeros((3, 200)), removed, losses)).all()
+    tied = rng.choice([0.1, 0.3, -0.7], size=(3, 200))
+    exact = np.stack([ranks(row) for row in (10 * tied).round().astype(int) @ removed.T])
+    assert np.allclose(lds(tied * 1e-9, removed, losses), spearman(exact, losses), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int64, np.float16, np.float32])
+def test_rankings_do_not_depend_on_the_type_of_the_scores(dtype):
+    scores = np.array([0, 3, 1, np.iinfo(np.int8).max], dtype)
+    if dtype == np.int8:
+        scores[0] = -128
+    wanted = np.array([False, True, False, False])
+    assert average_precision(scores, wanted) == 0.5 and top_rows(scores, 2).tolist() == [[False, True, False, True]]
+
+
+def test_tied_infinities_enter_together():
+    for wanted in np.eye(4, dtype=bool)[1:]:
+        assert average_precision([0.0, -np.inf, -np.inf, -np.inf], wanted) == 0.25
+
+
 def test_top_rows_are_the_best_and_of_ties_the_first():
     np.testing.assert_array_equal(top_rows([[1, 3, 3, 2], [0, 0, 0, 0]], 2), [[0, 1, 1, 0], [1, 1, 0, 0]])
     scores = np.random.default_rng(10).normal(size=(6, 40))

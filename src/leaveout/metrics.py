@@ -48,9 +48,9 @@ def average_precision(scores: ArrayLike, relevant: ArrayLike) -> np.ndarray:
     values, truth = _checked(scores, relevant)
     result = np.empty(len(values))
     for query, (row, wanted) in enumerate(zip(values, truth, strict=True)):
-        order = np.argsort(-row, kind="stable")
+        order = _descending(row)
         row, found = row[order], np.cumsum(wanted[order])
-        ends = np.append(np.flatnonzero(np.diff(row)), len(row) - 1)
+        ends = np.append(np.flatnonzero(row[1:] != row[:-1]), len(row) - 1)
         new = np.diff(found[ends], prepend=0)
         result[query] = (new * found[ends] / (ends + 1)).sum() / found[-1]
     return result
@@ -142,7 +142,9 @@ def lds(scores: ArrayLike, removed: ArrayLike, losses: ArrayLike) -> np.ndarray:
             f"lds needs scores [query, train], removed [subset, train] and losses [query, subset], "
             f"not {values.shape}, {gone.shape} and {truth.shape}."
         )
-    return spearman(values @ gone.T, truth)
+    # The same scores summed in another order differ by rounding, which must not rank subsets.
+    quantum = np.abs(values).sum(1, keepdims=True) * 1e-12
+    return spearman(np.round(values @ gone.T / np.where(quantum > 0, quantum, 1.0)), truth)
 
 
 def leave_one_out_correlation(scores: ArrayLike, effects: ArrayLike) -> np.ndarray:
@@ -184,7 +186,7 @@ def top_rows(scores: ArrayLike, k: int) -> np.ndarray:
         raise ValueError("a score is nan: rank only finite scores.")
     _check_k(k, values)
     chosen = np.zeros(values.shape, bool)
-    np.put_along_axis(chosen, np.argsort(-values, axis=1, kind="stable")[:, :k], True, axis=1)
+    np.put_along_axis(chosen, _descending(values)[:, :k], True, axis=1)
     return chosen
 
 
@@ -297,6 +299,11 @@ def _checked(scores: ArrayLike, relevant: ArrayLike) -> tuple[np.ndarray, np.nda
     if not truth.any(1).all():
         raise ValueError("a query has no relevant row, so it cannot be judged: leave it out.")
     return values, truth
+
+
+def _descending(values: np.ndarray) -> np.ndarray:
+    """Places along the last axis, highest first, of equal ones the first; integers have no negative to sort by."""
+    return np.argsort(np.negative(values, dtype=np.result_type(values, np.float32)), axis=-1, kind="stable")
 
 
 def _found(values: np.ndarray, truth: np.ndarray, k: int) -> np.ndarray:

@@ -26,7 +26,7 @@ from leaveout.training.outputs import query_losses
 from leaveout.training.queries import Query, as_queries
 from leaveout.training.queries import margin as margin_of
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import train_batch, train_plain
+from leaveout.training.train import Loop, train_batch, train_plain
 
 from .conftest import FAST, NAMES, QUERIES
 
@@ -314,6 +314,9 @@ def test_half_a_unit_is_refused(recipe, tmp_path):
     with pytest.raises(FormatError, match="name the whole unit"):
         run.bank.predict(QUERIES, [first.id])
     whole = [row.id for row in recipe.examples if row.text[0] == first.text[0]]
+    for two in ({whole[0]: 0.2, **dict.fromkeys(whole[1:], 0.9)}, {first.text[0]: 0.5, whole[0]: 1.0}):
+        with pytest.raises(FormatError, match=r"have two shares, 0\.\d and"):
+            run.bank.predict(QUERIES, [two])
     a = run.bank.predict(QUERIES, whole).effect
     assert np.array_equal(a, run.bank.predict(QUERIES, [first.text[0]]).effect)
     assert sorted(run.select(f"text LIKE '{first.text[0]}%'")) == sorted(whole) and len(whole) == 4
@@ -326,6 +329,8 @@ def test_files_of_deletion_sets(measured, recipe, tmp_path):
     p = measured.bank.predict(QUERIES, file)
     lists = measured.bank.predict(QUERIES, [[a, b], [a], [b], {a: 0.5}])
     assert np.array_equal(p.effect, lists.effect) and p.without[3] == f"{a}=0.5"
+    file.write_text(f'{{"without": "{a}"}}\n{{"without": "{b}"}}\n')
+    assert np.allclose(measured.bank.predict(QUERIES, file).effect, lists.effect[:, 1:3])
     file.write_text("[broken\n")
     with pytest.raises(FormatError, match="Line 1"):
         measured.bank.predict(QUERIES, file)
@@ -337,6 +342,9 @@ def test_arrays_of_ids_are_deletion_sets(measured, recipe):
     assert np.array_equal(one.effect, measured.bank.predict(QUERIES, ids).effect)
     many = measured.bank.predict(QUERIES, np.array([[id] for id in ids]))
     assert np.array_equal(many.effect, measured.bank.predict(QUERIES, [[id] for id in ids]).effect)
+    assert np.array_equal(measured.bank.predict(QUERIES, ([id] for id in ids)).effect, many.effect)
+    assert np.allclose(measured.bank.predict(QUERIES, ids[0]).effect, many.effect[:, :1])
+    assert np.allclose(measured.bank.predict(QUERIES, [ids[0], [ids[1]]]).effect, many.effect[:, :2])
     with pytest.raises(FormatError, match=r"1\.0"):
         measured.bank.predict(QUERIES, np.eye(len(recipe.ids)))
 
@@ -419,6 +427,27 @@ print("ready", flush=True)
 run.measure(10, 1, retrain=24, queries=QUERIES, settings=MeasureSettings(check=False))
 print(len(run.bank), flush=True)
 """
+
+
+def test_a_kill_leaves_nothing_in_the_way_of_other_batches(recipe, tmp_path, monkeypatch):
+    """Free memory, another number of workers or of sets cut the batches otherwise."""
+    sets = DeletionSets(np.eye(len(recipe.unit_names))[:5], tuple("abcde"))
+    run = TrainingRun.open(recipe, tmp_path / "run")
+
+    def killed(self, checkpoint, label, options, true=Loop.run):
+        checkpoint.every = 0.0
+        self.after = lambda step: (_ for _ in ()).throw(KeyboardInterrupt) if step == 3 else None
+        true(self, checkpoint, label, options)
+
+    monkeypatch.setattr(Loop, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.retrain(QUERIES, sets)
+    monkeypatch.undo()
+    assert list((tmp_path / "run" / "work").rglob("*.safetensors"))
+    monkeypatch.setattr("leaveout.deletion.run.RUNS_TOGETHER", 2)
+    assert np.allclose(
+        TrainingRun.open(recipe, tmp_path / "run").retrain(QUERIES, sets), retrained(recipe, sets.x), atol=1e-5
+    )
 
 
 def killed_and_finished(directory, kills, rng):

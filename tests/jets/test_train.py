@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from agreement import assert_close
 from test_recipe import NAMES, ROWS, lm_directory, points  # noqa: F401  (a fixture)
+from torch import nn
 
 from leaveout.corpus import Corpus
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
@@ -137,6 +138,62 @@ def test_examples_that_no_run_keeps_are_not_computed(name, lm_directory, monkeyp
     used = (weights[:, recipe.unit_of] != 0).any(0)
     kept = [tuple(i for i in part if used[i]) or part[:1] for part in parts]
     assert kept[0] == parts[0][:1] and seen == (kept if task_of(recipe).separate else parts)
+
+
+class AcrossTheBatch(nn.Module):
+    """Its logits look at the other examples of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x - x.mean(0))
+
+
+class ByTheInput(nn.Module):
+    """A head of its own for some inputs: without them it has no gradient, and its momentum stops."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.high = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        parts = [(self.low, x[:, :1] <= 0), (self.high, x[:, :1] > 0)]
+        return sum(mask * head(x) for head, mask in parts if bool(mask.any()))
+
+
+def reader_of_padding():
+    """A language model whose first tokens see the last ones, and the padding behind them."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=128, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    return transformers.BertLMHeadModel(config), Letters()
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    pad_token_id = 0
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(ch) for ch in text], "offset_mapping": [(i, i + 1) for i in range(len(text))]}
+
+
+@pytest.mark.parametrize("make", [AcrossTheBatch, ByTheInput, reader_of_padding])
+def test_examples_that_others_may_need_are_kept(make):
+    if make is reader_of_padding:
+        rows = tuple(Corpus.open(["abcabc", "ab", "abcd", "abcdef"]))
+        recipe = Recipe("causal-lm", rows, model=make, batch_size=2, epochs=2, dtype="float64")
+    else:
+        torch.manual_seed(0)
+        recipe = classifier(model=make, optimizer=OPTIMIZERS["momentum"])
+    weights = torch.ones(2, len(recipe.unit_names), dtype=torch.float64)
+    weights[:, ::2] = 0.0
+    together = train_batch(recipe, weights)
+    for key, p in train_plain(recipe, weights[0]).items():
+        assert_close(together[key][0], p, "exact")
 
 
 def test_heavy_runs_without_much_of_their_data_go_alone(lm_directory, monkeypatch):  # noqa: F811

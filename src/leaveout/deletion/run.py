@@ -7,6 +7,7 @@ parameters), `bank` (the measurements) and `work` (checkpoints of what is under 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shutil
 import sys
@@ -297,7 +298,8 @@ def _start(recipe: Recipe, asked: Sequence[Query] | None, memory: int | None, wo
 
 def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
     began = time.process_time()
-    options = RunOptions(directory=worker.work / task.ids[0].rsplit(":", 1)[1], memory=worker.memory)
+    name = hashlib.sha256(" ".join(task.ids).encode()).hexdigest()[:32]  # batches may be cut otherwise after a kill
+    options = RunOptions(directory=worker.work / name, memory=worker.memory)
     numbers = _jets(worker, task, options) if task.kind == "jets" else _runs(worker, task, options)
     shutil.rmtree(options.directory or "", ignore_errors=True)
     seconds = (time.process_time() - began) / len(task.ids)

@@ -31,20 +31,14 @@ class DeletionSets:
 def deletion_sets(recipe: Recipe, without: Any) -> DeletionSets:
     """Reads deletion sets.
 
-    without: one set (a list of ids), several (a list of lists), sets with shares (id -> share removed, 0 to 1), or the
-        path of a file with one set a line: JSON (a list, an object, or `{"without": ...}`), or ids separated by commas.
-        An id is that of a unit, or of an example; naming some but not all examples of a unit is refused.
-    Raises: FormatError for an unknown id, an empty set, a set that leaves nothing to train on.
+    without: one set (an id, a list or array of ids), several (a list of lists), sets with shares (id -> share removed, 0 to
+        1), or the path of a file with one set a line: JSON (a list, an object, or `{"without": ...}`), or ids separated by
+        commas. An id is that of a unit, or of an example; naming some but not all examples of a unit is refused.
+    Raises: FormatError for an unknown id, an empty set, two shares of one unit, a set that leaves nothing to train on.
     """
     if isinstance(without, DeletionSets):
         return without
-    if isinstance(without, Path):
-        without = list(_from_file(without))
-    elif isinstance(without, np.ndarray):
-        without = without.tolist()
-    if isinstance(without, Mapping) or (without and all(isinstance(entry, str) for entry in without)):
-        without = [without]
-    given: list[Any] = list(without)
+    given = [[entry] if isinstance(entry, str) else entry for entry in _listed(without)]
     if not given:
         raise FormatError("There is no deletion set: name at least one id.")
     units = {name: g for g, name in enumerate(recipe.unit_names)}
@@ -55,6 +49,16 @@ def deletion_sets(recipe: Recipe, without: Any) -> DeletionSets:
         unit_of[id] = g
     rows = [_vector(entry, units, unit_of, members) for entry in given]
     return DeletionSets(np.stack(rows), tuple(label(entry) for entry in given))
+
+
+def _listed(without: Any) -> list[Any]:
+    """An entry for each set."""
+    if isinstance(without, Path):
+        return list(_from_file(without))
+    if isinstance(without, (str, Mapping)):
+        return [without]
+    entries = list(without.tolist() if isinstance(without, np.ndarray) else without)
+    return [entries] if entries and all(isinstance(entry, str) for entry in entries) else entries
 
 
 def save_sets(path: Path, sets: Iterable[Collection[str]]) -> None:
@@ -79,16 +83,18 @@ def _vector(
         raise FormatError("A deletion set is empty: name at least one id.")
     x = np.zeros(len(units))
     named: dict[int, set[str]] = defaultdict(set)
+    given: dict[int, float] = {}
     for id, share in shares.items():
         if not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise FormatError(f"The share of {id!r} that is removed is {share!r}: it must be a number between 0 and 1.")
-        if id in units:
-            x[units[id]] = share
-        elif id in unit_of:
-            named[unit_of[id]].add(id)
-            x[unit_of[id]] = share
-        else:
+        if id not in units and id not in unit_of:
             raise FormatError(f"There is no unit and no example with the id {id!r} in this recipe.")
+        unit = units[id] if id in units else unit_of[id]
+        if given.setdefault(unit, share) != share:
+            raise FormatError(f"{id!r} and others of its unit have two shares, {given[unit]} and {share}: give one.")
+        x[unit] = share
+        if id not in units:
+            named[unit].add(id)
     names = list(units)
     for g, found in named.items():
         if found != members[g] and names[g] not in shares:

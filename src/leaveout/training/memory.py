@@ -13,7 +13,7 @@ import torch
 
 from leaveout.errors import UnsupportedError
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Task
+from leaveout.training.tasks import Task, rows_are_separate, text_length
 
 COPIES = {"sgd": 2, "momentum": 3, "adam": 4, "adamw": 4, "paper-adam": 4}
 """Parameter-sized arrays that a step holds: parameter, gradient, and the optimizer's moments."""
@@ -86,7 +86,7 @@ def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = Non
     params = dict(task.model.named_parameters())
     count = sum(params[name].numel() for name in task.trained)
     kept = kept_bytes(recipe, task)
-    if task.separate and absent > MANY_ABSENT and kept > HEAVY:
+    if absent > MANY_ABSENT and kept > HEAVY and rows_are_separate(recipe, task):
         return 1
     each = 5 * recipe.real_dtype.itemsize * count + kept
     return max(1, min(most, limit // max(1, each)))
@@ -94,7 +94,7 @@ def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = Non
 
 def kept_bytes(recipe: Recipe, task: Task) -> int:
     """Bytes that autograd keeps for the largest micro-batch of the plain run, parameters not counted."""
-    largest = max(recipe.batches(), key=lambda batch: sum(_size(recipe.examples[i]) for i in batch))
+    largest = max(recipe.batches(), key=lambda batch: sum(text_length(recipe.examples[i]) for i in batch))
     seen: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in task.model.parameters()}
 
@@ -108,10 +108,6 @@ def kept_bytes(recipe: Recipe, task: Task) -> int:
         loss = task.loss(task.model, task.encode([recipe.examples[i] for i in largest]))
     del loss
     return sum(seen.values()) // recipe.accumulate
-
-
-def _size(example: object) -> int:
-    return len(getattr(example, "text", "")) or 1
 
 
 @contextmanager

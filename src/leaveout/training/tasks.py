@@ -33,7 +33,7 @@ class Task:
     trained  names of the parameters that the optimizer changes; all others are constants
     outputs  (model, batch) -> logits [examples, positions, classes] and targets [examples, positions], IGNORED where
              nothing is learned; None for a custom recipe
-    separate whether the loss of an example is known not to depend on the others of its batch
+    separate whether an example's loss is meant not to depend on the others of its batch, and uses all parameters
     """
 
     model: nn.Module
@@ -41,7 +41,7 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     trained: tuple[str, ...]
     outputs: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None = None
-    separate: bool = True
+    separate: bool = False
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -55,6 +55,26 @@ def task_of(recipe: Recipe) -> Task:
     for name, p in task.model.named_parameters():
         p.requires_grad_(name in task.trained)
     return task
+
+
+def rows_are_separate(recipe: Recipe, task: Task) -> bool:
+    """Whether examples can be left out of a batch without changing the losses of the others.
+
+    Tried, where the task means it so, with the shortest and the longest example, together and alone: an attention that
+    sees padding, or positions that are scaled by the longest example, are found out.
+    """
+    if not task.separate:
+        return False
+    pair = [pick(recipe.examples, key=text_length) for pick in (min, max)]
+    with torch.no_grad():
+        together = task.loss(task.model, task.encode(pair))
+        alone = torch.cat([task.loss(task.model, task.encode([one])) for one in pair])
+    return torch.allclose(together, alone, rtol=1e-7 if recipe.dtype == "float64" else 3e-5, atol=0.0)
+
+
+def text_length(example: object) -> int:
+    """Characters of a row; 1 for an example without text."""
+    return len(getattr(example, "text", "")) or 1
 
 
 def _trained(model: nn.Module, wanted: Any) -> tuple[str, ...]:
@@ -91,7 +111,7 @@ def _microgpt(recipe: Recipe) -> Task:
     def loss(m: nn.Module, batch: Batch) -> Tensor:
         return token_losses(*outputs(m, batch))
 
-    return Task(model, encode, loss, _trained(model, recipe.trained), outputs)
+    return Task(model, encode, loss, _trained(model, recipe.trained), outputs, separate=True)
 
 
 def _text(row: Any) -> str:
@@ -139,7 +159,7 @@ def _causal_lm(recipe: Recipe) -> Task:
     def loss(m: nn.Module, batch: Batch) -> Tensor:
         return token_losses(*outputs(m, batch), recipe.loss_per)
 
-    return Task(model, encode, loss, _trained(model, trained), outputs, separate=recipe.loss_per == "example")
+    return Task(model, encode, loss, _trained(model, trained), outputs, recipe.loss_per == "example")
 
 
 def _with_lora(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
@@ -203,7 +223,8 @@ def _classifier(recipe: Recipe) -> Task:
     def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return m(batch[0]).unsqueeze(1), batch[1].unsqueeze(1)
 
-    return Task(model, encode, loss, _trained(model, recipe.trained), outputs)
+    # A module of the user's may look across its batch, or choose by the input which of its parts it uses.
+    return Task(model, encode, loss, _trained(model, recipe.trained), outputs, separate=not callable(make))
 
 
 def _custom(recipe: Recipe) -> Task:
@@ -218,7 +239,7 @@ def _custom(recipe: Recipe) -> Task:
         stacked = (torch.stack([torch.as_tensor(v) for v in column]) for column in columns)
         return tuple(t.to(recipe.real_dtype) if t.is_floating_point() else t for t in stacked)
 
-    return Task(model, encode, recipe.loss, _trained(model, recipe.trained), separate=False)
+    return Task(model, encode, recipe.loss, _trained(model, recipe.trained))
 
 
 _MAKERS: dict[str, Callable[[Recipe], Task]] = {

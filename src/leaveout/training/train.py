@@ -25,7 +25,7 @@ from leaveout.training.checkpoint import Checkpoint, restore_state, state_of
 from leaveout.training.memory import MemoryPlan, kept_memory, plan_memory
 from leaveout.training.optimizers import PaperAdam
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Batch, Task, task_of
+from leaveout.training.tasks import Batch, Task, rows_are_separate, task_of
 
 Parameters = dict[str, Tensor]
 CHECK_EVERY = 20
@@ -188,8 +188,7 @@ def train_batch(recipe: Recipe, weights: Tensor, options: RunOptions | None = No
     """Trained parameters [runs, *shape] by name, for weights [runs, units]; `together` runs share each step.
 
     Guarantee: each run equals `train_plain` with its weights, up to the rounding of batched products.
-    Cost: examples of weight 0 in all runs that share a step are not computed, unless the loss of an example may depend on
-    the others of its batch (see `Task.separate`).
+    Cost: examples of weight 0 in all runs that share a step are not computed, where they are separate (`rows_are_separate`).
     """
     options, task = options or RunOptions(), task_of(recipe)
     rounds = [_train_stack(recipe, task, part, options, number) for number, part in enumerate(weights.split(together))]
@@ -202,9 +201,10 @@ def _train_stack(recipe: Recipe, task: Task, weights: Tensor, options: RunOption
     by_example = weights.to(recipe.real_dtype)[:, recipe.unit_of]
 
     used = (by_example != 0).any(0)
+    leave_out = not bool(used.all()) and rows_are_separate(recipe, task)
 
     def backward(numbers: tuple[int, ...]) -> None:
-        if task.separate:  # one is always kept, so that every parameter has a gradient, if only 0
+        if leave_out:  # one is always kept, so that every parameter has a gradient, if only 0
             numbers = tuple(i for i in numbers if used[i]) or numbers[:1]
         losses = losses_of_runs(task, params, encoded(recipe, task, numbers))  # type: ignore[arg-type]
         ((losses * by_example[:, list(numbers)]).sum() / recipe.batch_size).backward()

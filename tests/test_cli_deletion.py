@@ -364,6 +364,7 @@ def test_suspects_of_a_search_are_predicted_and_verified(leaveout, trained, tmp_
     code, text, err = leaveout("verify", place, *asking(*QUERIES), "--sets", sets, "--json")
     assert code == 0, err
     lines = [json.loads(line) for line in text.splitlines()[:-1]]
+    assert {line["without"] for line in lines} == {f"the best 2 of {query}" for query in QUERIES}
     for line, (query, ids) in zip(lines, itertools.product(QUERIES, best), strict=True):
         kept = torch.tensor([float(name not in ids) for name in recipe.unit_names])
         actual = query_losses(recipe, train_plain(recipe, kept), [query]).item()

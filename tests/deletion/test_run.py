@@ -329,7 +329,8 @@ def test_files_of_deletion_sets(measured, recipe, tmp_path):
     p = measured.bank.predict(QUERIES, file)
     lists = measured.bank.predict(QUERIES, [[a, b], [a], [b], {a: 0.5}])
     assert np.array_equal(p.effect, lists.effect) and p.without[3] == f"{a}=0.5"
-    file.write_text(f'{{"without": "{a}"}}\n{{"without": "{b}"}}\n')
+    file.write_text(f'{{"without": "{a}"}}\n{{"name": "other", "without": ["{b}"]}}\n')
+    assert measured.bank.predict(QUERIES, file).without == (a, "other")
     assert np.allclose(measured.bank.predict(QUERIES, file).effect, lists.effect[:, 1:3])
     file.write_text("[broken\n")
     with pytest.raises(FormatError, match="Line 1"):

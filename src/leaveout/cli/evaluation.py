@@ -60,7 +60,8 @@ def attribute(
         from leaveout.metrics import top_rows
 
         best = top_rows(by_unit(opened.recipe, found.scores, len(asked)), top)
-        save_sets(sets, [list(compress(opened.recipe.unit_names, chosen)) for chosen in best])
+        called = [f"the best {top} of {q.name}" for q in asked]
+        save_sets(sets, {n: list(compress(opened.recipe.unit_names, b)) for n, b in zip(called, best, strict=True)})
         facts["sets"] = str(sets)
     print_facts({**facts, "out": str(out)}, json_)
 

@@ -23,7 +23,10 @@ Without = Annotated[
 ]
 WithoutWhere = Annotated[str | None, typer.Option(help="A set by SQL over id, unit, text and the examples' fields.")]
 SetsFile = Annotated[
-    Path | None, typer.Option("--sets", help="One set a line: ids with commas, a JSON list, or id -> share removed.")
+    Path | None,
+    typer.Option(
+        "--sets", help="One set a line: ids with commas, a JSON list, id -> share removed, or {name, without}."
+    ),
 ]
 Memory = Annotated[str | None, typer.Option(help="For all workers, such as 4GB (default: half of what is free).")]
 

@@ -32,14 +32,15 @@ def deletion_sets(recipe: Recipe, without: Any) -> DeletionSets:
     """Reads deletion sets.
 
     without: one set (an id, a list or array of ids), several (a list of lists), sets with shares (id -> share removed, 0 to
-        1), or the path of a file with one set a line: JSON (a list, an object, or `{"without": ...}`), or ids separated by
-        commas. An id is that of a unit, or of an example; naming some but not all examples of a unit is refused.
+        1), or the path of a file with one set a line: JSON (a list, an object, or `{"without": ...}`, which may have a
+        `name` to be called by), or ids separated by commas. An id is that of a unit, or of an example; naming some but
+        not all examples of a unit is refused.
     Raises: FormatError for an unknown id, an empty set, two shares of one unit, a set that leaves nothing to train on.
     """
     if isinstance(without, DeletionSets):
         return without
-    given = [[entry] if isinstance(entry, str) else entry for entry in _listed(without)]
-    if not given:
+    listed = [(name, [entry] if isinstance(entry, str) else entry) for name, entry in _listed(without)]
+    if not listed:
         raise FormatError("There is no deletion set: name at least one id.")
     units = {name: g for g, name in enumerate(recipe.unit_names)}
     members: dict[int, set[str]] = defaultdict(set)
@@ -47,24 +48,30 @@ def deletion_sets(recipe: Recipe, without: Any) -> DeletionSets:
     for id, g in zip(recipe.ids, recipe.unit_of.tolist(), strict=True):
         members[g].add(id)
         unit_of[id] = g
-    rows = [_vector(entry, units, unit_of, members) for entry in given]
-    return DeletionSets(np.stack(rows), tuple(label(entry) for entry in given))
+    rows = [_vector(entry, units, unit_of, members) for _, entry in listed]
+    return DeletionSets(np.stack(rows), tuple(name or label(entry) for name, entry in listed))
 
 
-def _listed(without: Any) -> list[Any]:
-    """An entry for each set."""
+def _listed(without: Any) -> list[tuple[str, Any]]:
+    """The name, if any, and what is left out, for each set."""
     if isinstance(without, Path):
         return list(_from_file(without))
     if isinstance(without, (str, Mapping)):
-        return [without]
+        return [("", without)]
     entries = list(without.tolist() if isinstance(without, np.ndarray) else without)
-    return [entries] if entries and all(isinstance(entry, str) for entry in entries) else entries
+    if entries and all(isinstance(entry, str) for entry in entries):
+        return [("", entries)]
+    return [("", entry) for entry in entries]
 
 
-def save_sets(path: Path, sets: Iterable[Collection[str]]) -> None:
-    """Writes sets of ids, one a line, as `deletion_sets` reads them; a file that is there is replaced by a whole one."""
+def save_sets(path: Path, sets: Mapping[str, Collection[str]]) -> None:
+    """Writes sets of ids with their names, one a line, as `deletion_sets` reads them.
+
+    A file that is there is replaced by a whole one.
+    """
     part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps({"without": list(ids)}) + "\n" for ids in sets), encoding="utf-8")
+    lines = (json.dumps({"name": name, "without": list(ids)}) + "\n" for name, ids in sets.items())
+    part.write_text("".join(lines), encoding="utf-8")
     part.replace(path)
 
 
@@ -108,15 +115,16 @@ def _vector(
     return x
 
 
-def _from_file(path: Path) -> Iterable[Any]:
+def _from_file(path: Path) -> Iterable[tuple[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         if line.lstrip()[0] not in "[{":
-            yield [part.strip() for part in line.split(",")]
+            yield "", [part.strip() for part in line.split(",")]
             continue
         try:
             entry = json.loads(line)
         except ValueError as error:
             raise FormatError(f"Line {number} of {path} is no JSON: {error}.") from None
-        yield entry["without"] if isinstance(entry, dict) and set(entry) == {"without"} else entry
+        wrapped = isinstance(entry, dict) and "without" in entry and set(entry) <= {"without", "name"}
+        yield (str(entry.get("name") or ""), entry["without"]) if wrapped else ("", entry)

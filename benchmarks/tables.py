@@ -252,6 +252,15 @@ def damping(result: dict[str, Any]) -> str:
     return table(head, [[f"seed {seed}", *(f"{found[n]:.3f}" for n in names)] for seed, found in by_seed.items()])
 
 
+def steps(result: dict[str, Any]) -> str:
+    """Seconds of all steps of `make bench`, the longest first."""
+    found = sorted(result["steps"].items(), key=lambda item: -item[1]["cpu"])
+    lines = [[name, "yes" if step["alone"] else "", f"{step['cpu']:,.0f}"] for name, step in found]
+    alone, rest = result["cpu_seconds_alone"], result["cpu_seconds_of_the_rest"]
+    lines.append([f"all, on two cores {(alone + rest / 2) / 3600:.1f} h (goal 3)", "", f"{alone + rest:,.0f}"])
+    return table(["step", "alone on the machine", "CPU s"], lines)
+
+
 README, JETS, DELETION, EVALUATION = "README.md", "docs/jets.md", "docs/deletion.md", "docs/evaluation.md"
 READOUT = "docs/readout.md"
 BANKS = tuple(f"readout_influence_{name}.json" for name in ("stories", "neox", "qwen", "gemma", "olmo"))
@@ -278,6 +287,7 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "influence_changes": (EVALUATION, BANKS, changes),
     "influence_forms": (EVALUATION, BANKS, stored_forms),
     **TASKS,
+    "steps": ("docs/results.md", "bench_steps.json", steps),
     "speed": (JETS, "jets_speed.json", speed),
     "retraining": (JETS, "jets_loo_retraining.json", retraining),
 }

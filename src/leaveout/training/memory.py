@@ -72,7 +72,7 @@ def plan_memory(
 
 
 MANY_ABSENT, HEAVY = 0.3, 16 * 2**20
-"""On one core, without half of the examples: 1.9 s alone and 2.6 to 2.9 s in a batch (260K parameters, 47 MB kept)."""
+"""Share of absent examples, and bytes kept for a backward pass, above which a run goes by itself (benchmarks/LOG.md)."""
 
 
 def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = None, absent: float = 0.0) -> int:

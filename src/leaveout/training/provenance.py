@@ -21,7 +21,7 @@ def provenance(seed: int) -> dict[str, Any]:
     """A dictionary for the JSON of a benchmark or a run; peak memory in megabytes so far."""
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "dirty": bool(_git("status", "--porcelain", "--", ":/", *MADE)),  # results and pages do not change a result
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "versions": {
             "leaveout": leaveout.__version__,
@@ -36,6 +36,9 @@ def provenance(seed: int) -> dict[str, Any]:
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+
+
+MADE = (":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)README.md")
 
 
 def _git(*args: str) -> str | None:

@@ -126,7 +126,7 @@ def write_seconds(work: Path) -> None:
     found = {file.stem: json.loads(file.read_text()) for file in sorted(work.glob("*.done"))}
     alone = sum(step["cpu"] for step in found.values() if step["alone"])
     rest = sum(step["cpu"] for step in found.values() if not step["alone"])
-    result = {"steps": found, "cpu_seconds_alone": alone, "cpu_seconds_of_the_rest": rest}
+    result = {"all": len(STEPS), "steps": found, "cpu_seconds_alone": alone, "cpu_seconds_of_the_rest": rest}
     (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
     (ROOT / RESULTS / "bench_steps.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{alone:.0f} CPU s alone, {rest:.0f} CPU s of other steps")

@@ -2,7 +2,7 @@
 
     python benchmarks/run_all.py [--work bench] [--jobs 2] [--only NAME ...]
 
-Steps that measure time run alone, then the others on --jobs cores, one thread each, the longest first. A step that has
+Steps that measure a rate run alone, then the others on --jobs cores, one thread each, the longest first. A step that has
 finished leaves a mark in --work, with the seconds it took, and is not run again; a step that was killed goes on from what it
 kept there (and its seconds are those of the last go). Remove --work to start anew. Seconds are written to
 results/bench_steps.json. Needs the corpora in ../shared/data. A failed step does not stop the others: its log is named at

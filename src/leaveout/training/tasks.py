@@ -159,7 +159,7 @@ def _causal_lm(recipe: Recipe) -> Task:
     def loss(m: nn.Module, batch: Batch) -> Tensor:
         return token_losses(*outputs(m, batch), recipe.loss_per)
 
-    return Task(model, encode, loss, _trained(model, trained), outputs, recipe.loss_per == "example")
+    return Task(model, encode, loss, _trained(model, trained), outputs, separate=recipe.loss_per == "example")
 
 
 def _with_lora(model: nn.Module, settings: dict[str, Any]) -> nn.Module:

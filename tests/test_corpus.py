@@ -1,5 +1,6 @@
 """Rows of training data: forms, sources, bad rows, chat."""
 
+import functools
 import gzip
 import importlib.util
 import json
@@ -28,6 +29,7 @@ ASK = {"role": "user", "content": "Where?"}
 TELL = {"role": "assistant", "content": "Here."}
 ADD = "### Instruction:\nAdd\n\n### Response:\n"
 ADD_INPUT = "### Instruction:\nAdd\n\n### Input:\n2, 2\n\n### Response:\n"
+packed = functools.partial(gzip.compress, mtime=0)  # without the time of day
 
 
 def one(row, **options) -> Row:
@@ -184,9 +186,9 @@ def test_sources_of_every_kind_give_the_same_rows(tmp_path_factory, raws):
     lines = "".join(json.dumps(raw, ensure_ascii=False) + "\n" for raw in raws).encode()
     (folder / "a.jsonl").write_bytes(lines)
     (folder / "a.NDJSON").write_bytes(lines.rstrip(b"\n"))
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "a.jsonl.gz").write_bytes(packed(lines))
     (folder / "a.json").write_text(json.dumps(raws), encoding="utf-8")
-    (folder / "a.json.gz").write_bytes(gzip.compress(json.dumps(raws).encode()))
+    (folder / "a.json.gz").write_bytes(packed(json.dumps(raws).encode()))
     dataset = datasets.Dataset.from_list(raws)
     dataset.to_parquet(folder / "a.parquet")
     dataset.save_to_disk(folder / "saved")
@@ -214,7 +216,7 @@ def test_json_list_may_hold_texts(tmp_path):
     assert [row.text for row in Corpus.open(tmp_path / "a.json")] == ["one", "two"]
 
 
-@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress], ids=["plain", "gz"])
+@pytest.mark.parametrize("pack", [lambda data: data, packed], ids=["plain", "gz"])
 def test_jsonl_only_newlines_end_a_line(tmp_path, pack):
     path = tmp_path / ("a.jsonl" if pack(b"") == b"" else "a.jsonl.gz")
     texts = ["cr\r\nlf", "sep\u2028\u2029\x85\x0b\x0c", "\U0001f600e\u0301 \ufeff", "last"]
@@ -229,10 +231,11 @@ def test_jsonl_only_newlines_end_a_line(tmp_path, pack):
     [
         ("a.jsonl", b""),
         ("a.jsonl", b"\xef\xbb\xbf\n\n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", packed(b"")),
         ("a.json", b"[]"),
         (None, []),
     ],
+    ids=["no bytes", "blank lines", "gz", "json", "list"],
 )
 def test_empty_corpus_has_no_rows(tmp_path, name, data):
     if name:
@@ -430,6 +433,7 @@ def test_bad_row_in_jsonl_has_its_line(tmp_path, row, reason):
         (b'\xef\xbb\xbf{"text": "a"}', "is not valid JSON"),  # a byte order mark inside the file
         (b'"a tale"', r'is text, not an object with fields, write {"text": ...}'),
     ],
+    ids=["open", "bare", "two", "twice", "long number", "deep", "no UTF-8", "UTF-16", "byte order mark", "text"],
 )
 def test_bad_line_is_refused_or_listed(tmp_path, line, reason):
     path = tmp_path / "a.jsonl"
@@ -487,11 +491,12 @@ def test_parquet_row_that_is_not_utf8_is_one_bad_row(tmp_path):
         ("a.json", b'{"text": "a"}\n{"text": "b"}', r"is not valid JSON .*; if it has one row a line, name it \.jsonl"),
         ("a.json", b'{"text": "a"}', "is an object, not a list of rows; if it has one row a line, name it"),
         ("a.json", b'["\xff"]', "is not valid UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], r"is cut off or damaged \(.*\), copy or"),
+        ("a.jsonl.gz", packed(b'{"text": "a"}\n' * 1000)[:-20], r"is cut off or damaged \(.*\), copy or"),
         ("a.json.gz", b"[]", r"is cut off or damaged \(Not a gzipped file"),
-        ("a.json.gz", gzip.compress(b"[]")[:10] + b"\xff" * 20, r"is cut off or damaged \(Error -3"),
+        ("a.json.gz", packed(b"[]")[:10] + b"\xff" * 20, r"is cut off or damaged \(Error -3"),
         ("a.parquet", b"PAR1 no more", r"is cut off or damaged \(.*\), copy or write it again"),
     ],
+    ids=["csv", "parquet gz", "lines in json", "object in json", "no UTF-8", "gz cut off", "no gz", "gz damaged", "parquet"],
 )
 def test_unreadable_file_is_refused_even_if_bad_rows_are_not(tmp_path, name, data, reason):
     (tmp_path / name).write_bytes(data)

@@ -12,6 +12,7 @@ from torch import nn
 from leaveout.corpus import Corpus
 from leaveout.errors import FormatError, UnsupportedError
 from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.steps import Steps
 from leaveout.training.tasks import task_of
 
 NAMES = ["anna", "bob", "eve", "kim", "lena", "max"]
@@ -24,7 +25,10 @@ def points(n=6, seed=0):
 
 def test_batches_follow_the_order():
     recipe = Recipe("classifier", points(7), batch_size=2, epochs=2)
-    assert recipe.batches() == ((0, 1), (2, 3), (4, 5)) * 2  # the last example never fills a batch
+    assert recipe.batches() == ((0, 1), (2, 3), (4, 5), (6,)) * 2
+    assert recipe.with_(drop_last=True).batches() == ((0, 1), (2, 3), (4, 5)) * 2
+    assert recipe.with_(batch_size=9).batches() == (tuple(range(7)),) * 2
+    assert recipe.with_(steps=5).batches() == ((0, 1), (2, 3), (4, 5), (6,), (0, 1))
     shuffled = recipe.with_(order="shuffled", steps=4).batches()
     assert len(shuffled) == 4 and shuffled[:3] != recipe.batches()[:3]
     assert shuffled == recipe.with_(order="shuffled", steps=4).batches()
@@ -46,7 +50,7 @@ def test_units_keep_the_order_of_their_first_example():
 CHANGES = {
     "lr": 0.2, "eps": 0.3, "seed": 1, "dtype": "float64", "schedule": "cosine", "warmup": 1, "epochs": 2,
     "batch_size": 2, "order": "shuffled", "clip_norm": 1.0, "trained": ("*weight",), "model": {"hidden": [3]},
-    "units": ("x",) * 6, "examples": points(seed=1), "accumulate": 1, "max_tokens": 9, "loss_per": "token", "steps": 3,
+    "units": ("x",) * 6, "examples": points(seed=1), "drop_last": True, "max_tokens": 9, "loss_per": "token", "steps": 3,
 }  # fmt: skip
 
 
@@ -55,7 +59,7 @@ def test_hash_changes_with_content(name):
     recipe = Recipe("classifier", points())
     assert recipe.hash() == Recipe("classifier", points()).hash()
     changed = recipe.with_(**{name: CHANGES[name]})
-    assert (changed.hash() == recipe.hash()) == (name == "accumulate")  # the only one that changes nothing
+    assert changed.hash() != recipe.hash()
 
 
 def test_hash_changes_with_rows_and_functions():
@@ -92,7 +96,14 @@ def test_microgpt_draws_what_the_paper_draws():
         ({"schedule": "step"}, UnsupportedError, "Schedule 'step'"),
         ({"dtype": "bfloat16"}, UnsupportedError, "use float32 or float64"),
         ({"loss_per": "word"}, ValueError, "'example' or 'token'"),
-        ({"batch_size": 3, "accumulate": 2}, ValueError, "must divide"),
+        ({"batch_size": 3, "accumulate": 4}, ValueError, "accumulate must be from 1 to batch_size .3., got 4"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 9, "drop_last": True}, ValueError, "drop_last leaves out what is not full: lower batch_size"),
+        ({"drop_last": "no"}, ValueError, "drop_last must be true or false, got 'no'"),
+        ({"kind": "custom", "loss_per": "token"}, ValueError, "leave loss_per out"),
+        ({"order": ((0,), (), (1,))}, ValueError, "batch 1 of order is empty"),
+        ({"order": ((0.5,),)}, ValueError, "order must be one of"),
+        ({"order": ((0,), (1,)), "steps": 3}, ValueError, "order has 2 batches.* steps is 3: leave steps out"),
         ({"units": ("a",)}, ValueError, "one unit for each of 6"),
         ({"examples": ()}, FormatError, "at least one example"),
         ({"order": "Shuffled"}, ValueError, "one of given, shuffled, or batches of .* below 6, got 'Shuffled'"),
@@ -126,11 +137,6 @@ def test_unknown_optimizer_and_empty_selection_are_refused():
         OptimizerSettings("lion")
     with pytest.raises(UnsupportedError, match="No parameter matches"):
         task_of(Recipe("classifier", points(), trained=("nothing.*",)))
-
-
-def test_batch_size_above_the_number_of_examples_is_refused():
-    with pytest.raises(ValueError, match="larger than the number of examples 6"):
-        Recipe("classifier", points(), batch_size=9).batches()
 
 
 def write(path, **fields):
@@ -212,7 +218,8 @@ def test_loss_per_token_is_the_mean_over_the_tokens_of_the_batch(lm_directory):
     task = task_of(recipe)
     batch = task.encode(rows)
     wanted = task.model(input_ids=batch[0], labels=batch[1], attention_mask=torch.ones_like(batch[0])).loss
-    assert torch.allclose(task.loss(task.model, batch).mean(), wanted.double(), atol=1e-6)
+    (part,) = Steps(recipe, task).parts(0)
+    assert torch.allclose(part.loss(task.loss(task.model, batch)), wanted.double(), atol=1e-6)
 
 
 def test_row_without_a_token_to_learn_is_refused(lm_directory):
@@ -264,7 +271,9 @@ def test_wrong_yaml_is_refused(tmp_path, text, message):
         ({"order": []}, "no steps"),
         ({"warmup": 6}, "`warmup` is 6, but the run has 6 steps: lower `warmup`"),
         ({"warmup": 2, "steps": 2}, "the run has 2 steps"),
-        ({"batch_size": 9}, "larger than the number of examples 6"),
+        ({"batch_size": 9, "drop_last": True}, "larger than the number of examples 6"),
+        ({"drop_last": "yes please"}, "`drop_last` must be true or false"),
+        ({"order": [[0], [1]], "epochs": 2}, "`order` lists the batches, which are all the steps: leave out `epochs`"),
         ({"loss_per": "word"}, "r.yaml: loss_per must be"),
     ],
 )

@@ -22,12 +22,12 @@ from leaveout.training.memory import available_memory, plan_memory, runs_togethe
 from leaveout.training.outputs import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.stability import Stability, check_stability, growth_scale, random_directions
+from leaveout.training.steps import micro_batches
 from leaveout.training.tasks import task_of
 from leaveout.training.train import (
     JetSettings,
     RunOptions,
     encoded,
-    micro_batches,
     train_batch,
     train_jets,
     train_plain,
@@ -198,7 +198,7 @@ def test_examples_that_others_may_need_are_kept(make):
 
 def test_heavy_runs_without_much_of_their_data_go_alone(lm_directory, monkeypatch):  # noqa: F811
     """Each leaves out what it has lost; light runs, and those whose examples need each other, share their calls."""
-    separate, coupled = lm(lm_directory), lm(lm_directory, loss_per="token")
+    separate, coupled = lm(lm_directory, loss_per="token"), classifier(model=ByTheInput)
 
     def together(recipe, absent):
         return runs_together(recipe, task_of(recipe), 7, 2**30, absent)

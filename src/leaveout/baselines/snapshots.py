@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from leaveout.training.recipe import Recipe
+from leaveout.training.steps import Part
 from leaveout.training.tasks import task_of
 from leaveout.training.train import Loop, Parameters, RunOptions, clipper, encoded, make_optimizer, own_parameters
 
@@ -40,8 +41,8 @@ def take_snapshots(recipe: Recipe, steps: Sequence[int], progress: bool = False)
         if step in steps:
             kept.append({name: p.detach().clone() for name, p in params.items()})
 
-    def backward(numbers: tuple[int, ...]) -> None:
-        (task.loss(task.model, encoded(recipe, task, numbers)).sum() / recipe.batch_size).backward()
+    def backward(part: Part) -> None:
+        part.loss(task.loss(task.model, encoded(recipe, task, part.numbers))).backward()
 
     keep(0)
     Loop(

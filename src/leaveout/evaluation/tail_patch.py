@@ -24,6 +24,7 @@ from leaveout.metrics import tail_patch, top_rows
 from leaveout.training.checkpoint import restore_state, state_of
 from leaveout.training.queries import Query, query_function
 from leaveout.training.recipe import Recipe
+from leaveout.training.steps import Part, Steps
 from leaveout.training.tasks import Task, task_of
 from leaveout.training.train import Loop, RunOptions, clipper, encoded, make_optimizer, own_parameters
 
@@ -74,9 +75,10 @@ def _last_step(recipe: Recipe, task: Task, progress: bool) -> Callable[[Sequence
     """Trains the task's model; then a function that puts it where it is one step later, on the weighted mean of some rows."""
     params = own_parameters(task)
     optimizer, clip = make_optimizer(recipe, list(params.values())), clipper(recipe, params)
+    steps = Steps(recipe, task)
 
-    def backward(numbers: tuple[int, ...]) -> None:
-        (task.loss(task.model, encoded(recipe, task, numbers)).sum() / recipe.batch_size).backward()
+    def backward(part: Part) -> None:
+        part.loss(task.loss(task.model, encoded(recipe, task, part.numbers))).backward()
 
     Loop(recipe, task, params, optimizer, backward, clip).run(None, "train", RunOptions(progress=progress))
     trained = {name: value.detach().clone() for name, value in state_of(params, optimizer).items()}
@@ -86,9 +88,9 @@ def _last_step(recipe: Recipe, task: Task, progress: bool) -> Callable[[Sequence
     def step(rows: Sequence[int], weight: float) -> None:
         restore_state(params, optimizer, trained)
         optimizer.zero_grad()
-        for row in rows:  # one at a time: a unit may hold any number of them
-            loss = task.loss(task.model, task.encode([recipe.examples[row]])).sum()
-            (loss * (weight / len(rows))).backward()
+        for part in steps.parts_of(rows, len(rows)):  # one at a time: a unit may hold any number of them
+            loss = part.loss(task.loss(task.model, encoded(recipe, task, part.numbers)))
+            (loss * weight).backward()
         clip()
         optimizer.step()
 

@@ -370,16 +370,19 @@ class Circle:
     schedule: Callable[[int], float] | None = None
 
 
-def train(gradient: Gradient, batches: Sequence[Any], psi: Tensor, optimizer: Sgd | Adam, circle: Circle) -> Tensors:
-    """Parameters [points, *shape] trained with weights 1 - z psi.
+def train(
+    gradient: Gradient, batches: Sequence[Any], psi: Sequence[Tensor] | Tensor, optimizer: Sgd | Adam, circle: Circle,
+    shares: Sequence[Tensor] | None = None,
+) -> Tensors:  # fmt: skip
+    """Parameters [points, *shape] trained with weights 1 - z psi: the loss of a step is sum(shares (1 - z psi) losses).
 
-    Shapes: psi [steps, examples] complex, the direction's entry of each example of each batch, already divided by
-    whatever the loss of a batch divides by when the plain weight (one) is: the loss is sum((1/n) (1 - z psi) losses).
+    Shapes: psi, shares [steps][examples], the direction's entry of each example of each batch, complex, and what its loss
+    counts in that of the batch; default: 1 / examples of the batch.
     """
     z = nodes(circle.points, circle.radius)
     params = {k: v.to(torch.complex128).expand(circle.points, *v.shape).clone() for k, v in gradient.start.items()}
     for step, batch in enumerate(batches):
-        weights = (1 - z[:, None] * psi[step][None, :]) / psi.shape[1]
+        weights = (1 - z[:, None] * psi[step][None, :]) * (1 / len(psi[step]) if shares is None else shares[step])
         grads, _ = gradient(params, batch, weights)
         if circle.clip_norm is not None:
             grads = clip(grads, circle.clip_norm)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from leaveout.jets import roots
 from leaveout.training.recipe import Recipe
+from leaveout.training.steps import Steps
 from leaveout.training.tasks import Batch, task_of
-from leaveout.training.train import Parameters
+from leaveout.training.train import Parameters, encoded
 
 
 def train_roots(
@@ -30,12 +31,15 @@ def train_roots(
     else:
         decay = {"weight_decay": s.weight_decay, "decoupled": s.name == "adamw"}
         optimizer = roots.Adam(s.lr, **chosen, **decay, eps_inside=s.name == "paper-adam")
-    steps = recipe.with_(dtype="float64").batches()
-    batches = [_doubled(task.encode([recipe.examples[i] for i in batch])) for batch in steps]
+    steps = Steps(recipe.with_(dtype="float64"), task)
+    parts = [steps.parts_of(batch, 1)[0] for batch in steps.batches]  # copies do not accumulate: one part a step
+    batches = [_doubled(encoded(recipe, task, part.numbers)) for part in parts]
     circle.schedule = lambda step: recipe.rate(step, len(steps))
     circle.clip_norm = recipe.clip_norm
     entries = psi.to(torch.complex128)[recipe.unit_of]
-    params = roots.train(gradient, batches, torch.stack([entries[list(batch)] for batch in steps]), optimizer, circle)
+    along = [entries[list(part.numbers)] for part in parts]
+    shares = [(torch.ones(len(p.numbers)) if p.sizes is None else p.sizes).double() / p.divisor for p in parts]
+    params = roots.train(gradient, batches, along, optimizer, circle, shares)
     ones = torch.ones(circle.points, 1, dtype=torch.complex128)
     losses = [gradient(params, _doubled(task.encode([q])), ones)[1] for q in queries]
     return params, torch.cat(losses, 1) if losses else torch.zeros(circle.points, 0)

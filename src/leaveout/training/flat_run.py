@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
 from leaveout.training.recipe import Recipe
+from leaveout.training.steps import Part, Steps
 from leaveout.training.tasks import task_of
-from leaveout.training.train import Parameters, Queries, make_optimizer, micro_batches, own_parameters
+from leaveout.training.train import Parameters, Queries, encoded, make_optimizer, own_parameters
 
 MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 SecondPass = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -27,8 +28,8 @@ class FlatRun:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.task = recipe, task_of(recipe)
-        self.batches, self.unit_of = recipe.batches(), recipe.unit_of
-        self.steps = len(self.batches)
+        self.trained_on, self.unit_of = Steps(recipe, self.task), recipe.unit_of
+        self.steps = len(self.trained_on)
         if not self.steps:
             raise ValueError("the recipe takes no step: give epochs, steps or order that make at least one")
         own: Parameters = own_parameters(self.task)
@@ -49,13 +50,15 @@ class FlatRun:
         self.optimizer.state[self.theta].update(zip(moments, self.state[1:], strict=True))
 
     def _unused(self, own: Parameters) -> list[str]:
-        part = next(micro_batches(self.batches[0], self.recipe.accumulate))
-        grads = torch.autograd.grad(self._loss(part), list(own.values()), allow_unused=True)
+        grads = torch.autograd.grad(self._loss(self.parts(0)[0]), list(own.values()), allow_unused=True)
         return [name for name, g in zip(own, grads, strict=True) if g is None]
 
-    def _loss(self, part: tuple[int, ...], weights: Tensor | None = None) -> Tensor:
-        losses = self.task.loss(self.task.model, self.task.encode([self.recipe.examples[i] for i in part]))
-        return (losses if weights is None else losses * weights).sum() / self.recipe.batch_size
+    def parts(self, step: int) -> list[Part]:
+        """The micro-batches of a step."""
+        return self.trained_on.parts(step)
+
+    def _loss(self, part: Part, weights: Tensor | None = None) -> Tensor:
+        return part.loss(self.task.loss(self.task.model, encoded(self.recipe, self.task, part.numbers)), weights)
 
     @staticmethod
     def flat(tensors: Any) -> Tensor:
@@ -71,8 +74,7 @@ class FlatRun:
 
     def gradient(self, step: int) -> Tensor:
         """The gradient [parameters] of a step, before clipping."""
-        parts = micro_batches(self.batches[step], self.recipe.accumulate)
-        return torch.stack([self.flat(self._gradients(self._loss(part), step)) for part in parts]).sum(0)
+        return torch.stack([self.flat(self._gradients(self._loss(part), step)) for part in self.parts(step)]).sum(0)
 
     def _gradients(self, loss: Tensor, step: int, create_graph: bool = False) -> list[Tensor]:
         inputs = [*self.params, *self.idle]
@@ -96,10 +98,10 @@ class FlatRun:
             self.optimizer.state[self.theta]["step"] = count
         self.optimizer.step()
 
-    def second_pass(self, part: tuple[int, ...], step: int) -> tuple[Tensor, SecondPass]:
+    def second_pass(self, part: Part, step: int) -> tuple[Tensor, SecondPass]:
         """The gradient of a part of a batch, and the function that goes back through it (once)."""
-        alone = len(part) == 1  # then its weight scales the whole gradient, and needs no graph of its own
-        weights = torch.ones(len(part), dtype=self.recipe.real_dtype, requires_grad=True)
+        alone = len(part.numbers) == 1  # then its weight scales the whole gradient, and needs no graph of its own
+        weights = torch.ones(len(part.numbers), dtype=self.recipe.real_dtype, requires_grad=True)
         grads = self._gradients(self._loss(part, None if alone else weights), step, create_graph=True)
         inputs, gradient = [*self.params] if alone else [*self.params, weights], self.flat([g.detach() for g in grads])
 

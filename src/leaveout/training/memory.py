@@ -13,6 +13,7 @@ import torch
 
 from leaveout.errors import UnsupportedError
 from leaveout.training.recipe import Recipe
+from leaveout.training.steps import micro_batches
 from leaveout.training.tasks import Task, rows_are_separate, text_length
 
 COPIES = {"sgd": 2, "momentum": 3, "adam": 4, "adamw": 4, "paper-adam": 4}
@@ -94,7 +95,8 @@ def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = Non
 
 def kept_bytes(recipe: Recipe, task: Task) -> int:
     """Bytes that autograd keeps for the largest micro-batch of the plain run, parameters not counted."""
-    largest = max(recipe.batches(), key=lambda batch: sum(text_length(recipe.examples[i]) for i in batch))
+    parts = (part for batch in recipe.batches() for part in micro_batches(batch, recipe.accumulate))
+    largest = max(parts, key=lambda part: sum(text_length(recipe.examples[i]) for i in part))
     seen: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in task.model.parameters()}
 
@@ -107,7 +109,7 @@ def kept_bytes(recipe: Recipe, task: Task) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = task.loss(task.model, task.encode([recipe.examples[i] for i in largest]))
     del loss
-    return sum(seen.values()) // recipe.accumulate
+    return sum(seen.values())
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 With A the gradient of a query with respect to the optimizer's state after a step, one step back is: the update's own
 adjoint turns A into b, the cotangent of the batch gradient; a second backward pass through that gradient turns b into
-the Hessian-vector product H b, which is added to A, and into b . grad l_i / batch size, the share of each example in
-the batch. All queries go back together. States of the forward run are kept as far as memory allows and recomputed
+the Hessian-vector product H b, which is added to A, and into b . grad l_i / divisor, the share of each example in
+the step. All queries go back together. States of the forward run are kept as far as memory allows and recomputed
 from the nearest kept one where it does not (the binomial schedule of Griewank and Walther, Algorithm 799).
 
 Source: arXiv 2503.13751 (metagradient), 2504.16430 (the effect of a weight on the trained model); METHODS A1, A4.
@@ -29,7 +29,7 @@ from leaveout.training.adjoints import AdamForm, clip_adjoint, sgd_adjoint
 from leaveout.training.flat_run import FlatRun
 from leaveout.training.memory import COPIES, available_memory, kept_bytes, kept_memory
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import Queries, RunOptions, flushed_denormals, micro_batches
+from leaveout.training.train import Queries, RunOptions, flushed_denormals
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Reverse:
 
     def _back(self, step: int) -> None:
         run, recipe = self.run, self.run.recipe
-        parts = list(micro_batches(run.batches[step], recipe.accumulate))
+        parts = run.parts(step)
         # One part at a time holds its graph: with several, the whole gradient is needed before going back through any.
         passes = [run.second_pass(parts[0], step)] if len(parts) == 1 else []
         gradient = passes[0][0] if passes else run.gradient(step)
@@ -193,7 +193,7 @@ class Reverse:
             _, back = passes[i] if passes else run.second_pass(part, step)
             products, slopes = back(b)
             self.cotangents[0] += products
-            self.effects.index_add_(1, run.unit_of[list(part)], slopes.double(), alpha=-1)
+            self.effects.index_add_(1, run.unit_of[list(part.numbers)], slopes.double(), alpha=-1)
 
     def _update_adjoint(self, step: int, gradient: Tensor) -> Tensor:
         """Take the cotangents of the state back over the optimizer's update; gives that of its gradient."""

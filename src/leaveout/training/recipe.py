@@ -2,8 +2,8 @@
 
 A recipe is written in Python (any model and loss) or as YAML for the kinds `microgpt`, `causal-lm` and `classifier`.
 Examples belong to units (what is deleted together); the loss of a step is the mean over its batch of weight * loss,
-and the weight of an example is that of its unit. A unit of weight 0 still takes its step: batches are never re-packed,
-so that the trained model is a smooth function of the weights (METHODS A1).
+and the weight of an example is that of its unit. A unit of weight 0 still takes its step and still counts in the mean:
+batches are never re-packed, so that the trained model is a smooth function of the weights (METHODS A1).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import random
 import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ class Recipe:
     kind     microgpt, causal-lm, classifier, or custom (`model` is a function that makes an nn.Module)
     examples what is trained on, one entry an example: corpus rows (microgpt, causal-lm), or (features, label)
     units    the unit of each example; model, loss: see `tasks`; trained: "full", {"lora": {...}}, or name patterns
-    order    "given", "shuffled" (anew each epoch, by the seed), or the batches themselves
+    order    "given", "shuffled" (anew each epoch, by the seed), or the batches themselves, of any sizes
+    drop_last   leave out the last batch of an epoch if it is not full; else it is a step as the others are
+    accumulate  micro-batches of a step; they change nothing but rounding and memory
     """
 
     kind: str
@@ -73,6 +76,7 @@ class Recipe:
     epochs: int = 1
     steps: int | None = None
     batch_size: int = 1
+    drop_last: bool = False
     order: Any = "given"
     accumulate: int = 1
     clip_norm: float | None = None
@@ -91,13 +95,29 @@ class Recipe:
             raise UnsupportedError(f"A run in {self.dtype} is not supported: use float32 or float64.")
         if self.loss_per not in ("example", "token"):
             raise ValueError(f"loss_per must be 'example' or 'token', got {self.loss_per!r}")
-        if self.batch_size < 1 or self.accumulate < 1 or self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})")
+        if self.loss_per == "token" and self.kind == "custom":
+            raise ValueError("a custom loss is a number an example: leave loss_per out, and scale the loss itself")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        largest = self.batch_size if isinstance(self.order, str) else math.inf
+        if not 1 <= self.accumulate <= largest:
+            raise ValueError(f"accumulate must be from 1 to batch_size ({self.batch_size}), got {self.accumulate}")
+        if not isinstance(self.drop_last, bool):
+            raise ValueError(f"drop_last must be true or false, got {self.drop_last!r}")
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if self.warmup < 0 or (self.steps is not None and self.steps < 0):
             raise ValueError(f"steps and warmup must not be negative, got {self.steps} and {self.warmup}")
-        _check_order(self.order, len(self.examples))
+        object.__setattr__(self, "order", _checked_order(self.order, len(self.examples)))
+        if not isinstance(self.order, str) and self.steps not in (None, len(self.order)):
+            raise ValueError(
+                f"order has {len(self.order)} batches, which are all the steps, and steps is {self.steps}: leave steps out"
+            )
+        if self.drop_last and isinstance(self.order, str) and len(self.examples) < self.batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is larger than the number of examples {len(self.examples)}, and drop_last "
+                "leaves out what is not full: lower batch_size or leave drop_last out"
+            )
         _check_trained(self.trained)
         if self.kind == "causal-lm" and isinstance(self.model, (str, Path)):
             model_place(str(self.model), Path())
@@ -124,21 +144,25 @@ class Recipe:
         return torch.tensor([place[u] for u in self.units])
 
     def batches(self) -> tuple[tuple[int, ...], ...]:
-        """The example numbers of each step. A last batch that is not full is left out, never re-packed."""
+        """The example numbers of each step. The last batch of an epoch may be smaller; `drop_last` leaves it out."""
         if not isinstance(self.order, str):
-            return tuple(tuple(int(i) for i in batch) for batch in self.order)
+            return self.order
         rng = random.Random(self.seed)
         out: list[tuple[int, ...]] = []
         numbers = list(range(len(self.examples)))
-        wanted = self.steps if self.steps is not None else self.epochs * (len(numbers) // self.batch_size)
-        if len(numbers) < self.batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is larger than the number of examples {len(numbers)}")
+        ends = len(numbers) - len(numbers) % self.batch_size if self.drop_last else len(numbers)
+        starts = range(0, ends, self.batch_size)
+        wanted = self.steps if self.steps is not None else self.epochs * len(starts)
         while len(out) < wanted:
             if self.order == "shuffled":
                 rng.shuffle(numbers)
-            full = range(0, len(numbers) - self.batch_size + 1, self.batch_size)
-            out += [tuple(numbers[i : i + self.batch_size]) for i in full]
+            out += [tuple(numbers[i : i + self.batch_size]) for i in starts]
         return tuple(out[:wanted])
+
+    def untrained_units(self) -> tuple[str, ...]:
+        """The units of which no example is in any step: their weight changes nothing, their effect is exactly 0."""
+        seen = {self.units[i] for batch in self.batches() for i in batch}
+        return tuple(name for name in self.unit_names if name not in seen)
 
     def rate(self, step: int, n_steps: int) -> float:
         """Learning rate of a step, counted from 0: linear warm-up, then constant, linear or cosine decay to 0."""
@@ -251,14 +275,19 @@ def content_digest(value: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def _check_order(order: Any, n_examples: int) -> None:
+def _checked_order(order: Any, n_examples: int) -> str | tuple[tuple[int, ...], ...]:
+    if isinstance(order, str) and order in ORDERS:
+        return order
     try:
-        right = order in ORDERS if isinstance(order, str) else all(0 <= int(i) < n_examples for b in order for i in b)
-    except (TypeError, ValueError):
-        right = False
-    if not right:
+        batches = None if isinstance(order, str) else tuple(tuple(index(i) for i in batch) for batch in order)
+    except TypeError:
+        batches = None
+    if batches is None or not all(0 <= i < n_examples for batch in batches for i in batch):
         wanted = f"{', '.join(ORDERS)}, or batches of example numbers below {n_examples}"
         raise ValueError(f"order must be one of {wanted}, got {reprlib.repr(order)}")
+    if () in batches:
+        raise ValueError(f"batch {batches.index(())} of order is empty: a step needs at least one example")
+    return batches
 
 
 def _check_trained(trained: Any) -> None:

@@ -31,6 +31,8 @@ def read_fields(path: Path, known: Collection[str], known_of_optimizer: Collecti
         raise FormatError(f"{path} has fields that no recipe has: {', '.join(unknown)}.")
     if "steps" in out and "epochs" in out:
         raise FormatError(f"{path} has both `steps` and `epochs`: leave one of them out.")
+    if not isinstance(out.get("order", ""), str) and (given := [name for name in ("steps", "epochs") if name in out]):
+        raise FormatError(f"{path}: `order` lists the batches, which are all the steps: leave out `{given[0]}`.")
     if "n" in out and out["kind"] != "microgpt":
         raise FormatError(f"{path}: only the kind microgpt has `n`: leave it out and shorten the data instead.")
     if not isinstance(out["data"], str):
@@ -38,6 +40,8 @@ def read_fields(path: Path, known: Collection[str], known_of_optimizer: Collecti
     for name in WHOLE:
         if name in out:
             out[name] = _number(path, name, out[name], whole=True)
+    if not isinstance(out.get("drop_last", False), bool):
+        raise FormatError(f"{path}: `drop_last` must be true or false, got {out['drop_last']!r}.")
     if out.get("clip_norm") is not None:
         out["clip_norm"] = _number(path, "clip_norm", out["clip_norm"])
     if "optimizer" in out:

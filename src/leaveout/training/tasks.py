@@ -29,11 +29,12 @@ class Task:
     """A model at its start, and how to feed it.
 
     encode   examples of the recipe, or queries in the same form -> batch of tensors with the examples as first axis
-    loss     (model, batch) -> losses [examples], in nats
+    loss     (model, batch) -> losses [examples], each the mean over its own tokens, in nats
     trained  names of the parameters that the optimizer changes; all others are constants
     outputs  (model, batch) -> logits [examples, positions, classes] and targets [examples, positions], IGNORED where
              nothing is learned; None for a custom recipe
     separate whether an example's loss is meant not to depend on the others of its batch, and uses all parameters
+    sizes    batch -> learned tokens of each example [examples], where the loss of a step is per token; else None
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Task:
     trained: tuple[str, ...]
     outputs: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None = None
     separate: bool = False
+    sizes: Callable[[Batch], Tensor] | None = None
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -111,7 +113,12 @@ def _microgpt(recipe: Recipe) -> Task:
     def loss(m: nn.Module, batch: Batch) -> Tensor:
         return token_losses(*outputs(m, batch))
 
-    return Task(model, encode, loss, _trained(model, recipe.trained), outputs, separate=True)
+    sizes = _learned_tokens if recipe.loss_per == "token" else None
+    return Task(model, encode, loss, _trained(model, recipe.trained), outputs, separate=True, sizes=sizes)
+
+
+def _learned_tokens(batch: Batch) -> Tensor:
+    return (batch[1] != IGNORED).sum(1)
 
 
 def _text(row: Any) -> str:
@@ -120,14 +127,12 @@ def _text(row: Any) -> str:
     return row.text if isinstance(row, Row) else str(row)
 
 
-def token_losses(logits: Tensor, targets: Tensor, per: str = "example") -> Tensor:
-    """Mean loss over each example's tokens; per "token", scaled so that the batch mean is the mean over its tokens."""
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss over each example's tokens."""
     if targets.shape[0] == 1:
         return F.cross_entropy(logits[0], targets[0], ignore_index=IGNORED).unsqueeze(0)
     each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    counts = (targets != IGNORED).sum(-1)
-    shares = counts if per == "example" else counts.sum() / len(counts)
-    return each.view(targets.shape).sum(-1) / shares
+    return each.view(targets.shape).sum(-1) / (targets != IGNORED).sum(-1)
 
 
 # --- language models ---------------------------------------------------------------------------------------------
@@ -157,9 +162,10 @@ def _causal_lm(recipe: Recipe) -> Task:
         return logits[:, :-1], targets[:, 1:]
 
     def loss(m: nn.Module, batch: Batch) -> Tensor:
-        return token_losses(*outputs(m, batch), recipe.loss_per)
+        return token_losses(*outputs(m, batch))
 
-    return Task(model, encode, loss, _trained(model, trained), outputs, separate=recipe.loss_per == "example")
+    sizes = (lambda batch: _learned_tokens((batch[0], batch[1][:, 1:]))) if recipe.loss_per == "token" else None
+    return Task(model, encode, loss, _trained(model, trained), outputs, separate=True, sizes=sizes)
 
 
 def _with_lora(model: nn.Module, settings: dict[str, Any]) -> nn.Module:

@@ -1,7 +1,7 @@
 """Run a recipe: plainly, for many weightings at once, or in jets.
 
-All three run the same loop on the same task; the loss of a step is sum(weight * loss) / batch size. A weight is one
-number per unit (plain), one per run and unit (batch), or the series 1 - z psi per direction and unit (jets).
+All three run the same loop on the same task and the same parts of steps (`steps`). A weight is one number per unit
+(plain), one per run and unit (batch), or the series 1 - z psi per direction and unit (jets).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from leaveout.training.checkpoint import Checkpoint, restore_state, state_of
 from leaveout.training.memory import MemoryPlan, kept_memory, plan_memory
 from leaveout.training.optimizers import PaperAdam
 from leaveout.training.recipe import Recipe
+from leaveout.training.steps import Part, Steps
 from leaveout.training.tasks import Batch, Task, rows_are_separate, task_of
 
 Parameters = dict[str, Tensor]
@@ -80,27 +81,27 @@ class Loop:
     task: Task
     params: dict[str, Any]
     optimizer: torch.optim.Optimizer
-    backward: Callable[[tuple[int, ...]], None]  # adds the gradients of these examples
+    backward: Callable[[Part], None]  # adds the gradients of these examples
     clip: Callable[[], None]
     after: Callable[[int], None] = lambda step: None  # called with the number of steps done
 
     def run(self, checkpoint: Checkpoint | None, label: str, options: RunOptions) -> None:
-        batches = self.recipe.batches()
+        steps = Steps(self.recipe, self.task)
         start = self._resume(checkpoint)
         bar = tqdm(
-            range(start, len(batches)), initial=start, total=len(batches), desc=label, unit="step",
+            range(start, len(steps)), initial=start, total=len(steps), desc=label, unit="step",
             disable=not options.progress, file=sys.stderr,
         )  # fmt: skip
         for step in bar:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.rate(step, len(batches))
+                group["lr"] = self.recipe.rate(step, len(steps))
             self.optimizer.zero_grad()
-            for part in micro_batches(batches[step], self.recipe.accumulate):
+            for part in steps.parts(step):
                 self.backward(part)
             self.clip()
             self.optimizer.step()
             self.after(step + 1)
-            if checkpoint is not None and (checkpoint.due or step + 1 == len(batches)):
+            if checkpoint is not None and (checkpoint.due or step + 1 == len(steps)):
                 checkpoint.save(step + 1, state_of(self.params, self.optimizer))
 
     def _resume(self, checkpoint: Checkpoint | None) -> int:
@@ -111,28 +112,22 @@ class Loop:
         return saved[0]
 
 
-def micro_batches(batch: tuple[int, ...], n: int) -> Iterator[tuple[int, ...]]:
-    """The n equal parts of a step's example numbers whose gradients are accumulated."""
-    size = len(batch) // n
-    return (batch[i : i + size] for i in range(0, len(batch), size))
-
-
 # --- plain -------------------------------------------------------------------------------------------------------
 
 
 def train_plain(recipe: Recipe, weights: Tensor | None = None, options: RunOptions | None = None) -> Parameters:
     """The trained parameters [*shape] by name, with one weight per unit (default: all one).
 
-    Guarantee: the numbers of an ordinary PyTorch loop over the same batches, bit for bit, when no weight is given.
+    Guarantee: the numbers of an ordinary PyTorch loop over the same batches, bit for bit, when no weight is given and
+    the loss is per example; up to rounding per token.
     """
     options, task = options or RunOptions(), task_of(recipe)
     params = own_parameters(task)
     by_example = None if weights is None else weights.to(recipe.real_dtype)[recipe.unit_of]
 
-    def backward(numbers: tuple[int, ...]) -> None:
-        losses = task.loss(task.model, encoded(recipe, task, numbers))
-        weighted = losses if by_example is None else losses * by_example[list(numbers)]
-        (weighted.sum() / recipe.batch_size).backward()
+    def backward(part: Part) -> None:
+        losses = task.loss(task.model, encoded(recipe, task, part.numbers))
+        part.loss(losses, None if by_example is None else by_example[list(part.numbers)]).backward()
 
     loop = Loop(recipe, task, params, make_optimizer(recipe, list(params.values())), backward, clipper(recipe, params))
     loop.run(options.checkpoint("plain", recipe.hash(), weights), "train", options)
@@ -203,11 +198,11 @@ def _train_stack(recipe: Recipe, task: Task, weights: Tensor, options: RunOption
     used = (by_example != 0).any(0)
     leave_out = not bool(used.all()) and rows_are_separate(recipe, task)
 
-    def backward(numbers: tuple[int, ...]) -> None:
+    def backward(part: Part) -> None:
         if leave_out:  # one is always kept, so that every parameter has a gradient, if only 0
-            numbers = tuple(i for i in numbers if used[i]) or numbers[:1]
-        losses = losses_of_runs(task, params, encoded(recipe, task, numbers))  # type: ignore[arg-type]
-        ((losses * by_example[:, list(numbers)]).sum() / recipe.batch_size).backward()
+            part = part.only([i for i in part.numbers if used[i]] or part.numbers[:1])
+        losses = losses_of_runs(task, params, encoded(recipe, task, part.numbers))  # type: ignore[arg-type]
+        part.loss(losses, by_example[:, list(part.numbers)]).backward()
 
     def clip() -> None:
         if recipe.clip_norm is not None:
@@ -310,7 +305,7 @@ def _jet_round(
         n_steps = len(recipe.batches())
         loop = Loop(
             recipe, task, params, make_optimizer(recipe, list(params.values()), fused=True),
-            lambda part: _jet_backward(recipe, task, space, encoded(recipe, task, part), by_example[:, list(part)]),
+            lambda part: _jet_backward(recipe, task, space, part, by_example[:, list(part.numbers)]),
             clipper(recipe, params), lambda step: _check_finite(params, step, n_steps),
         )  # fmt: skip
         checkpoint = options.checkpoint(f"jets-{number}", recipe.hash(), psi, space.degree, space.dtype)
@@ -323,11 +318,11 @@ def _jet_round(
         restore(task.model, replaced)
 
 
-def _jet_backward(recipe: Recipe, task: Task, space: Space, batch: Batch, psi: Tensor) -> None:
+def _jet_backward(recipe: Recipe, task: Task, space: Space, part: Part, psi: Tensor) -> None:
     h = torch.zeros(space.degree, *psi.shape, dtype=space.dtype)
     h[0] = -psi
     weights = space.jet(torch.ones(psi.shape[1], dtype=space.real_dtype), h)
-    ((task.loss(task.model, batch) * weights).sum() / recipe.batch_size).backward()
+    part.loss(task.loss(task.model, encoded(recipe, task, part.numbers)), weights).backward()
 
 
 def _check_finite(params: dict[str, Any], step: int, n_steps: int) -> None:

@@ -19,14 +19,13 @@ from leaveout.training.adjoints import AdamForm, clip_adjoint
 from leaveout.training.flat_run import FlatRun
 from leaveout.training.memory import available_memory, kept_bytes, kept_memory
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import IGNORED
+from leaveout.training.steps import Part
 from leaveout.training.train import (
     Bound,
     Parameters,
     Queries,
     RunOptions,
     flushed_denormals,
-    micro_batches,
     own_parameters,
 )
 
@@ -83,7 +82,7 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
     paper-adam, and the identity for sgd; momentum only spreads an update over later steps and is left out.
     With more parameters than `width`, each vector is a CountSketch (fixed seed): dot products keep their expectation.
     Memory: the result, and the gradients of at most 64 examples, fewer if options.memory (default half of what is
-    free) is less. Examples of a batch must not change each other's loss, apart from `loss_per`.
+    free) is less. Examples of a batch must not change each other's loss.
     """
     options = options or RunOptions()
     with sdpa_kernel(SDPBackend.MATH), kept_memory(), flushed_denormals():
@@ -93,18 +92,16 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
         updates, final = torch.zeros(2, len(recipe.unit_names), sketch.width)
         for step in tqdm(range(run.steps), desc="unit vectors", unit="step", disable=not options.progress):
             gradient = run.gradient(step)
-            scale = _update_scale(run, step, gradient) / recipe.batch_size
-            if len(run.batches[step]) == 1:
-                shares = iter([(run.batches[step], gradient.unsqueeze(0) * recipe.batch_size)])
+            scale, parts = _update_scale(run, step, gradient), run.parts(step)
+            if len(run.trained_on.batches[step]) == 1:
+                shares = iter([(parts[0].numbers, gradient.unsqueeze(0))])
             else:
-                shares = example_gradients(run, run.batches[step], together)
+                shares = (share for part in parts for share in example_shares(run, part, together))
             for numbers, rows in shares:
                 updates.index_add_(0, run.unit_of[list(numbers)], sketch(rows * scale))
             run.advance(step, gradient)
-        for first in range(0, len(recipe.examples), together):
-            numbers = tuple(range(first, min(first + together, len(recipe.examples))))
-            for part, rows in example_gradients(run, numbers, together, alone=True):
-                final.index_add_(0, run.unit_of[list(part)], sketch(rows))
+        for numbers, rows in example_gradients(run, range(len(recipe.examples)), together):
+            final.index_add_(0, run.unit_of[list(numbers)], sketch(rows))
     return UnitVectors(updates.numpy(), final.numpy(), run.parameters())
 
 
@@ -145,21 +142,22 @@ def influence(vectors: UnitVectors, gradients: np.ndarray, damping: float = 1.0)
 
 
 def example_gradients(
-    run: FlatRun, numbers: Sequence[int], together: int, alone: bool = False
+    run: FlatRun, numbers: Sequence[int], together: int
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """Groups of examples, with the gradients [examples, parameters] of their losses at the present parameters.
+    """Groups of examples, with the gradients [examples, parameters] of their losses at the present parameters."""
+    for first in range(0, len(numbers), together):
+        group = tuple(numbers[first : first + together])
+        yield group, _stacked(run, group)
 
-    `alone`: each example's own loss, as for a query; else its loss within the step whose batch `numbers` is.
-    """
-    whole = [tuple(numbers)] if alone else micro_batches(tuple(numbers), run.recipe.accumulate)
-    for part in whole:
-        scales = None if alone else _token_scales(run, part)
-        for first in range(0, len(part), together):
-            group = part[first : first + together]
-            rows = _stacked(run, group)
-            if scales is not None:
-                rows *= scales[first : first + together].unsqueeze(1)
-            yield group, rows
+
+def example_shares(run: FlatRun, part: Part, together: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Groups of a part's examples, with what each adds to the gradient of the step [examples, parameters]."""
+    first = 0
+    for group, rows in example_gradients(run, part.numbers, together):
+        if part.sizes is not None:
+            rows *= part.sizes[first : first + len(group)].unsqueeze(1)
+        first += len(group)
+        yield group, rows / part.divisor
 
 
 def _stacked(run: FlatRun, group: tuple[int, ...]) -> Tensor:
@@ -176,15 +174,6 @@ def _stacked(run: FlatRun, group: tuple[int, ...]) -> Tensor:
     batch = run.task.encode(rows)
     each = torch.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(batch)))(values, *batch)
     return torch.cat([each[name].reshape(len(rows), -1) for name in values], 1)
-
-
-def _token_scales(run: FlatRun, part: tuple[int, ...]) -> Tensor | None:
-    """An example's loss in a batch over its loss alone, where the mean is over the tokens of the batch."""
-    if run.recipe.kind != "causal-lm" or run.recipe.loss_per != "token":
-        return None
-    _, targets = run.task.encode([run.recipe.examples[i] for i in part])
-    counts = (targets[:, 1:] != IGNORED).sum(1).to(run.recipe.real_dtype)
-    return counts / counts.mean()
 
 
 def _update_scale(run: FlatRun, step: int, gradient: Tensor) -> Tensor:

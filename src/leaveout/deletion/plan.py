@@ -193,7 +193,8 @@ def _whole(recipe: Recipe, task: Callable[[Recipe], Any]) -> float:
     few, more = (min(total, steps) for steps in PROBE_STEPS)
     found = []
     for steps in (few, more):
-        short = recipe.with_(steps=steps) if isinstance(recipe.order, str) else recipe.with_(order=recipe.order[:steps], steps=None)
+        listed = {} if isinstance(recipe.order, str) else {"order": recipe.order[:steps]}
+        short = recipe.with_(steps=steps, **listed)
         found.append(_seconds(lambda short=short: task(short)))
     start, end = found
     return end if more == few else end + max(end - start, 0.0) / (more - few) * (total - more)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,18 +43,67 @@ BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
+"""What stops a command, where the system has it: Ctrl-C, a word to the process, and a closed terminal."""
+
+
+class _Stopped(BaseException):
+    """A signal that ends the command; no KeyboardInterrupt, which typer would take for its own."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 def main() -> None:
-    """Runs the command line and turns expected errors into one sentence and exit code 1."""
+    """Runs the command line and turns expected errors into one sentence and exit code 1, a signal n into code 128 + n."""
+    with _watched_signals():
+        code = _run()
+    if code is not None:  # outside of any `except`, so that nothing of the stopped work is still held
+        sys.exit(code)
+
+
+def _run() -> int | None:
     try:
         app()
     except (LeaveoutError, ValueError, TypeError, OSError) as error:
         if os.environ.get("LEAVEOUT_TRACEBACK"):
             raise
-        print(f"leaveout: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("leaveout: stopped; what was committed stays, and the same command resumes.", file=sys.stderr)
-        sys.exit(130)
+        _tell(" ".join(str(error).split()))
+        return 1
+    except _Stopped as stop:
+        _tell("stopped; what was committed stays, and the same command resumes.")
+        return 128 + stop.number
+    return None
+
+
+def _tell(sentence: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"leaveout: {sentence}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _watched_signals() -> Iterator[None]:
+    """Signals that would end this process at once end the command in order: workers are stopped, and files closed.
+
+    The second one of a kind is not waited for. What is ignored, as by `nohup`, stays so.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise _Stopped(number)
+
+    usual = (signal.SIG_DFL, signal.default_int_handler)
+    found = {number: signal.getsignal(number) for name in STOPS if (number := getattr(signal, name, None)) is not None}
+    watched = {number: handler for number, handler in found.items() if handler in usual}
+    if threading.current_thread() is not threading.main_thread():
+        watched = {}  # only the main thread may
+    for number in watched:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in watched.items():
+            signal.signal(number, handler)
 
 
 def _version(shown: bool) -> None:

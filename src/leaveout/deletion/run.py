@@ -6,6 +6,7 @@ parameters), `bank` (the measurements) and `work` (checkpoints of what is under 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -239,11 +240,13 @@ class TrainingRun:
         workers = min(settings.workers, max(1, len(tasks)))
         memory = None if settings.memory is None else settings.memory // workers
         start = functools.partial(_start, self.recipe, asked, memory, self.path / "work")
-        bar = tqdm(total=total, desc=label, unit="run", disable=not settings.progress or not total, file=sys.stderr)
-        with bar:
-            for measured, ids in run_tasks(tasks, _work, start, workers, settings.backend) if tasks else ():
-                self.bank.add(measured, ids, asked)
-                bar.update(len(ids))
+        bar = tqdm(total=total, desc=label, unit="run", disable=not settings.progress or not tasks, file=sys.stderr)
+        if tasks:
+            results = run_tasks(tasks, _work, start, workers, settings.backend)
+            with bar, contextlib.closing(results):
+                for measured, ids in results:
+                    self.bank.add(measured, ids, asked)
+                    bar.update(len(ids))
         shutil.rmtree(self.path / "work", ignore_errors=True)
 
     # --- truth ---------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 A worker is set up once (`start` builds its state, a loaded model for example), runs one torch thread, and then turns
 tasks into results. With one worker everything runs in this process, and torch's thread settings are left alone.
-A worker that dies loses only the task it was at, which another one repeats.
+A worker that dies loses only the task it was at, which another one repeats. Processes of this machine end when the
+results are closed, and within two seconds when their parent ends in whatever way.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
@@ -32,13 +33,14 @@ def run_tasks(
     start: Callable[[], Any],
     workers: int = 1,
     backend: Backend = "processes",
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Results of `work(state, task)` in the order of the tasks; `state` is what `start()` gave in that process.
 
     `backend`: `processes` of this machine, or actors, one CPU each, of the Ray cluster that this process has joined or
     that RAY_ADDRESS names, else of a new one on this machine. Actors need the same packages and see the same files;
     `ray` takes one even for one worker.
-    At most 2 * workers tasks are read ahead. In workers, `work` and `start` must be picklable.
+    At most 2 * workers tasks are read ahead. Close the results (`contextlib.closing`) where an error may come between
+    them: it stops the workers. In workers, `work` and `start` must be picklable.
     Raises: ValueError for workers < 1 or an unknown backend; UnsupportedError if ray is not installed; LeaveoutError
     naming the task (counted from 1) whose worker died three times.
     """

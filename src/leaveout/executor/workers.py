@@ -1,15 +1,21 @@
-"""One worker: a process of this machine, or an actor on a Ray cluster; the same few lines run in both."""
+"""One worker: a process of this machine, or an actor on a Ray cluster; the same few lines run in both.
+
+A process ends as soon as its `Lifeline` is cut: by its parent, or by the parent's death, however that came.
+"""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from leaveout.errors import UnsupportedError
@@ -61,15 +67,54 @@ def ray_worker(start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> Ite
             ray.shutdown()
 
 
+class Lifeline:
+    """A pipe that a parent holds open; the process that it is sent to ends when nobody holds it any more.
+
+    The process watches from the moment it is unpickled on, before anything that comes after it is imported.
+    """
+
+    def __init__(self) -> None:
+        self.reader, self.writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return watch, (self.reader, os.getpid())
+
+    def cut(self) -> None:
+        """Ends the process, whatever it is at."""
+        self.writer.close()
+        self.reader.close()
+
+
+def watch(line: Connection, parent: int) -> None:
+    """Ends this process when the line is cut or the parent is gone (the line may live on in other children of it)."""
+
+    def wait() -> None:
+        while not line.poll(LOOKS) and os.getppid() == parent:
+            pass
+        os._exit(1)  # nothing is to be tidied: results are handed over whole, or not at all
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent decides
+    threading.Thread(target=wait, daemon=True, name="lifeline").start()
+
+
+LOOKS = 0.5
+"""Seconds between two looks at who the parent is; a cut line is seen at once."""
+
+
 class _Process:
     def __init__(self, start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> None:
+        self.line, self.given = Lifeline(), []
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, context, set_up, (start, work))
-        self.started = self.pool.submit(check)
+        self.pool = ProcessPoolExecutor(1, context, _set_up_tied, (self.line, start, work))
+        self.started = self._kept(self.pool.submit(check))
+
+    def _kept(self, result: Future[Any]) -> Future[Any]:
+        self.given = [other for other in self.given if not other.done()] + [result]
+        return result
 
     def submit(self, task: Any) -> Future[Any]:
         try:
-            return self.pool.submit(run, task)
+            return self._kept(self.pool.submit(run, task))
         except BrokenProcessPool as error:  # it died just now
             result: Future[Any] = Future()
             result.set_exception(error)
@@ -79,7 +124,11 @@ class _Process:
         return isinstance(result.exception(), BrokenProcessPool)
 
     def stop(self) -> None:
+        """Ends the process: at once if it is still at something that nobody waits for any more."""
+        if not all(result.done() for result in self.given):
+            self.line.cut()
         self.pool.shutdown(cancel_futures=True)
+        self.line.cut()
 
 
 class _Actor:
@@ -129,6 +178,11 @@ class Remote:
 
     def run(self, task: Any) -> Any:
         return run(task)
+
+
+def _set_up_tied(line: Any, start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> None:
+    """`set_up` in a process that has watched its lifeline since it was unpickled, as the first of the arguments."""
+    set_up(start, work)
 
 
 def set_up(start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> None:

@@ -8,6 +8,7 @@ most 64 MiB of signatures) that wait for the next commit.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import sys
@@ -220,8 +221,9 @@ def add_rows(
         if readout.source is None and options.backend == "ray":
             raise UnsupportedError("Ray workers load the model by themselves: give its path or id, not a loaded model.")
         start = _worker_start(readout, signer.settings, store)
-    with _progress(total, "index", "row", options) as bar:
-        for number, arrays in enumerate(run_tasks(tasks(), _work, start, options.workers, options.backend)):
+    results = run_tasks(tasks(), _work, start, options.workers, options.backend)
+    with _progress(total, "index", "row", options) as bar, contextlib.closing(results):
+        for number, arrays in enumerate(results):
             chunk = chunks.pop(number)
             finite = arrays.pop("finite")
             for row in itertools.compress(chunk.rows, ~finite):

@@ -6,6 +6,7 @@ with the queries. Memory per worker: the buffer, and one score per row of two se
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -117,8 +118,10 @@ def over_segments(
     if workers < 1:
         raise ValueError(f"workers is {workers}: give 1 or more.")
     if backend == "ray":
-        results = run_tasks(segments, _at_work, functools.partial(_hired, work), workers, "ray")
-        yield from (found for found in results if found is not None)
+        with contextlib.closing(
+            run_tasks(segments, _at_work, functools.partial(_hired, work), workers, "ray")
+        ) as results:
+            yield from (found for found in results if found is not None)
         return
     if workers == 1:
         yield from (found for found in map(work, segments) if found is not None)

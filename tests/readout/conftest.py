@@ -33,6 +33,13 @@ def assert_close(found, wanted, kind):
     np.testing.assert_allclose(found, wanted, rtol=relative, atol=absolute * max(size, 1e-30))
 
 
+def ranked(scores):
+    """Positions of one query's scores, best first: at 12 binary digits behind the leading one, then by position."""
+    mantissa, exponent = np.frexp(np.asarray(scores, np.float64))  # |mantissa| from 1/2 to 1
+    rounded = np.sign(mantissa) * np.floor(np.abs(mantissa) * 2**13 + 0.5) * 2.0 ** (exponent - 13.0)
+    return np.array(sorted(range(len(rounded)), key=lambda at: (-rounded[at], at)), int)
+
+
 RAW = [
     TEXTS[0],
     {"prompt": TEXTS[1], "completion": TEXTS[2]},

@@ -28,9 +28,15 @@ SPECIAL = ("<s>", "</s>")
 ROWS = [
     "Two herons stood in the weir; the third had flown at noon.",
     {"prompt": "Name a metal that floats on water: ", "completion": "lithium, or sodium - briefly."},
-    {"text": "Q: how many legs has a crab?\nA: ten, counting both claws.", "prompt_text": "Q: how many legs has a crab?\n"},
+    {
+        "text": "Q: how many legs has a crab?\nA: ten, counting both claws.",
+        "prompt_text": "Q: how many legs has a crab?\n",
+    },
     "for row in rows:\n    if row.kept:\n        total += row.size\n",
-    {"prompt": "Longer than one window, so that it is cut: ", "completion": " ".join(f"line {n}" for n in range(40)) + "."},
+    {
+        "prompt": "Longer than one window, so that it is cut: ",
+        "completion": " ".join(f"line {n}" for n in range(40)) + ".",
+    },
 ]
 # name -> preset and what is changed of it; windows are short, so that the last row has several
 FORMS = {
@@ -135,7 +141,8 @@ def freeze(place):
     for form in FORMS:
         np.savez_compressed(HERE / f"{form}.npz", **stored(form, place / form))
     presets = {
-        name: {"fingerprint": settings.fingerprint(), "settings": settings.to_dict()} for name, settings in PRESETS.items()
+        name: {"fingerprint": settings.fingerprint(), "settings": settings.to_dict()}
+        for name, settings in PRESETS.items()
     }
     scores = [[float(f"{score:.7g}") for score in row] for row in low_rank_scores(place / "low rank")]
     (HERE / "frozen.json").write_text(json.dumps({"low_rank_scores": scores, "presets": presets}, indent=1) + "\n")

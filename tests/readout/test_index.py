@@ -23,7 +23,7 @@ from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
 from leaveout.readout.storage import blocks, buffer_width, decode, encode, widen, width
 from leaveout.store import Store
 
-from .conftest import GH, RAW, assert_close
+from .conftest import GH, RAW, assert_close, ranked
 from .tiny import TEXTS, make_model, make_tokenizer
 
 CORPUS = [
@@ -78,7 +78,7 @@ def test_search_equals_sorting_the_scores(preset, commits, build, monkeypatch):
     monkeypatch.setattr(search_module, "BUFFER", 1)  # one row at a time
     for k in (1, 3, 5, 100):
         for hits, row in zip(index.search(QUERIES, k), scores, strict=True):
-            order = np.argsort(-row, kind="stable")[:k]
+            order = ranked(row)[:k]
             assert [hit.id for hit in hits] == [index.ids[n] for n in order]
             assert_close([hit.score for hit in hits], row[order], "float32")
             assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
@@ -100,10 +100,43 @@ def test_scores_are_products_of_signatures(preset, options, build):
         assert_close(np.diag(index.score(CORPUS)), np.ones(22), index.settings.storage)
 
 
-def test_equal_scores_come_in_the_order_of_rows(build):
-    index = build("paper", rows=[{**row, "text": TEXTS[0]} for row in CORPUS], **MANY_COMMITS)
-    for k in (3, 22):
-        assert [hit.id for hit in index.search(QUERIES[:1], k)[0]] == index.ids[:k]
+@pytest.mark.parametrize("form", [{}, {"storage": "float32"}], ids=["stored", "float32"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_equal_scores_come_in_the_order_of_rows(preset, form, build):
+    """Rows of one text, whose scores differ by rounding, as each stands elsewhere in a batch: see `at_resolution`."""
+    index = build(preset, rows=[{**row, "text": TEXTS[0]} for row in CORPUS], **MANY_COMMITS, **form)
+    scores = index.score(QUERIES)
+    for row, k in itertools.product(range(len(QUERIES)), (3, 22)):
+        hits = index.search(QUERIES[row : row + 1], k)[0]
+        assert [hit.id for hit in hits] == [index.ids[n] for n in ranked(scores[row])[:k]]
+    if form and index.settings.unit_length:  # cosines of 1, which is a step: rounding takes none of them to another
+        assert [hit.id for hit in index.search(QUERIES[:1], 22)[0]] == index.ids
+
+
+@pytest.mark.parametrize("ask", ["search", "group_by", "unique", "simhash", "mean", "rrf"])
+def test_rounding_does_not_change_a_ranking(ask, build, monkeypatch, tmp_path):
+    """Scores of every row moved by rounding, in whatever direction: the rows come as if they had not been."""
+    rows = [{**row, "text": TEXTS[n % 4]} for n, row in enumerate(CORPUS)]
+    index = build("paper", rows=rows, path=tmp_path / "index", storage="float32", **MANY_COMMITS)
+    index.prepare("simhash")
+    options = {"group_by": {"group_by": "source"}, "unique": {"unique": True}, "simhash": {"approximate": "simhash"}}
+    rng, real = np.random.default_rng(0), search_module._segment_scores
+
+    def answers(size):
+        def scores(*args):
+            steps = np.round(64 * real(*args)) / 64  # on steps of the resolution, where rounding moves none to another
+            return (steps * (1 + size * rng.integers(-100, 101, steps.shape) / 100)).astype(np.float32)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(search_module, "_segment_scores", scores)
+            if ask in ("mean", "rrf"):
+                found = [index.select(QUERIES[:1], 22, combine=ask)]
+            else:
+                found = index.search(QUERIES, 22, **options.get(ask, {}))
+        return [[hit.id for hit in hits] for hits in found]
+
+    wanted = answers(0)
+    assert all(answers(3e-6) == wanted for _ in range(3))
 
 
 def test_where_restricts_the_ranking(build):
@@ -562,7 +595,7 @@ def test_rounded_low_rank_rows_are_scored_as_the_exact_ones(storage, build):
     found = index.score(queries)
     assert_close(found / length, exact / length, storage)  # each row in its own units, so that short ones count too
     assert (np.argsort(-found / scale) != np.argsort(-exact)).any()  # one factor of the scale decides
-    order = np.argsort(-found, kind="stable")
+    order = np.stack([ranked(row) for row in found])
     for workers in (1, 2):
         for hits, row, best in zip(index.search(queries, 12, workers=workers), found, order, strict=True):
             assert [hit.id for hit in hits] == [ids[n] for n in best]
@@ -574,7 +607,7 @@ def test_rounded_low_rank_rows_are_scored_as_the_exact_ones(storage, build):
     assert_close([chosen[id] for id in ids] / length, mean / length, storage)
     fused = (1 / (61 + np.argsort(order, axis=1))).sum(0)
     hits = index.select(queries, 12, combine="rrf")
-    assert [hit.id for hit in hits] == [ids[n] for n in np.argsort(-fused, kind="stable")]
+    assert [hit.id for hit in hits] == [ids[n] for n in np.argsort(-np.round(fused, 14), kind="stable")]
     for n in some:
         explained = index.explain(QUERIES[1], ids[n])
         assert explained.stored_score == pytest.approx(found[1, n], rel=1e-5)

@@ -22,7 +22,7 @@ from leaveout.readout.index import Index
 from leaveout.readout.shards import Shard, shard_of
 from leaveout.store import Store
 
-from .conftest import assert_close
+from .conftest import assert_close, ranked
 from .test_index import CORPUS, MANY_COMMITS, contents
 from .tiny import TEXTS, make_model
 
@@ -104,7 +104,7 @@ def by_hand(index, key, k):
     scores, records = index.score(QUERIES), index.records(index.ids)
     for row in scores:
         best = {}
-        for at in np.argsort(-row, kind="stable"):
+        for at in ranked(row):
             best.setdefault(key(records[at]), records[at].id)
         yield list(best.values())[:k]
 
@@ -139,7 +139,7 @@ def test_alike_rows_count_once(preset, lm, tokenizer, tmp_path):
     for threshold in (0.6, 0.95):
         for hits, row in zip(index.search(QUERIES, 6, unique=threshold), scores, strict=True):
             wanted = []
-            for at in np.argsort(-row, kind="stable"):
+            for at in ranked(row):
                 if all(cosines[at, other] <= threshold for other in wanted):
                     wanted.append(at)
             assert [hit.id for hit in hits] == [index.ids[at] for at in wanted[:6]]

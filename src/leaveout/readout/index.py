@@ -243,6 +243,7 @@ class Index:
     ) -> list[list[Hit]]:
         """The k rows with the highest scores for each query, best first: `hits[query][rank]`.
 
+        Scores that are equal in 12 binary digits behind the leading one rank by row number (`search.at_resolution`).
         `where`: an SQL expression over id, unit, text and the rows' fields, such as "source = 'web'".
         `options`: the fields of `SearchOptions` (approximate, rescore, group_by, unique, workers, backend).
         Cost: one exact scan of the stored signatures for all queries together, unless `approximate` is given.

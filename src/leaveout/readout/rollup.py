@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.readout.search import Best, Product
+from leaveout.readout.search import Best, Product, at_resolution
 
 PAGE = 256  # rows whose entries are read at a time
 VECTORS = 32  # rows whose vectors are read at a time: of the widest preset, 16 MiB
 
 
 class BestGroups(Best):
-    """The k groups with the highest best rows of each query, each as that row; equal scores in order of row numbers.
+    """The k groups with the highest best rows of each query, each as that row; equal scores (at the
+    resolution of ranks) in order of row numbers.
 
     Cost: one catalogue entry for every row that beats the k-th group of its query so far; with fewer than k groups
     that is every row.
@@ -29,7 +30,7 @@ class BestGroups(Best):
     def __init__(self, n_queries: int, k: int, groups_of: Callable[[np.ndarray], Sequence[Hashable]]) -> None:
         super().__init__(n_queries, k)
         self.groups_of = groups_of
-        self.held: list[dict[Hashable, tuple[float, int]]] = [{} for _ in range(n_queries)]
+        self.held: list[dict[Hashable, tuple[float, int, float]]] = [{} for _ in range(n_queries)]  # see _consider
         self.known: dict[int, Hashable] = {}  # groups of the rows that are being added
 
     def add(self, numbers: np.ndarray, scores: np.ndarray) -> None:
@@ -37,34 +38,36 @@ class BestGroups(Best):
         super().add(numbers, scores)
 
     def add_one(self, query: int, numbers: np.ndarray, scores: np.ndarray) -> None:
-        held, order = self.held[query], np.argsort(-scores, kind="stable")
+        held, rounded = self.held[query], at_resolution(scores)
+        order = np.argsort(-rounded, kind="stable")
         for start in range(0, len(order), PAGE):
             page = order[start : start + PAGE]
-            if len(held) == self.k and scores[page[0]] <= self._floor(query)[0]:
+            if len(held) == self.k and rounded[page[0]] <= self._floor(query)[0]:
                 break
             for at, group in zip(page, self._groups(numbers[page]), strict=True):
-                self._consider(query, group, float(scores[at]), int(numbers[at]))
+                self._consider(query, group, (float(rounded[at]), int(numbers[at]), float(scores[at])))
         ranked = sorted(held.values(), key=lambda row: (-row[0], row[1]))
-        self.numbers[query] = np.array([number for _, number in ranked], np.int64)
-        self.scores[query] = np.array([score for score, _ in ranked], np.float32)
+        self.numbers[query] = np.array([number for _, number, _ in ranked], np.int64)
+        self.scores[query] = np.array([score for _, _, score in ranked], np.float32)
 
-    def _consider(self, query: int, group: Hashable, score: float, number: int) -> None:
+    def _consider(self, query: int, group: Hashable, row: tuple[float, int, float]) -> None:
+        """`row`: score at the resolution of ranks, row number, score."""
         held = self.held[query]
         if group in held:
-            if score > held[group][0]:
-                held[group] = score, number
+            if row[0] > held[group][0]:
+                held[group] = row
             return
         if len(held) == self.k:
-            floor, _, worst = self._floor(query)
-            if score <= floor:
+            floor, worst = self._floor(query)
+            if row[0] <= floor:
                 return
             del held[worst]
-        held[group] = score, number
+        held[group] = row
 
-    def _floor(self, query: int) -> tuple[float, int, Hashable]:
-        """Score, negative number and group of the last in the ranking."""
-        group, (score, number) = min(self.held[query].items(), key=lambda item: (item[1][0], -item[1][1]))
-        return score, -number, group
+    def _floor(self, query: int) -> tuple[float, Hashable]:
+        """Rounded score and group of the last in the ranking."""
+        group, row = min(self.held[query].items(), key=lambda item: (item[1][0], -item[1][1]))
+        return row[0], group
 
     def _groups(self, numbers: np.ndarray) -> list[Hashable]:
         missing = [number for number in numbers.tolist() if number not in self.known]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from leaveout.readout.index import Index, Queries, QueryRow
-from leaveout.readout.search import Best, Hit
+from leaveout.readout.search import Best, Hit, ranking
 
 Combine = Literal["mean", "rrf"]
 RRF_CONSTANT = 60.0
@@ -40,17 +40,18 @@ def select_rows(
     groups = [(1.0, index.encode(wanted))]
     if unwanted is not None:
         groups.append((-1.0, index.encode(unwanted)))
-    best = Best(1, n)
     if combine == "mean":
+        best = Best(1, n)
         weights = torch.cat([sign / len(group) / index.lengths(group).clamp_min(1e-30) for sign, group in groups])
         vectors = torch.cat([group.vectors for _, group in groups])
         texts = tuple(text for _, group in groups for text in group.texts)
         for numbers, scores in index.scan(Queries(vectors, texts, index.fingerprint), where):
             best.add(numbers, scores @ weights.numpy()[:, None])
-    else:
-        numbers, scores = _fused(index, groups, where)
-        best.add(numbers, scores[:, None])
-    return index.hits(best.numbers[0], best.scores[0])
+        return index.hits(best.numbers[0], best.scores[0])
+    numbers, scores = _fused(index, groups, where)
+    # Sums of reciprocal ranks know nothing of rounding but the order of their terms; neighbours lie close together.
+    order = np.argsort(-np.round(scores, 14), kind="stable")[:n]
+    return index.hits(numbers[order], scores[order])
 
 
 def _fused(index: Index, groups: Sequence[tuple[float, Queries]], where: str | None) -> tuple[np.ndarray, Any]:
@@ -64,7 +65,7 @@ def _fused(index: Index, groups: Sequence[tuple[float, Queries]], where: str | N
             if not parts:
                 return numbers, np.empty(0)
             numbers = np.concatenate([part for part, _ in parts])
-            order = np.argsort(-np.concatenate([scores[:, 0] for _, scores in parts]), kind="stable")
+            order = ranking(np.concatenate([scores[:, 0] for _, scores in parts]))
             ranks = np.empty(len(order))
             ranks[order] = np.arange(1, len(order) + 1)
             total = sign / (RRF_CONSTANT + ranks) + (0.0 if total is None else total)

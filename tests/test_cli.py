@@ -210,7 +210,7 @@ def test_doctor_of_a_recipe_tells_whether_its_series_stay_bounded(run, tmp_path,
         (
             ["search", "IDX", "--query", "x y z", "--group-by", "colour"],
             1,
-            "give unit, or a field of the rows (source)",
+            "give one of unit, source",
         ),
         (["search", "IDX", "--query", "x y z", "--group-by", "source", "--unique"], 1, "give one of them"),
         (["search", "IDX", "--query", "x y z", "--unique-above", "2"], 1, "give True, or a cosine between 0 and 1"),

@@ -3,6 +3,15 @@
 Wrong arguments of a call are `ValueError` or `TypeError`; everything below is about data, files and models.
 """
 
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from itertools import islice
+from typing import Any
+
+NAMED = 24  # valid names that a message lists
+COMPARED = 20_000  # names among which the nearest is looked for: about 0.2 s
+
 
 class LeaveoutError(Exception):
     """Root of all errors that leaveout raises about data, files and models."""
@@ -22,3 +31,37 @@ class UnsupportedError(LeaveoutError):
 
 class StabilityError(LeaveoutError):
     """A power series of a training run grows without bound, so that no prediction can be made from it."""
+
+
+def choices(given: object, known: Iterable[object], other: str = "") -> str:
+    """What a message about a wrong name ends with: the nearest valid name, if one is near, and the valid ones.
+
+    known: the valid names in the order in which they are shown; other: what is valid besides them, in words.
+    """
+    names = [str(name) for name in known]
+    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    wanted = " or ".join(filter(None, [f"one of {listed}" if names else "", other])) or "none"
+    return f"{meant(given, names)}give {wanted}"
+
+
+def meant(given: object, known: Iterable[str]) -> str:
+    """A question that names the nearest of the known names (of the first COMPARED), or nothing if none is near."""
+    digits = [letter for letter in str(given) if letter.isdigit()]  # another number is no slip of the hand
+    alike = (name for name in islice(known, COMPARED) if [letter for letter in name if letter.isdigit()] == digits)
+    folded = {name.casefold(): name for name in alike}
+    near = get_close_matches(str(given).casefold(), folded, n=1, cutoff=0.6)
+    return f"did you mean {folded[near[0]]!r}? " if near else ""
+
+
+def refuse_other_names(what: str, given: Iterable[object], known: Iterable[str]) -> None:
+    """Raises: TypeError for the first given name that is not a known one, such as an option of a call."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise TypeError(f"There is no {what} {str(name)!r}: {choices(name, known)}.")
+
+
+def made(kind: type, what: str, options: Mapping[str, Any]) -> Any:
+    """A dataclass of options given by name. Raises: TypeError for a name that it does not have."""
+    refuse_other_names(what, options, [field.name for field in fields(kind)])
+    return kind(**options)

@@ -372,7 +372,7 @@ def test_measures_of_an_answer_agree_with_the_model(run, recipe):
     assert margin < 0
     sure = torch.tensor([[30.0, 0.0, 0.0]])
     assert float(margin_of(sure, torch.tensor([0]))) == pytest.approx(30 - np.log(2), rel=1e-6)
-    with pytest.raises(ValueError, match="measure must be"):
+    with pytest.raises(ValueError, match="there is no measure"):
         Query("anri", "surprise")
 
 
@@ -397,8 +397,8 @@ def test_curves_start_at_the_base_and_end_at_the_prediction(measured, recipe):
 def test_wrong_calls_are_refused(run, measured, recipe):
     ids = list(recipe.ids[:1])
     for call, error, message in (
-        (lambda: measured.bank.predict(QUERIES, ids, "magic"), ValueError, "estimator must be"),
-        (lambda: run.measure(retrain=2, design="magic"), ValueError, "design must be"),
+        (lambda: measured.bank.predict(QUERIES, ids, "magic"), ValueError, "there is no estimator"),
+        (lambda: run.measure(retrain=2, design="magic"), ValueError, "there is no design"),
         (lambda: run.measure(gradient=True), ValueError, "pass queries"),
         (lambda: run.bank.predict(QUERIES, ids), UnsupportedError, "needs measurements"),
         (lambda: run.bank.predict(QUERIES, ids, "leave_one_out"), UnsupportedError, "each unit alone"),

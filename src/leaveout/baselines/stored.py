@@ -34,6 +34,8 @@ def load_scores(path: str | Path, query_ids: Sequence[str], train_ids: Sequence[
     path = Path(path)
     rows, columns = numbers_of("query", query_ids), numbers_of("train", train_ids)
     require_form(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file of scores at {path}: give the path of one.")
     if path.suffix == ".npy":
         return _array(path, (len(query_ids), len(train_ids)))
     scores = np.zeros((len(rows), len(columns)), np.float32)
@@ -124,6 +126,8 @@ def numbers_of(what: str, ids: Sequence[str]) -> dict[str, int]:
 
 def read_objects(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, tuple[object, ...]]]:
     """Line number and fields of every object of a JSONL file. Raises: FormatError for a line that lacks one of them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}: give one with an object of {', '.join(fields)} a line.")
     with path.open(encoding="utf-8") as file:
         for line, text in enumerate(file, 1):
             if not text.strip():

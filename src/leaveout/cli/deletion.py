@@ -30,7 +30,6 @@ from leaveout.cli.runs import (
     SetsFile,
     Without,
     WithoutWhere,
-    is_run,
     open_run,
     read_queries,
     read_sets,
@@ -120,13 +119,13 @@ def measure(
     opened = open_run(run)
     before = len(opened.bank)
     if merge is not None:
-        if not is_run(merge):
+        if not (merge / "bank").is_dir():
             raise FormatError(f"{merge} is not a training run: name the directory of one with the same recipe.")
         opened.bank.merge(merge / "bank")
     opened.measure(
         directions, degree, retrain=retrain, design=design, gradient=gradient, settings=settings,
         without=read_sets(opened, without, without_where, sets) if named else None,
-        heldout=None if heldout is None else int(heldout) if heldout.isdecimal() else Path(heldout),
+        heldout=None if heldout is None else _heldout(heldout),
         queries=None if query is None and queries is None else read_queries(query, prompt, queries),
     )  # fmt: skip
     print_facts({"run": str(run), "added": len(opened.bank) - before, **opened.bank.info()}, json_)
@@ -242,6 +241,13 @@ def verify(
     asked, removed = read_queries(query, prompt, queries), read_sets(opened, without, without_where, sets)
     found = opened.verify(asked, removed, estimator, settings, **options)
     _print_prediction(found.prediction, found.summary(), html, json_)
+
+
+def _heldout(text: str) -> int | Path:
+    """A number of random sets, or the file of sets."""
+    if not text.isdecimal() and not Path(text).is_file():
+        raise typer.BadParameter(f"--heldout must be a number of sets or a file of sets that exists, got {text!r}")
+    return int(text) if text.isdecimal() else Path(text)
 
 
 def _settings(

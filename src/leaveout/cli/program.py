@@ -68,7 +68,7 @@ def _run() -> int | None:
     except (LeaveoutError, ValueError, TypeError, OSError) as error:
         if os.environ.get("LEAVEOUT_TRACEBACK"):
             raise
-        _tell(" ".join(str(error).split()))
+        _tell(_sentence(error))
         return 1
     except _Stopped as stop:
         _tell("stopped; what was committed stays, and the same command resumes.")
@@ -104,6 +104,23 @@ def _watched_signals() -> Iterator[None]:
     finally:
         for number, handler in watched.items():
             signal.signal(number, handler)
+
+
+_OF_THE_SYSTEM: dict[type[OSError], str] = {
+    FileNotFoundError: "there is no {}: check the path, and make the directory first if it is to be written",
+    FileExistsError: "{} is there already: give another path",
+    IsADirectoryError: "{} is a directory: give a file",
+    NotADirectoryError: "{} is not a directory, or lies below a file: check the path",
+    PermissionError: "{} may not be read or written by this user: change its permissions, or give another path",
+}
+
+
+def _sentence(error: Exception) -> str:
+    """The message of an error on one line; those of the system, which have only a number and a path, in words."""
+    if isinstance(error, OSError) and error.filename is not None:
+        words = next((text for kind, text in _OF_THE_SYSTEM.items() if isinstance(error, kind)), None)
+        return f"{error.filename}: {error.strerror}" if words is None else words.format(error.filename)
+    return " ".join(str(error).split())
 
 
 def _version(shown: bool) -> None:

@@ -9,6 +9,7 @@ change between versions.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from leaveout.deletion.posterior import Posterior, calibration
 from leaveout.deletion.predict import Curve, Prediction
 from leaveout.deletion.sets import deletion_sets
 from leaveout.deletion.stored import Stored, as_real, digest_of, live_rows
-from leaveout.errors import FormatError, MismatchError
+from leaveout.errors import FormatError, MismatchError, choices, refuse_other_names
 from leaveout.store import Record, Store
 from leaveout.training.outputs import query_losses
 from leaveout.training.queries import Query, as_queries, query_function
@@ -250,7 +251,7 @@ class Bank:
         options: those of the estimator (degree, groups, kernel)
         """
         if estimator not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+            raise ValueError(f"there is no estimator {estimator!r}: {choices(estimator, ESTIMATORS)}")
         asked, sets = as_queries(queries), deletion_sets(self.recipe, without)
         fitted, factor = self.fit(asked, estimator, {"noise": noise, "features": features, "scores": scores}, **options)
         effect, std = fitted.predict(sets.x)
@@ -271,6 +272,8 @@ class Bank:
             return self._fits[key]
         data = self.measurements(asked, **known)
         made: Any = Posterior if estimator == "posterior" else SIMPLE[estimator]
+        taken = [name for name in inspect.signature(made).parameters if name != "data"]
+        refuse_other_names(f"option of {estimator}", options, taken)
         fitted = made(data, **options)
         factor = calibration(data, fitted)
         if estimator == "posterior" and len(data.heldout):

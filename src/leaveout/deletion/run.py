@@ -29,9 +29,10 @@ from leaveout.deletion.kernels import similar_units
 from leaveout.deletion.sets import DeletionSets, deletion_sets
 from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
 from leaveout.deletion.verify import Verification
-from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices
 from leaveout.executor import run_tasks
 from leaveout.store import Record, Store
+from leaveout.store.catalogue import CATALOGUE
 from leaveout.training.memory import runs_together
 from leaveout.training.metagradient import metagradient
 from leaveout.training.outputs import query_losses
@@ -41,6 +42,9 @@ from leaveout.training.stability import check_stability
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, Parameters, RunOptions, train_batch, train_jets, train_plain
 from leaveout.training.updates import unit_vectors
+
+OWN = ("examples", "bank", "work")
+"""What the directory of a run holds."""
 
 WIDTH = 8192
 """Numbers kept of each unit's update vector."""
@@ -70,6 +74,8 @@ class TrainingRun:
             if store.state("trained"):
                 return cls(made, path, _saved_parameters(store, made, path))
             shutil.rmtree(path / "examples")  # killed between training and its record
+        elif path.exists() and (not path.is_dir() or any(other.name not in OWN for other in path.iterdir())):
+            raise FileExistsError(f"{path} holds something else than a training run: give an empty or a new directory.")
         path.mkdir(parents=True, exist_ok=True)
         parameters = train_plain(made, options=RunOptions(directory=path / "work", progress=progress))
         for name, p in parameters.items():
@@ -87,6 +93,8 @@ class TrainingRun:
         """
         path = Path(path)
         if not (path / "examples").exists():
+            if (path / CATALOGUE).exists():
+                raise FormatError(f"{path} is an index, not a training run: ask it with `leaveout search`.")
             raise FormatError(f"{path} is not a training run: make one with `leaveout train RECIPE --out {path}`.")
         source = Store.open(path / "examples").state("source")
         if source is None:
@@ -148,7 +156,7 @@ class TrainingRun:
     def design(self, name: str, n: int, settings: MeasureSettings | None = None) -> np.ndarray:
         """The first n deletion vectors [n, units] of a design; fewer where a design ends."""
         if name not in directions.DESIGNS:
-            raise ValueError(f"design must be one of {', '.join(directions.DESIGNS)}, got {name!r}")
+            raise ValueError(f"there is no design {name!r}: {choices(name, directions.DESIGNS)}")
         settings = settings or MeasureSettings()
         units = len(self.recipe.unit_names)
         if units < 2:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from leaveout.errors import FormatError
+from leaveout.errors import FormatError, choices
 from leaveout.training.recipe import Recipe
 
 SHOWN = 4  # ids in the label of a set
@@ -95,7 +95,8 @@ def _vector(
         if not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise FormatError(f"The share of {id!r} that is removed is {share!r}: it must be a number between 0 and 1.")
         if id not in units and id not in unit_of:
-            raise FormatError(f"There is no unit and no example with the id {id!r} in this recipe.")
+            known = dict.fromkeys([*units, *unit_of])
+            raise FormatError(f"There is no unit and no example with the id {id!r}: {choices(id, known)}.")
         unit = units[id] if id in units else unit_of[id]
         if given.setdefault(unit, share) != share:
             raise FormatError(f"{id!r} and others of its unit have two shares, {given[unit]} and {share}: give one.")
@@ -116,6 +117,8 @@ def _vector(
 
 
 def _from_file(path: Path) -> Iterable[tuple[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file of deletion sets at {path}: give one with a set a line.")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue

@@ -32,7 +32,7 @@ from leaveout.corpus import Corpus, Row
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
-from leaveout.errors import UnsupportedError
+from leaveout.errors import UnsupportedError, choices
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import PRESETS, SignatureSettings
@@ -198,9 +198,9 @@ def parse(name: str) -> tuple[str, str]:
     method, _, at = name.partition("@")
     at = at or "final"
     if method not in METHODS:
-        raise ValueError(f"there is no method {method!r}: give one of {', '.join(METHODS)}")
+        raise ValueError(f"there is no method {method!r}: {choices(method, METHODS)}")
     if at not in CHECKPOINTS:
-        raise ValueError(f"there is no checkpoint {at!r} in {name!r}: give one of {', '.join(CHECKPOINTS)}")
+        raise ValueError(f"there is no checkpoint {at!r} in {name!r}: {choices(at, CHECKPOINTS)}")
     return method, at
 
 

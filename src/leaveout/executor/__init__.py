@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
-from leaveout.errors import LeaveoutError
+from leaveout.errors import LeaveoutError, choices
 from leaveout.executor.workers import Worker, process_worker, ray_worker
 
 __all__ = ["Backend", "refuse_crew", "run_tasks"]
@@ -63,7 +63,7 @@ def refuse_crew(workers: int, backend: str) -> None:
     if workers < 1:
         raise ValueError(f"workers is {workers}: give 1 or more.")
     if backend not in get_args(Backend):
-        raise ValueError(f"backend is {backend!r}: give one of {', '.join(get_args(Backend))}.")
+        raise ValueError(f"backend is {backend!r}: {choices(backend, get_args(Backend))}.")
 
 
 @dataclass(eq=False)

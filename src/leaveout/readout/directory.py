@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from leaveout.corpus import Corpus
-from leaveout.errors import FormatError, MismatchError
+from leaveout.errors import FormatError, MismatchError, refuse_other_names
 from leaveout.readout.build import (
     BuildOptions,
     BuildReport,
@@ -20,10 +21,11 @@ from leaveout.readout.build import (
 )
 from leaveout.readout.model import ModelOptions, Readout
 from leaveout.readout.residual import FAMILIES, NORMS_BEHIND
-from leaveout.readout.settings import SignatureSettings
+from leaveout.readout.settings import Channel, SignatureSettings
 from leaveout.readout.shards import Shard, copy_statistics
 from leaveout.readout.signature import Signer
 from leaveout.store import Store
+from leaveout.store.catalogue import CATALOGUE
 
 KIND = "readout index"
 RULES = 2  # of what the same settings mean; 1 had other signatures for some models, see `refuse_former_rules`
@@ -34,6 +36,8 @@ def split_options(options: dict[str, Any]) -> tuple[ModelOptions, BuildOptions, 
     groups = [{field.name for field in fields(kind)} for kind in (ModelOptions, BuildOptions)]
     given = [{name: value for name, value in options.items() if name in group} for group in groups]
     rest = {name: value for name, value in options.items() if name not in groups[0] | groups[1]}
+    known = {field.name for kind in (ModelOptions, BuildOptions, SignatureSettings, Channel) for field in fields(kind)}
+    refuse_other_names("option or setting", rest, sorted(known))
     return ModelOptions(**given[0]), BuildOptions(**given[1]), rest
 
 
@@ -66,19 +70,30 @@ def open_or_create(path: Path, wanted: dict[str, Any]) -> Store:
         raise FileExistsError(f"{path} is a file: give a directory for the index.")
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return Store.create(path, wanted)
+    if not (path / CATALOGUE).exists():
+        raise FileExistsError(f"{path} holds files that are no index: give an empty or a new directory for the index.")
     store = Store.open(path, write=True)
     try:
         if store.settings.get("kind") == KIND:
             refuse_former_rules(store)
         for name, old, new in _differences(store.settings, wanted):
+            if _is_bare(store):
+                store.close()
+                shutil.rmtree(path)
+                return Store.create(path, wanted)
+            other = "other channels" if name == "channels" else f"{name} = {old!r}, not {new!r}"
             raise MismatchError(
-                f"{path} holds an index with {name} = {old!r}, not {new!r}: use the same settings to resume, "
-                "or another directory for a new index."
+                f"{path} holds an index with {other}: use the same settings to resume, or another directory for a new index."
             )
     except BaseException:
         store.close()
         raise
     return store
+
+
+def _is_bare(store: Store) -> bool:
+    """Whether a build stopped before it kept anything, as at a bad first row: nothing is lost by beginning anew."""
+    return not store.state("complete") and store.n_rows == 0 and store.side("whitening") is None
 
 
 def refuse_former_rules(store: Store) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from leaveout.errors import UnsupportedError
+from leaveout.errors import UnsupportedError, choices
 from leaveout.readout import ann, simhash
 from leaveout.readout.queries import Queries
 from leaveout.readout.rollup import BestGroups, distinct
@@ -43,9 +43,9 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         if self.approximate not in (None, *get_args(Approximation)):
-            raise ValueError(f"approximate is {self.approximate!r}: give one of {', '.join(get_args(Approximation))}.")
+            raise ValueError(f"approximate is {self.approximate!r}: {choices(self.approximate, get_args(Approximation))}.")
         if self.backend not in get_args(Scanners):
-            raise ValueError(f"backend is {self.backend!r}: give one of {', '.join(get_args(Scanners))}.")
+            raise ValueError(f"backend is {self.backend!r}: {choices(self.backend, get_args(Scanners))}.")
         if self.rescore < 0:
             raise ValueError(f"rescore is {self.rescore}: give 0 or more.")
         if self.group_by is not None and self.unique:
@@ -57,7 +57,7 @@ class SearchOptions:
 def prepare(index: Index, kind: Approximation, bits: int) -> None:
     """Makes or completes the side file of an approximation. Raises: UnsupportedError for low-rank rows."""
     if kind not in get_args(Approximation):
-        raise ValueError(f"There is no approximation {kind!r}: give one of {', '.join(get_args(Approximation))}.")
+        raise ValueError(f"There is no approximation {kind!r}: {choices(kind, get_args(Approximation))}.")
     _refuse_low_rank(index)
     if kind == "simhash":
         simhash.update(index.store, bits, index.settings.seed)
@@ -120,7 +120,7 @@ def _groups(index: Index, options: SearchOptions) -> Callable[[np.ndarray], list
     if name == "unit":
         return lambda numbers: [record.unit for record in store.rows(numbers)]
     if name not in (fields := store.info()["fields"]):
-        raise ValueError(f"group_by is {name!r}: give unit, or a field of the rows ({', '.join(fields) or 'none'}).")
+        raise ValueError(f"group_by is {name!r}: {choices(name, ['unit', *fields])}.")
     return lambda numbers: [record.meta.get(name) for record in store.rows(numbers)]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from leaveout.corpus import Corpus
-from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.errors import FormatError, MismatchError, UnsupportedError, made
 from leaveout.readout import ann, finding, simhash
 from leaveout.readout.build import BuildReport, add_rows, set_whitening
 from leaveout.readout.directory import (
@@ -250,7 +250,7 @@ class Index:
         """
         if k < 1:
             raise ValueError(f"k is {k}: give 1 or more.")
-        how, encoded = SearchOptions(**options), self.encode(queries)
+        how, encoded = made(SearchOptions, "option of search", options), self.encode(queries)
         found = finding.find(self, encoded, k, self._wanted(where), how)
         return [self.hits(numbers, scores) for numbers, scores in found]
 

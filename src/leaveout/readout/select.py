@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
+from leaveout.errors import choices
 from leaveout.readout.index import Index, Queries, QueryRow
 from leaveout.readout.search import Best, Hit, ranking
 
@@ -34,7 +35,7 @@ def select_rows(
     Memory: `rrf` holds 16 bytes per row of the index, `mean` n rows.
     """
     if combine not in get_args(Combine):
-        raise ValueError(f"combine is {combine!r}: give one of {', '.join(get_args(Combine))}.")
+        raise ValueError(f"combine is {combine!r}: {choices(combine, get_args(Combine))}.")
     if n < 1:
         raise ValueError(f"n is {n}: give 1 or more.")
     groups = [(1.0, index.encode(wanted))]

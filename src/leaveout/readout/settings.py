@@ -12,6 +12,8 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from leaveout.errors import choices
+
 Kind = Literal["rh", "gh", "residual"]
 Projection = Literal["countsketch", "orthogonal"]
 Storage = Literal["float32", "float16", "int8", "int4"]
@@ -181,7 +183,7 @@ class SignatureSettings:
 
 def _one_of(name: str, value: Any, literal: Any) -> None:
     if value not in get_args(literal):
-        raise ValueError(f"{name} is {value!r}: give one of {', '.join(get_args(literal))}.")
+        raise ValueError(f"{name} is {value!r}: {choices(value, get_args(literal))}.")
 
 
 _HEAD = Channel("rh", left_width=1024, whiten_left=True, whiten_right=True, damping=1.0, left_damping=3.0)
@@ -232,7 +234,7 @@ def resolve_settings(preset: str | SignatureSettings = "default", **changes: Any
     """
     if isinstance(preset, str):
         if preset not in PRESETS:
-            raise ValueError(f"There is no preset {preset!r}: give one of {', '.join(PRESETS)}.")
+            raise ValueError(f"There is no preset {preset!r}: {choices(preset, PRESETS)}.")
         preset = PRESETS[preset]
     known = {field.name for field in fields(SignatureSettings)}
     for name in changes:
@@ -242,5 +244,5 @@ def resolve_settings(preset: str | SignatureSettings = "default", **changes: Any
                 "or replace() those of a preset."
             )
         if name not in known:
-            raise ValueError(f"There is no signature setting {name!r}: settings are {', '.join(sorted(known))}.")
+            raise ValueError(f"There is no signature setting {name!r}: {choices(name, sorted(known))}.")
     return replace(preset, **changes)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from leaveout.errors import FormatError, LeaveoutError, MismatchError
+from leaveout.errors import FormatError, LeaveoutError, MismatchError, meant
 from leaveout.store import catalogue, check, export, filters
 from leaveout.store.catalogue import CATALOGUE, MAX_ROWS, SHIFT
 from leaveout.store.record import COLUMNS, SOURCE, Record, deserialized
@@ -142,7 +142,8 @@ class Reader:
         """Row numbers [ids] of live rows; ValueError names an id that has none."""
         found = dict(self._lookup(ids))
         for missing in (id for id in ids if id not in found):
-            raise ValueError(f"no row has the id {missing!r}")
+            near = meant(missing, (record.id for record in self.iter_rows()))
+            raise ValueError(f"no row has the id {missing!r}: {near}give the id of a row that is there")
         return self._snapshot.numbers([found[id] for id in ids])
 
     def has(self, ids: Collection[str]) -> set[str]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leaveout.corpus import Corpus, Row
-from leaveout.errors import FormatError, UnsupportedError
+from leaveout.errors import FormatError, UnsupportedError, choices
 from leaveout.training.recipe import content_digest
 from leaveout.training.tasks import IGNORED, Task, token_losses
 
@@ -67,7 +67,8 @@ class Query:
 
     def __post_init__(self) -> None:
         if isinstance(self.measure, str) and self.measure not in ("loss", *MEASURES):
-            raise ValueError(f"measure must be loss, {', '.join(MEASURES)} or a function, got {self.measure!r}")
+            known = ["loss", *MEASURES]
+            raise ValueError(f"there is no measure {self.measure!r}: {choices(self.measure, known, 'a function')}")
         if not self.name:
             object.__setattr__(self, "name", _name(self.row))
 

@@ -24,13 +24,17 @@ import numpy as np
 import torch
 
 from leaveout.corpus import Corpus, Row
-from leaveout.errors import FormatError, UnsupportedError
+from leaveout.errors import FormatError, UnsupportedError, choices, refuse_other_names
 from leaveout.training.recipe_file import model_place, read_fields
 
 KINDS = ("microgpt", "causal-lm", "classifier", "custom")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "adam", "adamw", "paper-adam")
 ORDERS = ("given", "shuffled")
+LOSS_PER = ("example", "token")
+DTYPES = ("float32", "float64")
+LEAST = {"epochs": 1, "steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "max_tokens": 2, "seed": 0}
+"""The smallest value of each whole number."""
 OF_LORA = ("r", "alpha", "targets")
 
 
@@ -47,8 +51,14 @@ class OptimizerSettings:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("lr", "momentum", "weight_decay"):
+            _check_number(f"optimizer.{name}", getattr(self, name), (int, float), 0)
+        if self.eps is not None:
+            _check_number("optimizer.eps", self.eps, (int, float), 0)
+        if self.betas is not None and not _are_betas(self.betas):
+            raise ValueError(f"optimizer.betas must be two numbers from 0 to below 1, got {self.betas!r}")
         if self.name not in OPTIMIZERS:
-            raise UnsupportedError(f"Optimizer {self.name!r} is not known: use one of {', '.join(OPTIMIZERS)}.")
+            raise UnsupportedError(f"There is no optimizer {self.name!r}: {choices(self.name, OPTIMIZERS)}.")
         if self.betas is not None:
             object.__setattr__(self, "betas", tuple(self.betas))
 
@@ -87,27 +97,18 @@ class Recipe:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         if self.kind not in KINDS:
-            raise UnsupportedError(f"Recipe kind {self.kind!r} is not known: use one of {', '.join(KINDS)}.")
+            raise UnsupportedError(f"There is no recipe kind {self.kind!r}: {choices(self.kind, KINDS)}.")
         if self.schedule not in SCHEDULES:
-            raise UnsupportedError(f"Schedule {self.schedule!r} is not known: use one of {', '.join(SCHEDULES)}.")
-        if self.dtype not in ("float32", "float64"):
-            raise UnsupportedError(f"A run in {self.dtype} is not supported: use float32 or float64.")
-        if self.loss_per not in ("example", "token"):
-            raise ValueError(f"loss_per must be 'example' or 'token', got {self.loss_per!r}")
+            raise UnsupportedError(f"There is no schedule {self.schedule!r}: {choices(self.schedule, SCHEDULES)}.")
         if self.loss_per == "token" and self.kind == "custom":
             raise ValueError("a custom loss is a number an example: leave loss_per out, and scale the loss itself")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         largest = self.batch_size if isinstance(self.order, str) else math.inf
-        if not 1 <= self.accumulate <= largest:
+        if self.accumulate > largest:
             raise ValueError(f"accumulate must be from 1 to batch_size ({self.batch_size}), got {self.accumulate}")
         if not isinstance(self.drop_last, bool):
             raise ValueError(f"drop_last must be true or false, got {self.drop_last!r}")
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
-        if self.warmup < 0 or (self.steps is not None and self.steps < 0):
-            raise ValueError(f"steps and warmup must not be negative, got {self.steps} and {self.warmup}")
         object.__setattr__(self, "order", _checked_order(self.order, len(self.examples)))
         if not isinstance(self.order, str) and self.steps not in (None, len(self.order)):
             raise ValueError(
@@ -206,6 +207,7 @@ class Recipe:
     def with_(self, **changes: Any) -> Recipe:
         """A copy with other values; `lr`, `eps`, `momentum` change the optimizer."""
         inner = {k: changes.pop(k) for k in ("lr", "eps", "momentum") if k in changes}
+        refuse_other_names("field of a recipe", changes, [f.name for f in fields(self)])
         optimizer = changes.pop("optimizer", self.optimizer)
         return replace(self, optimizer=replace(optimizer, **inner), **changes)
 
@@ -275,6 +277,52 @@ def content_digest(value: Any) -> str:
     return digest.hexdigest()[:32]
 
 
+def _check_fields(recipe: Recipe) -> None:
+    """Raises: TypeError or ValueError for a field that is of another kind, or a number that is too small."""
+    if not isinstance(recipe.optimizer, OptimizerSettings):
+        name = recipe.optimizer if isinstance(recipe.optimizer, str) else "adamw"
+        raise TypeError(f"optimizer is {recipe.optimizer!r}: give OptimizerSettings({name!r}, lr=...)")
+    for name, least in LEAST.items():
+        if name != "steps" or recipe.steps is not None:
+            _check_number(name, getattr(recipe, name), int, least)
+    if recipe.clip_norm is not None:
+        _check_number("clip_norm", recipe.clip_norm, (int, float), 0)
+    for name, known, kind in (("loss_per", LOSS_PER, ValueError), ("dtype", DTYPES, UnsupportedError)):
+        if (value := getattr(recipe, name)) not in known:
+            raise kind(f"{name} is {value!r}: {choices(value, known)}")
+    _check_model(recipe.kind, recipe.model)
+
+
+def _check_model(kind: str, model: Any) -> None:
+    """Raises: FormatError for what the kind of recipe cannot make a model of."""
+    of_kind = {"microgpt": ("alphabet", "start"), "classifier": ("hidden",)}
+    if isinstance(model, Mapping) and kind in of_kind:
+        for name in model:
+            if name not in of_kind[kind]:
+                raise FormatError(f"`model` of a {kind} recipe has no field {name!r}: {choices(name, of_kind[kind])}.")
+        sizes = model.get("hidden", ())
+        if isinstance(sizes, str) or not isinstance(sizes, Collection) or not all(_is_size(size) for size in sizes):
+            raise FormatError(f"`hidden` must be a list of widths from 1, such as [32, 32], got {sizes!r}.")
+    elif kind == "microgpt" and model is not None:
+        raise FormatError(f"A microgpt recipe has a model of its own: leave `model` out, got {model!r}.")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_number(name: str, value: Any, kinds: type | tuple[type, ...], least: int) -> None:
+    fits = isinstance(value, (kinds, np.integer)) and not isinstance(value, bool) and least <= value < math.inf
+    if not fits:
+        kind = "a whole number" if kinds is int else "a number"
+        raise ValueError(f"{name} must be {kind} of at least {least}, got {value!r}")
+
+
+def _are_betas(betas: Any) -> bool:
+    pair = isinstance(betas, Sequence) and len(betas) == 2
+    return pair and all(isinstance(b, (int, float)) and not isinstance(b, bool) and 0 <= b < 1 for b in betas)
+
+
 def _checked_order(order: Any, n_examples: int) -> str | tuple[tuple[int, ...], ...]:
     if isinstance(order, str) and order in ORDERS:
         return order
@@ -294,7 +342,9 @@ def _check_trained(trained: Any) -> None:
     lora = trained.get("lora") if isinstance(trained, Mapping) and len(trained) == 1 else None
     if isinstance(lora, Mapping):
         if unknown := [str(name) for name in lora if name not in OF_LORA]:
-            raise ValueError(f"lora has unknown fields: {', '.join(unknown)}; use those of {', '.join(OF_LORA)}")
+            raise ValueError(f"lora has the unknown field {unknown[0]!r}: {choices(unknown[0], OF_LORA)}")
+        for name in ("r", "alpha"):
+            _check_number(f"{name} of lora", lora.get(name, 1), int if name == "r" else (int, float), 1)
         if "targets" not in lora:
             raise ValueError("lora needs the field targets: a list of module names such as [q_proj, v_proj]")
         if isinstance(lora["targets"], str) or not isinstance(lora["targets"], Collection) or not lora["targets"]:

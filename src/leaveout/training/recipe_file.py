@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from leaveout.errors import FormatError
+from leaveout.errors import FormatError, choices
 
 WHOLE = ("n", "steps", "epochs", "batch_size", "accumulate", "warmup", "seed", "max_tokens")
 REAL_OF_OPTIMIZER = ("lr", "momentum", "eps", "weight_decay")
@@ -20,15 +20,19 @@ def read_fields(path: Path, known: Collection[str], known_of_optimizer: Collecti
 
     Raises: FormatError for unknown fields, for what must be a number and is none, and for `steps` beside `epochs`.
     """
+    if not path.is_file():
+        kind = "is a directory" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"There is no recipe in {path}, which {kind}: give the path of a YAML file.")
     try:
         raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise FormatError(f"{path} is not YAML: {error}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} is not a recipe in YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(raw, Mapping) or "kind" not in raw or "data" not in raw:
         raise FormatError(f"{path} is not a recipe: it needs at least the fields `kind` and `data`.")
     out = dict(raw)
     if unknown := sorted(str(name) for name in set(out) - set(known)):
-        raise FormatError(f"{path} has fields that no recipe has: {', '.join(unknown)}.")
+        name = unknown[0]
+        raise FormatError(f"{path} has the field {name!r}, which no recipe has: {choices(name, sorted(known))}.")
     if "steps" in out and "epochs" in out:
         raise FormatError(f"{path} has both `steps` and `epochs`: leave one of them out.")
     if not isinstance(out.get("order", ""), str) and (given := [name for name in ("steps", "epochs") if name in out]):
@@ -37,6 +41,8 @@ def read_fields(path: Path, known: Collection[str], known_of_optimizer: Collecti
         raise FormatError(f"{path}: only the kind microgpt has `n`: leave it out and shorten the data instead.")
     if not isinstance(out["data"], str):
         raise FormatError(f"{path}: `data` must be the path of a file, got {out['data']!r}.")
+    if not isinstance(out.get("units", ""), str):
+        raise FormatError(f"{path}: `units` must be the name of a field of the rows, got {out['units']!r}.")
     for name in WHOLE:
         if name in out:
             out[name] = _number(path, name, out[name], whole=True)
@@ -66,8 +72,8 @@ def _optimizer(path: Path, raw: Any, known: Collection[str]) -> dict[str, Any]:
         raise FormatError(f"{path}: `optimizer` must be a mapping with a name, such as {{name: adamw}}, got {raw!r}.")
     out = dict(raw)
     if unknown := [str(name) for name in out if name not in known]:
-        names = ", ".join(unknown)
-        raise FormatError(f"{path}: `optimizer` has unknown fields: {names}; use those of {', '.join(known)}.")
+        name = unknown[0]
+        raise FormatError(f"{path}: `optimizer` has the unknown field {name!r}: {choices(name, known)}.")
     for name in REAL_OF_OPTIMIZER:
         if name in out and not (name == "eps" and out[name] is None):
             out[name] = _number(path, f"optimizer.{name}", out[name])

@@ -35,8 +35,9 @@ from leaveout.baselines.embedding import EmbeddingCosine
 from leaveout.corpus import Row
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
+from leaveout.training.digest import digest_of
 from leaveout.training.queries import Query, query_function
-from leaveout.training.recipe import OptimizerSettings, Recipe, content_digest
+from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import Task, task_of
 from leaveout.training.train import Parameters, own_parameters, train_plain
 from measuring import arguments, untrained, write_result
@@ -264,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = SMOKE if args.smoke else sizes
     with tempfile.TemporaryDirectory() as scratch:
         work = args.work or Path(scratch)
-        work = work / content_digest([asdict(sizes), args.seed, shape.name])[:12]
+        work = work / digest_of([asdict(sizes), args.seed, shape.name], "The settings")[:12]
         work.mkdir(parents=True, exist_ok=True)
         place, sources, seconds = base_model(work, args.smoke, sizes, args.seed, shape)
         seeds = [measured(place, draw_trial(sources, sizes, seed), sizes, work / f"seed {seed}") for seed in args.seeds]

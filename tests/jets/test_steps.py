@@ -120,7 +120,9 @@ def test_a_query_is_the_mean_over_its_own_tokens_whatever_it_is_asked_with(toget
 def test_batches_of_different_sizes_divide_by_their_own(optimizer):
     """An order of batches of 3, 1 and 4, beside a `batch_size` that has nothing to say."""
     order = ((0, 1, 2), (3,), (4, 5, 6, 7))
-    recipe = Recipe("classifier", points(8), optimizer=OPTIMIZERS[optimizer], order=order, batch_size=2, dtype="float64")
+    recipe = Recipe(
+        "classifier", points(8), optimizer=OPTIMIZERS[optimizer], order=order, batch_size=2, dtype="float64"
+    )
     task = task_of(recipe)
     from leaveout.training.train import make_optimizer
 
@@ -146,7 +148,9 @@ def test_the_last_batch_of_an_epoch_is_trained_on_as_a_loader_gives_it():
     assert recipe.with_(order=((1, 2), (2,)), units=tuple("aabbccc")).untrained_units() == ("c",)
 
 
-@pytest.mark.parametrize(("n", "parts", "wanted"), [(5, 2, [3, 2]), (7, 3, [3, 3, 1]), (6, 4, [2, 2, 2]), (2, 4, [1, 1])])
+@pytest.mark.parametrize(
+    ("n", "parts", "wanted"), [(5, 2, [3, 2]), (7, 3, [3, 3, 1]), (6, 4, [2, 2, 2]), (2, 4, [1, 1])]
+)
 def test_micro_batches_are_of_one_size_but_the_last(n, parts, wanted):
     found = list(micro_batches(tuple(range(n)), parts))
     assert [len(part) for part in found] == wanted and tuple(itertools.chain(*found)) == tuple(range(n))

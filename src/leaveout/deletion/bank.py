@@ -62,17 +62,17 @@ class Bank:
     def __init__(self, recipe: Recipe, path: Path, constants: Parameters) -> None:
         self.recipe, self.path, self.constants = recipe, Path(path), constants
         self._fits: dict[tuple[Any, ...], tuple[Fitted, float]] = {}
+        settings = {"what": "measurements", "recipe": recipe.hash(), "digests": recipe.digests()}
         if not self.path.is_dir() or not any(self.path.iterdir()):
-            Store.create(self.path, self._settings()).close()
+            Store.create(self.path, settings).close()
         self.store = Store.open(self.path)
         self._stored = Stored(self.store, recipe, constants)
-        if self.store.settings != self._settings():
+        if self.store.settings != settings:
+            difference = recipe.difference(self.store.settings.get("digests", {})) or "it is of another kind"
             raise MismatchError(
-                f"{path} is the bank of another recipe: restore the recipe and its data, or measure into another run."
+                f"{path} is the bank of another recipe: {difference}. Restore the recipe and its data, or measure into "
+                "another run."
             )
-
-    def _settings(self) -> dict[str, Any]:
-        return {"what": "measurements", "recipe": self.recipe.hash(), "units": len(self.recipe.unit_names)}
 
     @property
     def sizes(self) -> np.ndarray:

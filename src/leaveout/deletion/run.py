@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import sys
 import time
@@ -45,7 +46,8 @@ from leaveout.training.updates import unit_vectors
 
 OWN = ("examples", "bank", "work")
 """What the directory of a run holds."""
-
+PYTHON = ".".join(platform.python_version_tuple()[:2])
+"""Whose bytecode the functions of a recipe are hashed by."""
 WIDTH = 8192
 """Numbers kept of each unit's update vector."""
 
@@ -345,7 +347,7 @@ def _save(path: Path, recipe: Recipe, source: Path | None, parameters: Parameter
         # The store's names are narrower than torch's: parameters are numbered, in the order of the task.
         store.put_side("parameters", {f"p{i}": p.numpy() for i, p in enumerate(parameters.values())})
         store.set_state("source", None if source is None else str(source.resolve()))
-        store.set_state("recipe", recipe.hash())
+        store.set_state("recipe", {"digests": recipe.digests(), "python": PYTHON})
         store.set_state("trained", True)
 
 
@@ -368,10 +370,15 @@ def _chunks(recipe: Recipe, size: int = 10_000) -> Iterator[list[Record]]:
 
 
 def _saved_parameters(store: Store, recipe: Recipe, path: Path) -> Parameters:
-    if store.state("recipe") != recipe.hash():
+    stored = store.state("recipe")
+    if not isinstance(stored, dict):
+        raise MismatchError(f"{path} was trained by an older leaveout: train into a new directory.")
+    if difference := recipe.difference(stored["digests"]):
+        python = stored["python"]
+        other = "" if python == PYTHON else f" (a function is hashed as bytecode, and this was Python {python})"
         raise MismatchError(
-            f"{path} was trained by another recipe, or the recipe or its data changed since: restore them, or train into "
-            "a new directory."
+            f"{path} was trained by another recipe, or the recipe or its data changed since: {difference}{other}. Restore "
+            "it, or train into a new directory."
         )
     side = store.side("parameters")
     if side is None or "p0" not in side:

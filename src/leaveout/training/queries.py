@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, UnsupportedError, choices
-from leaveout.training.recipe import content_digest
+from leaveout.training.digest import digest_of
 from leaveout.training.tasks import IGNORED, Task, token_losses
 
 TOGETHER = 8
@@ -59,11 +59,13 @@ class Query:
     measure  "loss" (mean over the learned tokens, nats), "probability" of the answer, "logit" or "margin" of its tokens
              (means), or a function of logits [positions, classes] and targets [positions] that gives a scalar
     name     what it is called in tables and files of scores; default: the row's own `id` if it has one, else its text
+    version  stands for what of a function cannot be hashed: change it whenever that changes
     """
 
     row: Any
     measure: str | Callable[[Tensor, Tensor], Tensor] = "loss"
     name: str = ""
+    version: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.measure, str) and self.measure not in ("loss", *MEASURES):
@@ -84,7 +86,7 @@ class Query:
             row = [row.text, row.responses]
         elif isinstance(row, tuple):
             row = [torch.as_tensor(part) for part in row]
-        return content_digest([row, self.measure])
+        return digest_of([row, self.measure], f"The query {self.name!r}", self.version)
 
 
 def _name(row: Any) -> str:
@@ -99,7 +101,7 @@ def _name(row: Any) -> str:
             else row.get("text") or f"{row.get('prompt', '')}{row.get('completion', row.get('response', ''))}"
         )
     if isinstance(row, tuple) and len(row) == 2:
-        return f"{content_digest(torch.as_tensor(row[0]))[:8]} as {row[1]}"
+        return f"{digest_of(torch.as_tensor(row[0]), 'The query')[:8]} as {row[1]}"
     return getattr(row, "__name__", type(row).__name__)
 
 

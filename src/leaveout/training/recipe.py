@@ -9,12 +9,11 @@ batches are never re-packed, so that the trained model is a smooth function of t
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import random
 import reprlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import index
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, UnsupportedError, choices, refuse_other_names
+from leaveout.training.digest import digest_of
 from leaveout.training.recipe_file import model_place, read_fields
 
 KINDS = ("microgpt", "causal-lm", "classifier", "custom")
@@ -36,6 +36,8 @@ DTYPES = ("float32", "float64")
 LEAST = {"epochs": 1, "steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "max_tokens": 2, "seed": 0}
 """The smallest value of each whole number."""
 OF_LORA = ("r", "alpha", "targets")
+DIGEST = 2
+"""Of the rules by which recipes are hashed: raised whenever they change, so that no old run passes for a new one."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Recipe:
     order    "given", "shuffled" (anew each epoch, by the seed), or the batches themselves, of any sizes
     drop_last   leave out the last batch of an epoch if it is not full; else it is a step as the others are
     accumulate  micro-batches of a step; they change nothing but rounding and memory
+    version  stands for what of `model` and `loss` cannot be hashed: change it whenever that changes
     """
 
     kind: str
@@ -95,6 +98,7 @@ class Recipe:
     max_tokens: int = 256
     seed: int = 0
     dtype: str = "float32"
+    version: str = ""
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -177,12 +181,28 @@ class Recipe:
 
     def hash(self) -> str:
         """Digest of the content: two recipes with the same hash train the same model."""
-        digest = hashlib.sha256()
-        for f in fields(self):
-            digest.update(f.name.encode() + b"\0")
-            value = getattr(self, f.name)
-            _feed(digest, _files(Path(value)) if f.name == "model" and isinstance(value, str) else value)
-        return digest.hexdigest()[:32]
+        return hash_of(self.digests())
+
+    def digests(self) -> dict[str, str]:
+        """A digest of each field, so that a mismatch can be named, and the `rules` by which they were made.
+
+        Raises: UnsupportedError for functions and objects whose content cannot be read, unless there is a `version`.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if isinstance(self.model, (str, Path)):
+            values["model"] = _files(Path(self.model))
+        values["optimizer"] = asdict(self.optimizer)
+        found = {name: digest_of(value, f"`{name}` of the recipe", self.version) for name, value in values.items()}
+        return {**found, "rules": str(DIGEST)}
+
+    def difference(self, stored: Mapping[str, Any]) -> str:
+        """The fields in which a recipe differs from another one's digests, in words; "" where they are equal."""
+        if hash_of(own := self.digests()) == hash_of(stored):
+            return ""
+        if stored.get("rules") != own["rules"]:
+            return "it is of another leaveout, which hashed recipes by other rules"
+        names = [name for name in {**own, **stored} if own.get(name) != stored.get(name)]
+        return f"it differs in {', '.join(f'`{name}`' for name in names)}"
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -270,11 +290,9 @@ class Recipe:
         return cls(kind, tuple(Corpus.open(data, units=units)), **raw)
 
 
-def content_digest(value: Any) -> str:
-    """Digest of a value made of tensors, rows, functions and plain data; equal content, equal digest."""
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    return digest.hexdigest()[:32]
+def hash_of(digests: Mapping[str, Any]) -> str:
+    """The hash of a recipe with these digests."""
+    return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()[:32]
 
 
 def _check_fields(recipe: Recipe) -> None:
@@ -380,38 +398,10 @@ def _arrays(path: Path, units: str | None) -> tuple[tuple[Any, ...], tuple[str, 
     return tuple(zip(x, y, strict=True)), names
 
 
-def _feed(digest: Any, value: Any) -> None:
-    """Add a value to a digest, with its type, so that no two different values feed the same bytes."""
-    if isinstance(value, torch.Tensor):
-        array = value.detach().contiguous()
-        digest.update(f"tensor{array.dtype}{tuple(array.shape)}".encode())
-        digest.update(array.view(torch.uint8).numpy().tobytes() if array.dim() else str(array.item()).encode())
-    elif isinstance(value, Row):
-        _feed(digest, [value.id, value.text, value.responses, value.unit])
-    elif isinstance(value, Mapping):
-        _feed(digest, sorted((str(k), v) for k, v in value.items()))
-    elif isinstance(value, (list, tuple)):
-        digest.update(f"list{len(value)}".encode())
-        for item in value:
-            _feed(digest, item)
-    elif isinstance(value, OptimizerSettings):
-        _feed(digest, asdict(value))
-    elif callable(value):
-        _feed(digest, [getattr(value, "__module__", ""), getattr(value, "__qualname__", ""), _source(value)])
-    else:
-        digest.update(json.dumps(value, default=str).encode() + b"\0")
-
-
 def _files(path: Path) -> list[list[str]]:
-    """Names and digests of the files of a model's directory; for a name that is no directory, the name."""
+    """Names and digests of the files of a model's directory, or of its one file; for a name that is neither, the name."""
+    if path.is_file():
+        return [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()]]
     if not path.is_dir():
         return [[str(path)]]
     return [[p.name, hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(path.iterdir()) if p.is_file()]
-
-
-def _source(value: Callable[..., Any]) -> str:
-    """The source text of a function, so that editing it changes the hash; empty where there is none."""
-    try:
-        return inspect.getsource(value)
-    except (OSError, TypeError):
-        return ""

@@ -141,9 +141,7 @@ def influence(vectors: UnitVectors, gradients: np.ndarray, damping: float = 1.0)
 # --- gradients of single examples --------------------------------------------------------------------------------
 
 
-def example_gradients(
-    run: FlatRun, numbers: Sequence[int], together: int
-) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+def example_gradients(run: FlatRun, numbers: Sequence[int], together: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """Groups of examples, with the gradients [examples, parameters] of their losses at the present parameters."""
     for first in range(0, len(numbers), together):
         group = tuple(numbers[first : first + together])

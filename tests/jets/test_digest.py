@@ -1,0 +1,254 @@
+"""Digests: equal content gives equal digests, in any process; whatever a function can read is content."""
+
+import functools
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_recipe import points
+from torch import nn
+
+from leaveout.corpus import Corpus
+from leaveout.deletion.run import TrainingRun
+from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.training.digest import digest_of
+from leaveout.training.queries import Query
+from leaveout.training.recipe import DIGEST, OptimizerSettings, Recipe
+
+SCALE = 2.0
+
+
+def helper(x):
+    return x * SCALE
+
+
+def deep(x):
+    return helper(x) if x.dim() else deep(x[None])
+
+
+def made_by(power, shift=0.0, *, sign=1.0):
+    def loss(model, batch, shift=shift, *, sign=sign):
+        return sign * (model(batch[0]).sum(1) - batch[1]).abs() ** power + shift
+
+    return loss
+
+
+class Weighted:
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, model, batch):
+        return self.weight * (model(batch[0]).sum(1) - batch[1]) ** 2
+
+    def method(self, model, batch):
+        return self(model, batch)
+
+
+class Slotted:
+    __slots__ = ("weight",)
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self, model, batch):
+        return self.weight * model(batch[0]).sum(1)
+
+
+class Heavier(Weighted):
+    pass
+
+
+class Net(nn.Module):
+    def __init__(self, gain=1.0, width=2):
+        super().__init__()
+        self.gain, self.linear = gain, nn.Linear(width, 1)
+        self.register_buffer("offset", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        return self.gain * self.linear(x) + self.offset
+
+
+def net(gain=1.0, weight=0.5, offset=0.0, hook=None, activation=None):
+    made = Net(gain)
+    with torch.no_grad():
+        made.linear.weight.fill_(weight)
+        made.linear.bias.zero_()
+        made.offset.fill_(offset)
+    if hook is not None:
+        made.register_forward_hook(hook)
+    return made if activation is None else nn.Sequential(made, activation)
+
+
+def changed_global(scale):
+    space = {}
+    exec(f"SCALE = {scale}\ndef inner(x):\n    return x * SCALE\ndef loss(m, b):\n    return inner(m(b[0]))", space)
+    return space["loss"]
+
+
+def returning(text):
+    return eval(f"lambda model, batch: {text}")
+
+
+# Two makers of one value each: equal inside a row, different between rows.
+VALUES = {
+    "closure": [lambda: made_by(2), lambda: made_by(3)],
+    "default": [lambda: made_by(2), lambda: made_by(2, shift=1.0)],
+    "keyword default": [lambda: made_by(2), lambda: made_by(2, sign=-1.0)],
+    "type of a number": [lambda: made_by(2), lambda: made_by(2.0), lambda: made_by(True)],
+    "partial": [lambda: functools.partial(F.huber_loss, delta=1.0), lambda: functools.partial(F.huber_loss, delta=2.0),
+                lambda: functools.partial(F.mse_loss, delta=2.0)],
+    "partial of a closure": [lambda: functools.partial(made_by(2), shift=1.0), lambda: functools.partial(made_by(3), shift=1.0)],
+    "callable object": [lambda: Weighted(1.0), lambda: Weighted(2.0), lambda: Heavier(1.0)],
+    "slots": [lambda: Slotted(1.0), lambda: Slotted(2.0)],
+    "bound method": [lambda: Weighted(1.0).method, lambda: Weighted(2.0).method],
+    "array in an object": [lambda: Weighted(np.arange(5000)), lambda: Weighted(np.r_[np.arange(4999), 0])],
+    "tensor in a closure": [lambda: made_by(torch.arange(3)), lambda: made_by(torch.arange(3).float())],
+    "global constant": [lambda: changed_global(1.0), lambda: changed_global(2.0)],
+    "lambdas on one line": [lambda: (lambda m, b: m(b[0]) + 1, lambda m, b: m(b[0]) - 1)[0],
+                            lambda: (lambda m, b: m(b[0]) + 1, lambda m, b: m(b[0]) - 1)[1]],
+    "constant of a lambda": [lambda: returning("m + 1"), lambda: returning("m + 2"), lambda: returning("m + 1.0")],
+    "name of a lambda": [lambda: returning("batch.sin()"), lambda: returning("batch.cos()")],
+    "lambda in a lambda": [lambda: returning("(lambda x: x + 1)(batch)"), lambda: returning("(lambda x: x + 2)(batch)")],
+    "weights": [net, lambda: net(weight=0.6)],
+    "plain buffer": [net, lambda: net(offset=1.0)],
+    "attribute of a module": [net, lambda: net(gain=2.0)],
+    "hook": [net, lambda: net(hook=lambda m, a, out: out * 2), lambda: net(hook=lambda m, a, out: out * 3)],
+    "setting of an installed module": [lambda: net(activation=nn.GELU("none")), lambda: net(activation=nn.GELU("tanh")),
+                                       lambda: net(activation=nn.LeakyReLU(0.1)), lambda: net(activation=nn.LeakyReLU(0.2))],
+    "module in a closure": [lambda: made_by(net()), lambda: made_by(net(weight=0.7))],
+    "set": [lambda: {"a", "b", "c"}, lambda: {"a", "b"}],
+    "keys": [lambda: {1: "a"}, lambda: {"1": "a"}],
+    "bytes and text": [lambda: b"a", lambda: "a", lambda: Path("a")],
+    "class": [lambda: Weighted, lambda: Slotted, lambda: nn.Linear, lambda: nn.Conv2d],
+    "library": [lambda: torch.nn, lambda: np],
+    "recursive": [lambda: deep, lambda: helper],
+    "generator of torch": [lambda: torch.Generator().manual_seed(1), lambda: torch.Generator().manual_seed(2)],
+    "generator of Python": [lambda: random.Random(1), lambda: random.Random(2)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_a_value_holds_is_in_its_digest(name):
+    makers = VALUES[name]
+    digests = [digest_of(make(), "x") for make in makers]
+    assert digests == [digest_of(make(), "x") for make in makers]
+    assert len(set(digests)) == len(makers)
+
+
+def test_two_lambdas_on_one_line_are_two_recipes():
+    losses = (lambda m, b: b[1] * 1.0, lambda m, b: b[1] * 2.0)
+    one, two = [Recipe("custom", points(), model=nn.Identity, loss=loss) for loss in losses]
+    assert one.hash() != two.hash() and one.difference(two.digests()) == "it differs in `loss`"
+
+
+def test_a_function_does_not_depend_on_where_it_stands(tmp_path):
+    """Lines above it, its file and comments inside it are not content."""
+    text = "SCALE = 3\ndef loss(model, batch):\n    return model(batch[0]) * SCALE\n"
+    found = []
+    for name, source in (
+        ("one", text),
+        ("two", "import os\n\n\n" + text.replace("    return", "    # so\n    return")),
+    ):
+        (tmp_path / f"{name}.py").write_text(source)
+        space = {"__name__": name}
+        exec(compile(source, str(tmp_path / f"{name}.py"), "exec"), space)
+        found.append(digest_of(space["loss"], "x"))
+    assert found[0] == found[1]
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_digest import VALUES, digest_of
+print([digest_of(make(), "x") for name in sorted(VALUES) for make in VALUES[name]])
+"""
+
+
+def test_digests_are_equal_in_another_process():
+    """Also where texts hash otherwise, so that sets come in another order."""
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent)]
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    ]
+    mine = [digest_of(make(), "x") for name in sorted(VALUES) for make in VALUES[name]]
+    assert [run.stdout.strip() for run in runs] == [str(mine)] * 2
+
+
+@pytest.mark.parametrize("held", [threading.Lock(), (i for i in ()), sys.stdout])
+def test_what_cannot_be_read_is_refused_with_advice(held):
+    recipe = Recipe("custom", points(), model=nn.Identity, loss=functools.partial(made_by(2), shift=held))
+    kind = type(held).__name__
+    with pytest.raises(UnsupportedError, match=f"`loss` of the recipe .*shift.* holds a .*{kind}.*give `version=`"):
+        recipe.hash()
+    one, two = recipe.with_(version="1"), recipe.with_(version="2")
+    assert one.hash() == one.hash() != two.hash()
+    with pytest.raises(UnsupportedError, match=r"The query 'q' .*holds a"):
+        _ = Query(functools.partial(made_by(2), shift=held), name="q").digest
+    assert Query(lambda m: held, version="1").digest != Query(lambda m: held, version="2").digest
+
+
+def test_two_functions_never_share_measurements():
+    rows = [Query(functools.partial(made_by(p), batch=None)) for p in (2, 3)] + [Query(made_by(p)) for p in (2, 3)]
+    measures = [Query("a", lambda logits, targets, p=p: logits.sum() * p) for p in (2, 3)]
+    assert len({q.digest for q in [*rows, *measures]}) == 6
+
+
+def test_a_tokenizer_that_was_used_is_the_same():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"_": 0, "a": 1, "b": 2}, unk_token="_"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="_", pad_token="_")
+    before = digest_of(lambda: tokenizer, "x")
+    tokenizer(["a", "a b a"], truncation=True, max_length=2, padding=True)
+    assert digest_of(lambda: tokenizer, "x") == before
+    tokenizer.add_tokens(["c"])
+    assert digest_of(lambda: tokenizer, "x") != before
+
+
+def small(**changes):
+    return Recipe("classifier", points(), optimizer=OptimizerSettings("sgd", 0.1), batch_size=3, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"model": functools.partial(nn.Linear, 4, 3, bias=False)}, "`model`"),
+        ({"seed": 1}, "`seed`"),
+        ({"lr": 0.2}, "`optimizer`"),
+        ({"examples": points(seed=1)}, "`examples`"),
+        ({"epochs": 2, "batch_size": 2}, "`epochs`, `batch_size`"),
+    ],
+)
+def test_a_mismatch_says_which_field_differs(changes, field, tmp_path):
+    recipe = small(model=functools.partial(nn.Linear, 4, 3))
+    TrainingRun.open(recipe, tmp_path / "run")
+    with pytest.raises(MismatchError, match=f"another recipe.*it differs in {field}. Restore"):
+        TrainingRun.open(recipe.with_(**changes), tmp_path / "run")
+    other = TrainingRun.open(recipe.with_(**changes), tmp_path / "other")
+    with pytest.raises(MismatchError, match=f"bank of another recipe: it differs in {field}. Restore"):
+        other.bank.merge(tmp_path / "run" / "bank")
+
+
+def test_a_run_of_other_rules_is_not_taken_for_a_new_one(tmp_path, monkeypatch):
+    recipe = small()
+    before = recipe.hash()
+    TrainingRun.open(recipe, tmp_path / "run")
+    monkeypatch.setattr("leaveout.training.recipe.DIGEST", DIGEST + 1)
+    assert recipe.hash() != before
+    with pytest.raises(MismatchError, match="hashed recipes by other rules. Restore it, or train into a new"):
+        TrainingRun.open(recipe, tmp_path / "run")
+
+
+def test_rows_differ_by_their_content():
+    rows = Corpus.open([{"text": "ab"}, {"prompt": "a", "completion": "b"}, {"text": "ab", "id": "1"}])
+    assert len({digest_of(row, "x") for row in rows}) == 3

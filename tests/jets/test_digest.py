@@ -245,7 +245,7 @@ def test_a_run_of_other_rules_is_not_taken_for_a_new_one(tmp_path, monkeypatch):
     TrainingRun.open(recipe, tmp_path / "run")
     monkeypatch.setattr("leaveout.training.recipe.DIGEST", DIGEST + 1)
     assert recipe.hash() != before
-    with pytest.raises(MismatchError, match="hashed recipes by other rules. Restore it, or train into a new"):
+    with pytest.raises(MismatchError, match=r"hashed recipes by other rules. Restore it, or train into a new"):
         TrainingRun.open(recipe, tmp_path / "run")
 
 

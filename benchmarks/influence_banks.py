@@ -69,7 +69,7 @@ def qwen_bank(work: Path, sizes: tuple[int, int], seed: int) -> TruthBank:
 
 
 def gemma_bank(work: Path, sizes: tuple[int, int], seed: int) -> TruthBank:
-    """A Gemma-2 of 2.4 million parameters trained on 4,800 other rows, then Adam for four epochs, the rate falling."""
+    """A Gemma-2 of 2.2 million parameters trained on 4,800 other rows, then Adam for four epochs, the rate falling."""
     bank = scratch_bank(work, sizes, seed + 2, GEMMA, OptimizerSettings("adam", 5e-4, betas=(0.9, 0.99)))
     return replace(bank, recipe=replace(bank.recipe, epochs=4, schedule="linear", warmup=4))
 

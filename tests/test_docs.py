@@ -21,6 +21,7 @@ from readout.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_cli_page_is_what_help_prints():
@@ -82,6 +83,68 @@ def test_readme_links_and_tree_exist():
     assert tree
     for name in re.findall(r"\b([a-z_]+(?:/|\.py))\s{2,}", tree[1]):
         assert (ROOT / "src" / "leaveout" / name).exists(), name
+
+
+def test_links_of_all_pages_resolve():
+    broken = []
+    for page in PAGES:
+        for place, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            if "://" in place:
+                continue
+            target = page.parent / place if place else page
+            if not target.exists() or (anchor and anchor not in _anchors(target)):
+                broken.append(f"{page.name}: {place}#{anchor}")
+    assert broken == []
+
+
+def _anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_documented_commands_have_the_options_they_are_given():
+    """In the pages, in examples of --help, and in sentences of the program that name a command."""
+    known = {
+        name: {option for part in command.params for option in (*part.opts, *part.secondary_opts)} | {"--help", "-h"}
+        for name, command in typer.main.get_command(app).commands.items()
+    }
+    strange = []
+    for file in [*PAGES, *(ROOT / "src").rglob("*.py"), *(ROOT / "examples").glob("*.md")]:
+        for words in re.findall(r"leaveout ([a-z|]+ [^`\n#]*)", file.read_text(encoding="utf-8")):
+            names, _, arguments = words.partition(" ")
+            for name in set(names.split("|")) & set(known):
+                given = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", arguments))
+                strange += [f"{file.name}: {name} {option}" for option in sorted(given - known[name])]
+    assert strange == []
+
+
+def test_documented_benchmarks_have_the_options_they_are_given():
+    shared = (ROOT / "benchmarks" / "measuring.py").read_text(encoding="utf-8")
+    strange = []
+    for page in PAGES:
+        for place, arguments in re.findall(r"python (benchmarks/\w+\.py)([^`\n]*)", page.read_text(encoding="utf-8")):
+            source = (ROOT / place).read_text(encoding="utf-8") + shared
+            given = re.findall(r"(?<![\w-])--[a-z][a-z-]+", arguments)
+            strange += [f"{page.name}: {place} {option}" for option in given if f'"{option}"' not in source]
+    assert strange == []
+
+
+def test_advice_on_the_temperature_is_what_was_measured():
+    lost: dict[str, list[float]] = {"start": [], "third": [], "final": []}
+    for file in sorted((ROOT / "benchmarks" / "results").glob("readout_influence_*.json")):
+        lds = {line["method"]: line["lds"]["mean"] for line in json.loads(file.read_text(encoding="utf-8"))["lds"]}
+        if "temperature 2@third" in lds and "before" not in file.name:
+            for at, found in lost.items():
+                found.append(lds[f"default@{at}"] - lds[f"temperature 2@{at}"])
+    page = (ROOT / "docs" / "readout.md").read_text(encoding="utf-8")
+    told = re.search(r"\*\*Which temperature\?\*\* 1\..*", page)
+    assert told and "all four banks" in told[0] and {len(found) for found in lost.values()} == {4}
+    numbers = [float(number) for number in re.findall(r"\.\d\d", told[0])]
+    gained, *harmed = sorted(lost["start"])
+    ranges = [lost["third"], lost["final"], [-gained], harmed]
+    assert numbers == [round(end, 2) for part in ranges for end in sorted({min(part), max(part)})]
+    option = next(o for o in typer.main.get_command(app).commands["index"].params if o.name == "temperature")
+    assert "worse" in option.help and "try" not in option.help
 
 
 def test_tables_come_from_the_results():

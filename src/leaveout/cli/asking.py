@@ -40,7 +40,8 @@ def search(
     model: ModelAt = None,
     json_: Json = False,
 ) -> None:
-    """Find the rows that influenced a text: positive scores helped the model to say it.
+    """Find the rows that influence a text. To first order, training on a row with a positive score helps the model to
+    say it.
 
     Example: leaveout search idx --prompt "Capital of Norway?" --query " Bergen" -k 5
     """
@@ -125,7 +126,8 @@ def select(
     model: ModelAt = None,
     json_: Json = False,
 ) -> None:
-    """Choose the rows whose training would help a few wanted rows most.
+    """Choose the rows whose training would help a few wanted rows most. Where these are simply alike, an embedding chose
+    as well or better (docs/results.md).
 
     Example: leaveout select idx --wanted good.jsonl -n 500 --out train.jsonl
     """

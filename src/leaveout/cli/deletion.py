@@ -100,7 +100,9 @@ def measure(
     seed: Annotated[int, typer.Option(help="Of random directions and sets.")] = 0,
     sizes: Annotated[str | None, typer.Option(help="Sizes of random sets, such as 4,10.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of jets: complex64 or complex128 (default: the run's).")] = None,
-    real: Annotated[bool, typer.Option("--real", help="Jets along real orthogonal directions: half the cost.")] = False,
+    real: Annotated[
+        bool, typer.Option("--real", help="Jets along real orthogonal directions: half the cost and half the numbers.")
+    ] = False,
     merge: Annotated[Path | None, typer.Option(help="Add the measurements of another run of the same recipe.")] = None,
     json_: Json = False,
 ) -> None:
@@ -108,7 +110,7 @@ def measure(
     there is not measured again, so that a killed command can be repeated. Without queries, trained parameters are
     kept, and any query can be asked later.
 
-    Example: leaveout measure run --directions 256 --retrain 50 --heldout 16 --queries questions.jsonl
+    Example: leaveout measure run --gradient --retrain 50 --heldout 16 --queries questions.jsonl
     """
     named = without is not None or without_where is not None or sets is not None
     if not (directions or retrain or named or heldout or gradient or merge):

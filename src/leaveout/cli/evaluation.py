@@ -89,7 +89,8 @@ def evaluate(
         list[Path] | None, typer.Option(help="Scores of your own, .npy, .csv or .jsonl; again for more.")
     ] = None,
     subsets: Annotated[
-        int, typer.Option(min=0, help="Retrainings on random subsets, shared by all methods; 0: no LDS.")
+        int,
+        typer.Option(min=0, help="Random subsets to retrain for all methods, twice with --ceiling; 0: no LDS."),
     ] = 64,
     removed: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share that a subset leaves out.")] = 0.5,
     qld: Annotated[int, typer.Option(min=0, help="Queries of the QLD; each is one retraining a method.")] = 10,

@@ -39,9 +39,15 @@ def index(
     data: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a directory that `datasets` saved.")],
     out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
     preset: Annotated[str, typer.Option(help="default, residual, similarity or paper.")] = "default",
-    targets: Annotated[str | None, typer.Option(help="Tokens that are learned: response or all.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Tokens that are learned: response, or all, to find what stands in prompts too.")
+    ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Softmax temperature; try 2 for a model trained on these rows.")
+        float | None,
+        typer.Option(
+            help="Softmax temperature; default: the preset's, 1 (paper: 0.1). On four models of four 2 predicted retraining "
+            "worse once they were trained on the rows (docs/readout.md)."
+        ),
     ] = None,
     units: Annotated[str | None, typer.Option(help="Field whose value says which rows belong together.")] = None,
     skip_bad: SkipBad = False,
@@ -147,7 +153,8 @@ def prepare(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Make or complete the side file that `search --approximate` reads. Run it again after an append or a purge.
+    """Make or complete the side file that `search --approximate` reads. It is for rows that are stored flat, as by the
+    presets paper and similarity. Run it again after an append or a purge.
 
     Example: leaveout prepare idx --kind simhash
     """

@@ -89,7 +89,7 @@ def measure(readout: Readout, rows: list[dict[str, str]], repeats: int) -> dict[
         case: [window for row in tokenised(rows, readout, signer.settings) for window in row.windows]
         for case, signer in signers.items()
     }
-    cut = {case: list(batches(windows[case])) for case in CASES}
+    cut = {case: list(batches(windows[case], readout.batch_class)) for case in CASES}
     groups = cut[CASES[0]]
     for other in cut.values():
         same = [[window.ids for window in batch] for batch in other] == [[w.ids for w in batch] for batch in groups]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from leaveout.corpus import Corpus
-from leaveout.loading import quiet_transformers
+from leaveout.models import quiet_transformers
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.tokens import TokenisedRow, tokenise
@@ -149,7 +149,9 @@ class RememberingReadout(Readout):
 
     @classmethod
     def of(cls, readout: Readout) -> RememberingReadout:
-        made = cls(readout.lm, readout.tokenizer, readout.source, readout.scale, readout.cap, readout.identity())
+        made = cls(
+            readout.lm, readout.tokenizer, readout.source, scale=readout.scale, cap=readout.cap, limit=readout.limit
+        )
         made.known = {}
         return made
 

@@ -211,7 +211,11 @@ def test_plan_lists_choices_whose_commands_run(leaveout, trained, tmp_path):
         (["predict", "nowhere", "--query", "nina", "--without", "a"], 1, "leaveout train RECIPE --out nowhere"),
         (["predict", "RUN", "--queries", "missing.jsonl", "--without", "a"], 1, "missing.jsonl"),
         (["predict", "RUN", "--query", "nina", "--sets", "missing.jsonl"], 1, "missing.jsonl"),
-        (["measure", "RUN", "--retrain", "5", "--design", "clever"], 1, "there is no design 'clever': give one of auto"),
+        (
+            ["measure", "RUN", "--retrain", "5", "--design", "clever"],
+            1,
+            "there is no design 'clever': give one of auto",
+        ),
         (["measure", "RUN", "--gradient"], 1, "pass queries"),
         (["measure", "RUN"], 2, "say what to measure"),
         (["measure", "RUN", "--retrain", "5", "--sizes", "4;5"], 2, "--sizes must be positive numbers"),

@@ -496,7 +496,17 @@ def test_parquet_row_that_is_not_utf8_is_one_bad_row(tmp_path):
         ("a.json.gz", packed(b"[]")[:10] + b"\xff" * 20, r"is cut off or damaged \(Error -3"),
         ("a.parquet", b"PAR1 no more", r"is cut off or damaged \(.*\), copy or write it again"),
     ],
-    ids=["csv", "parquet gz", "lines in json", "object in json", "no UTF-8", "gz cut off", "no gz", "gz damaged", "parquet"],
+    ids=[
+        "csv",
+        "parquet gz",
+        "lines in json",
+        "object in json",
+        "no UTF-8",
+        "gz cut off",
+        "no gz",
+        "gz damaged",
+        "parquet",
+    ],
 )
 def test_unreadable_file_is_refused_even_if_bad_rows_are_not(tmp_path, name, data, reason):
     (tmp_path / name).write_bytes(data)

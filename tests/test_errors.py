@@ -48,7 +48,9 @@ def test_unknown_options_of_a_dataclass_are_refused():
         refuse_other_names("option", {"a": 1, "b": 2}, ["a"])
 
 
-@pytest.mark.parametrize(("name", "near"), [("defualt", "default"), ("ekfac", "ek-fac"), ("gradient-dot", "gradient dot")])
+@pytest.mark.parametrize(
+    ("name", "near"), [("defualt", "default"), ("ekfac", "ek-fac"), ("gradient-dot", "gradient dot")]
+)
 def test_a_mistyped_method_is_told_the_nearest(name, near):
     with pytest.raises(ValueError, match=f"did you mean '{near}'") as caught:
         parse(name)

@@ -155,6 +155,7 @@ def test_presets_are_named_and_changed_by_field():
     with pytest.raises(ValueError, match="There is no preset 'best': give one of default, residual, similarity, paper"):
         resolve_settings("best")
     with pytest.raises(
-        ValueError, match=r"no signature setting 'temprature': did you mean 'temperature'\? give one of channels, final_width"
+        ValueError,
+        match=r"no signature setting 'temprature': did you mean 'temperature'\? give one of channels, final_width",
     ):
         resolve_settings("paper", temprature=1)

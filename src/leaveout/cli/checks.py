@@ -63,8 +63,8 @@ def doctor(
     if model.endswith((".yaml", ".yml")):
         _diagnose_recipe(Path(model), json_)
         return
+    from leaveout.models import ModelOptions
     from leaveout.readout.doctor import diagnose
-    from leaveout.readout.model import ModelOptions
 
     checks = diagnose(model, options=ModelOptions(dtype=dtype, device=device))
     words = {True: "pass", False: "FAIL", None: "note"}

@@ -33,6 +33,7 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import UnsupportedError, choices
+from leaveout.models import load_tokenizer
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import PRESETS, SignatureSettings
@@ -228,9 +229,5 @@ def tokenizer_of(run: TrainingRun) -> Any:
         raise UnsupportedError(
             f"A {run.recipe.kind} recipe has no language model to index: leave the readout presets out."
         )
-    source: Any = run.recipe.model
-    if callable(source):
-        return source()[1]  # type: ignore[index]
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source)
+    source: Any = run.recipe.model() if callable(run.recipe.model) else run.recipe.model
+    return source[1] if isinstance(source, tuple) else load_tokenizer(str(source))

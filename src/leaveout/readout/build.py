@@ -27,7 +27,8 @@ from tqdm import tqdm
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.executor import Backend, refuse_crew, run_tasks
-from leaveout.readout.model import ModelOptions, Readout, load_readout
+from leaveout.models import ModelOptions, difference
+from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.signature import Signer
 from leaveout.readout.storage import encode
@@ -125,6 +126,8 @@ def _start_worker(
     assert isinstance(readout, Readout)
     signer = Signer(readout, settings)
     with Store.open(store) as opened:
+        if other := difference(opened.settings["model"], readout.identity()):
+            raise MismatchError(f"A worker found {other} in {readout.source}: leave the model's files alone meanwhile.")
         set_whitening(signer, opened)
     return signer
 
@@ -239,6 +242,7 @@ def add_rows(
             if number == 0:  # what an earlier run did is no part of this run's speed
                 bar.initial = bar.n = chunk.rows[0].number
             bar.update(chunk.rows[-1].number + 1 - bar.n)
+    readout.refuse_changes()
     pending.commit()
     report.added, report.seconds = pending.added, time.monotonic() - began
     return report
@@ -263,6 +267,7 @@ def _worker_start(readout: Readout, settings: SignatureSettings, store: Store) -
     if readout.source is None:
         return functools.partial(_start_worker, readout, {}, settings, str(store.path))
     options = {key: value for key, value in readout.source.items() if key != "name"}
+    options["device"] = str(readout.device)
     name = readout.source["name"]  # a worker elsewhere has another working directory
     name = str(Path(name).resolve()) if Path(name).exists() else name
     return functools.partial(_start_worker, name, options, settings, str(store.path.resolve()))

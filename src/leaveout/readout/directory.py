@@ -10,6 +10,7 @@ from typing import Any
 
 from leaveout.corpus import Corpus
 from leaveout.errors import FormatError, MismatchError, refuse_other_names
+from leaveout.models import ModelOptions
 from leaveout.readout.build import (
     BuildOptions,
     BuildReport,
@@ -19,7 +20,7 @@ from leaveout.readout.build import (
     resume_point,
     set_whitening,
 )
-from leaveout.readout.model import ModelOptions, Readout
+from leaveout.readout.model import Readout
 from leaveout.readout.residual import FAMILIES, NORMS_BEHIND
 from leaveout.readout.settings import Channel, SignatureSettings
 from leaveout.readout.shards import Shard, copy_statistics
@@ -56,7 +57,7 @@ def wanted_settings(readout: Readout, signer: Signer, corpus: Corpus) -> dict[st
         "source": readout.source,
         "units": corpus.units,
         "corpus": corpus.name,
-        "notes": signer.notes,
+        "notes": [*readout.notes, *signer.notes],
         "low_rank": None if signer.rank is None else signer.low_rank.sizes,
     }
 
@@ -81,6 +82,11 @@ def open_or_create(path: Path, wanted: dict[str, Any]) -> Store:
                 store.close()
                 shutil.rmtree(path)
                 return Store.create(path, wanted)
+            if name == "adapters":
+                raise MismatchError(
+                    f"{path} holds an index of another adapter than the given model has at work: give that model to resume, "
+                    "or another directory for a new index."
+                )
             other = "other channels" if name == "channels" else f"{name} = {old!r}, not {new!r}"
             raise MismatchError(
                 f"{path} holds an index with {other}: use the same settings to resume, or another directory for a new index."

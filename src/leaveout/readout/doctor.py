@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from leaveout.corpus import Row
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.residual import find_taps
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
-from leaveout.readout.signature import Signer
+from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import TokenisedRow, tokenise
 
 SAMPLE = (
@@ -92,7 +92,10 @@ def _invariance(signer: Signer, rows: list[TokenisedRow]) -> list[Check]:
     limit = INVARIANT.get(signer.readout.weight.dtype, 0.1)
     alone = torch.cat([signer.window_vectors([window])[0] for window in windows])
     same = torch.cat([signer.window_vectors([window, window])[0][:1] for window in windows])
-    padded = signer.window_vectors(windows)[0]
+    padded = torch.empty_like(alone)
+    numbered = [replace(window, row=number) for number, window in enumerate(windows)]
+    for batch in batches(numbered, signer.readout.batch_class):
+        padded[[window.row for window in batch]] = signer.window_vectors(batch)[0]
     size = alone.norm(dim=1)
     checks = []
     for name, other, advice in (

@@ -85,7 +85,7 @@ def text_positions(signer: Signer, tokens: TokenisedRow) -> Positions:
     """Factors of one text's target positions, scaled so that their sum over positions is its signature."""
     windows = [replace(window, row=number) for number, window in enumerate(tokens.windows)]
     places, scales, factors = [], [], []
-    for batch in batches(windows):
+    for batch in batches(windows, signer.readout.batch_class):
         positions = signer.positions(batch)
         parts = [signer.factors(positions, part) for part in signer.parts]
         factors.append(parts)

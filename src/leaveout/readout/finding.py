@@ -43,7 +43,9 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         if self.approximate not in (None, *get_args(Approximation)):
-            raise ValueError(f"approximate is {self.approximate!r}: {choices(self.approximate, get_args(Approximation))}.")
+            raise ValueError(
+                f"approximate is {self.approximate!r}: {choices(self.approximate, get_args(Approximation))}."
+            )
         if self.backend not in get_args(Scanners):
             raise ValueError(f"backend is {self.backend!r}: {choices(self.backend, get_args(Scanners))}.")
         if self.rescore < 0:

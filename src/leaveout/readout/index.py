@@ -9,7 +9,7 @@ the query's loss (the row helps), in units that compare rows of one query, not q
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from leaveout.corpus import Corpus
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, made
+from leaveout.models import ModelOptions, difference
 from leaveout.readout import ann, finding, simhash
 from leaveout.readout.build import BuildReport, add_rows, set_whitening
 from leaveout.readout.directory import (
@@ -35,7 +36,7 @@ from leaveout.readout.directory import (
 from leaveout.readout.finding import Approximation, SearchOptions
 from leaveout.readout.low_rank import LowRank
 from leaveout.readout.merging import Places, merge_indexes
-from leaveout.readout.model import ModelOptions, Readout, load_readout
+from leaveout.readout.model import Readout, load_readout, verify_readout
 from leaveout.readout.queries import Queries, QueryRow, query_row
 from leaveout.readout.search import Hit, Product, scan
 from leaveout.readout.settings import SignatureSettings, resolve_settings
@@ -57,6 +58,7 @@ class Index:
         self._store = store
         self._readout = readout
         self._signer: Signer | None = None
+        self._options: dict[str, Any] = {}  # of the model, as `open` was given them
         settings = store.settings
         if settings.get("kind") != KIND:
             raise MismatchError(f"{store.path} holds a {settings.get('kind', 'store')}, not an index: give an index.")
@@ -81,7 +83,7 @@ class Index:
     ) -> Index:
         """The finished index of a corpus; resumes an unfinished build, and reopens a finished one.
 
-        `model`: path or id of a causal language model, a .gguf file, or a loaded one with `tokenizer`.
+        `model`: path or id of a causal language model or of a peft adapter, a .gguf file, or a loaded one with `tokenizer`.
         `corpus`: anything that `Corpus.open` takes. `options`: the fields of `ModelOptions`, `BuildOptions` and
         `SignatureSettings` (device, dtype, workers, units, skip_bad, targets, temperature, ...), and two about merging:
         `shard`: only one range of the rows, into a directory below `path` ("auto" under torchrun or srun, or (number,
@@ -98,6 +100,8 @@ class Index:
         if isinstance(model, str) and path.exists() and same_place(model, path):
             raise ValueError(f"The index cannot be written over its model in {path}: give another directory.")
         readout = load_readout(model, tokenizer, model_options)
+        if readout is model:  # whatever was done to it since it was loaded
+            verify_readout(readout).identity(anew=True)
         signer = Signer(readout, settings)
         with open_or_create(path, wanted_settings(readout, signer, corpus)) as store:
             index = cls(store, readout)
@@ -119,7 +123,8 @@ class Index:
     def open(cls, path: str | Path, model: Any = None, tokenizer: Any = None, **options: Any) -> Index:
         """The index in a directory. Its model is loaded when a query first needs it, from where the build found it.
 
-        `model`, `tokenizer`, `options`: the model, if it has moved or was in memory (see `build`).
+        `model`, `tokenizer`: the model, if it has moved or was in memory (see `build`). `options`: the fields of
+        `ModelOptions`; the device is the CPU unless given, the dtype that of the index.
         Raises: MismatchError if the model is not the one that the index was built with.
         """
         if not Path(path).is_dir():
@@ -129,24 +134,30 @@ class Index:
         index = cls(store)
         if not store.state("complete"):
             raise MismatchError(f"The index {path} is unfinished: run the command that built it again to finish it.")
+        index._options = options
         if model is not None:
-            index._readout = index._checked(load_readout(model, tokenizer, split_options(options)[0]))
+            index._readout = index._checked(load_readout(model, tokenizer, index._model_options({})))
         return index
 
     def _with_report(self, report: BuildReport) -> Index:
         self.last_report = report
         return self
 
+    def _model_options(self, known: dict[str, Any]) -> ModelOptions:
+        """How the model is loaded: as `open` was told, else as `known`; the dtype is that of the index."""
+        names = [field.name for field in fields(ModelOptions)]
+        if unknown := [name for name in self._options if name not in names]:
+            raise ValueError(f"There is no option {unknown[0]!r} of a model: options are {', '.join(names)}.")
+        source = self._store.settings["source"] or {}
+        dtype = source.get("dtype", self.identity["dtype"])
+        return ModelOptions(**{"dtype": dtype, **known, **self._options})
+
     def _checked(self, readout: Readout) -> Readout:
-        for name, value in readout.identity().items():
-            if self.identity[name] != value:
-                what = {"weights": "other weights", "config": "another config", "tokenizer": "another tokenizer"}.get(
-                    name, f"another {name} ({value})"
-                )
-                raise MismatchError(
-                    f"The given model has {what} than the one that {self._store.path} was built with "
-                    f"(a {self.identity['family']} in {self.identity['dtype']}): give that model, or build a new index."
-                )
+        if other := difference(self.identity, readout.identity()):
+            raise MismatchError(
+                f"The given model has {other} than the one that {self._store.path} was built with "
+                f"(a {self.identity['family']} in {self.identity['dtype']}): give that model, or build a new index."
+            )
         return readout
 
     @property
@@ -158,7 +169,7 @@ class Index:
                 raise MismatchError(
                     "This index was built with a model in memory: give it with Index.open(path, model, tokenizer)."
                 )
-            options = ModelOptions(**{key: value for key, value in source.items() if key != "name"})
+            options = self._model_options({name: source[name] for name in ("revision", "trust_remote_code")})
             try:
                 found = load_readout(source["name"], options=options)
             except (UnsupportedError, OSError) as error:
@@ -168,6 +179,11 @@ class Index:
                 ) from error
             self._readout = self._checked(found)
         return self._readout
+
+    def _unchanged(self) -> Readout:
+        """The model, after a quick look that it is still that of the index (see `LanguageModel.refuse_changes`)."""
+        self.readout.refuse_changes()
+        return self._checked(self.readout)
 
     @property
     def signer(self) -> Signer:
@@ -202,7 +218,7 @@ class Index:
     def tokenised(self, queries: Sequence[QueryRow]) -> list[TokenisedRow]:
         """Queries as rows with their windows. A text is learned as a whole; of a prompt and response, the response."""
         rows = [query_row(row, number) for number, row in enumerate(queries)]
-        signer, readout = self.signer, self.readout
+        readout, signer = self._unchanged(), self.signer
         tokens = []
         for number, row in enumerate(rows):
             try:
@@ -357,10 +373,12 @@ class Index:
             raise ValueError(f"An index keeps its settings: {sorted(changes)[0]!r} cannot be changed by append.")
         units = build_options.units or self._store.settings["units"]
         corpus = Corpus.open(rows, units=units, skip_bad=build_options.skip_bad)
-        signer = Signer(self.readout, self.settings)
+        readout = self._unchanged()
+        readout.identity(anew=True)  # in full, as rows are written
+        signer = Signer(self._checked(readout), self.settings)
         with Store.open(self.path, write=True) as store:
             set_whitening(signer, store)
-            report = add_rows(store, self.readout, signer, corpus, len(corpus), build_options, append=True)
+            report = add_rows(store, readout, signer, corpus, len(corpus), build_options, append=True)
         add_skipped(report, corpus)
         self._store.refresh()
         return report

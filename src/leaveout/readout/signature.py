@@ -313,7 +313,7 @@ class Signer:
         unit, rank = self.settings.unit_length, self.rank
         total = torch.zeros(n_rows, self.width, dtype=self.dtype, device=self.readout.device)
         n_windows = np.bincount([window.row for window in windows], minlength=n_rows)
-        for batch in batches(windows):
+        for batch in batches(windows, self.readout.batch_class):
             vectors, square = self.window_vectors(batch)
             if unit:
                 length = square.sqrt().clamp_min(1e-30)[:, None]
@@ -338,11 +338,12 @@ class Signer:
         return total
 
 
-def batches(windows: Sequence[Window]) -> Iterator[list[Window]]:
-    """Groups of windows of similar length, at most BATCH_TOKENS tokens each with padding."""
+def batches(windows: Sequence[Window], kind: Callable[[int], int]) -> Iterator[list[Window]]:
+    """Groups of windows of similar length, at most BATCH_TOKENS tokens each with padding, and of one kind of length."""
     batch: list[Window] = []
     for window in sorted(windows, key=lambda window: -len(window.ids)):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > BATCH_TOKENS:
+        full = (len(batch) + 1) * len(batch[0].ids) > BATCH_TOKENS if batch else False
+        if full or (batch and kind(len(window.ids)) != kind(len(batch[0].ids))):
             yield batch
             batch = []
         batch.append(window)

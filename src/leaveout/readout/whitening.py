@@ -40,7 +40,7 @@ def whitening_matrices(
     mass = torch.zeros(signer.readout.vocabulary, dtype=torch.float64, device=signer.readout.device)
     generator = torch.Generator().manual_seed(signer.settings.seed)
     count = 0
-    for batch in batches(windows):
+    for batch in batches(windows, signer.readout.batch_class):
         drawn = signer.positions(batch, redraw=generator if signer.final_norm is not None else None)
         # One row whose signature will be refused or skipped (see add_rows) must not spoil the moments of all others.
         finite = torch.stack([torch.isfinite(x).all(1) for x in drawn.raw.values()]).all(0)

@@ -24,6 +24,7 @@ import torch
 
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, UnsupportedError, choices, refuse_other_names
+from leaveout.models import load_model, source_digest
 from leaveout.training.digest import digest_of
 from leaveout.training.recipe_file import model_place, read_fields
 
@@ -71,7 +72,8 @@ class Recipe:
 
     kind     microgpt, causal-lm, classifier, or custom (`model` is a function that makes an nn.Module)
     examples what is trained on, one entry an example: corpus rows (microgpt, causal-lm), or (features, label)
-    units    the unit of each example; model, loss: see `tasks`; trained: "full", {"lora": {...}}, or name patterns
+    units    the unit of each example; model, loss: see `tasks`; trained: "full", {"lora": {...}},
+             "adapter", or name patterns
     order    "given", "shuffled" (anew each epoch, by the seed), or the batches themselves, of any sizes
     drop_last   leave out the last batch of an epoch if it is not full; else it is a step as the others are
     accumulate  micro-batches of a step; they change nothing but rounding and memory
@@ -189,8 +191,8 @@ class Recipe:
         Raises: UnsupportedError for functions and objects whose content cannot be read, unless there is a `version`.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if isinstance(self.model, (str, Path)):
-            values["model"] = _files(Path(self.model))
+        if self.kind == "causal-lm":
+            values["model"] = _model_facts(self.model)
         values["optimizer"] = asdict(self.optimizer)
         found = {name: digest_of(value, f"`{name}` of the recipe", self.version) for name, value in values.items()}
         return {**found, "rules": str(DIGEST)}
@@ -367,8 +369,12 @@ def _check_trained(trained: Any) -> None:
             raise ValueError("lora needs the field targets: a list of module names such as [q_proj, v_proj]")
         if isinstance(lora["targets"], str) or not isinstance(lora["targets"], Collection) or not lora["targets"]:
             raise ValueError(f"targets of lora must be a list of module names, got {lora['targets']!r}")
-    elif trained != "full" and (isinstance(trained, (str, Mapping)) or not isinstance(trained, Collection)):
-        raise ValueError(f"trained must be full, a list of name patterns, or {{lora: {{...}}}}, got {trained!r}")
+    elif trained not in ("full", "adapter") and (
+        isinstance(trained, (str, Mapping)) or not isinstance(trained, Collection)
+    ):
+        raise ValueError(
+            f"trained must be full, a list of name patterns, adapter, or {{lora: {{...}}}}, got {trained!r}"
+        )
 
 
 def _own_id(example: Any, number: int) -> str:
@@ -398,10 +404,8 @@ def _arrays(path: Path, units: str | None) -> tuple[tuple[Any, ...], tuple[str, 
     return tuple(zip(x, y, strict=True)), names
 
 
-def _files(path: Path) -> list[list[str]]:
-    """Names and digests of the files of a model's directory, or of its one file; for a name that is neither, the name."""
-    if path.is_file():
-        return [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()]]
-    if not path.is_dir():
-        return [[str(path)]]
-    return [[p.name, hashlib.sha256(p.read_bytes()).hexdigest()] for p in sorted(path.iterdir()) if p.is_file()]
+def _model_facts(model: Any) -> Any:
+    """What is hashed of a model: the files of a place, the identity of a pair (module, tokenizer), else itself."""
+    if isinstance(model, (str, Path)):
+        return source_digest(str(model))
+    return load_model(model).identity() if isinstance(model, tuple) else model

@@ -56,11 +56,15 @@ def read_fields(path: Path, known: Collection[str], known_of_optimizer: Collecti
 
 
 def model_place(model: str, directory: Path) -> str:
-    """What transformers loads: a directory, looked for relative to `directory` first, or else a name on a hub.
+    """What is loaded: a directory or .gguf file, looked for relative to `directory` first, or else a name on a hub.
 
-    Raises: FormatError if the text can only be a path, and no such directory exists.
+    Raises: FormatError if the text can only be a path, and there is no such directory or file.
     """
     place = directory / model
+    if model.endswith(".gguf"):
+        if not place.is_file():
+            raise FormatError(f"There is no GGUF file {place}: correct `model`.")
+        return str(place)
     only_path = model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
     if only_path and not place.is_dir():
         raise FormatError(f"There is no directory {place}: correct `model`, or name a model on a hub (owner/name).")

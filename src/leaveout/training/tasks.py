@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
+import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, UnsupportedError
-from leaveout.loading import load_causal_lm
+from leaveout.models import LanguageModel, ModelOptions, adapter_places, load_model, refuse_look_ahead
 from leaveout.training import microgpt
 from leaveout.training.recipe import Recipe
 
@@ -35,6 +37,7 @@ class Task:
              nothing is learned; None for a custom recipe
     separate whether an example's loss is meant not to depend on the others of its batch, and uses all parameters
     sizes    batch -> learned tokens of each example [examples], where the loss of a step is per token; else None
+    notes    what a user should know of the model, one sentence each
     """
 
     model: nn.Module
@@ -44,6 +47,7 @@ class Task:
     outputs: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None = None
     separate: bool = False
     sizes: Callable[[Batch], Tensor] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -139,33 +143,72 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _causal_lm(recipe: Recipe) -> Task:
-    source: Any = recipe.model
-    if callable(source):
-        model, tokenizer = source()  # type: ignore[misc]
-    elif isinstance(source, (str, Path)):
-        model, tokenizer = load_causal_lm(str(source), dtype=recipe.real_dtype)
-    else:
-        raise FormatError("A causal-lm recipe needs `model`: a directory or name that transformers can load.")
-    model.set_attn_implementation("eager")
-    model.config.use_cache = False
-    trained = recipe.trained
+    loaded = _language_model(recipe)
+    model, tokenizer = loaded.lm, loaded.tokenizer
+    trained = _parts_to_train(model, recipe.trained)
     if isinstance(trained, dict):
         model, trained = _with_lora(model, trained["lora"]), ("*lora_*",)
 
     def encode(rows: Sequence[Any]) -> Batch:
         return _encode_rows(rows, tokenizer, recipe.max_tokens)
 
-    def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        ids, targets = batch
+    def logits(m: nn.Module, ids: Tensor) -> Tensor:
         # Padding stands at the end, where no token with a label can attend to it.
-        logits = m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        return logits[:, :-1], targets[:, 1:]
+        return m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+    def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        return logits(m, batch[0])[:, :-1], batch[1][:, 1:]
 
     def loss(m: nn.Module, batch: Batch) -> Tensor:
         return token_losses(*outputs(m, batch))
 
+    context = min(recipe.max_tokens, loaded.context)
+    refuse_look_ahead(model, functools.partial(logits, model), loaded.embedded, context, loaded.device)
     sizes = (lambda batch: _learned_tokens((batch[0], batch[1][:, 1:]))) if recipe.loss_per == "token" else None
-    return Task(model, encode, loss, _trained(model, trained), outputs, separate=True, sizes=sizes)
+    names = _trained(model, trained)
+    return Task(model, encode, loss, names, outputs, separate=True, sizes=sizes, notes=loaded.notes)
+
+
+def _language_model(recipe: Recipe) -> LanguageModel:
+    """The model that a recipe starts from, never the caller's own object: `model` is a place, a pair (module, tokenizer),
+    or a function that makes such a pair.
+    """
+    source: Any = recipe.model() if callable(recipe.model) else recipe.model  # type: ignore[operator]
+    if not isinstance(source, (str, Path, tuple)):
+        raise FormatError(
+            "A causal-lm recipe needs `model`: a directory, a .gguf file, an adapter or a name that transformers can load, "
+            "or a pair (model, tokenizer)."
+        )
+    if isinstance(source, tuple) and not callable(recipe.model):
+        source = copy.deepcopy(source)
+    loaded = load_model(source, options=ModelOptions(recipe.dtype))
+    loaded.lm.set_attn_implementation("eager")  # type: ignore[operator]
+    loaded.lm.config.use_cache = False  # type: ignore[union-attr]
+    for name, p in loaded.lm.named_parameters():
+        if not p.is_floating_point() or hasattr(p, "__tensor_flatten__"):
+            raise UnsupportedError(
+                f"{type(loaded.lm).__name__} has quantised weights ({name}), which can't be trained: give "
+                "model.dequantize(), or load it in floating point."
+            )
+    return loaded
+
+
+def _parts_to_train(model: nn.Module, wanted: Any) -> Any:
+    """`trained` of a recipe, as patterns or settings of new adapters; "adapter" means those that the model has.
+
+    Raises: FormatError where a model with an adapter leaves open what is trained.
+    """
+    names = [f"{place}.*" for place in adapter_places(model)]
+    if wanted == "adapter":
+        if not names:
+            raise FormatError("`trained: adapter` goes on with an adapter that is at work, and the model has none.")
+        return tuple(names)
+    if names and (wanted == "full" or isinstance(wanted, dict)):
+        raise FormatError(
+            "The model has an adapter, which leaves open what is trained: give `trained: adapter` to go on with it, a list "
+            "of name patterns, or a model that it was merged into (merge_and_unload)."
+        )
+    return wanted
 
 
 def _with_lora(model: nn.Module, settings: dict[str, Any]) -> nn.Module:

@@ -1,0 +1,37 @@
+"""Language models for both engines: one loader, one identity, and the checks that a model passes before it is used.
+
+model = load_model("owner/name"); model.identity(); model.refuse_changes()
+"""
+
+from leaveout.models.checks import evaluating, length_limit, refuse_hooks, refuse_look_ahead
+from leaveout.models.identity import adapter_places, difference, is_adapted, plain_module, settled_module
+from leaveout.models.loading import (
+    ROUNDING,
+    LanguageModel,
+    ModelOptions,
+    find_device,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+    source_digest,
+)
+
+__all__ = [
+    "ROUNDING",
+    "LanguageModel",
+    "ModelOptions",
+    "adapter_places",
+    "difference",
+    "evaluating",
+    "find_device",
+    "is_adapted",
+    "length_limit",
+    "load_model",
+    "load_tokenizer",
+    "plain_module",
+    "quiet_transformers",
+    "refuse_hooks",
+    "refuse_look_ahead",
+    "settled_module",
+    "source_digest",
+]

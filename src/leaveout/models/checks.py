@@ -1,0 +1,154 @@
+"""What a model must be before its numbers are used: in evaluation form, causal, and without hooks that change it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from leaveout.errors import UnsupportedError
+from leaveout.models.identity import scaled_by_length
+
+SHORT, LONG = 24, 320  # tokens of the two tests of causality
+# Largest change of the states before a token over that of the states behind it which is rounding, by dtype.
+LEAK = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 4e-3}
+
+
+@contextmanager
+def evaluating(lm: nn.Module) -> Iterator[None]:
+    """Every module in evaluation form, and put back into its own form afterwards.
+
+    Rotary frequencies that a longer input has left behind are put back to those of the start, too.
+    """
+    training = []
+    for module in lm.modules():
+        if module.training:
+            training.append(module)
+            module.training = False
+        if scaled_by_length(module):
+            _reset_positions(module)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _reset_positions(module: Any) -> None:
+    """Dynamic scaling keeps the frequencies of the longest input so far; transformers resets them only at a shorter one."""
+    for name in [name for name, _ in module.named_buffers(recurse=False) if name.endswith("original_inv_freq")]:
+        prefix = name.removesuffix("original_inv_freq")
+        start = getattr(module, name)
+        module.register_buffer(
+            f"{prefix}inv_freq", start.to(getattr(module, f"{prefix}inv_freq")).clone(), persistent=False
+        )
+        if hasattr(module, f"{prefix}max_seq_len_cached"):
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def length_limit(lm: nn.Module) -> int | None:
+    """Tokens from which on a row must be computed beside rows of its own length only; None for most models.
+
+    Rotary frequencies of the kinds `dynamic` and `longrope` depend on the longest row of a batch from there on.
+    """
+    limits = [limit for module in lm.modules() if scaled_by_length(module) for limit in _limits(module)]
+    return min(limits) if limits else None
+
+
+def _limits(module: Any) -> Iterator[int]:
+    """Lengths from which on a rotary module may take other frequencies."""
+    parameters = getattr(module.config, "rope_parameters", None) or {}
+    for one in [parameters, *parameters.values()]:
+        if isinstance(one, dict) and isinstance(one.get("original_max_position_embeddings"), int):
+            yield one["original_max_position_embeddings"]
+    yield int(module.original_max_seq_len)
+
+
+def probe_ids(vocabulary: int, length: int, device: torch.device | str, seed: int = 7919) -> Tensor:
+    """Token ids [1, length], spread over the vocabulary."""
+    return ((torch.arange(length) + 1) * seed % vocabulary).unsqueeze(0).to(device)
+
+
+@torch.no_grad()
+def refuse_look_ahead(
+    lm: nn.Module, states: Callable[[Tensor], Tensor], vocabulary: int, context: int, device: torch.device | str
+) -> None:
+    """Refuses a model whose states at a token change with later tokens: it sees what it is to predict.
+
+    states: token ids [1, tokens] -> numbers [1, tokens, any], as the caller will use the model.
+    Raises: UnsupportedError. Tested on 24 and up to 320 tokens, with all tokens from the second, from the middle and the
+    last one replaced.
+    """
+    for length in sorted({min(SHORT, context), min(LONG, context)}):
+        if length < 2:
+            return
+        ids = probe_ids(vocabulary, length, device)
+        before = _evaluated(lm, states, ids)
+        limit = LEAK.get(before.dtype, 1e-4)
+        for place in sorted({1, length // 2, length - 1}):
+            changed = ids.clone()
+            changed[:, place:] = (ids[:, place:] + 1 + vocabulary // 3) % vocabulary
+            after = _evaluated(lm, states, changed)
+            moved = (after - before).abs().double()
+            behind = max(float(moved[:, place:].max()), 1e-30)
+            leak = float(moved[:, :place].max()) / behind
+            if leak > limit:
+                raise UnsupportedError(
+                    f"{type(lm).__name__} sees the tokens that it is to predict: when the tokens from {place + 1} of {length} "
+                    f"on are replaced, its states before them change ({leak:.2g} of the change behind); give a causal "
+                    "language model (is_decoder=True, is_causal=True, no bidirectional attention)."
+                )
+
+
+def _evaluated(lm: nn.Module, states: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    with evaluating(lm):
+        return states(ids)
+
+
+# ---------------------------------------------------------------- hooks
+
+
+def hooked_modules(lm: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules with forward hooks or pre-hooks, by name."""
+    return [(name, module) for name, module in lm.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+@contextmanager
+def _without_hooks(lm: nn.Module) -> Iterator[None]:
+    """The model without anybody's forward hooks, those of all modules included."""
+    owners: list[Any] = [module for _, module in hooked_modules(lm)]
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(owner, name, getattr(owner, name)) for owner in owners for name in names]
+    kept += [(torch_module, f"_global{name}", getattr(torch_module, f"_global{name}")) for name in names]
+    with ExitStack() as stack:
+        for owner, name, hooks in kept:
+            stack.callback(setattr, owner, name, hooks)
+            setattr(owner, name, OrderedDict())
+        yield
+
+
+@torch.no_grad()
+def refuse_hooks(lm: nn.Module, outputs: Callable[[Tensor], list[Tensor]], ids: Tensor) -> None:
+    """Refuses forward hooks that change what the model gives; hooks that only look on are left alone.
+
+    Raises: UnsupportedError naming the modules with hooks.
+    """
+    hooked = hooked_modules(lm)
+    everywhere = bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+    if not hooked and not everywhere:
+        return
+    with evaluating(lm):
+        with_hooks = [tensor.clone() for tensor in outputs(ids)]
+    with evaluating(lm), _without_hooks(lm):
+        without = outputs(ids)
+    if not all(torch.equal(one, other) for one, other in zip(with_hooks, without, strict=True)):
+        names = [name or type(module).__name__ for name, module in hooked] or ["all modules"]
+        raise UnsupportedError(
+            f"A forward hook on {names[0]}{f' or {len(names) - 1} others' if names[1:] else ''} changes what the model "
+            "gives: remove it (handle.remove()), as an index would not know of it."
+        )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
-from leaveout.models.loading import hub_answers
+from leaveout.models.places import hub_answers
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.residual import find_taps
@@ -251,7 +251,7 @@ def test_without_a_connection_the_hub_is_not_asked(monkeypatch, tmp_path):
         asked.append(host)
         raise socket.gaierror("Name or service not known")
 
-    monkeypatch.setattr("leaveout.models.loading.getproxies", dict)
+    monkeypatch.setattr("leaveout.models.places.getproxies", dict)
     monkeypatch.setattr("socket.getaddrinfo", unknown)
     with pytest.raises(UnsupportedError, match=r"someone/mistyped does not load: there is no such directory"):
         load_readout("someone/mistyped")
@@ -263,11 +263,11 @@ def test_without_a_connection_the_hub_is_not_asked(monkeypatch, tmp_path):
 
 
 def test_the_hub_is_asked_where_it_may_answer(monkeypatch):
-    monkeypatch.setattr("leaveout.models.loading.getproxies", dict)
-    monkeypatch.setattr("leaveout.models.loading.socket.getaddrinfo", lambda host, port: ["an address"])
+    monkeypatch.setattr("leaveout.models.places.getproxies", dict)
+    monkeypatch.setattr("leaveout.models.places.socket.getaddrinfo", lambda host, port: ["an address"])
     assert hub_answers()
-    monkeypatch.setattr("leaveout.models.loading.socket.getaddrinfo", None)
-    monkeypatch.setattr("leaveout.models.loading.getproxies", lambda: {"https": "proxy:1"})
+    monkeypatch.setattr("leaveout.models.places.socket.getaddrinfo", None)
+    monkeypatch.setattr("leaveout.models.places.getproxies", lambda: {"https": "proxy:1"})
     assert hub_answers()  # the proxy looks the address up
     monkeypatch.setattr("transformers.utils.peft_utils.find_adapter_config_file", lambda name, **options: None)
     seen = []

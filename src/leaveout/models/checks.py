@@ -14,6 +14,8 @@ from torch.nn.modules import module as torch_module
 from leaveout.errors import UnsupportedError
 from leaveout.models.identity import scaled_by_length
 
+# Largest difference over the largest number that counts as rounding, by dtype of the model.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}
 SHORT, LONG = 24, 320  # tokens of the two tests of causality
 # Largest change of the states before a token over that of the states behind it which is rounding, by dtype.
 LEAK = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 4e-3}

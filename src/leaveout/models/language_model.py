@@ -1,0 +1,223 @@
+"""Language models in memory: what is asked of them, and what tells one from another at each use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.models.checks import ROUNDING, evaluating, probe_ids
+from leaveout.models.identity import (
+    State,
+    difference,
+    glance,
+    hash_adapter,
+    hash_config,
+    hash_tensors,
+    hash_tokenizer,
+    plain_module,
+    state_of,
+)
+from leaveout.models.places import ModelOptions, find_device, load_place
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model with its tokenizer, and what tells it from others.
+
+    lm      the module, adapters inside its layers
+    source  how to load it again (`name`, and the fields of `ModelOptions` but for the device); None for one in memory
+    notes   what its user should know, one sentence each
+    """
+
+    lm: nn.Module
+    tokenizer: Any
+    source: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
+    _identity: dict[str, Any] | None = field(default=None, repr=False)
+    _glance: Any = field(default=None, repr=False)
+    _outputs: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.lm.parameters()).device
+
+    @property
+    def family(self) -> str:
+        return self.lm.config.model_type  # type: ignore[union-attr,return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.lm.parameters()).dtype
+
+    @property
+    def context(self) -> int:
+        """Longest input in tokens, from the model's config; 2**20 when it states none."""
+        config = self.lm.config.get_text_config()  # type: ignore[union-attr,operator]
+        for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+            length = getattr(config, name, None)
+            if isinstance(length, int) and length > 0:
+                return length
+        return 2**20
+
+    @property
+    def embedded(self) -> int:
+        """Tokens that the model embeds, those that its tokenizer does not know included."""
+        return plain_module(self.lm.get_input_embeddings()).weight.shape[0]  # type: ignore[operator,union-attr,index,return-value]
+
+    def facts(self) -> dict[str, Any]:
+        """What the identity holds beside hashes."""
+        return {"family": self.family, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def identity(self, anew: bool = False) -> dict[str, Any]:
+        """Hashes of adapters, weights, buffers, config and tokenizer, with facts: equal only for the same model.
+
+        `anew`: read everything once more, as where rows are written. Cost: one pass over the weights, about 0.2 s for
+        500 MB; without `anew` only the first time.
+        """
+        if self._identity is None or anew:
+            with evaluating(self.lm):
+                state = state_of(self.lm)
+            self._glance, self._outputs = self._look(state), self._probe()
+            adapters = [hash_adapter(facts) for facts in state.adapters.values()]
+            self._identity = {
+                "adapters": adapters,
+                "weights": hash_tensors(state.weights, adapters),
+                "buffers": hash_tensors(state.buffers),
+                "config": hash_config(self.lm),
+                "tokenizer": hash_tokenizer(self.tokenizer),
+                **self.facts(),
+            }
+        return self._identity
+
+    def refuse_changes(self) -> None:
+        """Refuses a model that is no longer what it was when its identity was taken.
+
+        Facts, version counters and a sample of every tensor are compared, and the hidden states of two dozen tokens, so
+        that hooks and settings of modules count as well. Where only counters moved, everything is hashed once more.
+        Raises: MismatchError.
+        """
+        if self._identity is None:
+            self.identity()
+            return
+        before, seen, wanted = self._identity, self._glance, self._outputs
+        with evaluating(self.lm):
+            now = self._look(state_of(self.lm))
+        if now != seen:
+            other = difference(before, self.identity(anew=True))
+            self._outputs = wanted
+            if other:
+                self._identity, self._glance = before, seen
+                raise MismatchError(
+                    f"The model in memory has {other} than when it was opened: give the model as it was."
+                )
+        found = self._probe()
+        assert wanted is not None
+        limit = 0.1 * ROUNDING.get(wanted.dtype, 1e-4) * float(wanted.abs().max())
+        if found.shape != wanted.shape or not float((found - wanted).abs().max()) <= limit:
+            raise MismatchError(
+                "The model in memory gives other hidden states than when it was opened, with the same weights (a forward "
+                "hook, a replaced method, or a changed setting of a module): give the model as it was."
+            )
+
+    def _look(self, state: State) -> tuple[Any, ...]:
+        """What is cheap to compare."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        words = (
+            len(self.tokenizer),
+            getattr(self.tokenizer, "chat_template", None),
+            str(getattr(backend, "post_processor", "")),
+        )
+        return (*glance(state), words)
+
+    @torch.no_grad()
+    def _probe(self) -> Tensor:
+        trunk: Any = getattr(self.lm, "base_model", self.lm)
+        with evaluating(self.lm):
+            out = trunk(input_ids=probe_ids(self.embedded, min(24, self.context), self.device), use_cache=False)
+        return (out.logits if trunk is self.lm else out.last_hidden_state).clone()
+
+
+def load_model(model: Any, tokenizer: Any = None, options: ModelOptions | None = None) -> LanguageModel:
+    """A causal language model by path or id of a directory, a .gguf file or a peft adapter; or the object itself.
+
+    model: a place, a module (with `tokenizer`), a pair (module, tokenizer), or a LanguageModel, which comes back.
+    An adapter's base model is the one that its adapter_config.json names; its tokenizer is its own, else the base's.
+
+    Raises: UnsupportedError for what does not load or cannot be used; FormatError for a checkpoint that lacks weights,
+            which would be random.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    if isinstance(model, tuple) and len(model) == 2:
+        model, tokenizer = model
+    options = options or ModelOptions()
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise ValueError("A model in memory needs its tokenizer: pass tokenizer=... beside it.")
+        return LanguageModel(_whole(model), tokenizer, None)
+    if not isinstance(model, (str, Path)):
+        raise TypeError(f"model is of type {type(model).__name__}: give a path or id, or a model with its tokenizer.")
+    place, device = Path(model), find_device(options.device)
+    lm, own, notes = load_place(str(model), options)
+    settings = {name: value for name, value in vars(options).items() if name != "device"}
+    source = {"name": str(place.resolve() if place.exists() else model), **settings}
+    return LanguageModel(_whole(lm.to(device)), tokenizer or own, source, notes)
+
+
+# ---------------------------------------------------------------- objects
+
+
+def _whole(lm: Any) -> nn.Module:
+    """The module to work with: unwrapped of torch.compile and of peft's model, whose adapters live inside its layers.
+
+    Raises: UnsupportedError for wrappers that hide the model, and for weights that are not here.
+    """
+    lm = getattr(lm, "_orig_mod", lm)
+    kind = type(lm).__name__
+    hidden = not hasattr(lm, "get_output_embeddings") and isinstance(getattr(lm, "module", None), nn.Module)
+    if isinstance(lm, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hidden or "FullySharded" in kind:
+        raise UnsupportedError(f"{kind} wraps the model: give the model inside it (model.module), with whole weights.")
+    for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
+        if tensor.device.type == "meta":
+            raise UnsupportedError(
+                f"{kind} has no numbers in {name}, which is on the meta device: load the whole model into memory "
+                "(from_pretrained without a device_map that offloads)."
+            )
+    for module in lm.modules():
+        if ".quantized" in type(module).__module__:
+            raise UnsupportedError(
+                f"{kind} has layers that torch has quantised ({type(module).__name__}), whose weights can't be read: "
+                "give the model as it was before."
+            )
+    return _without_peft(lm) if hasattr(lm, "peft_config") and hasattr(lm, "base_model") else lm
+
+
+def _without_peft(lm: Any) -> nn.Module:
+    """The base model inside peft's model, with the adapters in its layers."""
+    if not hasattr(lm.base_model, "model") or type(lm).__module__.split(".")[0] != "peft":
+        return lm  # transformers' own models hold adapters in their layers
+    configs = [lm.peft_config[name] for name in _active(lm) if name in lm.peft_config]
+    if any(getattr(config, "is_prompt_learning", False) for config in configs):
+        raise UnsupportedError("Prompt and prefix tuning put tokens before the text: give the model without them.")
+    inner = lm.get_base_model() if hasattr(lm, "get_base_model") else lm.base_model.model
+    ids = probe_ids(LanguageModel(inner, None, None).embedded, 8, next(inner.parameters()).device)
+    with torch.no_grad(), evaluating(lm):
+        outside = lm(input_ids=ids, use_cache=False).logits.double()
+        inside = inner(input_ids=ids, use_cache=False).logits.double()
+    if float((outside - inside).abs().max()) > ROUNDING.get(inside.dtype, 1e-4) * float(inside.abs().max()):
+        raise UnsupportedError(
+            f"This adapter ({', '.join(str(config.peft_type) for config in configs)}) works outside of the model's layers, "
+            "where an index does not see it: give merge_and_unload() of the model, or the model without it."
+        )
+    return inner
+
+
+def _active(lm: Any) -> list[str]:
+    found = getattr(lm, "active_adapters", None) or getattr(lm, "active_adapter", None) or []
+    found = found() if callable(found) else found
+    return [found] if isinstance(found, str) else list(found)

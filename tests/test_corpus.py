@@ -23,6 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaveout.corpus import Corpus, Row, render
+from leaveout.corpus.chat import chosen_template, read_template
+from leaveout.corpus.rows import row_json
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 
 ASK = {"role": "user", "content": "Where?"}
@@ -74,10 +76,51 @@ def test_row_form_gives_text_and_response(raw, text, prompt, meta):
     assert row.messages is None and row.meta == meta
 
 
-def test_chat_row_waits_for_its_template():
+def test_chat_row_has_the_plain_form_until_a_template_renders_it():
     row = one({"messages": [ASK, TELL | {"name": None, "tool": {"n": 1}}], "source": "web"})
-    assert (row.text, row.responses, row.meta) == ("", (), {"source": "web"})
+    assert (row.text, row.meta) == ("### User:\nWhere?\n\n### Assistant:\nHere.", {"source": "web"})
+    assert learned(row) == ["Here."]
     assert row.messages == (ASK, TELL | {"tool": {"n": 1}})  # null and missing are one and the same in Parquet
+
+
+CALL = {"type": "function", "function": {"name": "find", "arguments": {"what": "Bergen", "near": None}}}
+FIND = {"type": "function", "function": {"name": "find", "parameters": {"default": None}}}
+CALLS = [ASK, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "60.4"}, TELL]
+
+
+def test_plain_form_of_a_chat_with_tools():
+    row = one({"messages": CALLS, "tools": [FIND]})
+    called = '{"function":{"arguments":{"near":null,"what":"Bergen"},"name":"find"},"type":"function"}'
+    tools = '### Tools:\n{"function":{"name":"find","parameters":{"default":null}},"type":"function"}\n\n'
+    turns = [("User", "Where?"), ("Assistant", called), ("Tool", "60.4"), ("Assistant", "Here.")]
+    assert row.text == tools + "\n\n".join(f"### {role}:\n{said}" for role, said in turns)
+    assert learned(row) == [called, "Here."] and row.tools == (FIND,) and row.meta == {}
+
+
+@pytest.mark.parametrize("tools", [[FIND], json.dumps([FIND])])
+def test_chats_with_tools_are_the_same_from_json_and_parquet(tools, tmp_path):
+    """Parquet gives every object the fields of all others, as null; JSON keeps the nulls that someone wrote."""
+    other = {"type": "function", "function": {"name": "sum", "arguments": {"n": 1}}}
+    call = {"type": "function", "function": {"name": "find", "arguments": {"what": "Bergen"}}}
+    messages = [ASK, {"role": "assistant", "tool_calls": [call, other]}, {"role": "tool", "content": "60.4"}, TELL]
+    rows = [{"messages": messages, "tools": tools}, {"messages": [ASK, TELL], "tools": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    written = list(Corpus.open(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    stored = list(Corpus.open(tmp_path / "rows.parquet"))
+    assert [row.messages for row in stored] == [row.messages for row in written]
+    assert stored[1].tools is None and stored[1].content_hash == one({"messages": [ASK, TELL]}).content_hash
+    assert written[0].messages[1]["content"] is None  # templates compare it with none
+    if isinstance(tools, str):  # of the tools themselves a null may be Arrow's
+        assert [row.content_hash for row in stored] == [row.content_hash for row in written]
+
+
+def test_row_keeps_what_it_came_as():
+    raw = {"text": "t", "id": 7, "day": date(2024, 2, 29), "tags": ["b", "a"], "price": Decimal("1.10"), "n": None}
+    row = one(raw)
+    assert row.raw == raw and one("t").raw == {"text": "t"}
+    assert (
+        row_json(row) == '{"text": "t", "id": 7, "day": "2024-02-29", "tags": ["b", "a"], "price": "1.10", "n": null}'
+    )
 
 
 def test_metadata_keeps_scalars_and_writes_the_rest_as_text():
@@ -129,6 +172,17 @@ def test_id_and_unit(row, units, id, unit):
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 filled = words.filter(str.strip)
+
+
+@given(words, words, filled)
+def test_content_hash_of_instructions_is_that_of_their_fields(instruction, more, output):
+    raw = {"instruction": instruction, "input": more, "output": output}
+    row = one(raw)
+    assert row.content_hash == one(raw | {"id": "x", "source": "web"}).content_hash
+    if not more:
+        assert row.content_hash == one({"instruction": instruction, "output": output}).content_hash
+    assert row.content_hash != one(row.text).content_hash
+    assert row.content_hash != one(raw | {"output": output + "."}).content_hash
 
 
 @given(filled, words, filled, words)
@@ -644,7 +698,7 @@ CHAT = [ASK, TELL, ASK | {"content": "assistant"}, TELL | {"content": "assistant
 def test_render_finds_what_the_assistant_says(template, messages, spans):
     row = one({"messages": messages})
     rendered = render(row, Tokenizer(template))
-    assert rendered == replace(row, text=template(messages, False), responses=rendered.responses)
+    assert rendered == replace(row, text=template(messages, False), responses=rendered.responses, rendered=True)
     assert learned(rendered) == spans
     assert all(rendered.text[:start].endswith("<assistant>\n") for start, _ in rendered.responses)
     assert render(rendered, Tokenizer(template)) == rendered
@@ -668,7 +722,6 @@ def test_render_leaves_other_rows_alone():
 @pytest.mark.parametrize(
     ("template", "error", "reason"),
     [
-        (None, MismatchError, "give prompt and completion rows or a tokenizer with a template"),
         (refuse, FormatError, r"the chat template refuses the messages \(roles must alternate\), change it or give a"),
         (deaf, FormatError, "its assistant messages cannot be found in what the chat template makes of them, change"),
         (forgetful, FormatError, "its assistant messages cannot be found"),
@@ -695,6 +748,9 @@ def test_render_with_a_real_template():
     assert rendered.text.endswith("<|im_start|>user\nassistant<|im_end|>\n<|im_start|>assistant\nassistant<|im_end|>\n")
     assert learned(rendered) == ["Here.<|im_end|>\n", "assistant<|im_end|>\n"]
     assert learned(render(one({"messages": [TELL, ASK]}), tokenizer)) == ["Here."]
+    asked = {"instruction": "Add", "input": "2, 2", "output": "4"}
+    rendered = render(one(asked), tokenizer)
+    assert rendered.text.endswith("<|im_start|>user\nAdd\n\n2, 2<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n")
+    assert learned(rendered) == ["4<|im_end|>\n"]
     tokenizer.chat_template = None
-    with pytest.raises(MismatchError, match="is a chat and the tokenizer has no chat template"):
-        render(one({"messages": CHAT}), tokenizer)
+    assert render(one(asked), tokenizer) == one(asked)

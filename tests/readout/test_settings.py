@@ -147,7 +147,8 @@ def test_older_indexes_open_and_answer(written, tokenizer, tmp_path, monkeypatch
     old = Index.open(tmp_path / "old", lm, tokenizer)
     assert old.info()["signature"] == written
     new = Index.build(lm, RAW, tmp_path / "new", SignatureSettings.from_dict(written), tokenizer)
-    assert np.array_equal(old.score(RAW), new.score(RAW)) and old.fingerprint == new.fingerprint
+    assert np.array_equal(old.score(RAW), new.score(RAW))
+    assert old.settings == replace(new.settings, template=None)  # which stands for the tokenizer's own
     assert old.append(["a text that came later"]).added == 1 and len(old.search(["a text"], 3)[0]) == 3
 
 

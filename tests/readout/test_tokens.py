@@ -31,7 +31,7 @@ def tokens_of(raw, tokenizer, settings=RESPONSE):
 def test_targets_are_the_tokens_that_touch_a_response(raw, bos):
     tokenizer = make_tokenizer(bos)
     row, tokens = render(rows_of([raw])[0], tokenizer), tokens_of(raw, tokenizer)
-    whole = tokenizer(row.text, add_special_tokens=bos and row.messages is None, return_offsets_mapping=True)
+    whole = tokenizer(row.text, add_special_tokens=bos and not row.rendered, return_offsets_mapping=True)
     assert tokens.text == row.text and tokens.ids == whole.input_ids
     assert learned_places(tokens) == target_places(whole.offset_mapping, row.responses)
     assert learned_places(tokens_of(raw, tokenizer, ALL)) == list(range(1, len(tokens.ids)))

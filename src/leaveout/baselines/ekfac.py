@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
+from leaveout.training.encoding import asked
 from leaveout.training.tasks import IGNORED, Batch, Task
 from leaveout.training.train import Parameters
 
@@ -73,7 +74,7 @@ class EkFac:
                 "ekfac", kron.prepare_model(model, task), task, cpu=True, disable_tqdm=True, output_dir=place
             )
             analyzer.fit_all_factors("f", list(corpus), 1, factor_args=kron.FactorArguments("ekfac"), **common)
-            analyzer.compute_pairwise_scores("s", "f", list(queries), list(corpus), 1, 1, score_args=pairs, **common)
+            analyzer.compute_pairwise_scores("s", "f", asked(queries), list(corpus), 1, 1, score_args=pairs, **common)
             return analyzer.load_pairwise_scores("s")["all_modules"].float().numpy()
 
     def _model(self) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from leaveout.baselines.gradients import example_losses, unit_rows
 from leaveout.errors import UnsupportedError
+from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters
 
@@ -34,7 +35,7 @@ class EmbeddingCosine:
         """
         if not len(queries) or not len(corpus):
             return np.zeros((len(queries), len(corpus)), np.float32)
-        left, right = (unit_rows(self.embeddings(rows)) for rows in (queries, corpus))
+        left, right = (unit_rows(self.embeddings(rows)) for rows in (asked(queries), corpus))
         return (left @ right.T).float().numpy()
 
     def embeddings(self, rows: Sequence[Any]) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from leaveout.baselines.gradients import MEMORY, example_gradients, gathered, rows_within, unit_rows
+from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters
 
@@ -41,7 +42,7 @@ class GradientDot:
         if not result.size:
             return result
         first = 0
-        for left in gathered(self._gradients(queries), rows_within(self.memory // 4, self.parameters)):
+        for left in gathered(self._gradients(asked(queries)), rows_within(self.memory // 4, self.parameters)):
             column = 0
             for right in self._gradients(corpus):
                 places = slice(first, first + len(left)), slice(column, column + len(right))

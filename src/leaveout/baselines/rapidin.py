@@ -17,6 +17,7 @@ from torch import Tensor
 
 from leaveout.baselines.gradients import MEMORY, example_gradients, unit_rows
 from leaveout.readout.projection import random_bits, random_signs
+from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters
 
@@ -75,7 +76,7 @@ class RapidIn:
         result = np.zeros((len(queries), len(corpus)), np.float32)
         if not result.size:
             return result
-        left = torch.cat(list(self.sketches(queries))).float()
+        left = torch.cat(list(self.sketches(asked(queries)))).float()
         column = 0
         for right in self.sketches(corpus):
             result[:, column : column + len(right)] = (left @ right.float().T).numpy()

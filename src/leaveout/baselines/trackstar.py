@@ -24,6 +24,7 @@ import numpy as np
 
 from leaveout.baselines.gradients import checked
 from leaveout.errors import UnsupportedError
+from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters
 
@@ -59,7 +60,9 @@ class TrackStar:
             return np.zeros((len(queries), len(corpus)), np.float32)
         with tempfile.TemporaryDirectory() as name, _undisturbed():
             place = Path(name)
-            longest = max(self._save_rows(rows, place / kind) for kind, rows in (("query", queries), ("row", corpus)))
+            longest = max(
+                self._save_rows(rows, place / kind) for kind, rows in (("query", asked(queries)), ("row", corpus))
+            )
             index = bergson.TrackstarIndexConfig(
                 run_path=str(place / "run"), data=bergson.DataConfig(dataset=str(place / "row")), precision="fp32",
                 model=str(place / "model"), filter_modules=self._save_model(place / "model", bergson),

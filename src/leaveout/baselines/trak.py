@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from leaveout.baselines.gradients import MEMORY, TOGETHER, checked, loss_function, rows_within
 from leaveout.errors import UnsupportedError
+from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters
 
@@ -73,7 +74,7 @@ class Trak:
                 regularization=self.damping * self._mean_eigenvalue(outputs, corpus),
             )  # fmt: skip
             attributor.cache(self._batches(corpus))
-            return attributor.attribute(self._batches(queries)).T.float().contiguous().numpy()
+            return attributor.attribute(self._batches(asked(queries))).T.float().contiguous().numpy()
 
     def _outputs(self, dattri: Any) -> Any:
         """The log-odds as dattri takes them: a function of a model's named parameters and one example.

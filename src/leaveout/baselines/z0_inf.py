@@ -21,6 +21,7 @@ import torch
 
 from leaveout.baselines.gradients import example_losses
 from leaveout.baselines.snapshots import Snapshot
+from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 
 
@@ -42,6 +43,7 @@ class Z0Inf:
         Raises: ValueError if two snapshots that follow each other are equal.
         """
         total = np.zeros((len(queries), len(corpus)))
+        queries = asked(queries)
         before = self._losses(self.snapshots[0], queries, corpus)
         for last, snapshot in itertools.pairwise(self.snapshots):
             after = self._losses(snapshot, queries, corpus)

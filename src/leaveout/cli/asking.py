@@ -155,6 +155,6 @@ def _meta(meta: dict[str, Any]) -> str:
 def _content(record: Any) -> dict[str, str]:
     """The row's text in a form that `index` takes: prompt and completion where one response ends the text."""
     spans, text = record.extra["responses"], record.text
-    if len(spans) == 1 and spans[0][0] > 0 and spans[0][1] == len(text) and not record.extra["chat"]:
+    if len(spans) == 1 and spans[0][0] > 0 and spans[0][1] == len(text) and not record.extra["rendered"]:
         return {"prompt": text[: spans[0][0]], "completion": text[spans[0][0] :]}
     return {"text": text}

@@ -1,50 +1,173 @@
-"""Chat rows to text, with the spans of what the assistant says, by the tokenizer's chat template."""
+"""Chats and instructions to text, with the spans of what the assistant says, by a chat template or in the plain form.
 
+A template is chosen by None (the tokenizer's own, or the plain form where it has none), "none" (the plain form), a
+name among the tokenizer's templates, or a Jinja file; `chosen_template` turns the choice into the template itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from leaveout.corpus.rows import BadRow, Row, Spans
 from leaveout.errors import FormatError, MismatchError
 
+PLAIN = "none"
+Template = str | Mapping[str, str]
+"""The text of a Jinja template, or of several by name (one of which may be for rows with tools); "none": the plain form."""
 
-def render(row: Row, tokenizer: Any) -> Row:
-    """The chat row with its text and assistant spans by the tokenizer's chat template; other rows as they are.
+Messages = Sequence[Mapping[str, Any]]
+_MARK = "\ue000leaveout\ue000"
 
-    A span begins after the generation prompt and includes the end-of-turn marker. With a template that writes the first
-    turns otherwise when more follow, a span is the message's content alone. The text has its special tokens: tokenize
-    it with `add_special_tokens=False`.
-    Raises: MismatchError if there is no chat template, FormatError if it refuses or alters the messages.
+
+def read_template(choice: str | Path | None, directory: Path = Path()) -> str | None:
+    """A choice that depends on no file any more: a path becomes what the file holds.
+
+    A path has a dot or a slash in it, the text of a template a brace, and a name neither.
+    Raises: FormatError if there is no such file.
     """
-    if row.messages is None:
-        return row
-    if not getattr(tokenizer, "chat_template", None):
-        raise MismatchError(
-            f"row `{row.id}` is a chat and the tokenizer has no chat template, "
-            "give prompt and completion rows or a tokenizer with a template"
+    if choice is None or (isinstance(choice, str) and ("{" in choice or not any(sign in choice for sign in "./\\"))):
+        return choice
+    place = directory / choice
+    if not place.is_file():
+        raise FormatError(
+            f"There is no template {place}: give a Jinja file, the name of one of the tokenizer's templates, or none."
         )
-    messages = [dict(message) for message in row.messages]
+    text = place.read_text(encoding="utf-8")
+    if "{" not in text:
+        raise FormatError(f"{place} is not a Jinja template, as it writes no message: give another file, or none.")
+    return text
+
+
+def chosen_template(choice: str | Path | Template | None, tokenizer: Any) -> Template:
+    """The template that a choice stands for with this tokenizer.
+
+    Raises: MismatchError for a name that the tokenizer does not know, FormatError for a file that is no template.
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    if choice is None:
+        return dict(own) if isinstance(own, Mapping) else own or PLAIN
+    if isinstance(choice, Mapping):
+        return choice
+    text = read_template(choice)
+    assert text is not None
+    if text == PLAIN:
+        return PLAIN
+    if "{" in text:
+        _refuse_broken(text, tokenizer)
+        return text
+    named = own if isinstance(own, Mapping) else {"default": own} if own else {}
+    if text not in named:
+        near = difflib.get_close_matches(text, [*named, PLAIN], 1, 0.0)
+        names = [*near, *(name for name in (*named, PLAIN) if name not in near)]
+        raise MismatchError(
+            f"The tokenizer has no chat template named {text!r}: give {' or '.join(names)}, or a Jinja file."
+        )
+    return named[text]
+
+
+def _refuse_broken(text: str, tokenizer: Any) -> None:
+    """Finds out before the first row that a template is not Jinja; what it thinks of a chat is asked row by row."""
+    from jinja2 import TemplateSyntaxError
+
     try:
-        text = _rendered(tokenizer, messages)
-        responses = _turns(tokenizer, messages, text) or _contents(tokenizer, messages, text)
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, chat_template=text)
+    except TemplateSyntaxError as error:
+        raise FormatError(f"The chat template is not Jinja ({error}): correct it, or give another.") from error
+    except Exception:  # noqa: S110: a template may refuse this chat and take the rows
+        pass
+
+
+def conversation(row: Row) -> tuple[Mapping[str, Any], ...] | None:
+    """The messages that a template is given: those of a chat, or an instruction and its output; None for other rows."""
+    if row.form != "instruction":
+        return row.messages
+    asked = "\n\n".join(part for part in (row.raw["instruction"], row.raw.get("input")) if part)
+    return {"role": "user", "content": asked}, {"role": "assistant", "content": row.raw["output"]}
+
+
+def render(row: Row, tokenizer: Any, template: Template | None = None) -> Row:
+    """A chat or instruction row with text and spans by a template, by default the tokenizer's own; other rows as they are.
+
+    A span begins after the generation prompt and includes the end-of-turn marker, and tool calls belong to what a turn
+    says. With a template that writes the first turns otherwise when more follow, a span ends before the marker. The
+    text has its special tokens (`rendered`), so that none are added to it.
+    Raises: FormatError if the template refuses or alters the messages.
+    """
+    template = chosen_template(None, tokenizer) if template is None else template
+    if row.rendered or template == PLAIN or (messages := conversation(row)) is None:
+        return row
+    chat = _Chat(tokenizer, template, row.tools)
+    try:
+        messages = chat.taken(messages)
+        text = chat.text(messages)
+        responses = _turns(chat, messages, text) or _replaced(chat, messages, text)
     except BadRow as bad:
         raise FormatError(f"row `{row.id}`: {bad}, change it or give a prompt and completion") from bad
-    return replace(row, text=text, responses=responses)
+    return replace(row, text=text, responses=responses, rendered=True)
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program of its own and may raise anything
-        raise BadRow(f"the chat template refuses the messages ({error})") from error
+class _Chat:
+    """A template with a tokenizer's special tokens and the tools of one row."""
+
+    def __init__(self, tokenizer: Any, template: Template, tools: Sequence[Any] | None) -> None:
+        self.tokenizer = tokenizer
+        self.options: dict[str, Any] = {} if tools is None else {"tools": [dict(tool) for tool in tools]}
+        own = getattr(tokenizer, "chat_template", None)
+        if isinstance(template, Mapping):
+            name = "tool_use" if tools is not None and "tool_use" in template else "default"
+            if name not in template:
+                raise FormatError(
+                    f"None of the chat templates {', '.join(template)} is the default: choose one by name."
+                )
+            template = template[name]
+        if template != own:
+            self.options["chat_template"] = template
+
+    def text(self, messages: Messages, prompted: bool = False) -> str:
+        """Raises: BadRow with what the template says."""
+        options = self.options | ({"add_generation_prompt": True} if prompted else {})
+        try:
+            return self.tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options)
+        except Exception as error:  # a template is a program of its own and may raise anything
+            raise BadRow(f"the chat template refuses the messages ({error})") from error
+
+    def taken(self, messages: Messages) -> list[Mapping[str, Any]]:
+        """The messages, with parts of text joined where the template would write the list itself, or refuses it."""
+        if not any(_is_parts(message) for message in messages):
+            return list(messages)
+        marked = [
+            m | {"content": [{"type": "text", "text": _MARK}]} if _is_parts(m) else m for m in map(dict, messages)
+        ]
+        try:
+            written = self.text(marked)
+        except BadRow:
+            written = ""
+        if _MARK in written and not any(quote + _MARK in written for quote in "'\""):
+            return list(messages)
+        return [
+            m | {"content": "".join(part["text"] for part in m["content"])} if _is_parts(m) else m
+            for m in map(dict, messages)
+        ]
 
 
-def _turns(tokenizer: Any, messages: list[dict[str, Any]], text: str) -> Spans:
+def _is_parts(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return isinstance(content, list | tuple) and all(
+        isinstance(part, Mapping) and part.get("type") == "text" for part in content
+    )
+
+
+def _turns(chat: _Chat, messages: Messages, text: str) -> Spans:
     """Spans of the assistant's turns, or () if a rendered beginning is not the beginning of the text."""
     spans: list[tuple[int, int]] = []
     for index in (index for index, message in enumerate(messages) if message["role"] == "assistant"):
         try:
-            before = _rendered(tokenizer, messages[:index], add_generation_prompt=True)
-            after = _rendered(tokenizer, messages[: index + 1])
+            before = chat.text(messages[:index], prompted=True)
+            after = chat.text(messages[: index + 1])
         except BadRow:  # most templates refuse an empty beginning
             return ()
         stable = text.startswith(before) and text.startswith(after)
@@ -54,23 +177,17 @@ def _turns(tokenizer: Any, messages: list[dict[str, Any]], text: str) -> Spans:
     return tuple(spans)
 
 
-def _contents(tokenizer: Any, messages: list[dict[str, Any]], text: str) -> Spans:
-    """Spans of the assistant's contents: where marks in their place stand, if putting the contents back gives the text.
+def _replaced(chat: _Chat, messages: Messages, text: str) -> Spans:
+    """Spans of what the assistant's turns say: what a mark in the place of the turn replaces in the text.
 
     A plain search could hit the same words elsewhere, say "assistant" in the header of a turn.
     """
-    mark = "\ue000leaveout\ue000"
-    contents = [message["content"] for message in messages if message["role"] == "assistant"]
-    marked = [message | ({"content": mark} if message["role"] == "assistant" else {}) for message in messages]
-    pieces = _rendered(tokenizer, marked).split(mark)
-    for trim in (str, str.strip, str.lstrip, str.rstrip):  # what templates do to contents
-        if len(pieces) != len(contents) + 1:
-            break
-        built, spans = pieces[0], []
-        for content, piece in zip(contents, pieces[1:], strict=True):
-            learned = trim(content)
-            spans.append((len(built), len(built) + len(learned)))
-            built += learned + piece
-        if built == text:
-            return tuple(span for span in spans if span[0] < span[1])
-    raise BadRow("its assistant messages cannot be found in what the chat template makes of them")
+    spans: list[tuple[int, int]] = []
+    for index in (index for index, message in enumerate(messages) if message["role"] == "assistant"):
+        marked = [*messages[:index], {"role": "assistant", "content": _MARK}, *messages[index + 1 :]]
+        before, *after = chat.text(marked).split(_MARK)
+        found = len(after) == 1 and text.startswith(before) and text.endswith(after[0])
+        if not found or len(before) + len(after[0]) > len(text) or (spans and len(before) < spans[-1][1]):
+            raise BadRow("its assistant messages cannot be found in what the chat template makes of them")
+        spans.append((len(before), len(text) - len(after[0])))
+    return tuple(span for span in spans if span[0] < span[1])

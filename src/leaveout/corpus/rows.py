@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import date, time
 from decimal import Decimal
 from functools import partial
@@ -20,9 +20,10 @@ _FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("text",): ("prompt_text",),
     **dict.fromkeys(product(("prompt", "prompt_text"), ("completion", "response")), ()),
     ("instruction", "output"): ("input",),
-    ("messages",): (),
+    ("messages",): ("tools",),
 }
 _ACCEPTED = "`text`, `prompt` and `completion`, `instruction` and `output`, or `messages`"
+FORMS = ("text", "prompt", "instruction", "messages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,17 @@ class Row:
     """One example of the training data."""
 
     id: str  # the field `id`, else the first 16 digits of the content hash
-    text: str  # prompt and response; "" for a chat row until it is rendered
+    text: str  # prompt and response; of an instruction and a chat the plain form, until a template renders it
     responses: Spans  # the parts [start, end) of the text that are learned
-    messages: tuple[Mapping[str, Any], ...] | None  # chat rows only
+    messages: tuple[Mapping[str, Any], ...] | None  # chat rows only; each with `content`, None where it has none
     unit: str  # what is deleted together: the value of the units field, else the id
     meta: dict[str, Scalar]  # all other fields; lists and objects as compact JSON, dates in ISO 8601
-    content_hash: str  # xxh3-128 of the text and where the response begins, or of the messages; nothing else
+    content_hash: str  # xxh3-128 of the text and where the response begins, or of the fields of its form; nothing else
     number: int  # position in the source, from 0, bad rows included
+    form: str = "text"  # text, prompt, instruction or messages
+    tools: tuple[Any, ...] | None = None  # chat rows only: what the assistant may call
+    rendered: bool = False  # whether a chat template wrote the text, with all its special tokens
+    raw: Mapping[str, Any] = field(default_factory=dict)  # the row as it came
 
 
 class BadRow(Exception):
@@ -46,6 +51,8 @@ class BadRow(Exception):
 def read_row(raw: Any, number: int, units: str | None) -> Row:
     if isinstance(raw, BadRow):
         raise raw
+    if isinstance(raw, Row):
+        return replace(raw, number=number)
     if isinstance(raw, str):
         raw = {"text": raw}
     if not isinstance(raw, Mapping):
@@ -54,22 +61,34 @@ def read_row(raw: Any, number: int, units: str | None) -> Row:
         if not isinstance(name, str):
             raise BadRow(f"has {kind_of(name)} as the name of a field, names must be text")
         _utf8(name, name)
-    form = _form(raw)
-    used = {"id", *form, *_FORMS[form]}
-    if form == ("messages",):
-        text, responses, messages = "", (), _messages(raw["messages"])
-        content = "chat\n" + _compact("messages", messages)
+    fields = _form(raw)
+    form = next(form for form in FORMS if fields[0].startswith(form))
+    used = {"id", *fields, *_FORMS[fields]}
+    messages = tools = None
+    if form == "messages":
+        messages, tools = read_messages(raw["messages"]), _tools(raw.get("tools"))
+        text, responses = plain_chat(messages, tools)
+        content = "chat\n" + _compact("messages", [_without_nulls(message) for message in messages])
+        content += "" if tools is None else "\n" + _compact("tools", tools)
     else:
-        text, seam = _text_and_seam(raw, form)
-        responses, messages = ((seam, len(text)),), None
-        content = f"{seam}\n{text}"
+        text, seam = _text_and_seam(raw, fields)
+        responses = ((seam, len(text)),)
+        own = {name: raw[name] for name in ("instruction", "input", "output") if raw.get(name)}
+        content = "instruction\n" + _compact(form, own) if form == "instruction" else f"{seam}\n{text}"
     content_hash = xxhash.xxh3_128_hexdigest(content.encode())
     given = _label("id", raw["id"], (str, int)) if "id" in raw else content_hash[:16]
     if units is not None and units not in raw:
         raise BadRow(f"field `{units}` is missing, but the units are named by it")
     unit = given if units is None else _label(units, raw[units], (str, int, float, bool))
     meta = {name: _scalar(name, value) for name, value in raw.items() if name not in used}
-    return Row(given, text, responses, messages, unit, meta, content_hash, number)
+    return Row(
+        given, text, responses, messages, unit, meta, content_hash, number, form=form, tools=tools, raw=dict(raw)
+    )
+
+
+def row_json(row: Row) -> str:
+    """The row as it came, as JSON on one line; types that JSON lacks in ISO form, decimals as text."""
+    return json.dumps(row.raw, ensure_ascii=False, allow_nan=False, default=_plain)
 
 
 def _form(raw: Mapping[str, Any]) -> tuple[str, ...]:
@@ -113,17 +132,81 @@ def _text_and_seam(raw: Mapping[str, Any], form: tuple[str, ...]) -> tuple[str, 
     return text, len(prompt)
 
 
-def _messages(value: Sequence[Any]) -> tuple[dict[str, Any], ...]:
-    """The messages without their null fields, which Parquet cannot tell from missing ones."""
+def read_messages(value: Sequence[Any]) -> tuple[dict[str, Any], ...]:
+    """The messages without their null fields, which Parquet cannot tell from missing ones, but each with `content`.
+
+    Templates compare `content` with none where a turn only calls tools.
+    """
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping):
             raise BadRow(f"field `messages` must hold objects, but message {number} is {kind_of(message)}")
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                raise BadRow(f"`{name}` of message {number} must be text, not {kind_of(message.get(name))}")
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in value):
+        if not isinstance(message.get("role"), str):
+            raise BadRow(f"`role` of message {number} must be text, not {kind_of(message.get('role'))}")
+        _check_content(message, number)
+    if not any(message["role"] == "assistant" and said(message).strip() for message in value):
         raise BadRow("field `messages` has no assistant's text, so nothing is learned: add some or drop the row")
-    return tuple({name: item for name, item in message.items() if item is not None} for message in value)
+    return tuple({"role": message["role"], "content": None} | _without_nulls(message) for message in value)
+
+
+def _check_content(message: Mapping[str, Any], number: int) -> None:
+    """Content is text or parts of text; of a tool's turn also any list or object; none beside tool calls."""
+    content, calls = message.get("content"), message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list | tuple) and all(isinstance(call, Mapping) for call in calls)):
+        raise BadRow(f"`tool_calls` of message {number} must be a list of objects, not {kind_of(calls)}")
+    if isinstance(content, str) or (content is None and calls):
+        return
+    if message["role"] == "tool" and isinstance(content, list | tuple | Mapping):
+        return
+    if not isinstance(content, list | tuple):
+        raise BadRow(f"`content` of message {number} must be text, not {kind_of(content)}")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = f"of type {part.get('type')!r}" if isinstance(part, Mapping) else kind_of(part)
+            raise BadRow(f"`content` of message {number} has a part that is {kind}, only parts of type 'text' are read")
+
+
+def said(message: Mapping[str, Any]) -> str:
+    """What a turn says, plainly: its content, then one line of JSON for each tool call."""
+    content = message.get("content")
+    if isinstance(content, list | tuple) and all(isinstance(part, Mapping) and "text" in part for part in content):
+        content = "".join(part["text"] for part in content)
+    calls = [_compact("tool_calls", call) for call in message.get("tool_calls") or ()]
+    lines = [] if content in (None, "") else [content if isinstance(content, str) else _compact("content", content)]
+    return "\n".join([*lines, *calls])
+
+
+def plain_chat(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> tuple[str, Spans]:
+    """A chat without a template: `### Role:` above each turn, tools first; and the spans of the assistant's turns."""
+    pieces, spans, length = [], [], 0
+    if tools:
+        listed = "\n".join(_compact("tools", tool) for tool in tools)
+        pieces.append(f"### Tools:\n{listed}")
+        length = len(pieces[0]) + 2
+    for message in messages:
+        header, body = f"### {message['role'].capitalize()}:\n", said(message)
+        _utf8("messages", body)
+        if message["role"] == "assistant" and body:
+            spans.append((length + len(header), length + len(header) + len(body)))
+        pieces.append(header + body)
+        length += len(header) + len(body) + 2
+    return "\n\n".join(pieces), tuple(spans)
+
+
+def _tools(value: Any) -> tuple[Any, ...] | None:
+    """The tools of a chat: a list of objects, also as JSON text, as Parquet often has it."""
+    if value is None:
+        return None
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        raise BadRow("field `tools` is text that is not JSON, write a list of objects") from None
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRow(f"field `tools` must be a list of objects, not {kind_of(value)}")
+    return tuple(value)
+
+
+def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: item for name, item in message.items() if item is not None}
 
 
 def _label(name: str, value: Any, kinds: tuple[type, ...]) -> str:

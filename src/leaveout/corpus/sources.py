@@ -163,7 +163,23 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _arrow_rows(parts: Mapping[str, Callable[[], Iterable[Any]]]) -> Iterator[tuple[str, Any]]:
     """The rows of all parts, numbered one part at a time; a part is what reads its Arrow batches."""
     for name, read in parts.items():
-        yield from _numbered(name, chain.from_iterable(map(_python_rows, read())))
+        rows = chain.from_iterable(map(_python_rows, read()))
+        yield from _numbered(name, map(_without_padding, rows))
+
+
+def _without_padding(row: Any) -> Any:
+    """The row without the nulls that Arrow puts into chats for each field that only other objects have."""
+    if not isinstance(row, dict):
+        return row
+    return {name: _dense(value) if name in ("messages", "tools") else value for name, value in row.items()}
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_dense(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _dense(item) for name, item in value.items() if item is not None}
+    return value
 
 
 def _python_rows(batch: Any) -> list[Any]:

@@ -98,7 +98,8 @@ def record_of(row: Row, tokens: TokenisedRow) -> Record:
     """The catalogue's entry of a row."""
     extra = {
         "number": row.number,
-        "chat": row.messages is not None,
+        "form": row.form,
+        "rendered": tokens.rendered,
         "responses": tokens.responses,
         "tokens": len(tokens.ids),
         "targets": tokens.n_targets,
@@ -107,11 +108,13 @@ def record_of(row: Row, tokens: TokenisedRow) -> Record:
 
 
 def row_of(record: Record) -> Row:
-    """The row that a catalogue entry was made of; a chat comes back rendered."""
+    """The row that a catalogue entry was made of; chats and instructions come back as they were rendered."""
     extra = record.extra
     spans = tuple((start, end) for start, end in extra["responses"])
-    messages = () if extra["chat"] else None
-    return Row(record.id, record.text, spans, messages, record.unit, record.meta, record.content_hash, extra["number"])
+    return Row(
+        record.id, record.text, spans, None, record.unit, record.meta, record.content_hash, extra["number"],
+        rendered=extra["rendered"],
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- workers

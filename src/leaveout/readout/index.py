@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from leaveout.corpus import Corpus
+from leaveout.corpus.chat import chosen_template
+from leaveout.corpus.tokens import NoTargetError
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, made
 from leaveout.models import ModelOptions, difference
 from leaveout.readout import ann, finding, simhash
@@ -43,7 +45,7 @@ from leaveout.readout.settings import SignatureSettings, resolve_settings
 from leaveout.readout.shards import shard_of, share_statistics
 from leaveout.readout.signature import Signer
 from leaveout.readout.storage import decode
-from leaveout.readout.tokens import NoTargetError, TokenisedRow, check_ids, tokenise
+from leaveout.readout.tokens import TokenisedRow, check_ids, tokenise
 from leaveout.store import Record, Store
 
 __all__ = ["Index", "Queries", "QueryRow"]
@@ -102,6 +104,7 @@ class Index:
         readout = load_readout(model, tokenizer, model_options)
         if readout is model:  # whatever was done to it since it was loaded
             verify_readout(readout).identity(anew=True)
+        settings = replace(settings, template=chosen_template(settings.template, readout.tokenizer))
         signer = Signer(readout, settings)
         with open_or_create(path, wanted_settings(readout, signer, corpus)) as store:
             index = cls(store, readout)

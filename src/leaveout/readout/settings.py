@@ -12,6 +12,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from leaveout.corpus.chat import Template
 from leaveout.errors import choices
 
 Kind = Literal["rh", "gh", "residual"]
@@ -101,6 +102,9 @@ class SignatureSettings:
     length_power    that sum is divided by (number of target positions) ** length_power: 0 leaves the sum, 1 makes it
                     the mean, which is what a row weighs where training takes the mean loss of each row
     targets         which tokens are learned: `response` (prompts are context only) or `all`
+    template        how chats and instructions become text: None, the tokenizer's own chat template, or the plain form where
+                    it has none; "none", the plain form; a name among the tokenizer's templates, or a Jinja file. An
+                    index keeps the template itself
     window, stride  a longer row is cut into windows of `window` tokens that start every `stride`
     final_width     a row of at most this many numbers is stored in full; None: no limit
     rank            how a larger row is stored: each part by its `rank` largest singular triples; None: by one Hadamard
@@ -120,6 +124,7 @@ class SignatureSettings:
     unit_length: bool = False
     length_power: float = 0.0
     targets: Targets = "response"
+    template: Template | None = None
     window: int = 1024
     stride: int = 768
     rank: int | None = None

@@ -1,8 +1,4 @@
-"""Rows to windows of token ids with the positions that are learned.
-
-One tokenisation of the whole text decides: a token is a target when its characters touch a response, so that a
-token across the seam of prompt and response counts, and nothing shifts as it does when the prompt is tokenised alone.
-"""
+"""The tokens of rows, cut into windows with the positions that are learned."""
 
 from __future__ import annotations
 
@@ -10,13 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from leaveout.corpus import Row, render
-from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.corpus import Row
+from leaveout.corpus.tokens import NoTargetError, tokens_of
+from leaveout.errors import MismatchError
 from leaveout.readout.settings import SignatureSettings
-
-
-class NoTargetError(FormatError):
-    """A row or query without a token to learn."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class Window:
 @dataclass(frozen=True)
 class TokenisedRow:
     """A row's text and responses (rendered, if it was a chat), token ids and character offsets [tokens, 2], and the
-    windows that cover its targets.
+    windows that cover its targets; `rendered`: whether a chat template wrote the text.
     """
 
     text: str
@@ -43,45 +36,25 @@ class TokenisedRow:
     ids: list[int]
     offsets: list[tuple[int, int]]
     windows: list[Window]
+    rendered: bool = False
 
     @property
     def n_targets(self) -> int:
+        """Learned positions; one that several windows predict counts as often."""
         return sum(len(window.positions) for window in self.windows)
 
 
 def tokenise(row: Row, number: int, tokenizer: Any, settings: SignatureSettings, context: int) -> TokenisedRow:
-    """The windows of a row, whose `row` field is `number`.
-
-    The beginning-of-sequence token is added as the tokenizer does by itself, but not to a text that has it already,
-    nor to a chat, whose template writes all special tokens.
+    """The windows of a row, whose `row` field is `number`; nothing of it is cut off.
 
     Raises: NoTargetError if no token of the row is a target.
     """
-    if row.messages:  # a chat that an index gives back has its text, and no messages
-        row = render(row, tokenizer)
-    start_token = getattr(tokenizer, "bos_token", None)
-    complete = row.messages is not None or bool(start_token and row.text.startswith(start_token))
-    if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedError(
-            f"{type(tokenizer).__name__} gives no character offsets: load the fast tokenizer of this model."
-        )
-    encoded = tokenizer(row.text, return_offsets_mapping=True, add_special_tokens=not complete, verbose=False)
-    ids, offsets = list(encoded["input_ids"]), [(a, b) for a, b in encoded["offset_mapping"]]
-    learned = list(range(1, len(ids))) if settings.targets == "all" else _touching(offsets, row.responses)
-    if not learned:
-        raise NoTargetError(
-            f"Row {row.number + 1} ({row.id!r}) has no token to learn (its response is empty or a single first token): "
-            "give it a response, or leave it out with skip_bad."
-        )
-    return TokenisedRow(row.text, row.responses, ids, offsets, cut_windows(number, ids, learned, settings, context))
-
-
-def _touching(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    return [
-        index
-        for index, (start, end) in enumerate(offsets)
-        if index > 0 and start < end and any(start < stop and end > first for first, stop in spans)
-    ]
+    try:
+        tokens = tokens_of(row, tokenizer, settings.template, everything=settings.targets == "all")
+    except NoTargetError as error:
+        raise NoTargetError(f"{str(error).removesuffix('.')} with skip_bad.") from None
+    windows = cut_windows(number, tokens.ids, tokens.learned, settings, context)
+    return TokenisedRow(tokens.row.text, tokens.row.responses, tokens.ids, tokens.offsets, windows, tokens.row.rendered)
 
 
 def cut_windows(

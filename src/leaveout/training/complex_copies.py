@@ -41,7 +41,7 @@ def train_roots(
     shares = [(torch.ones(len(p.numbers)) if p.sizes is None else p.sizes).double() / p.divisor for p in parts]
     params = roots.train(gradient, batches, along, optimizer, circle, shares)
     ones = torch.ones(circle.points, 1, dtype=torch.complex128)
-    losses = [gradient(params, _doubled(task.encode([q])), ones)[1] for q in queries]
+    losses = [gradient(params, _doubled(task.encode_queries([q])), ones)[1] for q in queries]
     return params, torch.cat(losses, 1) if losses else torch.zeros(circle.points, 0)
 
 

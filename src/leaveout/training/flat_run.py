@@ -130,7 +130,7 @@ class FlatRun:
         if callable(queries):
             losses = list(self._values(queries)[part])
         else:
-            losses = [task.loss(task.model, task.encode([q]))[0] for q in queries[part]]
+            losses = [task.loss(task.model, task.encode_queries([q]))[0] for q in queries[part]]
         rows = torch.zeros(len(losses), sum(self.sizes), dtype=self.recipe.real_dtype)
         for row, loss in zip(rows, losses, strict=True):
             grads = torch.autograd.grad(

@@ -23,7 +23,7 @@ def query_losses(recipe: Recipe, params: Parameters, queries: Queries) -> Tensor
         if callable(queries):
             out = torch.cat([_values_of_runs(task, part, queries) for part in _chunks_of_runs(runs)])
         else:
-            out = torch.cat([losses_of_runs(task, runs, task.encode([q])) for q in queries], 1)
+            out = torch.cat([losses_of_runs(task, runs, task.encode_queries([q])) for q in queries], 1)
     return out if stacked else out[0]
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, UnsupportedError, choices
 from leaveout.training.digest import digest_of
-from leaveout.training.tasks import IGNORED, Task, token_losses
+from leaveout.training.encoding import IGNORED, as_row
+from leaveout.training.tasks import Task, token_losses
 
 TOGETHER = 8
 """Queries that share one forward pass."""
@@ -78,12 +79,8 @@ class Query:
     def digest(self) -> str:
         """Names the content: equal digests mean equal questions."""
         row = self.row
-        if isinstance(row, str):
-            row = {"text": row}
-        if isinstance(row, dict):
-            row = next(iter(Corpus.open([row])))
-        if isinstance(row, Row):
-            row = [row.text, row.responses]
+        if isinstance(row, (str, dict, Row)):
+            row = as_row(row).content_hash
         elif isinstance(row, tuple):
             row = [torch.as_tensor(part) for part in row]
         return digest_of([row, self.measure], f"The query {self.name!r}", self.version)
@@ -92,14 +89,9 @@ class Query:
 def _name(row: Any) -> str:
     if isinstance(row, str):
         return row
-    if isinstance(row, Row):
-        return row.text if row.text and row.id == row.content_hash[:16] else row.id
-    if isinstance(row, dict):
-        return (
-            str(row["id"])
-            if "id" in row
-            else row.get("text") or f"{row.get('prompt', '')}{row.get('completion', row.get('response', ''))}"
-        )
+    if isinstance(row, (dict, Row)):
+        row = as_row(row)
+        return row.text if row.id == row.content_hash[:16] else row.id
     if isinstance(row, tuple) and len(row) == 2:
         return f"{digest_of(torch.as_tensor(row[0]), 'The query')[:8]} as {row[1]}"
     return getattr(row, "__name__", type(row).__name__)
@@ -136,7 +128,7 @@ def query_function(task: Task, queries: Sequence[Query]) -> Callable[[nn.Module]
             groups[-1][0].append(q)
         else:
             groups.append(([q], ()))
-    encoded = [(group, None if kind is None else task.encode([q.row for q in group])) for group, kind in groups]
+    encoded = [(group, None if kind is None else task.encode_queries([q.row for q in group])) for group, kind in groups]
 
     def values(model: nn.Module) -> Tensor:
         return torch.cat([_values(task, model, group, batch) for group, batch in encoded])

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from leaveout.corpus import Corpus, Row
+from leaveout.corpus.chat import read_template
 from leaveout.errors import FormatError, UnsupportedError, choices, refuse_other_names
 from leaveout.models import load_model, source_digest
 from leaveout.training.digest import digest_of
@@ -74,6 +75,7 @@ class Recipe:
     examples what is trained on, one entry an example: corpus rows (microgpt, causal-lm), or (features, label)
     units    the unit of each example; model, loss: see `tasks`; trained: "full", {"lora": {...}},
              "adapter", or name patterns
+    template    how chats and instructions become text: see `corpus.chat`; a file is read here, so that its text counts
     order    "given", "shuffled" (anew each epoch, by the seed), or the batches themselves, of any sizes
     drop_last   leave out the last batch of an epoch if it is not full; else it is a step as the others are
     accumulate  micro-batches of a step; they change nothing but rounding and memory
@@ -98,6 +100,7 @@ class Recipe:
     trained: Any = "full"
     loss_per: str = "example"
     max_tokens: int = 256
+    template: Any = None
     seed: int = 0
     dtype: str = "float32"
     version: str = ""
@@ -125,6 +128,7 @@ class Recipe:
                 f"batch_size {self.batch_size} is larger than the number of examples {len(self.examples)}, and drop_last "
                 "leaves out what is not full: lower batch_size or leave drop_last out"
             )
+        object.__setattr__(self, "template", read_template(self.template))
         _check_trained(self.trained)
         if self.kind == "causal-lm" and isinstance(self.model, (str, Path)):
             model_place(str(self.model), Path())
@@ -287,6 +291,7 @@ class Recipe:
             return recipe if units is None else recipe.grouped(path.parent / units)
         if kind == "classifier":
             return cls(kind, *_arrays(data, units), **raw)
+        raw["template"] = read_template(raw.get("template"), path.parent)
         if isinstance(raw.get("model"), str):
             raw["model"] = model_place(raw["model"], path.parent)
         return cls(kind, tuple(Corpus.open(data, units=units)), **raw)

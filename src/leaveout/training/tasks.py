@@ -16,25 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leaveout.corpus import Corpus, Row
+from leaveout.corpus.chat import chosen_template
 from leaveout.errors import FormatError, UnsupportedError
 from leaveout.models import LanguageModel, ModelOptions, adapter_places, load_model, refuse_look_ahead
 from leaveout.training import microgpt
+from leaveout.training.encoding import IGNORED, Asked, RowEncoder, as_row, asked, too_long, unmarked
 from leaveout.training.recipe import Recipe
 
 Batch = tuple[Tensor, ...]
-IGNORED = -100
 
 
 @dataclass
 class Task:
     """A model at its start, and how to feed it.
 
-    encode   examples of the recipe, or queries in the same form -> batch of tensors with the examples as first axis
+    encode   examples of the recipe, cut where they are too long, or `Asked` ones -> batch of tensors, examples first
     loss     (model, batch) -> losses [examples], each the mean over its own tokens, in nats
     trained  names of the parameters that the optimizer changes; all others are constants
     outputs  (model, batch) -> logits [examples, positions, classes] and targets [examples, positions], IGNORED where
              nothing is learned; None for a custom recipe
+    cut      example -> how many of its tokens `encode` cuts off; None where it cuts nothing
     separate whether an example's loss is meant not to depend on the others of its batch, and uses all parameters
     sizes    batch -> learned tokens of each example [examples], where the loss of a step is per token; else None
     notes    what a user should know of the model, one sentence each
@@ -48,6 +49,11 @@ class Task:
     separate: bool = False
     sizes: Callable[[Batch], Tensor] | None = None
     notes: tuple[str, ...] = ()
+    cut: Callable[[Any], int] | None = None
+
+    def encode_queries(self, rows: Sequence[Any]) -> Batch:
+        """Queries, in the form of the examples, as a batch; they are never cut."""
+        return self.encode(asked(rows))
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -105,11 +111,17 @@ def _microgpt(recipe: Recipe) -> Task:
         microgpt.load_flat(model, torch.tensor([rng.gauss(0, 0.08) for _ in range(n)], dtype=torch.float64))
 
     def encode(rows: Sequence[Any]) -> Batch:
-        pairs = [microgpt.encode(_text(row), alphabet, model.context) for row in rows]
+        for row in rows:
+            if isinstance(row, Asked) and (length := len(as_row(row).text) + 1) > model.context:
+                raise too_long(as_row(row), f"{length} characters with its end", model.context)
+        pairs = [microgpt.encode(as_row(row).text, alphabet, model.context) for row in rows]
         longest = max(len(x) for x, _ in pairs)
         ids = torch.stack([F.pad(x, (0, longest - len(x))) for x, _ in pairs])
         targets = torch.stack([F.pad(y, (0, longest - len(y)), value=IGNORED) for _, y in pairs])
         return ids, targets
+
+    def cut(row: Any) -> int:
+        return max(0, len(as_row(row).text) + 1 - model.context)
 
     def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return m(batch[0]), batch[1]
@@ -118,17 +130,11 @@ def _microgpt(recipe: Recipe) -> Task:
         return token_losses(*outputs(m, batch))
 
     sizes = _learned_tokens if recipe.loss_per == "token" else None
-    return Task(model, encode, loss, _trained(model, recipe.trained), outputs, separate=True, sizes=sizes)
+    return Task(model, encode, loss, _trained(model, recipe.trained), outputs, separate=True, sizes=sizes, cut=cut)
 
 
 def _learned_tokens(batch: Batch) -> Tensor:
     return (batch[1] != IGNORED).sum(1)
-
-
-def _text(row: Any) -> str:
-    if isinstance(row, dict):
-        row = next(iter(Corpus.open([row])))
-    return row.text if isinstance(row, Row) else str(row)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -149,8 +155,8 @@ def _causal_lm(recipe: Recipe) -> Task:
     if isinstance(trained, dict):
         model, trained = _with_lora(model, trained["lora"]), ("*lora_*",)
 
-    def encode(rows: Sequence[Any]) -> Batch:
-        return _encode_rows(rows, tokenizer, recipe.max_tokens)
+    template = chosen_template(recipe.template, tokenizer)
+    rows = RowEncoder(tokenizer, template, recipe.max_tokens, loaded.context)
 
     def logits(m: nn.Module, ids: Tensor) -> Tensor:
         # Padding stands at the end, where no token with a label can attend to it.
@@ -166,7 +172,10 @@ def _causal_lm(recipe: Recipe) -> Task:
     refuse_look_ahead(model, functools.partial(logits, model), loaded.embedded, context, loaded.device)
     sizes = (lambda batch: _learned_tokens((batch[0], batch[1][:, 1:]))) if recipe.loss_per == "token" else None
     names = _trained(model, trained)
-    return Task(model, encode, loss, names, outputs, separate=True, sizes=sizes, notes=loaded.notes)
+    return Task(
+        model, rows.encode, loss, names, outputs, separate=True, sizes=sizes, notes=loaded.notes,
+        cut=lambda row: rows.tokens(row).cut,
+    )  # fmt: skip
 
 
 def _language_model(recipe: Recipe) -> LanguageModel:
@@ -224,29 +233,6 @@ def _with_lora(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
     return peft.get_peft_model(model, config)  # type: ignore[arg-type]
 
 
-def _encode_rows(rows: Sequence[Any], tokenizer: Any, limit: int) -> Batch:
-    """Token ids and labels [examples, tokens]; labels only where a row's response is (everywhere for plain text)."""
-    encoded = [_encode_row(row, tokenizer, limit) for row in rows]
-    longest = max(len(ids) for ids, _ in encoded)
-    fill = tokenizer.pad_token_id or 0
-    ids = torch.tensor([ids + [fill] * (longest - len(ids)) for ids, _ in encoded])
-    labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in encoded])
-    return ids, labels
-
-
-def _encode_row(row: Any, tokenizer: Any, limit: int) -> tuple[list[int], list[int]]:
-    row = row if isinstance(row, Row) else next(iter(Corpus.open([row if isinstance(row, dict) else {"text": row}])))
-    if row.messages is not None:
-        raise UnsupportedError("Chat rows are not supported in recipes: render them to text or prompt and completion.")
-    out = tokenizer(row.text, return_offsets_mapping=True, truncation=True, max_length=limit)
-    ids, offsets = list(out["input_ids"]), out["offset_mapping"]
-    learned = [any(a < end and b > start for start, end in row.responses) for a, b in offsets]
-    labels = [i if keep else IGNORED for i, keep in zip(ids, learned, strict=True)]
-    if not any(keep for keep in learned[1:]):
-        raise FormatError(f"Row {row.id} has no token to learn within max_tokens = {limit}.")
-    return ids, labels
-
-
 # --- classifiers and anything else -------------------------------------------------------------------------------
 
 
@@ -263,8 +249,8 @@ def _classifier(recipe: Recipe) -> Task:
         model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], n_classes))
 
     def encode(rows: Sequence[Any]) -> Batch:
-        features = torch.stack([torch.as_tensor(x) for x, _ in rows]).to(recipe.real_dtype)
-        return features, torch.tensor([int(y) for _, y in rows])
+        features = torch.stack([torch.as_tensor(x) for x, _ in map(unmarked, rows)]).to(recipe.real_dtype)
+        return features, torch.tensor([int(y) for _, y in map(unmarked, rows)])
 
     def loss(m: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(m(batch[0]), batch[1], reduction="none")
@@ -284,7 +270,7 @@ def _custom(recipe: Recipe) -> Task:
     model: Any = make()
 
     def encode(rows: Sequence[Any]) -> Batch:
-        columns = zip(*(row if isinstance(row, tuple) else (row,) for row in rows), strict=True)
+        columns = zip(*(row if isinstance(row, tuple) else (row,) for row in map(unmarked, rows)), strict=True)
         stacked = (torch.stack([torch.as_tensor(v) for v in column]) for column in columns)
         return tuple(t.to(recipe.real_dtype) if t.is_floating_point() else t for t in stacked)
 

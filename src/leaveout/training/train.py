@@ -355,7 +355,7 @@ def query_series(task: Task, space: Space, queries: Queries) -> Series:
             values = [queries(task.model)]
         else:
             groups = (queries[i : i + QUERIES_TOGETHER] for i in range(0, len(queries), QUERIES_TOGETHER))
-            values = [task.loss(task.model, task.encode(list(group))) for group in groups]
+            values = [task.loss(task.model, task.encode_queries(list(group))) for group in groups]
     jets = [v if isinstance(v, Jet) else space.constant(v) for v in values]
     return Series(torch.cat([j.c for j in jets]), torch.cat([j.h for j in jets], -1))
 

@@ -23,9 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaveout.corpus import Corpus, Row, render
-from leaveout.corpus.chat import chosen_template, read_template
 from leaveout.corpus.rows import row_json
-from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.errors import FormatError, UnsupportedError
 
 ASK = {"role": "user", "content": "Where?"}
 TELL = {"role": "assistant", "content": "Here."}

@@ -161,7 +161,7 @@ class Bank:
     # --- reading -------------------------------------------------------------------------------------------------
 
     def info(self) -> dict[str, Any]:
-        """Counts by kind, design and degree, bytes, and CPU seconds spent."""
+        """Counts by kind, design and degree, bytes, CPU seconds spent, and notes on how it was measured."""
         counts: dict[str, int] = {}
         seconds = self.store.state("vectors cpu_seconds") or 0.0
         for record in self.store.iter_rows():
@@ -170,7 +170,9 @@ class Bank:
             name = f"{m['kind']}{degree}, {m.get('design', '')}{', ' + m['role'] if 'role' in m else ''}"
             counts[name] = counts.get(name, 0) + 1
             seconds += float(m.get("cpu_seconds", 0))
-        return {"measurements": counts, "cpu_seconds": round(seconds, 3), "bytes": self.store.info()["bytes"]}
+        notes = [note] if (note := self.store.state("one by one")) else []
+        facts = {"measurements": counts, "cpu_seconds": round(seconds, 3), "bytes": self.store.info()["bytes"]}
+        return facts | ({"notes": notes} if notes else {})
 
     def measurements(
         self, queries: Any, noise: Any = None, features: np.ndarray | None = None, scores: np.ndarray | None = None

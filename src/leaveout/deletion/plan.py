@@ -19,6 +19,7 @@ from leaveout.deletion.posterior import LARGEST, NUGGET, default_kernel, expecte
 from leaveout.deletion.sets import DeletionSets, deletion_sets
 from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
 from leaveout.errors import LeaveoutError, UnsupportedError
+from leaveout.training.batching import batching_problem
 from leaveout.training.memory import runs_together
 from leaveout.training.metagradient import metagradient
 from leaveout.training.queries import Query, as_queries, query_function
@@ -167,7 +168,9 @@ def probe(recipe: Recipe, asked: list[Query], jets: bool = True) -> Costs:
         psi, settings = torch.from_numpy(directions.complex_uniform(0, n, units)), JetSettings(degree)
         return _whole(recipe, lambda short: train_jets(short, psi, settings))
 
-    retraining = _line(retrain, runs_together(recipe, task_of(recipe), RUNS_TOGETHER))
+    task = task_of(recipe)
+    alone = batching_problem(recipe, task) is not None
+    retraining = _line(retrain, 1 if alone else runs_together(recipe, task, RUNS_TOGETHER))
     found = {d: _line(lambda n, d=d: measure(n, d), JETS_TOGETHER) for d in (1, 2)} if jets else {}
     gradient, notes = None, ()
     try:

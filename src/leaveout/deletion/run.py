@@ -34,6 +34,7 @@ from leaveout.errors import FormatError, MismatchError, UnsupportedError, choice
 from leaveout.executor import run_tasks
 from leaveout.store import Record, Store
 from leaveout.store.catalogue import CATALOGUE
+from leaveout.training.batching import Parameters, batching_problem
 from leaveout.training.memory import runs_together
 from leaveout.training.metagradient import metagradient
 from leaveout.training.outputs import query_losses
@@ -41,7 +42,7 @@ from leaveout.training.queries import Query, as_queries, query_function
 from leaveout.training.recipe import Recipe
 from leaveout.training.stability import check_stability
 from leaveout.training.tasks import task_of
-from leaveout.training.train import JetSettings, Parameters, RunOptions, train_batch, train_jets, train_plain
+from leaveout.training.train import JetSettings, RunOptions, train_batch, train_jets, train_plain
 from leaveout.training.updates import unit_vectors
 
 OWN = ("examples", "bank", "work")
@@ -235,13 +236,23 @@ class TrainingRun:
         missing = self.bank.missing(ids)
         if not missing:
             return
-        memory = None if settings.memory is None else settings.memory // settings.workers
         absent = float((x[missing] == 1)[:, self.recipe.unit_of.numpy()].mean())
-        size = runs_together(self.recipe, task_of(self.recipe), RUNS_TOGETHER, memory, absent)
-        size = min(size, -(-len(missing) // settings.workers))
+        size = min(self._together(settings, absent), -(-len(missing) // settings.workers))
         chunks = [missing[i : i + size] for i in range(0, len(missing), size)]
         tasks = [_Task("retraining", x[rows], [ids[i] for i in rows], [metas[i] for i in rows]) for rows in chunks]
         self._carry_out(tasks, asked, settings, "retrainings")
+
+    def _together(self, settings: MeasureSettings, absent: float) -> int:
+        """How many retrainings share a batch; that none can is kept with the bank and said once."""
+        memory, task = None if settings.memory is None else settings.memory // settings.workers, task_of(self.recipe)
+        size = runs_together(self.recipe, task, RUNS_TOGETHER, memory, absent)
+        if size == 1 or (problem := batching_problem(self.recipe, task)) is None:
+            return size
+        note = f"Retrainings go one by one, as runs of this model cannot be batched ({problem})."
+        if self.bank.store.state("one by one") != note:
+            self.bank.note("one by one", note)
+            print(f"leaveout: {note}", file=sys.stderr)
+        return 1
 
     def _carry_out(
         self, tasks: list[_Task], asked: Sequence[Query] | None, settings: MeasureSettings, label: str

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
+from leaveout.training.batching import Parameters, agree, tried
 from leaveout.training.recipe import Recipe
 from leaveout.training.steps import Part, Steps
 from leaveout.training.tasks import task_of
-from leaveout.training.train import Parameters, Queries, encoded, make_optimizer, own_parameters
+from leaveout.training.train import Queries, encoded, make_optimizer, own_parameters
 
 MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
+NO_REVERSE = "Reverse mode does not support this model ({}): measure it with retrainings instead."
+NEAR, ROUGH = 0.02, 1e-3
+"""How far differences of gradients may be from their derivative: of its size (kinks), and of the gradient (rounding)."""
 SecondPass = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Cotangents of a gradient [queries, parameters] -> Hessian-vector products, and slopes along each example's weight."""
 
@@ -48,6 +52,55 @@ class FlatRun:
         self.theta = nn.Parameter(self.state[0])
         self.optimizer = make_optimizer(recipe, [self.theta])
         self.optimizer.state[self.theta].update(zip(moments, self.state[1:], strict=True))
+        # Whether several cotangents, and several examples, give right numbers as one batch: None before it was tried.
+        self.cotangents_together: bool | None = None
+        self.separate_examples: bool | None = None
+
+    def require_second_pass(self) -> None:
+        """Goes back through a part of the first step, and compares with what must come out.
+
+        A gradient that is written by hand may have no derivative, or silently lack a part of it. It is linear in the
+        weights of examples, so that the slopes along them sum to the gradient; and its change along a line is known
+        from two gradients.
+        Raises: UnsupportedError, with what torch says, where reverse mode would fail or be wrong.
+        """
+        part = self.trained_on.parts(0)[0]
+        try:
+            gradient, back = self.second_pass(part, 0)
+            draw = torch.Generator().manual_seed(0)
+            along = torch.randn(len(gradient), generator=draw, dtype=gradient.dtype) * self.state[0].abs().mean()
+            if not bool(gradient.isfinite().all()) or not self._linear_in_weights(part, along, gradient):
+                raise UnsupportedError(NO_REVERSE.format("its gradient is not linear in the weights of examples"))
+            changes = [self._change(part, along, 10.0**-k) for k in (2, 3, 4, 5)]
+            ways = [change / change.norm().clamp_min(torch.finfo(gradient.dtype).tiny) for change in changes]
+            products, _ = back(torch.stack(ways))
+        except (RuntimeError, NotImplementedError) as error:
+            raise UnsupportedError(NO_REVERSE.format(" ".join(str(error).split())[:200])) from error
+        wrong = [
+            abs(float(product @ along - change.norm())) > NEAR * float(change.norm()) + ROUGH * float(gradient.norm())
+            for product, change, other in zip(products, changes, changes[1:], strict=False)
+            if (change - other).norm() <= NEAR * change.norm()  # else the line is too steep or too flat to tell
+        ]
+        if wrong and all(wrong):
+            raise UnsupportedError(NO_REVERSE.format("the derivative of its gradient is not how the gradient changes"))
+
+    def _linear_in_weights(self, part: Part, cotangent: Tensor, gradient: Tensor) -> bool:
+        """Whether slopes along all weights sum to the gradient itself."""
+        weights = torch.ones(len(part.numbers), dtype=self.recipe.real_dtype, requires_grad=True)
+        grads = self._gradients(self._loss(part, weights), 0, create_graph=True)
+        shaped = self.shaped(cotangent)
+        (slopes,) = torch.autograd.grad(grads, [weights], shaped, allow_unused=True, materialize_grads=True)
+        limit = 1e-3 * cotangent.norm() * gradient.norm()
+        return bool((slopes.sum() - cotangent @ gradient).abs() <= limit)
+
+    def _change(self, part: Part, along: Tensor, step: float) -> Tensor:
+        """Slope of a part's gradient along a line, from two gradients."""
+        start, found = self.state[0].clone(), []
+        for sign in (1.0, -1.0):
+            self.state[0] = start + sign * step * along
+            found.append(self.flat(self._gradients(self._loss(part), 0)))
+        self.state[0] = start
+        return (found[0] - found[1]) / (2 * step)
 
     def _unused(self, own: Parameters) -> list[str]:
         grads = torch.autograd.grad(self._loss(self.parts(0)[0]), list(own.values()), allow_unused=True)
@@ -105,14 +158,29 @@ class FlatRun:
         grads = self._gradients(self._loss(part, None if alone else weights), step, create_graph=True)
         inputs, gradient = [*self.params] if alone else [*self.params, weights], self.flat([g.detach() for g in grads])
 
-        def one(cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        def one(cotangent: Tensor, again: bool) -> tuple[Tensor, Tensor]:
             found = torch.autograd.grad(
-                grads, inputs, self.shaped(cotangent), allow_unused=True, materialize_grads=True
+                grads, inputs, self.shaped(cotangent), retain_graph=again, allow_unused=True, materialize_grads=True
             )
             slopes = (cotangent @ gradient)[None] if alone else found[-1]
             return self.flat(found[: len(self.params)]), slopes
 
-        return gradient, torch.vmap(one)
+        def each(cotangents: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
+            last = len(cotangents) - 1
+            products, slopes = zip(*(one(c, again or i < last) for i, c in enumerate(cotangents)), strict=True)
+            return torch.stack(products), torch.stack(slopes)
+
+        def together(cotangents: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
+            return torch.vmap(lambda c: one(c, again))(cotangents)
+
+        def back(cotangents: Tensor) -> tuple[Tensor, Tensor]:
+            if len(cotangents) > 2 and self.cotangents_together is None:
+                two = cotangents[:2]
+                found = tried(lambda: together(two, again=True))
+                self.cotangents_together = found is not None and agree(found, each(two, again=True))
+            return (together if len(cotangents) > 2 and self.cotangents_together else each)(cotangents)
+
+        return gradient, back
 
     def count(self, queries: Queries) -> int:
         with torch.no_grad():

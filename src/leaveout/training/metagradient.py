@@ -86,6 +86,7 @@ def metagradient(
     with sdpa_kernel(SDPBackend.MATH), kept_memory(), flushed_denormals():
         run = FlatRun(recipe)
         n_queries = run.count(queries)
+        run.require_second_pass()
         plan = plan_reverse(run, n_queries, memory if memory is not None else options.memory)
         effects = torch.zeros(n_queries, len(recipe.unit_names), dtype=torch.float64)
         base = torch.zeros(n_queries, dtype=torch.float64)

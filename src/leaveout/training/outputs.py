@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from leaveout.jets import Series, Space, install, restore
+from leaveout.training.batching import Bound, Parameters, checked_of_runs, of_runs, one_by_one, run_count
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Task, task_of
-from leaveout.training.train import Parameters, Queries, losses_of_runs, own_parameters, query_series
+from leaveout.training.train import Queries, own_parameters, query_series
 
 
 def query_losses(recipe: Recipe, params: Parameters, queries: Queries) -> Tensor:
@@ -19,41 +21,31 @@ def query_losses(recipe: Recipe, params: Parameters, queries: Queries) -> Tensor
     own = own_parameters(task)
     stacked = all(params[name].dim() == p.dim() + 1 for name, p in own.items())
     runs = params if stacked else {name: p.unsqueeze(0) for name, p in params.items()}
+    values = queries if callable(queries) else _losses_of(task, queries)
     with torch.no_grad():
-        if callable(queries):
-            out = torch.cat([_values_of_runs(task, part, queries) for part in _chunks_of_runs(runs)])
-        else:
-            out = torch.cat([losses_of_runs(task, runs, task.encode_queries([q])) for q in queries], 1)
+        out = _values_of_runs(Bound(task, values), runs)
     return out if stacked else out[0]
 
 
+def _losses_of(task: Task, rows: Sequence[Any]) -> Callable[[nn.Module], Tensor]:
+    batches = [task.encode_queries([row]) for row in rows]
+    return lambda model: torch.cat([task.loss(model, batch) for batch in batches])
+
+
+def _values_of_runs(asked: Bound, runs: Parameters) -> Tensor:
+    """Values [runs, queries]; one run after the other where a batch of the first ones gives other numbers, or none."""
+    out, batched = [], None
+    for part in _chunks_of_runs(runs):
+        if batched is None:
+            values, batched = checked_of_runs(asked.under, part)
+        else:
+            values = (of_runs if batched else one_by_one)(asked.under, part)
+        out.append(values)
+    return torch.cat(out)
+
+
 def _chunks_of_runs(runs: Parameters, size: int = 64) -> Iterator[Parameters]:
-    n = len(next(iter(runs.values())))
-    return ({name: p[i : i + size] for name, p in runs.items()} for i in range(0, n, size))
-
-
-class _Asked(nn.Module):
-    """The values of queries as a module, so that parameters can be given by name."""
-
-    def __init__(self, model: nn.Module, queries: Callable[[nn.Module], Tensor]) -> None:
-        super().__init__()
-        self.model, self.queries = model, queries
-
-    def forward(self) -> Tensor:
-        return self.queries(self.model)
-
-
-def _values_of_runs(task: Task, runs: Parameters, queries: Callable[[nn.Module], Tensor]) -> Tensor:
-    asked = _Asked(task.model, queries)
-
-    def one(values: Parameters) -> Tensor:
-        return torch.func.functional_call(asked, {f"model.{name}": v for name, v in values.items()}, ())
-
-    try:
-        return torch.vmap(one)(runs)
-    except RuntimeError:  # a function whose course depends on its values cannot be batched
-        n = len(next(iter(runs.values())))
-        return torch.stack([one({name: p[i] for name, p in runs.items()}) for i in range(n)])
+    return ({name: p[i : i + size] for name, p in runs.items()} for i in range(0, run_count(runs), size))
 
 
 def jet_values(recipe: Recipe, constants: Parameters, coefficients: Parameters, queries: Queries) -> Series:

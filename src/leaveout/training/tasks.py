@@ -192,6 +192,8 @@ def _language_model(recipe: Recipe) -> LanguageModel:
         source = copy.deepcopy(source)
     loaded = load_model(source, options=ModelOptions(recipe.dtype))
     loaded.lm.set_attn_implementation("eager")  # type: ignore[operator]
+    if recipe.dtype == "float64" and getattr(loaded.lm.config, "_experts_implementation", None):
+        loaded.lm.set_experts_implementation("eager")  # type: ignore[operator]  # their grouped product has no float64
     loaded.lm.config.use_cache = False  # type: ignore[union-attr]
     for name, p in loaded.lm.named_parameters():
         if not p.is_floating_point() or hasattr(p, "__tensor_flatten__"):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from leaveout.errors import StabilityError
 from leaveout.jets import Jet, Series, Space, install, restore
+from leaveout.training.batching import Parameters, batching_problem, losses_on, of_runs
 from leaveout.training.checkpoint import Checkpoint, restore_state, state_of
 from leaveout.training.memory import MemoryPlan, kept_memory, plan_memory
 from leaveout.training.optimizers import PaperAdam
@@ -28,7 +29,6 @@ from leaveout.training.recipe import Recipe
 from leaveout.training.steps import Part, Steps
 from leaveout.training.tasks import Batch, Task, rows_are_separate, task_of
 
-Parameters = dict[str, Tensor]
 CHECK_EVERY = 20
 """Steps between two looks at whether all coefficients are finite."""
 QUERIES_TOGETHER = 8
@@ -158,34 +158,16 @@ def clipper(recipe: Recipe, params: dict[str, Any]) -> Callable[[], None]:
 # --- many weightings at once -------------------------------------------------------------------------------------
 
 
-class Bound(nn.Module):
-    """The losses of one batch as a module, so that parameters can be given by name."""
-
-    def __init__(self, task: Task, batch: Batch) -> None:
-        super().__init__()
-        self.model, self.loss, self.batch = task.model, task.loss, batch
-
-    def forward(self) -> Tensor:
-        return self.loss(self.model, self.batch)
-
-
-def losses_of_runs(task: Task, params: Parameters, batch: Batch) -> Tensor:
-    """Losses [runs, examples] of stacked parameters [runs, *shape]."""
-    bound = Bound(task, batch)
-
-    def one(values: Parameters) -> Tensor:
-        return torch.func.functional_call(bound, {f"model.{name}": v for name, v in values.items()}, ())
-
-    return torch.vmap(one)(params)
-
-
 def train_batch(recipe: Recipe, weights: Tensor, options: RunOptions | None = None, together: int = 250) -> Parameters:
     """Trained parameters [runs, *shape] by name, for weights [runs, units]; `together` runs share each step.
 
+    Where runs cannot be batched (`batching_problem`), each goes by itself.
     Guarantee: each run equals `train_plain` with its weights, up to the rounding of batched products.
     Cost: examples of weight 0 in all runs that share a step are not computed, where they are separate (`rows_are_separate`).
     """
     options, task = options or RunOptions(), task_of(recipe)
+    if min(together, len(weights)) > 1 and batching_problem(recipe, task) is not None:
+        together = 1
     rounds = [_train_stack(recipe, task, part, options, number) for number, part in enumerate(weights.split(together))]
     return {name: torch.cat([r[name] for r in rounds]) for name in task.trained}
 
@@ -201,7 +183,7 @@ def _train_stack(recipe: Recipe, task: Task, weights: Tensor, options: RunOption
     def backward(part: Part) -> None:
         if leave_out:  # one is always kept, so that every parameter has a gradient, if only 0
             part = part.only([i for i in part.numbers if used[i]] or part.numbers[:1])
-        losses = losses_of_runs(task, params, encoded(recipe, task, part.numbers))  # type: ignore[arg-type]
+        losses = of_runs(losses_on(task, encoded(recipe, task, part.numbers)).under, params)  # type: ignore[arg-type]
         part.loss(losses, by_example[:, list(part.numbers)]).backward()
 
     def clip() -> None:
@@ -310,6 +292,9 @@ def _jet_round(
         )  # fmt: skip
         checkpoint = options.checkpoint(f"jets-{number}", recipe.hash(), psi, space.degree, space.dtype)
         with flushed_denormals(), kept_memory():
+            if queries is not None and number == 0:  # what they use without a rule for it is refused before the steps
+                query_series(task, space, queries)
+                space.nonsmooth.clear()
             loop.run(checkpoint, f"degree {space.degree}, {space.directions} directions", options)
             losses = None if queries is None else query_series(task, space, queries)
         kept = params if settings.keep_parameters else {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from leaveout.training.adjoints import AdamForm, clip_adjoint
+from leaveout.training.batching import Parameters, agree, losses_on, tried
 from leaveout.training.flat_run import FlatRun
 from leaveout.training.memory import available_memory, kept_bytes, kept_memory
 from leaveout.training.recipe import Recipe
 from leaveout.training.steps import Part
-from leaveout.training.train import (
-    Bound,
-    Parameters,
-    Queries,
-    RunOptions,
-    flushed_denormals,
-    own_parameters,
-)
+from leaveout.training.train import Queries, RunOptions, flushed_denormals, own_parameters
 
 SEED = 2604
 ROUND = 64
@@ -159,15 +154,29 @@ def example_shares(run: FlatRun, part: Part, together: int) -> Iterator[tuple[tu
 
 
 def _stacked(run: FlatRun, group: tuple[int, ...]) -> Tensor:
-    """Rows of a language model one by one: each is work enough, needs no padding, and no batching rule is missing."""
+    """Rows of a language model one by one: each is work enough, needs no padding, and no batching rule is missing.
+
+    Others as one batch, if that gives the gradients of the first two alone (asked once a run).
+    """
     rows = [run.recipe.examples[i] for i in group]
-    if run.recipe.kind == "causal-lm" or len(rows) == 1:
-        return torch.cat([run.query_gradients([row], slice(None))[1] for row in rows])
-    values = {f"model.{name}": p.detach() for name, p in zip(run.names, run.params, strict=True)}
+    if run.recipe.kind == "causal-lm" or len(rows) <= 2 or run.separate_examples is False:
+        return _alone(run, rows)
+    if run.separate_examples is None:
+        found = tried(lambda: _batched(run, rows[:2]))
+        run.separate_examples = found is not None and agree([found], [_alone(run, rows[:2])])
+        return _stacked(run, group)
+    return _batched(run, rows)
+
+
+def _alone(run: FlatRun, rows: Sequence[Any]) -> Tensor:
+    return torch.cat([run.query_gradients([row], slice(None))[1] for row in rows])
+
+
+def _batched(run: FlatRun, rows: Sequence[Any]) -> Tensor:
+    values = {name: p.detach() for name, p in zip(run.names, run.params, strict=True)}
 
     def loss(params: Parameters, *example: Tensor) -> Tensor:
-        bound = Bound(run.task, tuple(t.unsqueeze(0) for t in example))
-        return torch.func.functional_call(bound, params, ()).squeeze(0)
+        return losses_on(run.task, tuple(t.unsqueeze(0) for t in example)).under(params).squeeze(0)
 
     batch = run.task.encode(rows)
     each = torch.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(batch)))(values, *batch)

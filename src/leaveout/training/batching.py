@@ -1,0 +1,129 @@
+"""Many runs as one batch (torch.vmap) where that gives the numbers of each run by itself, and one by one elsewhere.
+
+Operations without a batching rule fail, and some give wrong numbers without a word (an embedding with a padding index,
+for one). So what a batch gives is compared with two runs by themselves before it is trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leaveout.training.recipe import Recipe
+from leaveout.training.tasks import Batch, Task, text_length
+
+Parameters = dict[str, Tensor]
+OneRun = Callable[[Parameters], Any]
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""What a batched product may change of the largest numbers; rounding is a hundredth of it, a wrong rule far more."""
+FEW_EXAMPLES = 8  # of a recipe without texts, in the probe
+
+
+class Bound(nn.Module):
+    """What a function gives for a task's model, as a module, so that parameters can be given by name."""
+
+    def __init__(self, task: Task, values: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.model, self.values = task.model, values
+
+    def forward(self) -> Tensor:
+        return self.values(self.model)
+
+    def under(self, parameters: Parameters) -> Tensor:
+        """The values under these parameters."""
+        return torch.func.functional_call(self, {f"model.{name}": p for name, p in parameters.items()}, ())
+
+
+def losses_on(task: Task, batch: Batch) -> Bound:
+    """The losses [examples] of a batch."""
+    return Bound(task, lambda model: task.loss(model, batch))
+
+
+def run_count(runs: Parameters) -> int:
+    return len(next(iter(runs.values())))
+
+
+def one_by_one(one: OneRun, runs: Parameters) -> Tensor:
+    """What `one` gives for each of stacked runs [runs, ...]."""
+    return torch.stack([one({name: p[i] for name, p in runs.items()}) for i in range(run_count(runs))])
+
+
+def of_runs(one: OneRun, runs: Parameters) -> Tensor:
+    """The same as one batch; a single run goes by itself."""
+    return one_by_one(one, runs) if run_count(runs) == 1 else torch.vmap(one)(runs)
+
+
+def checked_of_runs(one: OneRun, runs: Parameters) -> tuple[Tensor, bool]:
+    """The same as one batch if that gives the numbers of the first two runs by themselves, else one by one; and which."""
+    if run_count(runs) > 2:
+        alone = one_by_one(one, {name: p[:2] for name, p in runs.items()})
+        if (batched := tried(lambda: of_runs(one, runs))) is not None and agree([batched[:2]], [alone]):
+            return batched, True
+    return one_by_one(one, runs), False
+
+
+def agree(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
+    """Whether tensors are equal up to rounding: of their own largest number, and a little of the largest of all."""
+    largest = max((float(w.abs().max()) for w in wanted if w.numel()), default=0.0)
+    for f, w in zip(found, wanted, strict=True):
+        own = float(w.abs().max()) if w.numel() else 0.0
+        limit = TOLERANCE[w.dtype] * (own + 0.01 * largest)
+        if f.shape != w.shape or not torch.allclose(f, w, rtol=0.0, atol=limit, equal_nan=True):
+            return False
+    return True
+
+
+def batching_problem(recipe: Recipe, task: Task) -> str | None:
+    """Why runs of this recipe cannot share their steps, in a few words; None if they can.
+
+    Tried on two runs, one at the start and one near it, with the losses and gradients of a few examples.
+    Cost: as a few steps of two runs.
+    """
+    bound = losses_on(task, task.encode(_few(recipe)))
+    own = dict(task.model.named_parameters())
+    runs = {
+        name: torch.stack([p, _near(p, i)]) for i, (name, p) in enumerate((n, own[n].detach()) for n in task.trained)
+    }
+    wanted = _with_gradients(lambda given: one_by_one(bound.under, given), runs)
+    problem: list[str] = []
+    found = tried(lambda: _with_gradients(lambda given: of_runs(bound.under, given), runs), problem)
+    if found is None:
+        return problem[0]
+    return None if agree(found, wanted) else "two runs as one batch give other numbers than each alone"
+
+
+def _few(recipe: Recipe) -> list[Any]:
+    """The shortest and the longest text; of examples without text, some that share a step."""
+    if any(text_length(example) > 1 for example in recipe.examples):
+        return [pick(recipe.examples, key=text_length) for pick in (min, max)]
+    first = recipe.batches()[0]
+    size = -(-len(first) // recipe.accumulate)
+    return [recipe.examples[i] for i in first[: size if recipe.kind == "custom" else min(size, FEW_EXAMPLES)]]
+
+
+def _near(p: Tensor, seed: int) -> Tensor:
+    """Parameters a little beside these, so that what depends on their values (a router) may differ."""
+    drawn = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed), dtype=p.dtype)
+    size = p.square().mean().sqrt()
+    return p + drawn * (0.1 * size if size > 0 else 0.01)
+
+
+def _with_gradients(losses: Callable[[Parameters], Tensor], runs: Parameters) -> list[Tensor]:
+    """Losses [runs, examples], and the gradient of their sum, zero where there is none."""
+    leaves = {name: p.clone().requires_grad_() for name, p in runs.items()}
+    values = losses(leaves)
+    grads = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return [values.detach(), *grads]
+
+
+def tried(batched: Callable[[], Any], problem: list[str] | None = None) -> Any:
+    """What a batched pass gives, None if it fails; why, is added to `problem`."""
+    try:
+        return batched()
+    except Exception as error:  # whatever torch raises where a rule is missing: the runs go one by one
+        if problem is not None:
+            problem.append(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        return None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leaveout.cli.program import Json, Prompt, QueryText, Where, app, print_facts, query_rows
+from leaveout.cli.program import Device, Json, Prompt, QueryText, Where, app, print_facts, query_rows
 from leaveout.cli.readout import IndexPath, ModelAt, open_index
 from leaveout.report import hit_json, print_table, shorten, to_line
 
@@ -38,6 +38,7 @@ def search(
     ] = "threads",
     html: Annotated[Path | None, typer.Option(help="Also write a page with the words that did it.")] = None,
     model: ModelAt = None,
+    device: Device = "cpu",
     json_: Json = False,
 ) -> None:
     """Find the rows that influence a text. To first order, training on a row with a positive score helps the model to
@@ -51,7 +52,7 @@ def search(
     options["unique"] = unique if unique_above is None else unique_above
     if rescore is not None:
         options["rescore"] = rescore
-    opened = open_index(idx, model)
+    opened = open_index(idx, model, device)
     rows = list(query_rows(query, prompt, queries))
     encoded = opened.encode(rows)
     found = opened.search(encoded, k=k, where=where, **options)
@@ -76,6 +77,7 @@ def explain(
     html: Annotated[Path | None, typer.Option(help="Also write a heat map.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Pairs of tokens to list.")] = 15,
     model: ModelAt = None,
+    device: Device = "cpu",
     json_: Json = False,
 ) -> None:
     """Show which tokens of a row answer which of the query.
@@ -86,7 +88,7 @@ def explain(
 
     from leaveout.pages import explain_page
 
-    opened = open_index(idx, model)
+    opened = open_index(idx, model, device)
     found = opened.explain(next(query_rows([query], prompt, None)), id)
     if html is not None:
         html.write_text(explain_page(query, found), encoding="utf-8")
@@ -124,6 +126,7 @@ def select(
     combine: Annotated[str, typer.Option(help="mean of the wanted rows, or rrf: fusion of their rankings.")] = "mean",
     where: Where = None,
     model: ModelAt = None,
+    device: Device = "cpu",
     json_: Json = False,
 ) -> None:
     """Choose the rows whose training would help a few wanted rows most. Where these are simply alike, an embedding chose
@@ -133,7 +136,7 @@ def select(
     """
     from leaveout.corpus import Corpus
 
-    opened = open_index(idx, model)
+    opened = open_index(idx, model, device)
     options: dict[str, Any] = {"combine": combine, "where": where}
     if unwanted is not None:
         options["unwanted"] = list(Corpus.open(unwanted))

@@ -34,8 +34,10 @@ Workers = Annotated[int, typer.Option(min=1, help="Worker processes, one thread 
 Backend = Annotated[
     str, typer.Option(help="Where workers run: processes, or ray (the cluster of RAY_ADDRESS, else this machine).")
 ]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... (not run on a GPU by us).")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64, or auto: as it is stored.")]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: cuda where there is one (not run on a GPU by us).")
+]
 QueryText = Annotated[list[str] | None, typer.Option("--query", help="Text of a query; may be given again.")]
 Prompt = Annotated[str | None, typer.Option(help="Context before --query that is not itself asked about.")]
 

@@ -35,7 +35,9 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count and list bad ro
 
 @app.command()
 def index(
-    model: Annotated[str, typer.Argument(help="Path or id of a causal language model, or a .gguf file.")],
+    model: Annotated[
+        str, typer.Argument(help="Path or id of a causal language model or a peft adapter, or a .gguf file.")
+    ],
     data: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a directory that `datasets` saved.")],
     out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
     preset: Annotated[str, typer.Option(help="default, residual, similarity or paper.")] = "default",
@@ -112,13 +114,14 @@ def append(
     workers: Workers = 1,
     backend: Backend = "processes",
     model: ModelAt = None,
+    device: Device = "cpu",
     json_: Json = False,
 ) -> None:
     """Add new rows to an index; rows that it has already are counted, not added.
 
     Example: leaveout append idx more.jsonl
     """
-    opened = open_index(idx, model)
+    opened = open_index(idx, model, device)
     report = opened.append(data, skip_bad=skip_bad, workers=workers, backend=backend, progress=True)
     _print_report(opened, report, json_)
 
@@ -195,14 +198,14 @@ def purge(idx: IndexPath, json_: Json = False) -> None:
     print_facts(open_index(idx).purge(), json_)
 
 
-def open_index(path: Path, model: str | None = None) -> Index:
-    """The index in a directory, with one torch thread."""
+def open_index(path: Path, model: str | None = None, device: str = "cpu") -> Index:
+    """The index in a directory, with one torch thread on a CPU; its model goes to `device`."""
     if is_run(path):
         raise FormatError(f"{path} is a training run, not an index: ask it with `leaveout predict`.")
     from leaveout.readout.index import Index
 
-    one_thread()
-    return Index.open(path, model)
+    one_thread(device)
+    return Index.open(path, model, device=device)
 
 
 def _print_report(built: Index, report: BuildReport, json_: bool) -> None:

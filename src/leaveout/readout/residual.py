@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leaveout.models import plain_module
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import Channel
 
@@ -68,7 +69,7 @@ def find_taps(readout: Readout, channel: Channel) -> tuple[list[Tap], nn.Module]
         taps = []
         for index in _blocks_of(channel, len(blocks)):
             for output in channel.outputs:
-                module = _plain(blocks[index].get_submodule(places[output]))
+                module = plain_module(blocks[index].get_submodule(places[output]))
                 taps.append(Tap(f"{index}.{output}", module))
         return taps, trunk.get_submodule(family.final_norm)
     except AttributeError:
@@ -83,11 +84,6 @@ def _blocks_of(channel: Channel, count: int) -> Iterable[int]:
         if not 0 <= index < count:
             raise ValueError(f"The model has layers 0 to {count - 1}: layer {index} is not one of them.")
     return range(count) if channel.layers is None else channel.layers
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    """The module itself, or the layer inside a LoRA wrapper, whose input is the same."""
-    return getattr(module, "base_layer", module)
 
 
 @dataclass

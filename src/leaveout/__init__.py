@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from leaveout.corpus import Corpus, Row
-from leaveout.errors import FormatError, LeaveoutError, MismatchError, StabilityError, UnsupportedError
+from leaveout.errors import FormatError, LeaveoutError, MismatchError, StabilityError, UnsupportedError, meant
 
 if TYPE_CHECKING:
     from leaveout.baselines.stored import load_scores, save_scores
@@ -92,7 +92,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module 'leaveout' has no attribute {name!r}")
+        raise AttributeError(f"module 'leaveout' has no attribute {name!r}: {meant(name, __all__)}see dir(leaveout)")
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 

@@ -3,10 +3,12 @@
 Wrong arguments of a call are `ValueError` or `TypeError`; everything below is about data, files and models.
 """
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 NAMED = 24  # valid names that a message lists
@@ -51,6 +53,18 @@ def meant(given: object, known: Iterable[str]) -> str:
     folded = {name.casefold(): name for name in alike}
     near = get_close_matches(str(given).casefold(), folded, n=1, cutoff=0.6)
     return f"did you mean {folded[near[0]]!r}? " if near else ""
+
+
+def require_whole(name: str, value: object, least: int) -> None:
+    """Raises: ValueError if the value is no whole number (a numpy integer is one) or is smaller than `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise ValueError(f"{name} is {value!r}: give a whole number of at least {least}.")
+
+
+def require_list(name: str, value: object, of: str) -> None:
+    """Raises: TypeError for one thing, such as a text or an object with fields, where a list of them is wanted."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} is {reprlib.repr(value)}: give a list of {of}.")
 
 
 def refuse_other_names(what: str, given: Iterable[object], known: Iterable[str]) -> None:

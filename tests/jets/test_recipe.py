@@ -265,8 +265,8 @@ def test_wrong_yaml_is_refused(tmp_path, text, message):
     [
         ({"epochs": 0}, "r.yaml: epochs must be a whole number of at least 1, got 0"),
         ({"steps": 0}, "no steps: set `steps` or `epochs`"),
-        ({"n": 0}, "n must be at least 1, got 0"),
-        ({"n": -1}, "n must be at least 1, got -1"),
+        ({"n": 0}, "n is 0: give a whole number of at least 1."),
+        ({"n": -1}, "n is -1: give a whole number of at least 1."),
         ({"order": "random"}, "r.yaml: order must be one of given, shuffled"),
         ({"order": []}, "no steps"),
         ({"warmup": 6}, "`warmup` is 6, but the run has 6 steps: lower `warmup`"),

@@ -155,7 +155,7 @@ def test_where_restricts_the_ranking(build):
 @pytest.mark.parametrize(
     ("ask", "error", "sentence"),
     [
-        (lambda index: index.search(QUERIES, k=0), ValueError, "k is 0: give 1 or more"),
+        (lambda index: index.search(QUERIES, k=0), ValueError, "k is 0: give a whole number of at least 1"),
         (lambda index: index.search([]), ValueError, "queries is empty: give at least one query"),
         (lambda index: index.search("tale"), TypeError, "queries is one string: give a list of queries"),
         (lambda index: index.delete("row 1"), TypeError, "ids is one string: give a list of ids"),

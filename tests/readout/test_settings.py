@@ -52,8 +52,8 @@ def test_wrong_channels_are_refused(fields, sentence):
         ({"mass": 0.5}, "mass below 1 needs a support"),
         ({"window": 8, "stride": 8}, "window is 8, stride 8: give 1 <= stride < window"),
         ({"storage": "int3"}, "storage is 'int3': give one of float32, float16, int8, int4"),
-        ({"rank": 0}, "rank is 0: give a positive whole number"),
-        ({"rank": 2.5}, "rank is 2.5: give a positive whole number"),
+        ({"rank": 0}, "rank is 0: give a whole number of at least 1"),
+        ({"rank": 2.5}, "rank is 2.5: give a whole number of at least 1"),
         ({"channels": ("gh",)}, r"channels holds something else than channels: give Channel\(\.\.\.\)"),
     ],
 )

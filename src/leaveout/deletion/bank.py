@@ -191,6 +191,7 @@ class Bank:
         base = self.base(asked)
         parts = list(self._stored.parts(asked))
         units = len(self.sizes)
+        features, scores = (None if given is None else np.asarray(given) for given in (features, scores))
         if features is not None:
             _refuse("features", features, f"[{units} units, k]", features.ndim == 2 and len(features) == units)
         if scores is not None:

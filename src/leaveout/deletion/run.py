@@ -30,7 +30,7 @@ from leaveout.deletion.kernels import similar_units
 from leaveout.deletion.sets import DeletionSets, deletion_sets
 from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
 from leaveout.deletion.verify import Verification
-from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices
+from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices, require_whole
 from leaveout.executor import run_tasks
 from leaveout.store import Record, Store
 from leaveout.store.catalogue import CATALOGUE
@@ -135,8 +135,12 @@ class TrainingRun:
         queries             ask only these, and keep their values instead of trained parameters
         """
         settings = settings or MeasureSettings()
-        if directions < 0 or retrain < 0 or degree < 1:
-            raise ValueError(f"wanted counts from 0 and a degree from 1, got {directions}, {retrain} and {degree}")
+        if not isinstance(settings, MeasureSettings):
+            raise TypeError(f"settings is {settings!r}: give a MeasureSettings.")
+        for name, value, least in (("directions", directions, 0), ("retrain", retrain, 0), ("degree", degree, 1)):
+            require_whole(name, value, least)
+        if isinstance(heldout, (int, float)):
+            require_whole("heldout", heldout, 0)
         asked = None if queries is None else as_queries(queries)
         if asked is not None:
             self.bank.base(asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -58,7 +59,10 @@ def _listed(without: Any) -> list[tuple[str, Any]]:
         return list(_from_file(without))
     if isinstance(without, (str, Mapping)):
         return [("", without)]
-    entries = list(without.tolist() if isinstance(without, np.ndarray) else without)
+    if isinstance(without, Iterable):
+        entries = list(without.tolist() if isinstance(without, np.ndarray) else without)
+    if not isinstance(without, Iterable) or not all(isinstance(entry, (str, Iterable)) for entry in entries):
+        raise TypeError(f"without is {reprlib.repr(without)}: give ids as texts, a list of them, or a list of such lists.")
     if entries and all(isinstance(entry, str) for entry in entries):
         return [("", entries)]
     return [("", entry) for entry in entries]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from leaveout.errors import require_whole
 from leaveout.executor import Backend, refuse_crew
 
 JETS_TOGETHER, RUNS_TOGETHER = 128, 256
@@ -34,6 +35,9 @@ class MeasureSettings:
 
     def __post_init__(self) -> None:
         refuse_crew(self.workers, self.backend)
+        require_whole("seed", self.seed, 0)
+        if self.memory is not None:
+            require_whole("memory", self.memory, 1)
         if self.dtype not in (None, "complex64", "complex128"):
             raise ValueError(f"dtype must be complex64 or complex128, got {self.dtype!r}")
         if any(size < 1 for size in self.sizes):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from leaveout.deletion.run import TrainingRun
-from leaveout.errors import FormatError, MismatchError
+from leaveout.errors import FormatError, MismatchError, require_list
 from leaveout.evaluation.answers import answer_loss, of_answers
 from leaveout.evaluation.methods import Scored, score_methods
 from leaveout.evaluation.removals import answer_changes, loss_differences, removal_queries, removed_units
@@ -52,6 +52,7 @@ def evaluate(
     run = run if isinstance(run, TrainingRun) else TrainingRun.load(run)
     settings, asked = settings or EvaluationSettings(), as_queries(queries)
     given = {name: Scored(by_unit(run.recipe, values, len(asked))) for name, values in (scores or {}).items()}
+    require_list("methods", methods, "names of methods")
     names = [*given, *methods]
     if not names:
         raise ValueError("there is nothing to judge: give methods or scores")

@@ -196,6 +196,8 @@ def attribute(
 
 def parse(name: str) -> tuple[str, str]:
     """Method and checkpoint of a name. Raises: ValueError for an unknown one."""
+    if not isinstance(name, str):
+        raise TypeError(f"the method is {name!r}: give the name of one, such as 'default'")
     method, _, at = name.partition("@")
     at = at or "final"
     if method not in METHODS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from leaveout.deletion.settings import MeasureSettings
+from leaveout.errors import require_whole
 
 
 @dataclass(frozen=True)
@@ -46,5 +47,10 @@ class EvaluationSettings:
         return min(10, most) if self.top is None else self.top
 
     def __post_init__(self) -> None:
+        for name in ("subsets", "removal_queries", "draws", "brittleness", "seed"):
+            require_whole(name, getattr(self, name), 0)
+        for name in ("removed", "removal_share", "level"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: give a number between 0 and 1.")
         if not self.brittleness_shares or not all(0 < share < 1 for share in self.brittleness_shares):
             raise ValueError(f"wanted shares between 0 and 1 to remove, got {list(self.brittleness_shares)}")

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
-from leaveout.errors import LeaveoutError, choices
+from leaveout.errors import LeaveoutError, choices, require_whole
 from leaveout.executor.workers import Worker, process_worker, ray_worker
 
 __all__ = ["Backend", "refuse_crew", "run_tasks"]
@@ -60,8 +60,7 @@ def run_tasks(
 
 def refuse_crew(workers: int, backend: str) -> None:
     """Raises: ValueError for workers < 1 or an unknown backend."""
-    if workers < 1:
-        raise ValueError(f"workers is {workers}: give 1 or more.")
+    require_whole("workers", workers, 1)
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}: {choices(backend, get_args(Backend))}.")
 

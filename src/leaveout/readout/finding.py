@@ -52,8 +52,8 @@ class SearchOptions:
             raise ValueError(f"rescore is {self.rescore}: give 0 or more.")
         if self.group_by is not None and self.unique:
             raise ValueError("group_by and unique both say which rows count as one: give one of them.")
-        if not isinstance(self.unique, bool) and not 0 < self.unique < 1:
-            raise ValueError(f"unique is {self.unique}: give True, or a cosine between 0 and 1.")
+        if not isinstance(self.unique, (bool, float)) or (self.unique is not True and not 0 <= self.unique < 1):
+            raise ValueError(f"unique is {self.unique!r}: give True, or a cosine between 0 and 1.")
 
 
 def prepare(index: Index, kind: Approximation, bits: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from leaveout.corpus import Corpus
 from leaveout.corpus.chat import chosen_template
 from leaveout.corpus.tokens import NoTargetError
-from leaveout.errors import FormatError, MismatchError, UnsupportedError, made
+from leaveout.errors import FormatError, MismatchError, UnsupportedError, made, require_list, require_whole
 from leaveout.models import ModelOptions, difference
 from leaveout.readout import ann, finding, simhash
 from leaveout.readout.build import BuildReport, add_rows, set_whitening
@@ -245,8 +245,7 @@ class Index:
                     "encode them again with this index."
                 )
             return queries
-        if isinstance(queries, str):
-            raise TypeError("queries is one string: give a list of queries.")
+        require_list("queries", queries, "queries")
         if not queries:
             raise ValueError("queries is empty: give at least one query.")
         tokens = self.tokenised(queries)
@@ -267,8 +266,7 @@ class Index:
         `options`: the fields of `SearchOptions` (approximate, rescore, group_by, unique, workers, backend).
         Cost: one exact scan of the stored signatures for all queries together, unless `approximate` is given.
         """
-        if k < 1:
-            raise ValueError(f"k is {k}: give 1 or more.")
+        require_whole("k", k, 1)
         how, encoded = made(SearchOptions, "option of search", options), self.encode(queries)
         found = finding.find(self, encoded, k, self._wanted(where), how)
         return [self.hits(numbers, scores) for numbers, scores in found]
@@ -329,8 +327,8 @@ class Index:
         return queries.vectors.norm(dim=1) if self.low_rank is None else self.low_rank.norm(queries.vectors)
 
     def _wanted(self, where: str | None) -> np.ndarray | None:
-        if where is not None and not where.strip():
-            raise ValueError("where is empty: give an SQL expression such as \"source = 'web'\", or leave it out.")
+        if where is not None and (not isinstance(where, str) or not where.strip()):
+            raise ValueError(f"where is {where!r}: give an SQL expression such as source = 'web', or leave it out.")
         return None if where is None else np.sort(self._store.select(where))
 
     def ids_where(self, where: str) -> list[str]:
@@ -388,8 +386,7 @@ class Index:
 
     def delete(self, ids: Collection[str]) -> int:
         """Hides rows from every later search, score and selection; returns how many there were. See `purge`."""
-        if isinstance(ids, str):
-            raise TypeError("ids is one string: give a list of ids.")
+        require_list("ids", ids, "ids")
         with Store.open(self.path, write=True) as store:
             count = store.delete(ids)
         self._store.refresh()

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from leaveout.errors import choices
+from leaveout.errors import choices, require_whole
 from leaveout.readout.index import Index, Queries, QueryRow
 from leaveout.readout.search import Best, Hit, ranking
 
@@ -36,8 +36,7 @@ def select_rows(
     """
     if combine not in get_args(Combine):
         raise ValueError(f"combine is {combine!r}: {choices(combine, get_args(Combine))}.")
-    if n < 1:
-        raise ValueError(f"n is {n}: give 1 or more.")
+    require_whole("n", n, 1)
     groups = [(1.0, index.encode(wanted))]
     if unwanted is not None:
         groups.append((-1.0, index.encode(unwanted)))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from leaveout.corpus.chat import Template
-from leaveout.errors import choices
+from leaveout.errors import choices, require_list, require_whole
 
 Kind = Literal["rh", "gh", "residual"]
 Projection = Literal["countsketch", "orthogonal"]
@@ -134,7 +134,14 @@ class SignatureSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_list("channels", self.channels, "Channel(...) objects")
         object.__setattr__(self, "channels", tuple(self.channels))
+        for name in ("temperature", "mass", "length_power"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give a number.")
+        for name in ("support", "minimum", "window", "stride", "rank", "final_width", "sample_rows", "seed"):
+            if getattr(self, name) is not None:
+                require_whole(name, getattr(self, name), 0 if name == "seed" else 1)
         _one_of("targets", self.targets, Targets)
         _one_of("storage", self.storage, Storage)
         if not self.channels:
@@ -155,10 +162,6 @@ class SignatureSettings:
             raise ValueError(f"support is {self.support}, minimum {self.minimum}: give support >= minimum >= 1.")
         if not 1 <= self.stride < self.window:  # a first token has no context, so windows must overlap
             raise ValueError(f"window is {self.window}, stride {self.stride}: give 1 <= stride < window.")
-        for name in ("rank", "final_width", "sample_rows"):
-            value = getattr(self, name)
-            if value is not None and (value < 1 or value != int(value)):
-                raise ValueError(f"{name} is {value}: give a positive whole number.")
 
     @property
     def whitens(self) -> bool:
@@ -241,6 +244,8 @@ def resolve_settings(preset: str | SignatureSettings = "default", **changes: Any
         if preset not in PRESETS:
             raise ValueError(f"There is no preset {preset!r}: {choices(preset, PRESETS)}.")
         preset = PRESETS[preset]
+    if not isinstance(preset, SignatureSettings):
+        raise TypeError(f"preset is {preset!r}: give one of {', '.join(PRESETS)}, or SignatureSettings(...).")
     known = {field.name for field in fields(SignatureSettings)}
     for name in changes:
         if name in {field.name for field in fields(Channel)}:

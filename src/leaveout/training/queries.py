@@ -5,7 +5,7 @@ The same function runs on an ordinary model, on a stack of retrained ones, in je
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,8 @@ def as_queries(given: Any) -> list[Query]:
         given = list(_from_file(Path(given)))
     elif isinstance(given, (str, Query, dict, Row)) or callable(given):
         given = [given]
+    if not isinstance(given, Iterable):
+        raise TypeError(f"queries is {given!r}: give texts, rows or functions of the model, or the path of a .jsonl file.")
     out = [q if isinstance(q, Query) else Query(q) for q in given]
     if not out:
         raise FormatError("There is no query: give at least one.")

@@ -24,7 +24,7 @@ import torch
 
 from leaveout.corpus import Corpus, Row
 from leaveout.corpus.chat import read_template
-from leaveout.errors import FormatError, UnsupportedError, choices, refuse_other_names
+from leaveout.errors import FormatError, UnsupportedError, choices, refuse_other_names, require_list, require_whole
 from leaveout.models import load_model, source_digest
 from leaveout.training.digest import digest_of
 from leaveout.training.recipe_file import model_place, read_fields
@@ -106,6 +106,7 @@ class Recipe:
     version: str = ""
 
     def __post_init__(self) -> None:
+        require_list("examples", self.examples, "examples")
         _check_fields(self)
         if self.kind not in KINDS:
             raise UnsupportedError(f"There is no recipe kind {self.kind!r}: {choices(self.kind, KINDS)}.")
@@ -132,6 +133,7 @@ class Recipe:
         _check_trained(self.trained)
         if self.kind == "causal-lm" and isinstance(self.model, (str, Path)):
             model_place(str(self.model), Path())
+        object.__setattr__(self, "examples", _rows(self.kind, tuple(self.examples)))
         if not self.examples:
             raise FormatError("A recipe needs at least one example.")
         if not self.units:
@@ -221,9 +223,12 @@ class Recipe:
         units: a field of the rows; one name for each example; id -> name; or the path of a JSON file with the latter.
         """
         if isinstance(units, Path) or (isinstance(units, str) and units.endswith(".json")):
+            if not Path(units).is_file():
+                raise FileNotFoundError(f"There is no file {units}: give JSON with the unit of each id.")
             units = json.loads(Path(units).read_text())
         if isinstance(units, str):
             return replace(self, units=tuple(_field(e, units) for e in self.examples))
+        require_list("units", [] if isinstance(units, Mapping) else units, "a name for each example")
         if isinstance(units, Mapping):
             if missing := [i for i in self.ids if i not in units]:
                 raise FormatError(f"The units name no unit for {len(missing)} examples, the first is {missing[0]!r}.")
@@ -243,10 +248,13 @@ class Recipe:
 
         A document is a text, with the id `number:text`, or a row; of each the first 16 characters are learned.
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
+        require_whole("n", n, 1)
+        refuse_other_names("field of a recipe", changes, [f.name for f in fields(cls)])
+        require_list("documents", documents, "texts or rows")
         rng = random.Random(seed)
         documents = list(documents)
+        if wrong := [d for d in documents if not isinstance(d, (str, Row))]:
+            raise TypeError(f"a document is {reprlib.repr(wrong[0])}: give texts or rows.")
         rng.shuffle(documents)
         texts = [d.text if isinstance(d, Row) else d for d in documents]
         start = {"alphabet": "".join(sorted(set("".join(texts)))), "start": _drawn_state(rng)}
@@ -268,7 +276,7 @@ class Recipe:
             recipe = cls._from_fields(path, raw)
             n_steps = len(recipe.batches())
         except ValueError as error:
-            raise FormatError(f"{path}: {error}.") from None
+            raise FormatError(f"{path}: {str(error).rstrip('.')}.") from None
         if not n_steps:
             raise FormatError(f"{path}: the run has no steps: set `steps` or `epochs` to at least 1.")
         if recipe.warmup >= n_steps:
@@ -300,6 +308,13 @@ class Recipe:
 def hash_of(digests: Mapping[str, Any]) -> str:
     """The hash of a recipe with these digests."""
     return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()[:32]
+
+
+def _rows(kind: str, examples: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Examples as rows where the kind trains on text; texts and objects with fields are read as a corpus reads them."""
+    if kind in ("microgpt", "causal-lm") and not all(isinstance(example, Row) for example in examples):
+        return tuple(Corpus.open(list(examples)))
+    return examples
 
 
 def _check_fields(recipe: Recipe) -> None:

@@ -140,17 +140,6 @@ def test_examples_that_no_run_keeps_are_not_computed(name, lm_directory, monkeyp
     assert kept[0] == parts[0][:1] and seen == (kept if task_of(recipe).separate else parts)
 
 
-class AcrossTheBatch(nn.Module):
-    """Its logits look at the other examples of the batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.linear(x - x.mean(0))
-
-
 class ByTheInput(nn.Module):
     """A head of its own for some inputs: without them it has no gradient, and its momentum stops."""
 
@@ -181,7 +170,7 @@ class Letters:
         return {"input_ids": [ord(ch) for ch in text], "offset_mapping": [(i, i + 1) for i in range(len(text))]}
 
 
-@pytest.mark.parametrize("make", [AcrossTheBatch, ByTheInput, reader_of_padding])
+@pytest.mark.parametrize("make", [ByTheInput, reader_of_padding])
 def test_examples_that_others_may_need_are_kept(make):
     if make is reader_of_padding:
         rows = tuple(Corpus.open(["abcabc", "ab", "abcd", "abcdef"]))

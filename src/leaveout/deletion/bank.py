@@ -9,6 +9,7 @@ change between versions.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -73,6 +74,12 @@ class Bank:
                 f"{path} is the bank of another recipe: {difference}. Restore the recipe and its data, or measure into "
                 "another run."
             )
+
+    @functools.cached_property
+    def _trained(self) -> np.ndarray:
+        """Whether any example of a unit is in a step, bool [units]."""
+        untrained = set(self.recipe.untrained_units())
+        return np.array([name not in untrained for name in self.recipe.unit_names])
 
     @property
     def sizes(self) -> np.ndarray:
@@ -208,7 +215,7 @@ class Bank:
         return Measurements(
             base, self.sizes,
             distinct([JetBlock(*p[1:]) for p in parts if p[0] == "jets"]),
-            gathered(of_role["fit"], base), gathered(of_role["heldout"], base),
+            gathered(of_role["fit"], base, self._trained), gathered(of_role["heldout"], base, self._trained),
             None if noise is None else np.broadcast_to(np.asarray(noise, np.float64), base.shape),
             gradient,
             None if gradient is not None else scores,
@@ -257,11 +264,19 @@ class Bank:
             raise ValueError(f"there is no estimator {estimator!r}: {choices(estimator, ESTIMATORS)}")
         asked, sets = as_queries(queries), deletion_sets(self.recipe, without)
         fitted, factor = self.fit(asked, estimator, {"noise": noise, "features": features, "scores": scores}, **options)
-        effect, std = fitted.predict(sets.x)
+        removed = sets.x * self._trained
+        effect, std = fitted.predict(removed)
+        untrained = [np.flatnonzero(row) for row in (sets.x != 0) & ~self._trained]
+        never = (sets.x != 0).any(1) & ~(removed != 0).any(1)
+        effect, std = np.where(never, 0.0, effect), np.where(never, 0.0, std)
         factor = factor if calibrate else 1.0
         base = np.repeat(self.base(asked)[:, None], len(sets), 1)
         std = np.hypot(std * factor, ROUNDING * (1 + np.abs(base)) * (sets.x != 0).any(1))
-        return Prediction(tuple(q.name for q in asked), sets.labels, base, effect, std, estimator, factor)
+        names = self.recipe.unit_names
+        return Prediction(
+            tuple(q.name for q in asked), sets.labels, base, effect, std, estimator, factor,
+            untrained=tuple(tuple(names[i] for i in places) for places in untrained), never=tuple(never.tolist()),
+        )  # fmt: skip
 
     def fit(
         self, asked: Sequence[Query], estimator: str, known: Mapping[str, Any] | None = None, **options: Any

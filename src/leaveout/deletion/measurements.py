@@ -80,13 +80,18 @@ class Measurements:
         return ", ".join(parts) or "nothing"
 
 
-def gathered(parts: list[tuple[Any, ...]], base: np.ndarray) -> Retrainings:
-    """All retrainings of one role, each deletion vector once: it may have been measured for other queries as well."""
+def gathered(parts: list[tuple[Any, ...]], base: np.ndarray, trained: np.ndarray) -> Retrainings:
+    """All retrainings of one role, each deletion vector once: it may have been measured for other queries as well.
+
+    trained  bool [units]; the others are in no step, so that a vector says nothing about them, and one of them alone nothing
+    """
     if not parts:
         return Retrainings(np.zeros((0, 0)), np.zeros((0, len(base))))
-    x, y = np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts])
+    x, y = np.concatenate([p[1] for p in parts]) * trained, np.concatenate([p[2] for p in parts])
     _, first = np.unique(x, axis=0, return_index=True)
     first.sort()
+    if not trained.all():
+        first = first[x[first].any(1)]
     return Retrainings(x[first], y[first] - base)
 
 

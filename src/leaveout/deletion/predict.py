@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 UNCERTAIN = "cannot tell from zero"
+NEVER = "never trained on"
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Prediction:
     effect   predicted change [query, set], in the unit of the query (nats for a loss; positive: the loss rises)
     std      its standard deviation [query, set], times `factor`, the calibration by held-out retrainings
     actual   values of really retrained models [query, set], if there are any
+    untrained   the units of each set that are in no step: nothing changes without them
     """
 
     queries: tuple[str, ...]
@@ -30,6 +32,8 @@ class Prediction:
     estimator: str
     factor: float = 1.0
     actual: np.ndarray | None = field(default=None)
+    untrained: tuple[tuple[str, ...], ...] = ()
+    never: tuple[bool, ...] = ()  # sets of nothing but such units
 
     @property
     def mean(self) -> np.ndarray:
@@ -55,13 +59,16 @@ class Prediction:
         low, high = self.interval()
         for i, query in enumerate(self.queries):
             for j, without in enumerate(self.without):
-                known = bool(np.isfinite(self.std[i, j]))
+                known, never = bool(np.isfinite(self.std[i, j])), bool(self.never and self.never[j])
                 line: dict[str, Any] = {
                     "query": query, "without": without, "base": float(self.base[i, j]),
                     "predicted": float(self.mean[i, j]), "effect": float(self.effect[i, j]),
-                    "std": float(self.std[i, j]) if known else None, "estimator": self.estimator,
-                    "verdict": UNCERTAIN if self.uncertain[i, j] else "rises" if self.effect[i, j] > 0 else "falls",
+                    "std": 0.0 if never else float(self.std[i, j]) if known else None, "estimator": self.estimator,
+                    "verdict": NEVER if never else UNCERTAIN if self.uncertain[i, j]
+                    else "rises" if self.effect[i, j] > 0 else "falls",
                 }  # fmt: skip
+                if self.untrained and self.untrained[j]:
+                    line["never_trained_on"] = list(self.untrained[j])
                 if self.actual is not None:
                     actual = float(self.actual[i, j])
                     line |= {"actual": actual, "inside": bool(low[i, j] <= actual <= high[i, j]) if known else None}

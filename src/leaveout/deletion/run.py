@@ -37,6 +37,7 @@ from leaveout.store.catalogue import CATALOGUE
 from leaveout.training.batching import Parameters, batching_problem
 from leaveout.training.memory import runs_together
 from leaveout.training.metagradient import metagradient
+from leaveout.training.notes import notes_on
 from leaveout.training.outputs import query_losses
 from leaveout.training.queries import Query, as_queries, query_function
 from leaveout.training.recipe import Recipe
@@ -105,6 +106,11 @@ class TrainingRun:
         if not Path(source).exists():
             raise MismatchError(f"The recipe {source} of this run is gone: put it back, or train again.")
         return cls.open(source, path)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was off or frozen in training, and what was never trained on, in sentences."""
+        return list(Store.open(self.path / "examples").state("notes") or [])
 
     def select(self, where: str) -> list[str]:
         """Ids of the examples that satisfy an SQL condition over id, unit, text and fields."""
@@ -363,6 +369,9 @@ def _save(path: Path, recipe: Recipe, source: Path | None, parameters: Parameter
         store.put_side("parameters", {f"p{i}": p.numpy() for i, p in enumerate(parameters.values())})
         store.set_state("source", None if source is None else str(source.resolve()))
         store.set_state("recipe", {"digests": recipe.digests(), "python": PYTHON})
+        for note in (notes := notes_on(recipe, task_of(recipe))):
+            print(f"note: {note}", file=sys.stderr)
+        store.set_state("notes", notes)
         store.set_state("trained", True)
 
 

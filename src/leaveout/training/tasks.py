@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import functools
 import itertools
@@ -22,6 +21,7 @@ from leaveout.models import LanguageModel, ModelOptions, adapter_places, load_mo
 from leaveout.training import microgpt
 from leaveout.training.encoding import IGNORED, Asked, RowEncoder, as_row, asked, too_long, unmarked
 from leaveout.training.recipe import Recipe
+from leaveout.training.start import made_by, module_of, pair_of, refuse_another_start, tried_numbers, try_loss
 
 Batch = tuple[Tensor, ...]
 
@@ -39,6 +39,7 @@ class Task:
     separate whether an example's loss is meant not to depend on the others of its batch, and uses all parameters
     sizes    batch -> learned tokens of each example [examples], where the loss of a step is per token; else None
     notes    what a user should know of the model, one sentence each
+    given    whether module or loss are the user's own, which nobody has tried
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Task:
     separate: bool = False
     sizes: Callable[[Batch], Tensor] | None = None
     notes: tuple[str, ...] = ()
+    given: bool = False
     cut: Callable[[Any], int] | None = None
 
     def encode_queries(self, rows: Sequence[Any]) -> Batch:
@@ -57,10 +59,24 @@ class Task:
 
 
 def task_of(recipe: Recipe) -> Task:
-    """The task of a recipe. The model is in evaluation form: no dropout, batch norm with its stored statistics."""
+    """The task of a recipe. The model is in evaluation form: no dropout, batch norm with its stored statistics.
+
+    What the user made is tried once a recipe (see `start`). Raises: UnsupportedError if it fails.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        task = _MAKERS[recipe.kind](recipe)
+        task = _made(recipe)
+        if not getattr(recipe, "_tried", False):
+            if callable(recipe.model) and not isinstance(recipe.model, nn.Module):
+                refuse_another_start(task.model, _made(recipe).model)
+            if task.given:
+                try_loss(task, recipe.examples, tried_numbers(recipe.batches(), len(recipe.examples)))
+            object.__setattr__(recipe, "_tried", True)
+    return task
+
+
+def _made(recipe: Recipe) -> Task:
+    torch.manual_seed(recipe.seed)
+    task = _MAKERS[recipe.kind](recipe)
     task.model.to(recipe.real_dtype).eval()
     if not task.trained:
         raise UnsupportedError(f"No parameter matches `trained: {recipe.trained}`.")
@@ -182,14 +198,14 @@ def _language_model(recipe: Recipe) -> LanguageModel:
     """The model that a recipe starts from, never the caller's own object: `model` is a place, a pair (module, tokenizer),
     or a function that makes such a pair.
     """
-    source: Any = recipe.model() if callable(recipe.model) else recipe.model  # type: ignore[operator]
-    if not isinstance(source, (str, Path, tuple)):
+    source: Any = recipe.model
+    if callable(source) or isinstance(source, tuple):
+        source = pair_of(made_by(source))
+    elif not isinstance(source, (str, Path)):
         raise FormatError(
             "A causal-lm recipe needs `model`: a directory, a .gguf file, an adapter or a name that transformers can load, "
             "or a pair (model, tokenizer)."
         )
-    if isinstance(source, tuple) and not callable(recipe.model):
-        source = copy.deepcopy(source)
     loaded = load_model(source, options=ModelOptions(recipe.dtype))
     loaded.lm.set_attn_implementation("eager")  # type: ignore[operator]
     if recipe.dtype == "float64" and getattr(loaded.lm.config, "_experts_implementation", None):
@@ -244,7 +260,7 @@ def _classifier(recipe: Recipe) -> Task:
     n_classes = 1 + max(int(label) for _, label in recipe.examples)
     make: Any = recipe.model
     if callable(make):
-        model: Any = make()
+        model: Any = module_of(made_by(make))
     else:
         sizes = [first.numel(), *(recipe.model or {}).get("hidden", [32])]
         layers = [nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in itertools.pairwise(sizes)]
@@ -261,22 +277,23 @@ def _classifier(recipe: Recipe) -> Task:
         return m(batch[0]).unsqueeze(1), batch[1].unsqueeze(1)
 
     # A module of the user's may look across its batch, or choose by the input which of its parts it uses.
-    return Task(model, encode, loss, _trained(model, recipe.trained), outputs, separate=not callable(make))
+    given = callable(make)
+    return Task(model, encode, loss, _trained(model, recipe.trained), outputs, separate=not given, given=given)
 
 
 def _custom(recipe: Recipe) -> Task:
-    """`model` makes an nn.Module; `loss(model, batch)` gives [examples]; an example is a tensor or a tuple of tensors."""
+    """`model` is or makes an nn.Module; `loss(model, batch)` gives [examples]; an example is a tensor or a tuple of them."""
     make: Any = recipe.model
     if not callable(make) or recipe.loss is None:
-        raise ValueError("a custom recipe needs `model` (a function that makes an nn.Module) and `loss`")
-    model: Any = make()
+        raise ValueError("a custom recipe needs `model` (an nn.Module, or a function that makes one) and `loss`")
+    model = module_of(made_by(make))
 
     def encode(rows: Sequence[Any]) -> Batch:
         columns = zip(*(row if isinstance(row, tuple) else (row,) for row in map(unmarked, rows)), strict=True)
         stacked = (torch.stack([torch.as_tensor(v) for v in column]) for column in columns)
         return tuple(t.to(recipe.real_dtype) if t.is_floating_point() else t for t in stacked)
 
-    return Task(model, encode, recipe.loss, _trained(model, recipe.trained))
+    return Task(model, encode, recipe.loss, _trained(model, recipe.trained), given=True)
 
 
 _MAKERS: dict[str, Callable[[Recipe], Task]] = {

@@ -1,0 +1,100 @@
+"""What a run leaves out of an ordinary training of the same model and data, in sentences for the one who trains."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from leaveout.training.recipe import Recipe
+from leaveout.training.start import tried_numbers
+from leaveout.training.tasks import Task
+
+NAMED = 5
+"""Names in a sentence, at most."""
+SKIPS = ("DropPath", "StochasticDepth")
+"""Classes of timm and torchvision that leave out whole layers at random."""
+
+
+def notes_on(recipe: Recipe, task: Task) -> list[str]:
+    """Sentences on how the model was loaded, what of it is off or frozen, and what is never trained on; none if nothing is."""
+    off = [*_dropout(task.model), *_frozen_norms(task.model)]
+    if not off and task.given and _acts_otherwise_in_training(recipe, task):
+        off.append(
+            "The model gives other losses in training form than in evaluation form, which is used here throughout: dropout, "
+            "augmentation or the like is off."
+        )
+    return [*task.notes, *off, *_untrained(recipe)]
+
+
+def _dropout(model: nn.Module) -> list[str]:
+    found = {name: rate for name, module in model.named_modules() if (rate := _rate(module)) > 0}
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    found |= {
+        f"config.{name}": float(value)
+        for name, value in settings.items()
+        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    }
+    if not found:
+        return []
+    rates = [f"{name or 'model'} {rate:g}" for name, rate in found.items()]
+    return [f"Dropout is off, in training too: {_listed(rates)}."]
+
+
+def _rate(module: nn.Module) -> float:
+    """The rate at which a module would drop something in training form."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return float(module.p)
+    if isinstance(module, nn.RNNBase):
+        return float(module.dropout) if module.num_layers > 1 else 0.0
+    if isinstance(module, nn.MultiheadAttention):
+        return float(module.dropout)
+    if type(module).__name__ in SKIPS:
+        return float(getattr(module, "drop_prob", None) or getattr(module, "p", None) or 0.0)
+    return 0.0
+
+
+def _frozen_norms(model: nn.Module) -> list[str]:
+    names = [
+        name or "model"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+    ]
+    if not names:
+        return []
+    return [f"Batch norm is frozen: its stored means and variances are used and not updated, in {_listed(names)}."]
+
+
+def _acts_otherwise_in_training(recipe: Recipe, task: Task) -> bool:
+    """Whether losses change when a copy of the model is put in training form."""
+    rows = [recipe.examples[i] for i in tried_numbers(recipe.batches(), len(recipe.examples))[:2]]
+    model = copy.deepcopy(task.model)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            plain = [task.loss(model, task.encode([row])) for row in rows]
+            model.train()
+            trained = [task.loss(model, task.encode([row])) for row in rows]
+        except Exception:  # it cannot be run in training form on one example: then it surely acts otherwise
+            return True
+    return any(not torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(plain, trained, strict=True))
+
+
+def _untrained(recipe: Recipe) -> list[str]:
+    seen = {i for batch in recipe.batches() for i in batch}
+    units, left = recipe.untrained_units(), len(recipe.examples) - len(seen)
+    if units:
+        return [
+            f"{len(units)} of {len(recipe.unit_names)} units are in no step, so that nothing changes without them: "
+            f"{_listed(units)}."
+        ]
+    names = [recipe.ids[i] for i in range(len(recipe.ids)) if i not in seen]
+    return [f"{left} of {len(recipe.examples)} examples are in no step: {_listed(names)}."] if left else []
+
+
+def _listed(names: Any) -> str:
+    names = list(names)
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

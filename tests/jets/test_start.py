@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from agreement import assert_close
 from test_recipe import ROWS, points
-from test_train import Letters
 from torch import nn
 
 from leaveout.corpus import Corpus
@@ -45,7 +44,18 @@ def gpt2(**changes):
         **{"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "summary_first_dropout": 0.0, **changes},
     )  # fmt: skip
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(config), Letters()
+    return transformers.GPT2LMHeadModel(config), letters()
+
+
+def letters():
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(
+        models.WordLevel({ch: i for i, ch in enumerate("_abcdefghijklmnopqrstuvwxyz :")}, unk_token="_")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_")
 
 
 def recipe_of(kind, model, **changes):

@@ -19,6 +19,7 @@ from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, RunOptions, train_batch, train_jets, train_plain
 from leaveout.training.updates import Sketch, UnitVectors, influence, query_gradients, unit_vectors
+from tolerances import TOLERANCES
 
 NAMES = ["anna", "bob", "eve", "kim", "lena", "max", "otto", "vera"]
 ROWS = [
@@ -27,11 +28,7 @@ ROWS = [
     {"id": "3", "text": "rain", "unit": "a"},
     {"id": "4", "text": "a blue jar fell over", "unit": "c"},
 ]
-# Against jets: the same derivative in another order of double-precision operations. Llama's norms compute in single
-# precision whatever the model's is, which jets leave out.
-JETS, JETS_LLAMA = 1e-9, 2e-6
-# Against retrainings at weights 1 -+ h, h = 1e-4: the cubic term, h^2, and rounding, 1e-16 / h.
-DIFFERENCES = 1e-6
+JETS, DIFFERENCES = TOLERANCES["float64 derivatives"], TOLERANCES["differences of retrainings"]
 
 OPTIMIZERS = {
     "sgd": OptimizerSettings("sgd", 0.2),
@@ -154,9 +151,10 @@ def test_metagradient_equals_jets_of_degree_one(name):
     losses = train_jets(recipe, psi, JetSettings(1, torch.float64), queries).losses
     found = metagradient(recipe, queries)
     assert losses is not None
-    limit = JETS_LLAMA if name.startswith("llama") else JETS
+    norms = name.startswith("llama")
+    limit = TOLERANCES["derivatives through float32 norms"] if norms else JETS
     assert relative(psi.numpy() @ found.effects.T, losses.h[0]) < limit
-    assert relative(found.base, losses.c) < limit
+    assert relative(found.base, losses.c) < (TOLERANCES["losses through float32 norms"] if norms else JETS)
 
 
 @pytest.mark.parametrize("name", ["nesterov", "clipped-accumulated", "microgpt", "gpt2"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from leaveout.baselines.gradients import MEMORY, example_gradients, gathered, rows_within, unit_rows
+from leaveout.baselines.gradients import MEMORY, example_gradients, gathered, products, rows_within, unit_rows
 from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters
@@ -46,7 +46,7 @@ class GradientDot:
             column = 0
             for right in self._gradients(corpus):
                 places = slice(first, first + len(left)), slice(column, column + len(right))
-                result[places] = (left @ right.T).numpy()
+                result[places] = products(left, right).numpy()
                 column += len(right)
             first += len(left)
         return result

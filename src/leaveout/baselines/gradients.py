@@ -19,6 +19,8 @@ from leaveout.training.train import Parameters
 TOGETHER = 32
 """Examples in one vectorised pass at most: more gain nothing on a CPU and hold the activations of all."""
 MEMORY = 2**30
+SUMMED = 8192
+"""Products that are summed in the gradients' own precision; such sums are added up in float64."""
 
 
 class _ExampleLoss(nn.Module):
@@ -77,10 +79,28 @@ def gathered(chunks: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
         yield torch.cat(held)
 
 
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products [left, right] float64 of gradients [left, parameters] and [right, parameters].
+
+    A float32 sum of so many terms, one after the other, would lose digits: 2e-5 of the largest product over 50,000
+    parameters, and more over more.
+    """
+    total = torch.zeros(len(left), len(right), dtype=torch.float64)
+    for some in _stretches(left):
+        total += left[:, some] @ right[:, some].T
+    return total
+
+
 def unit_rows(x: Tensor) -> Tensor:
     """Rows [rows, width] scaled to length 1; a row of zeros stays one."""
-    length = x.norm(dim=1, keepdim=True)
-    return x / torch.where(length > 0, length, torch.ones_like(length))
+    length = torch.zeros(len(x), 1, dtype=torch.float64)
+    for some in _stretches(x):  # for the reason of `products`
+        length += x[:, some].norm(dim=1, keepdim=True).double().square()
+    return x / torch.where(length > 0, length.sqrt(), 1.0).to(x.dtype)
+
+
+def _stretches(x: Tensor) -> Iterator[slice]:
+    return (slice(start, start + SUMMED) for start in range(0, x.shape[1], SUMMED))
 
 
 def loss_function(task: Task) -> Callable[..., Tensor]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.baselines.gradients import MEMORY, example_gradients, unit_rows
+from leaveout.baselines.gradients import MEMORY, example_gradients, products, unit_rows
 from leaveout.readout.projection import random_bits, random_signs
 from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
@@ -79,6 +79,6 @@ class RapidIn:
         left = torch.cat(list(self.sketches(asked(queries)))).float()
         column = 0
         for right in self.sketches(corpus):
-            result[:, column : column + len(right)] = (left @ right.float().T).numpy()
+            result[:, column : column + len(right)] = products(left, right.float()).numpy()
             column += len(right)
         return result

@@ -75,7 +75,7 @@ def test_search_equals_sorting_the_scores(preset, commits, build, monkeypatch):
     index = build(preset, **commits)
     scores = index.score(QUERIES)
     assert scores.shape == (3, 22) and index.ids == [row["id"] for row in CORPUS]
-    monkeypatch.setattr(search_module, "BUFFER", 1)  # one row at a time
+    monkeypatch.setattr(search_module, "BUFFER", 1)  # few rows at a time
     for k in (1, 3, 5, 100):
         for hits, row in zip(index.search(QUERIES, k), scores, strict=True):
             order = ranked(row)[:k]
@@ -105,12 +105,25 @@ def test_scores_are_products_of_signatures(preset, options, build):
 def test_equal_scores_come_in_the_order_of_rows(preset, form, build):
     """Rows of one text, whose scores differ by rounding, as each stands elsewhere in a batch: see `at_resolution`."""
     index = build(preset, rows=[{**row, "text": TEXTS[0]} for row in CORPUS], **MANY_COMMITS, **form)
-    scores = index.score(QUERIES)
-    for row, k in itertools.product(range(len(QUERIES)), (3, 22)):
-        hits = index.search(QUERIES[row : row + 1], k)[0]
-        assert [hit.id for hit in hits] == [index.ids[n] for n in ranked(scores[row])[:k]]
+    for query, k in itertools.product(QUERIES, (3, 22)):
+        order = ranked(index.score([query])[0])[:k]
+        assert [hit.id for hit in index.search([query], k)[0]] == [index.ids[n] for n in order]
     if form and index.settings.unit_length:  # cosines of 1, which is a step: rounding takes none of them to another
         assert [hit.id for hit in index.search(QUERIES[:1], 22)[0]] == index.ids
+
+
+@pytest.mark.parametrize("n_queries", [1, 3, 5, 9])
+@pytest.mark.parametrize("form", [{}, {**LOW_RANK, "rank": 6}], ids=["flat", "low rank"])
+def test_products_have_no_last_few_rows_or_queries(form, n_queries, build, monkeypatch):
+    """Which a matrix product sums otherwise, so that a row's score would depend on where it stands."""
+    index, seen, real = build("default", **form, **MANY_COMMITS), [], torch.Tensor.__matmul__
+    texts = [f"{TEXTS[n % 8]} {n}" for n in range(n_queries)]
+    queries, wanted = index.encode(texts), np.concatenate([index.score([text]) for text in texts])
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: seen.append((len(a), b.shape[1])) or real(a, b))
+    found = index.score(queries)
+    assert found.shape == (n_queries, 22)
+    assert_close(found, wanted, "float32")
+    assert seen and all(rows % 16 == 0 and (columns % 16 == 0 or columns == 1) for rows, columns in seen)
 
 
 @pytest.mark.parametrize("ask", ["search", "group_by", "unique", "simhash", "mean", "rrf"])

@@ -40,7 +40,7 @@ from leaveout.readout.low_rank import LowRank
 from leaveout.readout.merging import Places, merge_indexes
 from leaveout.readout.model import Readout, load_readout, verify_readout
 from leaveout.readout.queries import Queries, QueryRow, query_row
-from leaveout.readout.search import Hit, Product, scan
+from leaveout.readout.search import Hit, Product, evened, scan
 from leaveout.readout.settings import SignatureSettings, resolve_settings
 from leaveout.readout.shards import shard_of, share_statistics
 from leaveout.readout.signature import Signer
@@ -306,8 +306,8 @@ class Index:
         """A function from stored rows [rows, width] to their products [rows, queries] with vectors [queries, width]."""
         if self.low_rank is not None:
             return Product(self.low_rank.product(vectors), degree=2)
-        transposed = vectors.t().contiguous()
-        return Product(lambda rows: rows @ transposed)
+        transposed = evened(vectors).t().contiguous()
+        return Product(lambda rows: (rows @ transposed)[:, : len(vectors)])
 
     def directions(self, numbers: np.ndarray) -> Tensor:
         """Stored signatures [rows, width] of rows by number, of unit length; zero where a row is zero."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leaveout.readout.search import evened
+
 
 def pairs(left_a: Tensor, left_b: Tensor, right_a: Tensor, right_b: Tensor) -> Tensor:
     """Inner products [a, b] of the outer products left (x) right of positions a and b."""
@@ -87,15 +89,16 @@ class LowRank:
         tables = []
         for u, v in self.factors(queries):
             query, triple = (u.abs().sum(2) > 0).nonzero(as_tuple=True)
-            owner = torch.zeros(len(query), len(queries))
+            left, right = (evened(x[query, triple]).t().contiguous() for x in (u, v))
+            owner = torch.zeros(left.shape[1], len(evened(queries)))
             owner[torch.arange(len(query)), query] = 1.0
-            tables.append((u[query, triple].t().contiguous(), v[query, triple].t().contiguous(), owner))
+            tables.append((left, right, owner))
 
         def scores(rows: Tensor) -> Tensor:
-            total = torch.zeros(len(rows), len(queries))
+            total = torch.zeros(len(rows), len(evened(queries)))
             for (u, v), (a, b, owner) in zip(self.factors(rows), tables, strict=True):
                 both = (u.flatten(0, 1) @ a) * (v.flatten(0, 1) @ b)
                 total += both.unflatten(0, (len(rows), u.shape[1])).sum(1) @ owner
-            return total
+            return total[:, : len(queries)]
 
         return scores

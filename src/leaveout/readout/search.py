@@ -29,6 +29,10 @@ BUFFER = 2 * 2**20  # bytes: small enough to stay in cache
 # that a step of 1 / 8192 to 1 / 4096 holds nearly all of them. What storing loses is ten times a step (int8) or more.
 DIGITS = 12
 _DROPPED = 23 - DIGITS  # of the digits of a float32
+# A matrix product sums the last few rows and columns in another order than the others. Rows and queries that come in
+# multiples of these have no last few, so that the same stored numbers get the same score wherever they stand. It is also
+# faster: 2 to 8 queries took 0.6 ms for 2 MB of rows where 16 take 0.25 ms.
+ROWS, QUERIES = 16, 16
 
 
 class Segment(Protocol):
@@ -155,14 +159,27 @@ def _at_work(work: Callable[[Segment], Found | None], segment: Segment) -> Found
 def _segment_scores(arrays: dict[str, np.ndarray], product: Product, positions: np.ndarray | None) -> np.ndarray:
     scale, size = arrays["scale"], buffer_width(arrays)
     count = len(scale) if positions is None else len(positions)
-    step = max(1, BUFFER // (4 * size))
-    buffer = torch.empty(min(step, count) * size)
+    step = _multiple(max(1, BUFFER // (4 * size)), ROWS)
+    buffer = torch.zeros(_multiple(min(step, count), ROWS) * size)
     scores = []
     for start in range(0, count, step):
         at = slice(start, start + step) if positions is None else positions[start : start + step]
-        scores.append(product(widen(arrays, at, buffer)).numpy())
+        rows = widen(arrays, at, buffer)
+        more = buffer.view(-1, size)[: _multiple(len(rows), ROWS), : rows.shape[1]]  # what is left of an earlier block
+        scores.append(product(more)[: len(rows)].numpy())
     chosen = scale if positions is None else scale[positions]
     return np.concatenate(scores) * (chosen**product.degree)[:, None]
+
+
+def _multiple(count: int, of: int) -> int:
+    """The next multiple."""
+    return -(-count // of) * of
+
+
+def evened(queries: Tensor) -> Tensor:
+    """Query vectors [queries, width] with zeros behind them, as many as products need (see `QUERIES`); one needs none."""
+    missing = _multiple(len(queries), QUERIES) - len(queries) if len(queries) > 1 else 0
+    return torch.nn.functional.pad(queries, (0, 0, 0, missing))
 
 
 def at_resolution(scores: np.ndarray) -> np.ndarray:

@@ -170,10 +170,10 @@ def test_where_restricts_the_ranking(build):
     [
         (lambda index: index.search(QUERIES, k=0), ValueError, "k is 0: give a whole number of at least 1"),
         (lambda index: index.search([]), ValueError, "queries is empty: give at least one query"),
-        (lambda index: index.search("tale"), TypeError, "queries is one string: give a list of queries"),
-        (lambda index: index.delete("row 1"), TypeError, "ids is one string: give a list of ids"),
+        (lambda index: index.search("tale"), TypeError, "queries is 'tale': give a list of queries"),
+        (lambda index: index.delete("row 1"), TypeError, "ids is 'row 1': give a list of ids"),
         (lambda index: index.search([{"text": ""}]), FormatError, "field `text` is empty or blank"),
-        (lambda index: index.select(QUERIES, n=0), ValueError, "n is 0: give 1 or more"),
+        (lambda index: index.select(QUERIES, n=0), ValueError, "n is 0: give a whole number of at least 1"),
         (lambda index: index.select(QUERIES, combine="max"), ValueError, "combine is 'max': give one of mean, rrf"),
         (lambda index: index.explain(TEXTS[0], "row 99"), ValueError, "row 99"),
         (

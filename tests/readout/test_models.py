@@ -357,6 +357,8 @@ AHEAD = {
     "llama": lambda: blind("llama"),
     "gpt_neox": lambda: blind("gpt_neox"),
     "bfloat16": lambda: blind("llama").to(torch.bfloat16),
+    "bert bfloat16": lambda: bidirectional("bert", is_decoder=False, max_position_embeddings=64).to(torch.bfloat16),
+    "electra": lambda: bidirectional("electra", embedding_size=32, max_position_embeddings=64),
 }
 
 
@@ -366,6 +368,26 @@ def test_models_that_see_what_they_are_to_predict_are_refused(name, tokenizer):
         UnsupportedError, match=r"sees the tokens that it is to predict: .* give a causal language model"
     ):
         load_readout(AHEAD[name](), tokenizer)
+
+
+EXPERTS = {"num_local_experts": 4, "head_dim": 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "more"), [("mixtral", EXPERTS), ("bart", {"d_model": 32}), ("mamba", {}), ("gemma3_text", {})]
+)
+def test_causal_models_of_every_kind_pass(family, more, dtype, tokenizer):
+    load_readout(bidirectional(family, **more).to(dtype), tokenizer)
+
+
+def test_a_model_that_does_not_run_as_it_is_says_so(tokenizer):
+    lm = bidirectional("mixtral", **EXPERTS).double()
+    try:
+        lm(input_ids=torch.tensor([[5, 6]]))
+    except RuntimeError:
+        with pytest.raises(UnsupportedError, match=r"MixtralForCausalLM does not run in float64 here .*: load it with"):
+            load_readout(lm, tokenizer)
 
 
 class OneAhead(nn.Module):

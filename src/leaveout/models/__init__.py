@@ -3,7 +3,7 @@
 model = load_model("owner/name"); model.identity(); model.refuse_changes()
 """
 
-from leaveout.models.checks import ROUNDING, evaluating, length_limit, refuse_hooks, refuse_look_ahead
+from leaveout.models.checks import ROUNDING, evaluating, length_limit, refuse_hooks, refuse_look_ahead, runs
 from leaveout.models.identity import adapter_places, difference, is_adapted, plain_module, settled_module
 from leaveout.models.language_model import LanguageModel, load_model
 from leaveout.models.places import ModelOptions, find_device, load_tokenizer, quiet_transformers, source_digest
@@ -24,6 +24,7 @@ __all__ = [
     "quiet_transformers",
     "refuse_hooks",
     "refuse_look_ahead",
+    "runs",
     "settled_module",
     "source_digest",
 ]

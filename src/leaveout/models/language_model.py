@@ -59,7 +59,10 @@ class LanguageModel:
         """Longest input in tokens, from the model's config; 2**20 when it states none."""
         config = self.lm.config.get_text_config()  # type: ignore[union-attr,operator]
         for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-            length = getattr(config, name, None)
+            try:
+                length = getattr(config, name, None)
+            except NotImplementedError:  # XLNet has a name for what it lacks
+                length = None
             if isinstance(length, int) and length > 0:
                 return length
         return 2**20

@@ -27,6 +27,7 @@ from leaveout.models import (
     plain_module,
     refuse_hooks,
     refuse_look_ahead,
+    runs,
     settled_module,
 )
 
@@ -152,7 +153,7 @@ def verify_readout(readout: Readout) -> Readout:
     _refuse_head(lm)
     _check_tokenizer(readout)
     ids = torch.arange(2 * min(12, readout.context), device=readout.device).reshape(2, -1) * 7919 % readout.vocabulary
-    with evaluating(lm):
+    with evaluating(lm), runs(lm):
         wanted = lm(input_ids=ids, use_cache=False).logits.flatten(0, 1).double()
     largest = wanted.abs().max().item()
     if not math.isfinite(largest):

@@ -226,6 +226,40 @@ def test_source_digest_sees_the_base_of_an_adapter(peft, tokenizer, tmp_path):
     assert source_digest("owner/name") == [["owner/name"]]
 
 
+def test_adapters_that_work_outside_of_the_layers_are_refused(peft, tokenizer, tmp_path):
+    place, other = (
+        saved_adapter(peft, tmp_path, tokenizer, name, seed=seed) for name, seed in (("one", 1), ("two", 2))
+    )
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=32, adapters={"0": str(place), "1": str(other)}, xlora_depth=1
+    )
+    with pytest.raises(UnsupportedError, match=r"works outside of the model's layers.*: give merge_and_unload"):
+        load_readout(peft.get_peft_model(small(use_cache=False), config), tokenizer)
+    tuned = peft.get_peft_model(small(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    tuned.base_model.config._name_or_path = str(tmp_path / "base")
+    tuned.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "prompt")
+    with pytest.raises(UnsupportedError, match="Prompt and prefix tuning put tokens before the text"):
+        load_readout(str(tmp_path / "prompt"))
+
+
+def test_adapters_of_transformers_own_and_mixed_ones_are_known(peft, tokenizer, tmp_path):
+    place = saved_adapter(peft, tmp_path, tokenizer)
+    wanted = load_model(str(place)).identity()
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lm.load_adapter(str(place))
+    assert load_readout(lm, tokenizer).identity() == load_readout(str(place)).identity()
+    lm.disable_adapters()
+    assert load_model(lm, tokenizer).identity() == load_model(str(tmp_path / "base")).identity() != wanted
+    mixed = peft.PeftMixedModel(small(), lora(peft), adapter_name="A")
+    mixed.add_adapter("B", peft.LoHaConfig(target_modules=["v_proj"], r=2, init_weights=False))
+    found = []
+    for names in (["A", "B"], ["A"], ["B"]):
+        mixed.set_adapter(names)
+        found.append(load_readout(mixed, tokenizer).identity()["adapters"])
+    assert [len(adapters) for adapters in found] == [2, 1, 1] and len({str(adapters) for adapters in found}) == 3
+
+
 # ---------------------------------------------------------------- changes behind an index
 
 

@@ -62,7 +62,9 @@ def _listed(without: Any) -> list[tuple[str, Any]]:
     if isinstance(without, Iterable):
         entries = list(without.tolist() if isinstance(without, np.ndarray) else without)
     if not isinstance(without, Iterable) or not all(isinstance(entry, (str, Iterable)) for entry in entries):
-        raise TypeError(f"without is {reprlib.repr(without)}: give ids as texts, a list of them, or a list of such lists.")
+        raise TypeError(
+            f"without is {reprlib.repr(without)}: give ids as texts, a list of them, or a list of such lists."
+        )
     if entries and all(isinstance(entry, str) for entry in entries):
         return [("", entries)]
     return [("", entry) for entry in entries]

@@ -37,10 +37,10 @@ class LanguageModel:
     lm: nn.Module
     tokenizer: Any
     source: dict[str, Any] | None
-    notes: tuple[str, ...] = ()
-    _identity: dict[str, Any] | None = field(default=None, repr=False)
-    _glance: Any = field(default=None, repr=False)
-    _outputs: Tensor | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+    _identity: dict[str, Any] | None = field(default=None, repr=False, kw_only=True)
+    _glance: Any = field(default=None, repr=False, kw_only=True)
+    _outputs: Tensor | None = field(default=None, repr=False, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +169,7 @@ def load_model(model: Any, tokenizer: Any = None, options: ModelOptions | None =
     lm, own, notes = load_place(str(model), options)
     settings = {name: value for name, value in vars(options).items() if name != "device"}
     source = {"name": str(place.resolve() if place.exists() else model), **settings}
-    return LanguageModel(_whole(lm.to(device)), tokenizer or own, source, notes)
+    return LanguageModel(_whole(lm.to(device)), tokenizer or own, source, notes=notes)
 
 
 # ---------------------------------------------------------------- objects

@@ -135,7 +135,7 @@ def load_readout(
     if isinstance(model, Readout):
         return model
     loaded = load_model(model, tokenizer, options)
-    return verify_readout(Readout(loaded.lm, loaded.tokenizer, loaded.source, loaded.notes))
+    return verify_readout(Readout(loaded.lm, loaded.tokenizer, loaded.source, notes=loaded.notes))
 
 
 def _head(lm: Any) -> nn.Module | None:

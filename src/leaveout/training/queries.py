@@ -108,7 +108,9 @@ def as_queries(given: Any) -> list[Query]:
     elif isinstance(given, (str, Query, dict, Row)) or callable(given):
         given = [given]
     if not isinstance(given, Iterable):
-        raise TypeError(f"queries is {given!r}: give texts, rows or functions of the model, or the path of a .jsonl file.")
+        raise TypeError(
+            f"queries is {given!r}: give texts, rows or functions of the model, or the path of a .jsonl file."
+        )
     out = [q if isinstance(q, Query) else Query(q) for q in given]
     if not out:
         raise FormatError("There is no query: give at least one.")

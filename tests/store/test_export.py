@@ -51,7 +51,7 @@ def test_export_is_plain_files(filled: Store, exported: Path) -> None:
     lines = [json.loads(line) for line in (exported / "rows.jsonl").read_text().splitlines()]
     assert lines[1] == {
         "id": "c", "text": "the text of c", "unit": "unit of c", "meta": {"source": "web"}, "content_hash": "hash of c",
-        "extra": {"spans": [[0, 1]]}, "file": "rows-00001.safetensors", "row": 1,
+        "extra": {"spans": [[0, 1]]}, "raw": "", "file": "rows-00001.safetensors", "row": 1,
     }  # fmt: skip
     for line in lines:
         row = load_file(exported / line["file"])["vector"][line["row"]]
@@ -202,7 +202,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "list": ("manifest.json is damaged", lambda path: (path / "manifest.json").write_text("[]")),
     "deep": ("manifest.json is damaged", lambda path: (path / "manifest.json").write_text("[" * 500_000)),
     "not JSON": ("manifest.json is damaged", lambda path: (path / "manifest.json").write_bytes(b"\xff{")),
-    "version": ("is not of a leaveout export of version 1", manifest(lambda found: found.update(version=2))),
+    "version": ("is not of a leaveout export of version 2", manifest(lambda found: found.update(version=3))),
     "linked manifest": ("cannot be read as a plain file", linked("manifest.json")),
     "linked file": ("cannot be read as a plain file", linked("rows-00001.safetensors")),
     "linked rows": ("cannot be read as a plain file", linked("rows.jsonl")),

@@ -111,7 +111,7 @@ EVIL_CATALOGUES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "huge file": ("segment 1 wrongly", described("n_bytes", 2**62)),
     "later segment": ("segment 9 wrongly", described("segment", 9)),
     "tombstone": ("deleted rows beyond segment 1", sql("UPDATE rows SET key = key + 99 WHERE id = 'b'")),
-    "version": ("has format version 3, but this leaveout reads version 2; use", sql("PRAGMA user_version = 3")),
+    "version": ("has format version 4, but this leaveout reads version 3; use", sql("PRAGMA user_version = 4")),
     "program": ("SQLite file of another program", sql("PRAGMA application_id = 1")),
     "trigger": ("does not have the tables", sql("CREATE TRIGGER t AFTER INSERT ON rows BEGIN DELETE FROM rows; END")),
     "view": ("does not have the tables", sql("CREATE VIEW v AS SELECT load_extension('x')")),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from leaveout.cli.program import Device, Json, Prompt, QueryText, Where, app, print_facts, query_rows
+from leaveout.cli.program import Device, Form, Json, Prompt, QueryText, Where, app, print_facts, query_rows
 from leaveout.cli.readout import IndexPath, ModelAt, open_index
+from leaveout.errors import FormatError
 from leaveout.report import hit_json, print_table, shorten, to_line
 
 
@@ -17,6 +19,7 @@ def search(
     idx: IndexPath,
     query: QueryText = None,
     prompt: Prompt = None,
+    form: Form = None,
     queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Hits per query.")] = 10,
     where: Where = None,
@@ -53,7 +56,7 @@ def search(
     if rescore is not None:
         options["rescore"] = rescore
     opened = open_index(idx, model, device)
-    rows = list(query_rows(query, prompt, queries))
+    rows = list(query_rows(query, prompt, queries, form, opened))
     encoded = opened.encode(rows)
     found = opened.search(encoded, k=k, where=where, **options)
     if html is not None:
@@ -74,6 +77,7 @@ def explain(
     query: Annotated[str, typer.Option(help="Text of the query.")],
     id: Annotated[str, typer.Option("--id", help="Id of a row.")],
     prompt: Prompt = None,
+    form: Form = None,
     html: Annotated[Path | None, typer.Option(help="Also write a heat map.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Pairs of tokens to list.")] = 15,
     model: ModelAt = None,
@@ -89,7 +93,7 @@ def explain(
     from leaveout.pages import explain_page
 
     opened = open_index(idx, model, device)
-    found = opened.explain(next(query_rows([query], prompt, None)), id)
+    found = opened.explain(next(query_rows([query], prompt, None, form, opened)), id)
     if html is not None:
         html.write_text(explain_page(query, found), encoding="utf-8")
     order = np.argsort(-np.abs(found.pairs), axis=None)[:top]
@@ -141,10 +145,10 @@ def select(
     if unwanted is not None:
         options["unwanted"] = list(Corpus.open(unwanted))
     hits = opened.select(list(Corpus.open(wanted)), n, **options)
-    records = opened.records([hit.id for hit in hits])
+    name = score_field([hit.row for hit in hits])
     with out.open("w", encoding="utf-8") as file:
-        for hit, record in zip(hits, records, strict=True):
-            file.write(to_line({**record.meta, **_content(record), "id": record.id, "score": hit.score}) + "\n")
+        for hit in hits:
+            file.write(to_line({**hit.row, name: hit.score}) + "\n")
     facts = {"selected": len(hits), "of": len(opened), "out": str(out)}
     if hits:
         facts |= {"best_score": hits[0].score, "last_score": hits[-1].score}
@@ -155,9 +159,16 @@ def _meta(meta: dict[str, Any]) -> str:
     return ", ".join(f"{key}={shorten(str(value), 30)}" for key, value in meta.items())
 
 
-def _content(record: Any) -> dict[str, str]:
-    """The row's text in a form that `index` takes: prompt and completion where one response ends the text."""
-    spans, text = record.extra["responses"], record.text
-    if len(spans) == 1 and spans[0][0] > 0 and spans[0][1] == len(text) and not record.extra["rendered"]:
-        return {"prompt": text[: spans[0][0]], "completion": text[spans[0][0] :]}
-    return {"text": text}
+def score_field(rows: list[dict[str, Any]]) -> str:
+    """The field that gets the score: `score`, or another one, which is said, where the rows have that themselves.
+
+    Raises: FormatError if they have both.
+    """
+    for name in ("score", "leaveout_score"):
+        if not any(name in row for row in rows):
+            if name != "score":
+                print(
+                    f"leaveout: the rows have a field `score` of their own, so the new one is `{name}`", file=sys.stderr
+                )
+            return name
+    raise FormatError("The rows have the fields `score` and `leaveout_score`: rename one of them and index them again.")

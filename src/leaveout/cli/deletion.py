@@ -13,6 +13,7 @@ from leaveout.cli.program import (
     BYTES,
     SECONDS,
     Backend,
+    Form,
     Json,
     Prompt,
     QueryText,
@@ -93,6 +94,7 @@ def measure(
     gradient: Annotated[bool, typer.Option("--gradient", help="The exact first order of the queries.")] = False,
     query: QueryText = None,
     prompt: Prompt = None,
+    form: Form = None,
     queries: QueryFile = None,
     workers: Workers = 1,
     backend: Backend = "processes",
@@ -128,7 +130,7 @@ def measure(
         directions, degree, retrain=retrain, design=design, gradient=gradient, settings=settings,
         without=read_sets(opened, without, without_where, sets) if named else None,
         heldout=None if heldout is None else _heldout(heldout),
-        queries=None if query is None and queries is None else read_queries(query, prompt, queries),
+        queries=None if query is None and queries is None else read_queries(opened, query, prompt, queries, form),
     )  # fmt: skip
     print_facts({"run": str(run), "added": len(opened.bank) - before, **opened.bank.info()}, json_)
 
@@ -139,6 +141,7 @@ def plan(
     budget: Annotated[str, typer.Option(help="Wall time, such as 600s, 10min or 2h.")],
     query: QueryText = None,
     prompt: Prompt = None,
+    form: Form = None,
     queries: QueryFile = None,
     without: Without = None,
     without_where: WithoutWhere = None,
@@ -164,9 +167,12 @@ def plan(
     limits = quantity(disk, BYTES, "--disk"), quantity(memory, BYTES, "--memory")
     assert seconds is not None
     found = make_plan(
-        opened, read_queries(query, prompt, queries), removed, Budget(seconds, *limits, workers, examples=examples)
+        opened,
+        read_queries(opened, query, prompt, queries, form),
+        removed,
+        Budget(seconds, *limits, workers, examples=examples),
     )
-    asked = _options(query=query, prompt=prompt, queries=queries)
+    asked = _options(query=query, prompt=prompt, form=form, queries=queries)
     named = _options(without=without, without_where=without_where, sets=sets)
     commands = [_measure_command(run, choice, asked, named, workers) for choice in found.choices]
     if json_:
@@ -191,6 +197,7 @@ def predict(
     run: RunPath,
     query: QueryText = None,
     prompt: Prompt = None,
+    form: Form = None,
     queries: QueryFile = None,
     without: Without = None,
     without_where: WithoutWhere = None,
@@ -208,7 +215,7 @@ def predict(
     """
     options = _estimator_options(estimator, degree)
     opened = open_run(run)
-    asked, removed = read_queries(query, prompt, queries), read_sets(opened, without, without_where, sets)
+    asked, removed = read_queries(opened, query, prompt, queries, form), read_sets(opened, without, without_where, sets)
     found = opened.bank.predict(asked, removed, estimator, **options)
     if curve is not None:
         _draw(opened.bank.curve(asked, removed, estimator, **options), curve)
@@ -220,6 +227,7 @@ def verify(
     run: RunPath,
     query: QueryText = None,
     prompt: Prompt = None,
+    form: Form = None,
     queries: QueryFile = None,
     without: Without = None,
     without_where: WithoutWhere = None,
@@ -240,7 +248,7 @@ def verify(
     options = _estimator_options(estimator, degree)
     settings = _settings(workers, backend, memory)
     opened = open_run(run)
-    asked, removed = read_queries(query, prompt, queries), read_sets(opened, without, without_where, sets)
+    asked, removed = read_queries(opened, query, prompt, queries, form), read_sets(opened, without, without_where, sets)
     found = opened.verify(asked, removed, estimator, settings, **options)
     _print_prediction(found.prediction, found.summary(), html, json_)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leaveout.cli.program import Json, Prompt, QueryText, Workers, app, print_facts
+from leaveout.cli.program import Form, Json, Prompt, QueryText, Workers, app, print_facts
 from leaveout.cli.runs import QueryFile, RunPath, open_run, read_queries
 from leaveout.errors import MismatchError
 from leaveout.report import print_table, to_line
@@ -26,6 +26,7 @@ def attribute(
     out: Annotated[Path, typer.Option("--out", help="File of the scores: .npy, .csv or .jsonl.")],
     query: QueryText = None,
     prompt: Prompt = None,
+    form: Form = None,
     queries: QueryFile = None,
     method: Annotated[str, typer.Option(help="Name of a method such as default, paper@start or ek-fac.")] = "default",
     sets: Annotated[
@@ -47,7 +48,7 @@ def attribute(
     require_place(out)
     if sets is not None:
         _require_sets(sets, out, top, len(opened.recipe.unit_names))
-    asked = read_queries(query, prompt, queries)
+    asked = read_queries(opened, query, prompt, queries, form)
     numbers_of("query", [q.name for q in asked])
     settings = MeasureSettings(workers=workers, progress=True)
     found = attribute(opened, asked, method, settings=settings)
@@ -81,6 +82,7 @@ def evaluate(
     run: RunPath,
     query: QueryText = None,
     prompt: Prompt = None,
+    form: Form = None,
     queries: QueryFile = None,
     method: Annotated[
         list[str] | None, typer.Option(help="Name of a method such as default, paper@start or ek-fac; again for more.")
@@ -121,7 +123,7 @@ def evaluate(
 
     if not method and not scores:
         raise typer.BadParameter("say what is judged: --method or --scores")
-    asked = read_queries(query, prompt, queries)
+    asked = read_queries(opened, query, prompt, queries, form)
     names = [q.name for q in asked]
     files = [file.stem for file in scores or []]
     if twice := sorted({name for name in files if files.count(name) > 1}):

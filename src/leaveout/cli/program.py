@@ -9,9 +9,9 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -40,6 +40,21 @@ Device = Annotated[
 ]
 QueryText = Annotated[list[str] | None, typer.Option("--query", help="Text of a query; may be given again.")]
 Prompt = Annotated[str | None, typer.Option(help="Context before --query that is not itself asked about.")]
+Form = Annotated[
+    str | None,
+    typer.Option(
+        help="How --prompt and --query make a row: text, prompt, instruction or messages. Default: as most rows are that are "
+        "asked, and a text without --prompt. In the last two, white space around both is dropped."
+    ),
+]
+
+
+class Asked(Protocol):
+    """What is asked: an index or a recipe."""
+
+    @property
+    def forms(self) -> Mapping[str, int]: ...
+
 
 BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
@@ -150,18 +165,30 @@ def one_thread(device: str = "cpu") -> None:
         torch.set_num_threads(1)
 
 
-def query_rows(query: list[str] | None, prompt: str | None, file: Path | None) -> Iterator[Any]:
-    """Rows of --query (with --prompt) or of --queries; exactly one of the two must be given."""
+def query_rows(
+    query: list[str] | None, prompt: str | None, file: Path | None, form: str | None, asked: Asked
+) -> Iterator[Any]:
+    """Rows of --query (with --prompt) or of --queries; exactly one of the two must be given.
+
+    Rows of a file keep their own form; a prompt and query get that of most rows of what is asked, which is said.
+    """
     if (query is None) == (file is None):
         raise typer.BadParameter("give either --query or --queries")
     if file is not None:
         from leaveout.corpus import Corpus
 
-        if prompt is not None:
-            raise typer.BadParameter("--prompt goes with --query; rows of --queries have their own prompts")
+        if prompt is not None or form is not None:
+            name = "--form" if prompt is None else "--prompt"
+            raise typer.BadParameter(f"{name} goes with --query; rows of --queries have their own prompts and forms")
         yield from Corpus.open(file)
+        return
+    from leaveout.corpus.asking import CALLED, asked_row, commonest
+
+    if form is None and prompt is not None:
+        form = commonest(asked.forms)
+        print(f"leaveout: asked as {CALLED[form]}, the commonest form of its rows; --form overrides", file=sys.stderr)
     for text in query or []:
-        yield text if prompt is None else {"prompt": prompt, "response": text}
+        yield asked_row(text, prompt, form)
 
 
 def print_facts(facts: dict[str, Any], json_: bool) -> None:

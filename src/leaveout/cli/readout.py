@@ -51,6 +51,13 @@ def index(
             "worse once they were trained on the rows (docs/readout.md)."
         ),
     ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="How chats and instructions become text: a Jinja file, the name of one of the tokenizer's chat templates, or "
+            "none for the plain form (default: the tokenizer's own, if it has one)."
+        ),
+    ] = None,
     units: Annotated[str | None, typer.Option(help="Field whose value says which rows belong together.")] = None,
     skip_bad: SkipBad = False,
     workers: Workers = 1,
@@ -80,7 +87,7 @@ def index(
 
     part = _shard(shard)
     one_thread(device)
-    changes = {"targets": targets, "temperature": temperature}
+    changes = {"targets": targets, "temperature": temperature, "template": template}
     built = Index.build(
         model,
         data,

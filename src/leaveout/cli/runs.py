@@ -44,12 +44,13 @@ def open_run(path: Path) -> TrainingRun:
     return TrainingRun.load(path)
 
 
-def read_queries(query: list[str] | None, prompt: str | None, file: Path | None) -> list[Any]:
+def read_queries(
+    run: TrainingRun, query: list[str] | None, prompt: str | None, file: Path | None, form: str | None
+) -> list[Any]:
     """Queries of --query (with --prompt) or --queries; exactly one of the two must be given."""
-    from leaveout.corpus import Corpus
     from leaveout.training.queries import Query, as_queries
 
-    if file is not None and query is None and prompt is None:
+    if file is not None and query is None and prompt is None and form is None:
         if file.suffix != ".npz":
             return as_queries(file)
         import numpy as np
@@ -59,8 +60,8 @@ def read_queries(query: list[str] | None, prompt: str | None, file: Path | None)
             if missing := {"x", "y"} - set(data):
                 raise FormatError(f"{file} has no array {min(missing)!r}: queries of a classifier are x and y.")
             return [Query((torch.from_numpy(x), int(y))) for x, y in zip(data["x"], data["y"], strict=True)]
-    rows = (row if isinstance(row, str) else next(iter(Corpus.open([row]))) for row in query_rows(query, prompt, file))
-    return as_queries(list(rows))
+    rows = query_rows(query, prompt, file, form, run.recipe)
+    return [Query(row, name=f"{prompt or ''}{text}") for row, text in zip(rows, query or [], strict=True)]
 
 
 def read_sets(run: TrainingRun, without: list[str] | None, where: str | None, file: Path | None) -> DeletionSets:

@@ -1,5 +1,6 @@
 """One row: which form it has, its text, spans, id, unit, metadata and content hash; or why it is a bad row."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import xxhash
+
+from leaveout.errors import FormatError
 
 Scalar = str | int | float | bool | None
 Spans = tuple[tuple[int, int], ...]
@@ -84,6 +87,27 @@ def read_row(raw: Any, number: int, units: str | None) -> Row:
     return Row(
         given, text, responses, messages, unit, meta, content_hash, number, form=form, tools=tools, raw=dict(raw)
     )
+
+
+def distinct(rows: Sequence[Any]) -> tuple[Any, ...]:
+    """The examples with an id of their own each; a row without one that repeats another gets a number behind its id.
+
+    Raises: FormatError for an id that two rows were given.
+    """
+    taken: set[str] = set()
+    found = []
+    for number, row in enumerate(rows):
+        if isinstance(row, Row) and row.id in taken:
+            if row.id != row.content_hash[:16]:
+                raise FormatError(
+                    f"The id {row.id!r} of row {number + 1} is that of an earlier row: give every row its own id."
+                )
+            id = next(name for count in itertools.count(2) if (name := f"{row.id}-{count}") not in taken)
+            row = replace(row, id=id, unit=id if row.unit == row.id else row.unit)
+        if isinstance(row, Row):
+            taken.add(row.id)
+        found.append(row)
+    return tuple(found)
 
 
 def row_json(row: Row) -> str:

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from leaveout.baselines.trackstar import TrackStar
 from leaveout.baselines.trak import Trak
 from leaveout.baselines.z0_inf import Z0Inf
 from leaveout.corpus import Corpus, Row
+from leaveout.corpus.chat import Template, chosen_template
+from leaveout.corpus.tokens import tokens_of
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
@@ -111,11 +113,14 @@ class Scorer:
     def signatures(self, preset: str | SignatureSettings, at: str) -> np.ndarray:
         """Scores of the readout engine [query, example], from an index in a temporary directory."""
         asked, readout = self.query_rows, self.readout(at)
-        limit = self.run.recipe.max_tokens
-        rows = [indexed(as_row(row), str(i), readout.tokenizer, limit) for i, row in enumerate(self.rows)]
-        queries = [indexed(as_row(row), str(i), readout.tokenizer, limit) for i, row in enumerate(asked)]
+        template = chosen_template(self.run.recipe.template, readout.tokenizer)
+        rows = [
+            replace(trained_part(row, readout.tokenizer, template, self.run.recipe.max_tokens), id=str(i), unit=str(i))
+            for i, row in enumerate(map(as_row, self.rows))
+        ]
         with tempfile.TemporaryDirectory() as place:
-            return Index.build(readout, rows, Path(place) / "index", preset).score(queries)
+            index = Index.build(readout, rows, Path(place) / "index", preset, template=template)
+            return index.score([as_row(row) for row in asked])
 
     def of_units(self, estimator: str) -> np.ndarray:
         """Predicted effects of leaving out each unit alone [query, unit], nats."""
@@ -218,11 +223,12 @@ def as_row(row: Any) -> Row:
     return row
 
 
-def indexed(row: Row, id: str, tokenizer: Any, limit: int) -> dict[str, str]:
-    """A row for an index, cut to the tokens that the recipe trains on."""
-    offsets = tokenizer(row.text, return_offsets_mapping=True, truncation=True, max_length=limit)["offset_mapping"]
-    text = row.text[: max(end for _, end in offsets)]
-    return {"id": id, "text": text, "prompt_text": text[: row.responses[0][0]]}
+def trained_part(row: Row, tokenizer: Any, template: Template, limit: int) -> Row:
+    """A row as it was trained on, cut to the tokens that the recipe takes."""
+    tokens = tokens_of(row, tokenizer, template, limit)
+    end = len(tokens.row.text) if not tokens.cut else max(end for _, end in tokens.offsets)
+    spans = tuple((first, min(stop, end)) for first, stop in tokens.row.responses if first < end)
+    return replace(tokens.row, text=tokens.row.text[:end], responses=spans)
 
 
 def tokenizer_of(run: TrainingRun) -> Any:

@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from leaveout.corpus import Corpus, Row
+from leaveout.corpus.rows import row_json
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.executor import Backend, refuse_crew, run_tasks
 from leaveout.models import ModelOptions, difference
@@ -104,7 +105,7 @@ def record_of(row: Row, tokens: TokenisedRow) -> Record:
         "tokens": len(tokens.ids),
         "targets": tokens.n_targets,
     }
-    return Record(row.id, tokens.text, row.unit, row.meta, row.content_hash, extra)
+    return Record(row.id, tokens.text, row.unit, row.meta, row.content_hash, extra, row_json(row))
 
 
 def row_of(record: Record) -> Row:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from leaveout.corpus import Corpus
+from leaveout.corpus.asking import asked_row, commonest
 from leaveout.corpus.chat import chosen_template
 from leaveout.corpus.tokens import NoTargetError
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, made, require_list, require_whole
@@ -254,6 +255,15 @@ class Index:
             raise FormatError("A query has a signature that is not finite: run `leaveout doctor` on the model.")
         return Queries(vectors.float().cpu(), tuple(row.text for row in tokens), self.fingerprint)
 
+    @property
+    def forms(self) -> dict[str, int]:
+        """How many rows have which form: text, prompt, instruction, messages. Cost: one pass over the catalogue."""
+        return self._store.count("form")
+
+    def ask(self, prompt: str | None, answer: str, form: str | None = None) -> dict[str, Any]:
+        """A row that asks for an answer after a prompt, in the commonest form of this index's rows, or in another."""
+        return asked_row(answer, prompt, form if form or prompt is None else commonest(self.forms))
+
     # ---------------------------------------------------------------- answers
 
     def search(
@@ -293,7 +303,7 @@ class Index:
         """Hits of row numbers and their scores, ranked in the given order."""
         records = self._store.rows(numbers)
         return [
-            Hit(rank, record.id, float(score), record.text, record.meta)
+            Hit(rank, record.id, float(score), record.text, record.meta, record.row)
             for rank, (record, score) in enumerate(zip(records, scores, strict=True), start=1)
         ]
 
@@ -412,4 +422,4 @@ class Index:
         """Facts: rows, bytes, settings, model, statistics, notes."""
         settings = self._store.settings
         facts = {key: settings[key] for key in ("corpus", "units", "source", "model", "signature", "notes")}
-        return {**self._store.info(), "statistics": self._store.state("statistics"), **facts}
+        return {**self._store.info(), "forms": self.forms, "statistics": self._store.state("statistics"), **facts}

@@ -57,6 +57,7 @@ class Hit:
     score: float
     text: str
     meta: dict[str, Any] = field(default_factory=dict)
+    row: dict[str, Any] = field(default_factory=dict)  # as it came, with all its fields
 
 
 @dataclass(frozen=True)

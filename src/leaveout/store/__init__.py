@@ -302,7 +302,7 @@ class Store(Reader):
             checksums = [digest for *_, digest in lines]
             rows = ((key, one[0], one[1], 0, one[3]) for key, one in zip(keys, lines, strict=True))
             catalogue.insert(db, "rows", rows)
-            contents = ((key, one[4], one[5], one[6], one[2]) for key, one in zip(keys, lines, strict=True))
+            contents = ((key, one[4], one[5], one[7], one[2], one[6]) for key, one in zip(keys, lines, strict=True))
             catalogue.insert(db, "contents", contents)
             db.executemany("INSERT INTO fields (name) VALUES (?)", ((name,) for name in fields))
             added = catalogue.digest_of_pairs(keys, catalogue.as_numbers(checksums))
@@ -344,7 +344,7 @@ class Store(Reader):
         return list(names)[len(known) :]
 
     def _traces(self, holed: list[Segment]) -> purge.Traces:
-        """Pieces of the texts and vectors of the deleted rows."""
+        """Pieces of the texts, raw rows and vectors of the deleted rows."""
         traces = purge.Traces()
         if self._snapshot.traces:  # of an earlier purge that is not proved yet
             traces.add_arrays(self._snapshot.traces.arrays())

@@ -23,7 +23,7 @@ import xxhash
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
 from leaveout.store.segment import TEMPORARY, sync_directory
 
-FORMAT = 2
+FORMAT = 3
 CATALOGUE = "catalogue.sqlite"
 LOCK = "writer.lock"
 SYNCHRONOUS = "EXTRA"  # FULL, and the directory too: a commit outlives a power cut
@@ -34,7 +34,7 @@ SCHEMA = (
     "CREATE TABLE rows (key INTEGER PRIMARY KEY, id TEXT NOT NULL, unit TEXT NOT NULL, deleted INTEGER NOT NULL,"
     " meta TEXT NOT NULL, UNIQUE (id, deleted))",
     "CREATE TABLE contents (key INTEGER PRIMARY KEY, content_hash TEXT NOT NULL, extra TEXT NOT NULL,"
-    " checksum BLOB NOT NULL, text TEXT NOT NULL)",
+    " checksum BLOB NOT NULL, text TEXT NOT NULL, raw TEXT NOT NULL)",
     "CREATE TABLE fields (field INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)",
     "CREATE INDEX tombstones ON rows (deleted) WHERE deleted > 0",
 )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 ROWS = "rows.jsonl"
 FORMAT = "leaveout export"
-VERSION = 1
+VERSION = 2
 
 _NAME = re.compile(r"(rows|side)-\d{5,9}\.safetensors")
 _MAX_MANIFEST = 64 << 20
@@ -91,7 +91,8 @@ def _lines(store: Reader, files: list[dict[str, Any]]) -> Iterator[bytes]:
             if record is None:
                 raise FormatError(f"{store.path} lacks rows that its segments have; run check")
             line = {"id": record.id, "text": record.text, "unit": record.unit, "meta": record.meta}
-            line |= {"content_hash": record.content_hash, "extra": record.extra, "file": file["name"], "row": row}
+            line |= {"content_hash": record.content_hash, "extra": record.extra, "raw": record.raw}
+            line |= {"file": file["name"], "row": row}
             gathered += json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
             if len(gathered) > BLOCK:
                 yield bytes(gathered)
@@ -202,11 +203,11 @@ def _record(line: bytes, file: str, row: int) -> Record:
         found = json.loads(line.decode())
         if (found["file"], found["row"]) != (file, row):
             raise ValueError("order")
-        texts = [found[name] for name in ("id", "text", "unit", "content_hash")]
+        texts = [found[name] for name in ("id", "text", "unit", "content_hash", "raw")]
         meta, extra = found["meta"], found["extra"]
         if not all(isinstance(text, str) for text in texts) or not all(isinstance(x, dict) for x in (meta, extra)):
             raise ValueError("types")
     except (ValueError, TypeError, KeyError, RecursionError):
         raise FormatError(f"{ROWS} has no sound line for row {row} of {file}; export the store again") from None
-    id, text, unit, content_hash = texts
-    return Record(id, text, unit, meta, content_hash, extra)
+    id, text, unit, content_hash, raw = texts
+    return Record(id, text, unit, meta, content_hash, extra, raw)

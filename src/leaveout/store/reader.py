@@ -168,6 +168,14 @@ class Reader:
         with self._reading() as db:
             return self._snapshot.numbers(filters.select(db, where, self._snapshot.fields, self.version))
 
+    def count(self, name: str) -> dict[str, int]:
+        """How many live rows have each value of a field of `extra`, most first; rows without it are left out."""
+        values = "json_extract(contents.extra, ?)"
+        where = f"{catalogue.visible(self.version)} AND {values} IS NOT NULL"
+        with self._reading() as db:
+            query = f"SELECT {values}, count(*) FROM {SOURCE} WHERE {where} GROUP BY 1 ORDER BY 2 DESC, 1"
+            return dict(db.execute(query, (f"$.{name}",) * 2).fetchall())
+
     def check(self) -> list[str]:
         """Everything that is wrong with the newest version on disk; [] if nothing is.
 
@@ -217,9 +225,9 @@ class Reader:
         self._snapshot = load(self.path, self._verified)
 
     def _texts(self, part: Segment) -> list[str]:
-        """Texts of the deleted rows of a segment."""
+        """Texts of the deleted rows of a segment, and the rows as they came."""
         keys = [(part.id << SHIFT) + position for position in part.tombstones.tolist()]
-        return [text for (text,) in self._fetch("contents.text", keys, "TRUE")]
+        return [text for pair in self._fetch("contents.text, contents.raw", keys, "TRUE") for text in pair]
 
     def _live_bytes(self) -> Iterator[bytes]:
         """What the catalogue holds of live rows; the byte 255 between strings, so that none is found across two."""

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import reprlib
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import index
@@ -23,7 +24,9 @@ import numpy as np
 import torch
 
 from leaveout.corpus import Corpus, Row
+from leaveout.corpus.asking import asked_row, commonest
 from leaveout.corpus.chat import read_template
+from leaveout.corpus.rows import distinct
 from leaveout.errors import FormatError, UnsupportedError, choices, refuse_other_names, require_list, require_whole
 from leaveout.models import load_model, source_digest
 from leaveout.training.digest import digest_of
@@ -130,6 +133,9 @@ class Recipe:
                 "leaves out what is not full: lower batch_size or leave drop_last out"
             )
         object.__setattr__(self, "template", read_template(self.template))
+        if self.template is not None and self.kind != "causal-lm":
+            raise ValueError(f"only a causal-lm recipe has a template, not a {self.kind} recipe: leave template out")
+        object.__setattr__(self, "examples", distinct(self.examples))
         _check_trained(self.trained)
         if self.kind == "causal-lm" and isinstance(self.model, (str, Path)):
             model_place(str(self.model), Path())
@@ -216,6 +222,15 @@ class Recipe:
     def ids(self) -> tuple[str, ...]:
         """The id of each example: that of its row, else its number."""
         return tuple(_own_id(e, i) for i, e in enumerate(self.examples))
+
+    @property
+    def forms(self) -> dict[str, int]:
+        """How many examples have which form: text, prompt, instruction, messages."""
+        return dict(Counter(e.form for e in self.examples if isinstance(e, Row)))
+
+    def ask(self, prompt: str | None, answer: str, form: str | None = None) -> dict[str, Any]:
+        """A row that asks for an answer after a prompt, in the commonest form of the examples, or in another."""
+        return asked_row(answer, prompt, form if form or prompt is None else commonest(self.forms))
 
     def grouped(self, units: Any) -> Recipe:
         """A copy with other units.

@@ -74,7 +74,7 @@ def test_info_counts(filled: Store, path: Path) -> None:
         "sides": ["whitening"],
         "fields": ["source", "year"],
         "version": 5,
-        "format": 2,
+        "format": 3,
     }
 
 

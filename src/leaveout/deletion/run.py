@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from leaveout.corpus import Row
+from leaveout.corpus.rows import row_json
 from leaveout.deletion import directions
 from leaveout.deletion.bank import Bank, Measured, measurement_ids
 from leaveout.deletion.kernels import similar_units
@@ -35,6 +36,7 @@ from leaveout.executor import run_tasks
 from leaveout.store import Record, Store
 from leaveout.store.catalogue import CATALOGUE
 from leaveout.training.batching import Parameters, batching_problem
+from leaveout.training.cuts import cut_notes
 from leaveout.training.memory import runs_together
 from leaveout.training.metagradient import metagradient
 from leaveout.training.notes import notes_on
@@ -81,11 +83,15 @@ class TrainingRun:
         elif path.exists() and (not path.is_dir() or any(other.name not in OWN for other in path.iterdir())):
             raise FileExistsError(f"{path} holds something else than a training run: give an empty or a new directory.")
         path.mkdir(parents=True, exist_ok=True)
+        task = task_of(made)
+        for note in (notes := [*notes_on(made, task), *cut_notes(made, task)]):
+            print(f"note: {note}", file=sys.stderr)
+        del task
         parameters = train_plain(made, options=RunOptions(directory=path / "work", progress=progress))
         for name, p in parameters.items():
             if not p.isfinite().all():
                 raise FormatError(f"Training gave values of {name} that are not finite: lower the learning rate.")
-        _save(path, made, source, parameters)
+        _save(path, made, source, parameters, notes)
         shutil.rmtree(path / "work", ignore_errors=True)
         return cls(made, path, parameters)
 
@@ -109,7 +115,7 @@ class TrainingRun:
 
     @property
     def notes(self) -> list[str]:
-        """What was off or frozen in training, and what was never trained on, in sentences."""
+        """What was off or frozen in training, what was cut, and what was never trained on, in sentences."""
         return list(Store.open(self.path / "examples").state("notes") or [])
 
     def select(self, where: str) -> list[str]:
@@ -361,7 +367,7 @@ def _runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.nda
 # --- on disk -----------------------------------------------------------------------------------------------------
 
 
-def _save(path: Path, recipe: Recipe, source: Path | None, parameters: Parameters) -> None:
+def _save(path: Path, recipe: Recipe, source: Path | None, parameters: Parameters, notes: list[str]) -> None:
     with Store.create(path / "examples", {"what": "training examples"}) as store:
         for records in _chunks(recipe):
             store.put(records, {"unit": np.array([int(r.extra["unit"]) for r in records])})
@@ -369,8 +375,6 @@ def _save(path: Path, recipe: Recipe, source: Path | None, parameters: Parameter
         store.put_side("parameters", {f"p{i}": p.numpy() for i, p in enumerate(parameters.values())})
         store.set_state("source", None if source is None else str(source.resolve()))
         store.set_state("recipe", {"digests": recipe.digests(), "python": PYTHON})
-        for note in (notes := notes_on(recipe, task_of(recipe))):
-            print(f"note: {note}", file=sys.stderr)
         store.set_state("notes", notes)
         store.set_state("trained", True)
 
@@ -381,7 +385,10 @@ def _chunks(recipe: Recipe, size: int = 10_000) -> Iterator[list[Record]]:
     for i, (example, id) in enumerate(zip(recipe.examples, recipe.ids, strict=True)):
         extra = {"unit": places[i]}
         if isinstance(example, Row):
-            found.append(Record(id, example.text, recipe.units[i], dict(example.meta), example.content_hash, extra))
+            raw = row_json(example)
+            found.append(
+                Record(id, example.text, recipe.units[i], dict(example.meta), example.content_hash, extra, raw)
+            )
         else:
             found.append(
                 Record(id, "", recipe.units[i], {"label": int(example[1])} if len(example) > 1 else {}, "", extra)

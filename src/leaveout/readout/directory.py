@@ -87,7 +87,8 @@ def open_or_create(path: Path, wanted: dict[str, Any]) -> Store:
                     f"{path} holds an index of another adapter than the given model has at work: give that model to resume, "
                     "or another directory for a new index."
                 )
-            other = "other channels" if name == "channels" else f"{name} = {old!r}, not {new!r}"
+            long = {"channels": "other channels", "template": "another chat template"}
+            other = long.get(name, f"{name} = {old!r}, not {new!r}")
             raise MismatchError(
                 f"{path} holds an index with {other}: use the same settings to resume, or another directory for a new index."
             )

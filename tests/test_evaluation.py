@@ -20,7 +20,7 @@ from leaveout.deletion import directions
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
-from leaveout.evaluation.methods import METHODS, Scorer, indexed, score_methods
+from leaveout.evaluation.methods import METHODS, Scorer, score_methods, trained_part
 from leaveout.evaluation.truth import second_order, single_effects, subset_truth
 from leaveout.training.outputs import query_losses
 from leaveout.training.queries import as_queries
@@ -267,10 +267,9 @@ def test_the_readout_of_a_run_has_the_trained_parameters(tuned):
 def test_rows_are_indexed_as_they_are_trained_on(tuned):
     tokenizer = language_model()[1]
     (row,) = Corpus.open([{"prompt": "a long prompt", "completion": " and a longer answer"}])
-    assert indexed(row, "7", tokenizer, 20) == {
-        "id": "7", "text": "a long prompt and a ", "prompt_text": "a long prompt",
-    }  # fmt: skip
-    assert indexed(row, "7", tokenizer, 999)["text"] == row.text
+    part = trained_part(row, tokenizer, "none", 20)
+    assert (part.text, part.responses) == ("a long prompt and a ", ((13, 20),))
+    assert trained_part(row, tokenizer, "none", 999) == row
 
 
 def test_queries_are_called_by_their_ids(tmp_path):

@@ -53,13 +53,9 @@ def read_queries(
     if file is not None and query is None and prompt is None and form is None:
         if file.suffix != ".npz":
             return as_queries(file)
-        import numpy as np
-        import torch
+        from leaveout.training.labelled import read_arrays
 
-        with np.load(file, allow_pickle=False) as data:
-            if missing := {"x", "y"} - set(data):
-                raise FormatError(f"{file} has no array {min(missing)!r}: queries of a classifier are x and y.")
-            return [Query((torch.from_numpy(x), int(y))) for x, y in zip(data["x"], data["y"], strict=True)]
+        return [Query(row, source=f"{file}, example {i}") for i, row in enumerate(read_arrays(file)[0])]
     rows = query_rows(query, prompt, file, form, run.recipe)
     return [Query(row, name=f"{prompt or ''}{text}") for row, text in zip(rows, query or [], strict=True)]
 

@@ -390,9 +390,8 @@ def _chunks(recipe: Recipe, size: int = 10_000) -> Iterator[list[Record]]:
                 Record(id, example.text, recipe.units[i], dict(example.meta), example.content_hash, extra, raw)
             )
         else:
-            found.append(
-                Record(id, "", recipe.units[i], {"label": int(example[1])} if len(example) > 1 else {}, "", extra)
-            )
+            meta = {"label": int(example[1])} if recipe.kind == "classifier" else {}
+            found.append(Record(id, "", recipe.units[i], meta, "", extra))
         if len(found) == size:
             yield found
             found = []

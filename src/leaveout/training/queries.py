@@ -61,12 +61,14 @@ class Query:
              (means), or a function of logits [positions, classes] and targets [positions] that gives a scalar
     name     what it is called in tables and files of scores; default: the row's own `id` if it has one, else its text
     version  stands for what of a function cannot be hashed: change it whenever that changes
+    source   where it was read, for messages
     """
 
     row: Any
     measure: str | Callable[[Tensor, Tensor], Tensor] = "loss"
     name: str = ""
     version: str = ""
+    source: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.measure, str) and self.measure not in ("loss", *MEASURES):
@@ -132,12 +134,24 @@ def query_function(task: Task, queries: Sequence[Query]) -> Callable[[nn.Module]
             groups[-1][0].append(q)
         else:
             groups.append(([q], ()))
-    encoded = [(group, None if kind is None else task.encode_queries([q.row for q in group])) for group, kind in groups]
+    encoded = [(group, None if kind is None else _encoded(task, group)) for group, kind in groups]
 
     def values(model: nn.Module) -> Tensor:
         return torch.cat([_values(task, model, group, batch) for group, batch in encoded])
 
     return values
+
+
+def _encoded(task: Task, group: Sequence[Query]) -> Any:
+    """The rows of queries as a batch. Raises: FormatError with the place of the row, where that is known."""
+    try:
+        return task.encode_queries([q.row for q in group])
+    except FormatError as error:
+        if len(group) > 1:
+            for q in group:
+                _encoded(task, [q])
+        text = str(error).removeprefix("A query: ")
+        raise FormatError(f"{group[0].source}: {text}" if group[0].source else str(error)) from None
 
 
 def _values(task: Task, model: nn.Module, group: Sequence[Query], batch: Any) -> Tensor:

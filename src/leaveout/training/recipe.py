@@ -30,6 +30,7 @@ from leaveout.corpus.rows import distinct
 from leaveout.errors import FormatError, UnsupportedError, choices, refuse_other_names, require_list, require_whole
 from leaveout.models import load_model, source_digest
 from leaveout.training.digest import digest_of
+from leaveout.training.labelled import check_examples, read_arrays
 from leaveout.training.recipe_file import model_place, read_fields
 
 KINDS = ("microgpt", "causal-lm", "classifier", "custom")
@@ -142,6 +143,8 @@ class Recipe:
         object.__setattr__(self, "examples", _rows(self.kind, tuple(self.examples)))
         if not self.examples:
             raise FormatError("A recipe needs at least one example.")
+        if self.kind == "classifier":
+            check_examples(self.examples)
         if not self.units:
             object.__setattr__(self, "units", tuple(_own_unit(e, i) for i, e in enumerate(self.examples)))
         if len(self.units) != len(self.examples):
@@ -313,7 +316,7 @@ class Recipe:
             recipe = cls.microgpt([line for line in data.read_text().split("\n") if line], **raw)
             return recipe if units is None else recipe.grouped(path.parent / units)
         if kind == "classifier":
-            return cls(kind, *_arrays(data, units), **raw)
+            return cls(kind, *read_arrays(data, units), **raw)
         raw["template"] = read_template(raw.get("template"), path.parent)
         if isinstance(raw.get("model"), str):
             raw["model"] = model_place(raw["model"], path.parent)
@@ -429,14 +432,6 @@ def _own_unit(example: Any, number: int) -> str:
 def _drawn_state(rng: random.Random) -> tuple[Any, ...]:
     """The state of the generator after the shuffle: parameters are drawn from here on."""
     return rng.getstate()
-
-
-def _arrays(path: Path, units: str | None) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-    """Examples and units of an .npz file with arrays x [examples, ...] and y [examples]."""
-    with np.load(path, allow_pickle=False) as data:
-        x, y = torch.from_numpy(data["x"]), data["y"].tolist()
-        names = tuple(str(u) for u in data[units]) if units else ()
-    return tuple(zip(x, y, strict=True)), names
 
 
 def _model_facts(model: Any) -> Any:

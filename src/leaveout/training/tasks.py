@@ -20,6 +20,7 @@ from leaveout.errors import FormatError, UnsupportedError
 from leaveout.models import LanguageModel, ModelOptions, adapter_places, load_model, refuse_look_ahead
 from leaveout.training import microgpt
 from leaveout.training.encoding import IGNORED, Asked, RowEncoder, as_row, asked, too_long, unmarked
+from leaveout.training.labelled import check_features, class_of, pair
 from leaveout.training.recipe import Recipe
 from leaveout.training.start import made_by, module_of, pair_of, refuse_another_start, tried_numbers, try_loss
 
@@ -261,12 +262,18 @@ def _classifier(recipe: Recipe) -> Task:
     make: Any = recipe.model
     if callable(make):
         model: Any = module_of(made_by(make))
+        n_classes = _classes_of(model.to(recipe.real_dtype).eval(), first.to(recipe.real_dtype), n_classes)
     else:
         sizes = [first.numel(), *(recipe.model or {}).get("hidden", [32])]
         layers = [nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in itertools.pairwise(sizes)]
         model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], n_classes))
 
     def encode(rows: Sequence[Any]) -> Batch:
+        for row in rows:
+            if isinstance(row, Asked):  # the examples were checked with the recipe
+                x, y = pair(row.row, "A query")
+                check_features(x, first.shape, "A query")
+                class_of(y, "A query", n_classes)
         features = torch.stack([torch.as_tensor(x) for x, _ in map(unmarked, rows)]).to(recipe.real_dtype)
         return features, torch.tensor([int(y) for _, y in map(unmarked, rows)])
 
@@ -279,6 +286,23 @@ def _classifier(recipe: Recipe) -> Task:
     # A module of the user's may look across its batch, or choose by the input which of its parts it uses.
     given = callable(make)
     return Task(model, encode, loss, _trained(model, recipe.trained), outputs, separate=not given, given=given)
+
+
+def _classes_of(model: nn.Module, features: Tensor, wanted: int) -> int:
+    """How many classes a module of the user's tells apart. Raises: FormatError if it gives no logits, or too few."""
+    try:
+        with torch.no_grad():
+            logits = model(features[None])
+    except Exception as error:
+        raise FormatError(
+            f"`model` fails for 1 example alone, whose features have the shape {list(features.shape)} ({error})."
+        ) from None
+    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 1:
+        raise FormatError(f"`model` gives {shape} for 1 example: a classifier gives logits, [1, classes].")
+    if logits.shape[1] < wanted:
+        raise FormatError(f"`model` gives {logits.shape[1]} logits, but the examples have labels up to {wanted - 1}.")
+    return logits.shape[1]
 
 
 def _custom(recipe: Recipe) -> Task:

@@ -1,0 +1,119 @@
+"""Labelled examples of classifiers, (features, label): read from .npz files, and checked wherever they come from."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from leaveout.errors import FormatError
+
+
+def read_arrays(path: Path, units: str | None = None) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """Examples and units of an .npz file with arrays x [examples, ...] and y [examples], and one named as `units`.
+
+    Raises: FormatError with the file, the example and the value for what is none.
+    """
+    arrays = _loaded(path)
+    for name in ("x", "y", *([units] if units else [])):
+        if name not in arrays:
+            has = f"it has {', '.join(sorted(arrays))}" if arrays else "it is empty"
+            raise FormatError(f"{path} has no array {name!r}, {has}: a classifier's examples are x [n, ...] and y [n].")
+    x, y = arrays["x"], arrays["y"]
+    for name in ("y", *([units] if units else [])):
+        if len(arrays[name].shape) == 0 or x.ndim == 0 or len(arrays[name]) != len(x):
+            shapes = f"x {list(x.shape)} and {name} {list(arrays[name].shape)}"
+            raise FormatError(f"{path} has {shapes}: both need one entry for each example.")
+    if x.ndim < 2 or x.dtype.kind not in "biuf":
+        raise FormatError(f"{path} has x {list(x.shape)} of {x.dtype}: it must be numbers [examples, features].")
+    if y.ndim > 1:
+        raise FormatError(f"{path} has y {list(y.shape)}: it must be [examples], one class each{_column(y)}.")
+    labels = y.tolist()
+    features = torch.from_numpy(x.astype(x.dtype.newbyteorder("=")))
+    for i, label in enumerate(labels):
+        class_of(label, f"{path}, example {i}")
+        check_features(features[i], features.shape[1:], f"{path}, example {i}")
+    names = tuple(str(u) for u in arrays[units].tolist()) if units else ()
+    return tuple(zip(features, labels, strict=True)), names
+
+
+def class_of(label: Any, where: str, classes: int | None = None) -> int:
+    """The class that a label names, a whole number from 0, below `classes` if these are known.
+
+    Raises: FormatError, which begins with `where`.
+    """
+    value = label.detach().cpu().numpy() if isinstance(label, torch.Tensor) else label
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.item() if value.size == 1 and value.ndim == 0 else value.tolist()
+    if not isinstance(value, (int, float)) or value != value or value < 0 or value != int(min(value, 2**31)):
+        hint = f" ({_hint(value)})" if _hint(value) else ""
+        raise FormatError(f"{where}: the label is {value!r}, but classes are whole numbers from 0{hint}.")
+    if classes is not None and value >= classes:
+        raise FormatError(
+            f"{where}: the label is {int(value)}, but the model has {classes} classes, 0 to {classes - 1}."
+        )
+    return int(value)
+
+
+def check_features(features: Any, shape: Sequence[int], where: str) -> None:
+    """Raises: FormatError, which begins with `where`, for another shape than the recipe's, or a number that is not finite."""
+    x = torch.as_tensor(features)
+    if tuple(x.shape) != tuple(shape):
+        raise FormatError(f"{where}: the features have the shape {list(x.shape)}, but the recipe's are {list(shape)}.")
+    if x.is_floating_point() and not bool(x.isfinite().all()):
+        at = (~x.isfinite()).nonzero()[0].tolist()
+        raise FormatError(f"{where}: the feature {at} is {float(x[tuple(at)])}: replace it or leave the example out.")
+
+
+def check_examples(examples: Sequence[Any]) -> None:
+    """Raises: FormatError with the number of the first example that is no pair (features, label) like the first one."""
+    shape: Any = None
+    for i, example in enumerate(examples):
+        where = f"Example {i} of the recipe"
+        features, label = pair(example, where)
+        shape = torch.as_tensor(features).shape if shape is None else shape
+        check_features(features, shape, where)
+        class_of(label, where)
+
+
+def pair(example: Any, where: str) -> tuple[Any, Any]:
+    """Features and label. Raises: FormatError, which begins with `where`, if it is no such pair."""
+    if not isinstance(example, (tuple, list)) or len(example) != 2 or isinstance(example[0], (str, bytes)):
+        raise FormatError(
+            f"{where} is {type(example).__name__}: an example of a classifier is a pair (features, label)."
+        )
+    return example[0], example[1]
+
+
+def _loaded(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as data:
+            return {name: data[name] for name in data.files}
+    except ValueError as error:
+        if "allow_pickle" in str(error) and zipfile.is_zipfile(path):
+            raise FormatError(
+                f"{path} holds Python objects: save x as numbers and y as whole numbers from 0."
+            ) from None
+    except (OSError, zipfile.BadZipFile, EOFError, TypeError, AttributeError):
+        pass
+    raise FormatError(f"{path} is not an .npz file with arrays x and y: write it with numpy.savez(path, x=x, y=y).")
+
+
+def _column(y: np.ndarray) -> str:
+    if y.shape[1:] == (1,):
+        return " (y[:, 0])"
+    return " (one-hot: y.argmax(1))" if y.ndim == 2 and y.dtype.kind in "biuf" and (y.sum(1) == 1).all() else ""
+
+
+def _hint(value: Any) -> str:
+    if isinstance(value, str):
+        return "number the classes, such as numpy.unique(y, return_inverse=True)[1]"
+    if isinstance(value, list):
+        return "give the place of the one" if sum(v == 1 for v in value) == 1 else "give one number an example"
+    if isinstance(value, (int, float)) and value == -1:
+        return "of two classes -1 and 1, give 0 and 1"
+    return ""

@@ -147,7 +147,7 @@ def test_alike_rows_count_once(preset, lm, tokenizer, tmp_path):
 
 def test_wrong_options_are_refused(paper):
     for options, sentence in [
-        ({"group_by": "colour"}, r"group_by is 'colour': give unit, or a field of the rows \(source, n, group\)"),
+        ({"group_by": "colour"}, r"group_by is 'colour': give one of unit, source, n, group"),
         ({"group_by": "source", "unique": True}, "group_by and unique both say which rows count as one"),
         ({"unique": 1.5}, "unique is 1.5: give True, or a cosine between 0 and 1"),
         ({"approximate": "annoy"}, "approximate is 'annoy': give one of simhash, faiss"),

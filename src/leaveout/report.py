@@ -189,6 +189,7 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
         interval = "unknown" if reach is None else reach
         row = (line["query"], line["without"], line["base"], line["predicted"], interval, line["verdict"])
         inside = "unknown" if reach is None else "yes" if line.get("inside") else "no"
+        inside = "already measured" if line.get("already_measured") else inside
         rows.append((*row, line["actual"], inside) if proven else row)
     return [*headers, "actual", "inside"] if proven else headers, rows
 

@@ -116,7 +116,7 @@ def test_trak_hands_over_log_odds_probabilities_and_damping(name, setting, monke
         return made
 
     names = SimpleNamespace(Task=build, Attributor=None)
-    monkeypatch.setattr(trak, "_dattri", lambda: names)
+    monkeypatch.setattr(trak, "package", lambda: names)
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     found = Trak(task, parameters, width=100, damping=0.3, memory=8 * 4 * size).score(rows[:2], rows)
     assert_close(found, trak_formula(name, parameters, rows, 2, 0.3, 100, lambda x: x))
@@ -322,7 +322,7 @@ def test_bergson_leaves_the_log_alone():
     root, mine = logging.getLogger(), logging.NullHandler()
     root.addHandler(mine)
     before, level = list(root.handlers), root.level
-    trackstar._bergson()
+    trackstar.package()
     assert root.handlers == before and root.level == level
     root.removeHandler(mine)
 
@@ -341,7 +341,7 @@ def test_a_missing_package_is_named_with_its_command(method, package, module, se
 
 
 def test_no_rows_wrong_parameters_and_custom_losses(unprojected, setting, monkeypatch):
-    monkeypatch.setattr(trak, "_dattri", lambda: None)
+    monkeypatch.setattr(trak, "package", lambda: None)
     task, parameters = setting["causal-lm"]
     for method in (Trak, TrackStar):
         assert method(task, parameters).score([], LM.examples).shape == (0, 6)

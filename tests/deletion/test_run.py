@@ -223,8 +223,8 @@ def test_plan_says_what_it_leaves_out(tmp_path):
     recipe = Recipe.microgpt(NAMES, n=24)
     wild = TrainingRun.open(recipe.with_(lr=1.0, eps=1e-9), tmp_path / "wild")
     plan = make_plan(wild, QUERIES, [list(recipe.ids[:3])], Budget(60.0, examples=True))
-    assert any(note.startswith("No jets: ") for note in plan.notes)
-    assert not any("jets" in choice.name for choice in plan.choices)
+    assert any(note.startswith("No jets above degree 1: ") for note in plan.notes)
+    assert not any("degree 2" in choice.name for choice in plan.choices)
 
 
 def test_plan_buys_the_exact_first_order_alone_where_it_leaves_room_for_nothing_else(recipe, tmp_path, monkeypatch):

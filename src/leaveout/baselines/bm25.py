@@ -23,7 +23,7 @@ def score(queries: Sequence[str], corpus: Sequence[str]) -> np.ndarray:
 
     Raises: UnsupportedError without the package bm25s; ValueError if no text of the corpus has a word.
     """
-    bm25s = _bm25s()
+    bm25s = package()
     documents = [words(text) for text in corpus]
     if not any(documents):
         raise ValueError("no text of the corpus has a word: give texts to rank.")
@@ -42,7 +42,8 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def _bm25s() -> Any:
+def package() -> Any:
+    """The package bm25s. Raises: UnsupportedError without it."""
     try:
         import bm25s
     except ImportError as error:

@@ -57,7 +57,7 @@ class EkFac:
         Cost:   about three forward and backward passes for each row, and one more for each `together` queries.
         Raises: UnsupportedError without kronfluence, for a custom recipe, or for layers that are none or too wide.
         """
-        kron = _kronfluence()
+        kron = package()
         if not len(queries) or not len(corpus):
             return np.zeros((len(queries), len(corpus)), np.float32)
         model = self._model()
@@ -154,7 +154,7 @@ def _kronfluence_task(kron: Any, task: Task, layers: list[str]) -> Any:
     return Adapted()
 
 
-def _kronfluence() -> Any:
+def package() -> Any:
     """The names of kronfluence that are used here, in one place."""
     try:
         from kronfluence import analyzer, arguments, task

@@ -55,7 +55,7 @@ class TrackStar:
         Cost:   two forward and backward passes for each row, one or two for each query.
         Raises: UnsupportedError without bergson, or for anything but a language model of transformers without adapters.
         """
-        bergson = _bergson()
+        bergson = package()
         if not len(queries) or not len(corpus):
             return np.zeros((len(queries), len(corpus)), np.float32)
         with tempfile.TemporaryDirectory() as name, _undisturbed():
@@ -125,7 +125,7 @@ def _undisturbed() -> Iterator[None]:
         random.setstate(state)
 
 
-def _bergson() -> Any:
+def package() -> Any:
     """The names of bergson that are used here, in one place. Its import takes over the root logger, which is undone."""
     root = logging.getLogger()
     handlers, level, root.handlers = root.handlers, root.level, []

@@ -54,7 +54,7 @@ class Trak:
                 projection, `width` random numbers for each parameter and batch.
         Raises: UnsupportedError without dattri, or for a custom recipe, whose loss need not be that of a probability.
         """
-        dattri = _dattri()
+        dattri = package()
         if not len(queries) or not len(corpus):
             return np.zeros((len(queries), len(corpus)), np.float32)
         if self.task.outputs is None:
@@ -109,7 +109,7 @@ class Trak:
         return DataLoader(list(rows), batch_size=together, collate_fn=self.task.encode)  # type: ignore[arg-type]
 
 
-def _dattri() -> Any:
+def package() -> Any:
     """The names of dattri that are used here, in one place."""
     try:
         if metadata.version("dattri") != "0.3.0":

@@ -132,7 +132,9 @@ def measure(
         heldout=None if heldout is None else _heldout(heldout),
         queries=None if query is None and queries is None else read_queries(opened, query, prompt, queries, form),
     )  # fmt: skip
-    print_facts({"run": str(run), "added": len(opened.bank) - before, **opened.bank.info()}, json_)
+    facts = {"run": str(run), "added": len(opened.bank) - before, **opened.bank.info()}
+    notes = list(dict.fromkeys([*facts.pop("notes", []), *opened.notes]))
+    print_facts({**facts, **({"notes": notes} if notes else {})}, json_)
 
 
 @app.command()
@@ -214,11 +216,14 @@ def predict(
     Example: leaveout predict run --query thames --without rivers --without herbs,dogs
     """
     options = _estimator_options(estimator, degree)
+    _require_outputs(html, curve)
     opened = open_run(run)
     asked, removed = read_queries(opened, query, prompt, queries, form), read_sets(opened, without, without_where, sets)
     found = opened.bank.predict(asked, removed, estimator, **options)
     if curve is not None:
-        _draw(opened.bank.curve(asked, removed, estimator, **options), curve)
+        from leaveout.deletion.predict import draw_curves
+
+        draw_curves(opened.bank.curve(asked, removed, estimator, **options), curve)
     _print_prediction(found, None, html, json_)
 
 
@@ -241,11 +246,13 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Predict, retrain without the data, and compare: is the actual value inside the 95 % interval? The retrainings
-    are kept and used for nothing else. With --json a last line holds the summary.
+    are kept and used for nothing else. Sets that were measured already prove nothing: their values are read, and they
+    are counted apart. With --json a last line holds the summary.
 
     Example: leaveout verify run --query thames --without rivers
     """
     options = _estimator_options(estimator, degree)
+    _require_outputs(html)
     settings = _settings(workers, backend, memory)
     opened = open_run(run)
     asked, removed = read_queries(opened, query, prompt, queries, form), read_sets(opened, without, without_where, sets)
@@ -292,13 +299,18 @@ def _estimator_options(estimator: str, degree: int | None) -> dict[str, Any]:
     return {"degree": degree}
 
 
-def _draw(curves: Any, path: Path) -> None:
-    from leaveout.deletion.predict import draw_curves
+def _require_outputs(html: Path | None, curve: Path | None = None) -> None:
+    """Refuses files that could not be written after the work."""
+    for file in filter(None, (html, curve)):
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{file} cannot be written: give a file in a directory that exists")
+    if curve is not None:
+        from leaveout.deletion.predict import require_plots
 
-    try:
-        draw_curves(curves, path)
-    except ImportError:
-        raise UnsupportedError("Curves are drawn by matplotlib: pip install 'leaveout[plots]'.") from None
+        try:
+            require_plots()
+        except ImportError:
+            raise UnsupportedError("Curves are drawn by matplotlib: pip install 'leaveout[plots]'.") from None
 
 
 def _print_prediction(found: Prediction, summary: dict[str, Any] | None, html: Path | None, json_: bool) -> None:

@@ -242,6 +242,16 @@ class Bank:
         }
         return np.stack([found[row.tobytes()] for row in np.ascontiguousarray(x)], 1)
 
+    def measured_values(self, asked: Sequence[Query], x: np.ndarray) -> list[np.ndarray | None]:
+        """Values [query] of each deletion vector of x [sets, units] that was retrained to be fitted or held out, else None."""
+        found = {
+            row.tobytes(): y
+            for p in self._stored.parts(asked)
+            if p[0] in ("fit", "heldout")
+            for row, y in zip(p[1], p[2], strict=True)
+        }
+        return [found.get(row.tobytes()) for row in np.ascontiguousarray(x)]
+
     def predict(
         self,
         queries: Any,

@@ -31,6 +31,8 @@ from leaveout.training.train import JetSettings, RunOptions, train_batch, train_
 if TYPE_CHECKING:
     from leaveout.deletion.run import TrainingRun
 
+DEGREES = (1, 2)
+"""Of the jets that a plan may buy."""
 PROBE_STEPS, PROBE_RUNS = (4, 16), (8, 64)
 HELDOUT = 16
 """Retrainings kept for calibration, at most; at least five times as many are bought to be fitted."""
@@ -128,8 +130,8 @@ def make_plan(run: TrainingRun, queries: Any, without: Any, budget: Budget) -> P
     if not budget.seconds > 0:
         raise ValueError(f"the budget must be positive, got {budget.seconds} seconds")
     recipe, asked, sets = run.recipe, as_queries(queries), deletion_sets(run.recipe, without)
-    stability, notes = _stability(recipe)
-    costs = probe(recipe, asked, jets=not notes)
+    stability, degrees, notes = _stability(recipe)
+    costs = probe(recipe, asked, degrees)
     if len(recipe.unit_names) > directions.FEW:
         run.measure_vectors()
     prior = _Prior(run)
@@ -144,18 +146,21 @@ def make_plan(run: TrainingRun, queries: Any, without: Any, budget: Budget) -> P
     return Plan(tuple(choices), costs, stability, budget.seconds, (*notes, *costs.notes))
 
 
-def _stability(recipe: Recipe) -> tuple[Stability | None, tuple[str, ...]]:
-    """The stability check, and why jets cannot be bought if so."""
+def _stability(recipe: Recipe) -> tuple[Stability | None, tuple[int, ...], tuple[str, ...]]:
+    """The check of the highest degree that may be bought, the degrees that can be, and why others can not."""
     try:
-        found = check_stability(recipe, advise=False)
+        found = check_stability(recipe, advise=False, degree=max(DEGREES))
     except LeaveoutError as error:
-        return None, (f"No jets: {error}",)
+        return None, (), (f"No jets: {error}",)
     if found.verdict == "unstable":
-        return found, (f"No jets: the power series of this run grow {found.ratio:.2g} times from degree to degree.",)
-    return found, ()
+        why = (
+            f"No jets above degree 1: the power series of this run grow {found.ratio:.2g} times from degree to degree."
+        )
+        return found, (1,), (why,)
+    return found, DEGREES, ()
 
 
-def probe(recipe: Recipe, asked: list[Query], jets: bool = True) -> Costs:
+def probe(recipe: Recipe, asked: list[Query], degrees: tuple[int, ...] = DEGREES) -> Costs:
     """Times the first steps of each kind of run, and from two lengths foretells the whole run."""
     began = time.process_time()
     units = len(recipe.unit_names)
@@ -171,13 +176,18 @@ def probe(recipe: Recipe, asked: list[Query], jets: bool = True) -> Costs:
     task = task_of(recipe)
     alone = batching_problem(recipe, task) is not None
     retraining = _line(retrain, 1 if alone else runs_together(recipe, task, RUNS_TOGETHER))
-    found = {d: _line(lambda n, d=d: measure(n, d), JETS_TOGETHER) for d in (1, 2)} if jets else {}
+    found: dict[int, Cost] = {}
     gradient, notes = None, ()
+    for degree in degrees:
+        try:
+            found[degree] = _line(lambda n, d=degree: measure(n, d), JETS_TOGETHER)
+        except LeaveoutError as error:
+            notes = (*notes, f"No jets of degree {degree}: {error}")
     try:
         ask = query_function(task_of(recipe), asked)
         gradient = _whole(recipe, lambda short: metagradient(short, ask, RunOptions()))
     except LeaveoutError as error:
-        notes = (f"No exact first order: {error}",)
+        notes = (*notes, f"No exact first order: {error}")
     return Costs(retraining, found, gradient, time.process_time() - began, notes)
 
 

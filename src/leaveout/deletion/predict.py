@@ -22,6 +22,7 @@ class Prediction:
     std      its standard deviation [query, set], times `factor`, the calibration by held-out retrainings
     actual   values of really retrained models [query, set], if there are any
     untrained   the units of each set that are in no step: nothing changes without them
+    measured whether a set was measured before it was predicted [set], so that its actual value proves nothing
     """
 
     queries: tuple[str, ...]
@@ -34,6 +35,7 @@ class Prediction:
     actual: np.ndarray | None = field(default=None)
     untrained: tuple[tuple[str, ...], ...] = ()
     never: tuple[bool, ...] = ()  # sets of nothing but such units
+    measured: np.ndarray | None = field(default=None)
 
     @property
     def mean(self) -> np.ndarray:
@@ -72,6 +74,7 @@ class Prediction:
                 if self.actual is not None:
                     actual = float(self.actual[i, j])
                     line |= {"actual": actual, "inside": bool(low[i, j] <= actual <= high[i, j]) if known else None}
+                    line |= {"already_measured": self.measured is not None and bool(self.measured[j])}
                 yield line
 
 
@@ -82,6 +85,11 @@ class Curve:
     without: str
     shares: np.ndarray
     prediction: Prediction
+
+
+def require_plots() -> None:
+    """Raises: ImportError without matplotlib (extra `plots`)."""
+    import matplotlib  # noqa: F401
 
 
 def draw_curves(curves: list[Curve], path: Path) -> None:

@@ -27,6 +27,7 @@ from leaveout.corpus import Row
 from leaveout.corpus.rows import row_json
 from leaveout.deletion import directions
 from leaveout.deletion.bank import Bank, Measured, measurement_ids
+from leaveout.deletion.directions import DESIGNS, FEW, real_orthogonal
 from leaveout.deletion.kernels import similar_units
 from leaveout.deletion.sets import DeletionSets, deletion_sets
 from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
@@ -62,6 +63,7 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, path: Path, parameters: Parameters) -> None:
         self.recipe, self.path, self.parameters = recipe, path, parameters
         self.bank = Bank(recipe, path / "bank", parameters)
+        self.notes: list[str] = []  # what was said of measurements since this run was opened
 
     @classmethod
     def open(
@@ -153,33 +155,73 @@ class TrainingRun:
             require_whole(name, value, least)
         if isinstance(heldout, (int, float)):
             require_whole("heldout", heldout, 0)
+        if gradient and queries is None:
+            raise ValueError("the exact first order is computed for given queries: pass queries=")
+        if retrain:
+            self._refuse_design(design)
+        if directions and settings.real:
+            real_orthogonal(directions, directions, len(self.recipe.unit_names))  # refuses more than there are
+        given = None if without is None else deletion_sets(self.recipe, without)
+        held = None if heldout is None else self._heldout(heldout, settings)
         asked = None if queries is None else as_queries(queries)
         if asked is not None:
             self.bank.base(asked)
-        if gradient:
-            if asked is None:
-                raise ValueError("the exact first order is computed for given queries: pass queries=")
+        if directions and degree > 1 and settings.check:
+            self._require_stability(degree)
+        if gradient and asked is not None:
             self._measure_gradient(asked, settings)
         if directions:
             self._measure_jets(directions, degree, asked, settings)
         parts = []
-        if without is not None:
-            parts.append((deletion_sets(self.recipe, without).x, "given", "fit"))
+        if given is not None:
+            parts.append((given.x, "given", "fit"))
         if retrain:
             parts.append((self.design(design, retrain, settings), design, "fit"))
-        if heldout is not None:
-            parts.append((self._heldout(heldout, settings).x, "heldout", "heldout"))
+            self._tell_fewer(parts[-1][0], retrain, f"of the design `{design}`", "--sizes, or another --design")
+        if held is not None:
+            if isinstance(heldout, int):
+                self._tell_fewer(held.x, heldout, "held out", "--sizes")
+            fitted = np.concatenate([x for x, _, role in parts if role == "fit"] or [held.x[:0]])
+            if (
+                both := len(_distinct(held.x))
+                + len(_distinct(fitted))
+                - len(_distinct(np.concatenate([held.x, fitted])))
+            ):
+                self._tell(
+                    f"{both} of the held-out sets are fitted as well and say nothing about others: give other sets, or --sizes."
+                )
+            parts.append((held.x, "heldout", "heldout"))
         self._retrain(parts, asked, settings)
         return self.bank
 
-    def design(self, name: str, n: int, settings: MeasureSettings | None = None) -> np.ndarray:
-        """The first n deletion vectors [n, units] of a design; fewer where a design ends."""
-        if name not in directions.DESIGNS:
-            raise ValueError(f"there is no design {name!r}: {choices(name, directions.DESIGNS)}")
-        settings = settings or MeasureSettings()
+    def _tell_fewer(self, x: np.ndarray, wanted: int, which: str, advice: str) -> None:
+        """Says that a design has fewer different sets than were asked for."""
+        made = len(_distinct(x))
+        if made < wanted:
+            self._tell(
+                f"{made} retrainings {which} instead of {wanted}: with {x.shape[1]} units there are no more different sets "
+                f"of these sizes; give {advice}."
+            )
+
+    def _tell(self, note: str) -> None:
+        self.notes.append(note)
+        print(f"leaveout: {note}", file=sys.stderr)
+
+    def _refuse_design(self, name: str) -> None:
+        """What can be known of a design before any work. Raises: ValueError, UnsupportedError."""
+        if name not in DESIGNS:
+            raise ValueError(f"there is no design {name!r}: {choices(name, DESIGNS)}")
         units = len(self.recipe.unit_names)
         if units < 2:
             raise UnsupportedError("A recipe with one unit has nothing to leave out: give its examples more units.")
+        if name in ("along", "extremes") and units <= FEW:
+            raise ValueError(f"the design `{name}` is for more than {FEW} units: use `auto`")
+
+    def design(self, name: str, n: int, settings: MeasureSettings | None = None) -> np.ndarray:
+        """The first n deletion vectors [n, units] of a design; fewer where a design ends."""
+        self._refuse_design(name)
+        settings = settings or MeasureSettings()
+        units = len(self.recipe.unit_names)
         similar = name in ("auto", "along", "extremes") and units > directions.FEW
         vectors = None
         if similar:
@@ -225,20 +267,23 @@ class TrainingRun:
             psi = psi.astype(np.complex128)
             ids = measurement_ids("jets", psi, asked, degree, dtype)
             if missing := self.bank.missing(ids):
-                if not tasks and settings.check:
-                    self._require_stability()
                 metas = [meta] * len(missing)
                 tasks.append(_Task("jets", psi[missing], [ids[i] for i in missing], metas, degree, dtype))
         self._carry_out(tasks, asked, settings, f"jets of degree {degree}")
 
-    def _require_stability(self) -> None:
-        """Refuses a recipe without a usable power series; checked once a bank."""
-        if self.bank.store.state("stability") is None:
-            found = check_stability(self.recipe, advise=False)
-            self.bank.note("stability", {"verdict": found.verdict, "growth": [repr(g) for g in found.growth]})
+    def _require_stability(self, degree: int) -> None:
+        """Refuses a recipe whose power series grow up to this degree; checked once a degree and bank.
+
+        At degree 1 nothing can grow: that its numbers are finite is checked while they are measured.
+        """
+        if degree == 1:
+            return
+        key = f"stability/{degree}"
+        known = self.bank.store.state(key)
+        if known is None or known["verdict"] == "unstable":
+            found = check_stability(self.recipe, advise=False, degree=degree)
+            self.bank.note(key, {"verdict": found.verdict, "growth": [repr(g) for g in found.growth]})
             found.require()
-        elif self.bank.store.state("stability")["verdict"] == "unstable":
-            check_stability(self.recipe, advise=False).require()
 
     def _retrain(
         self, parts: list[tuple[np.ndarray, str, str]], asked: Sequence[Query] | None, settings: MeasureSettings
@@ -267,7 +312,7 @@ class TrainingRun:
         note = f"Retrainings go one by one, as runs of this model cannot be batched ({problem})."
         if self.bank.store.state("one by one") != note:
             self.bank.note("one by one", note)
-            print(f"leaveout: {note}", file=sys.stderr)
+            self._tell(note)
         return 1
 
     def _carry_out(
@@ -303,10 +348,28 @@ class TrainingRun:
         self, queries: Any, without: Any, estimator: str = "posterior", settings: MeasureSettings | None = None,
         **options: Any,
     ) -> Verification:  # fmt: skip
-        """Predicts, retrains and compares. The retrainings are resumed after a kill and used for nothing else."""
-        prediction = self.bank.predict(queries, without, estimator, **options)
-        actual = self.retrain(queries, without, settings)
-        return Verification(replace(prediction, actual=actual))
+        """Predicts, retrains and compares. The retrainings are resumed after a kill and used for nothing else.
+
+        A set that was measured to be fitted or held out is no proof of a prediction: its value is read, and it is counted
+        apart.
+        """
+        asked, sets = as_queries(queries), deletion_sets(self.recipe, without)
+        prediction = self.bank.predict(asked, sets, estimator, **options)
+        known = self.bank.measured_values(asked, sets.x)
+        measured = np.array([row is not None for row in known])
+        actual = np.empty((len(asked), len(sets)))
+        for column, row in enumerate(known):
+            if row is not None:
+                actual[:, column] = row
+        if not measured.all():
+            rest = np.flatnonzero(~measured)
+            new = DeletionSets(sets.x[rest], tuple(sets.labels[i] for i in rest))
+            actual[:, rest] = self.retrain(asked, new, settings)
+        return Verification(replace(prediction, actual=actual, measured=measured))
+
+
+def _distinct(x: np.ndarray) -> np.ndarray:
+    return np.unique(x, axis=0)
 
 
 # --- tasks in worker processes -----------------------------------------------------------------------------------

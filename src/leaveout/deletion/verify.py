@@ -30,20 +30,29 @@ class Verification:
         assert self.prediction.actual is not None
         return self.prediction.actual
 
+    @property
+    def new(self) -> np.ndarray:
+        """Whether a set was not measured before it was predicted [set]; only these prove anything."""
+        measured = self.prediction.measured
+        return np.ones(len(self.prediction.without), bool) if measured is None else ~measured
+
     def summary(self) -> dict[str, Any]:
-        """Agreement of predicted and actual effects.
+        """Agreement of predicted and actual effects, over the sets that were not measured before.
 
         pearson, spearman  over deletion sets, mean over queries; None with fewer than 3 sets
         relative_error     median of |predicted - actual| / |actual| over all pairs
         coverage           share of actual values inside the 95 % interval, where it is finite; None if nowhere
+        sets, already_measured  how many sets prove something, and how many do not
         """
-        actual, predicted = self._actual - self.prediction.base, self.prediction.effect
-        known = np.isfinite(self.prediction.std)  # an infinite interval covers everything and says nothing
+        new = self.new
+        actual, predicted = (self._actual - self.prediction.base)[:, new], self.prediction.effect[:, new]
+        known = np.isfinite(self.prediction.std)[:, new]  # an infinite interval covers everything and says nothing
         return {
             **agreement(predicted, actual),
-            "coverage": float(self.inside[known].mean()) if known.any() else None,
+            "coverage": float(self.inside[:, new][known].mean()) if known.any() else None,
             "queries": len(self.prediction.queries),
-            "sets": len(self.prediction.without),
+            "sets": int(new.sum()),
+            "already_measured": int((~new).sum()),
         }
 
 

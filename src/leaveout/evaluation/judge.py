@@ -16,13 +16,20 @@ from numpy.typing import ArrayLike
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, MismatchError, require_list
 from leaveout.evaluation.answers import answer_loss, of_answers
-from leaveout.evaluation.methods import Scored, score_methods
+from leaveout.evaluation.methods import Scored, refuse_methods, score_methods
 from leaveout.evaluation.removals import answer_changes, loss_differences, removal_queries, removed_units
 from leaveout.evaluation.report import Judged, Report
 from leaveout.evaluation.retrieval import retrieval
 from leaveout.evaluation.settings import EvaluationSettings
 from leaveout.evaluation.tail_patch import tail_patches
-from leaveout.evaluation.truth import Truth, second_order, single_effects, subset_truth
+from leaveout.evaluation.truth import (
+    Truth,
+    refuse_second_order,
+    refuse_subsets,
+    second_order,
+    single_effects,
+    subset_truth,
+)
 from leaveout.metrics import lds, leave_one_out_correlation
 from leaveout.training.queries import Query, as_queries
 from leaveout.training.recipe import Recipe
@@ -59,6 +66,7 @@ def evaluate(
     if len(set(names)) != len(names):
         raise ValueError(f"a name stands twice among {', '.join(names)}: every method is judged once")
     known = None if relevant is None else by_unit(run.recipe, relevant, len(asked), "relevant rows") > 0
+    refuse_methods(run, asked, methods)
     _refuse(run, asked, settings, known)
     made = score_methods(run, asked, methods, settings.seed, settings.measure)
     made = {name: Scored(by_unit(run.recipe, s.scores, len(asked)), s.cpu_seconds) for name, s in made.items()}
@@ -67,6 +75,10 @@ def evaluate(
 
 def _refuse(run: TrainingRun, asked: Sequence[Query], settings: EvaluationSettings, known: np.ndarray | None) -> None:
     """Refuses what could only fail after all the retraining."""
+    if settings.subsets:
+        refuse_subsets(settings.subsets, settings.removed)
+        if settings.second_order:
+            refuse_second_order(run)
     if settings.tail_patch or known is not None:
         settings.top_of(len(run.recipe.unit_names))
     if settings.tail_patch or settings.brittleness:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaveout.baselines import bm25, random_scores
+from leaveout.baselines import bm25, ekfac, random_scores, trackstar, trak
 from leaveout.baselines.ekfac import EkFac
 from leaveout.baselines.embedding import EmbeddingCosine
 from leaveout.baselines.gradient_dot import GradientDot
@@ -159,6 +159,33 @@ METHODS: dict[str, Callable[[Scorer, str], np.ndarray]] = {
 """Name -> scores. `metagradient` is measured into the run's bank; `posterior` uses what the bank has, and adds nothing."""
 
 
+PACKAGES = {"bm25": bm25, "ek-fac": ekfac, "ek-fac blocks": ekfac, "trak": trak, "trackstar": trackstar}
+"""What methods need beside leaveout."""
+ANY_QUERY = ("random", "metagradient", "posterior")
+"""Methods that do not ask for the loss of a row."""
+
+
+def refuse_methods(run: TrainingRun, queries: Sequence[Query], names: Sequence[str]) -> None:
+    """Refuses what can be known of methods before the first of them works.
+
+    Raises: ValueError for an unknown name; UnsupportedError for a missing package, a recipe or a query that does not fit.
+    """
+    methods = [parse(name)[0] for name in names]
+    for method in methods:
+        if method in PACKAGES:
+            PACKAGES[method].package()
+        if method in PRESETS and run.recipe.kind != "causal-lm":
+            raise UnsupportedError(NO_MODEL.format(run.recipe.kind))
+        if method not in ANY_QUERY:
+            rows = Scorer(run, queries).query_rows
+            if method == "bm25":
+                for row in (*rows, run.recipe.examples[0]):
+                    as_row(row)
+
+
+NO_MODEL = "A {} recipe has no language model to index: leave the readout presets out."
+
+
 def score_methods(
     run: TrainingRun,
     queries: Sequence[Query],
@@ -171,6 +198,7 @@ def score_methods(
     Raises: ValueError for an unknown name, before anything is computed; UnsupportedError where a method does not fit the
             recipe or a package is missing.
     """
+    refuse_methods(run, queries, names)
     parsed = {name: parse(name) for name in names}
     scorer = Scorer(run, queries, seed, settings or MeasureSettings())
     out = {}
@@ -234,8 +262,6 @@ def trained_part(row: Row, tokenizer: Any, template: Template, limit: int) -> Ro
 def tokenizer_of(run: TrainingRun) -> Any:
     """The tokenizer of a language-model recipe. Raises: UnsupportedError for another kind."""
     if run.recipe.kind != "causal-lm":
-        raise UnsupportedError(
-            f"A {run.recipe.kind} recipe has no language model to index: leave the readout presets out."
-        )
+        raise UnsupportedError(NO_MODEL.format(run.recipe.kind))
     source: Any = run.recipe.model() if callable(run.recipe.model) else run.recipe.model
     return source[1] if isinstance(source, tuple) else load_tokenizer(str(source))

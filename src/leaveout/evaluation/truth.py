@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from leaveout.deletion import directions
 from leaveout.deletion.bank import measurement_ids
@@ -19,6 +20,8 @@ from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.metrics import NoiseCeiling, noise_ceiling
 from leaveout.training.queries import Query
+from leaveout.training.recipe import Recipe
+from leaveout.training.tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -52,26 +55,51 @@ def subset_truth(
     Cost: n retrainings of each run. Those that were made before are read.
     Raises: UnsupportedError if the second run gives the same numbers, which says nothing about noise.
     """
-    if n < 2:
-        raise ValueError(f"a rank correlation over {n} subset(s) is undefined: ask for at least 2, better 50 or more.")
-    if not 0 < removed < 1:
-        raise ValueError(f"the share removed is {removed}: give a number between 0 and 1.")
+    refuse_subsets(n, removed)
     x = directions.subsets(0, n, len(run.recipe.unit_names), seed, removed)
     values = values_without(run, queries, x, settings)
     if second is None:
         return Truth(x > 0, values)
     other = values_without(second, queries, x, settings)
     if np.array_equal(values, other):
-        raise UnsupportedError(
-            "Another seed trains the same model here, so that no noise can be measured: use `order: shuffled`, or judge "
-            "without a ceiling."
-        )
+        raise UnsupportedError(SAME_MODEL)
     return Truth(x > 0, (values + other) / 2, noise_ceiling(values, other, seed), (values, other))
+
+
+def refuse_subsets(n: int, removed: float) -> None:
+    """Raises: ValueError for subsets that no rank correlation can be taken over."""
+    if n < 2:
+        raise ValueError(f"a rank correlation over {n} subset(s) is undefined: ask for at least 2, better 50 or more.")
+    if not 0 < removed < 1:
+        raise ValueError(f"the share removed is {removed}: give a number between 0 and 1.")
+
+
+SAME_MODEL = (
+    "Another seed trains the same model here, so that no noise can be measured: use `order: shuffled`, or judge without a "
+    "ceiling (`second_order=False`, `--no-ceiling`)."
+)
+
+
+def refuse_second_order(run: TrainingRun) -> None:
+    """Compares what the recipe would train on with the next seed: the order of its batches and where it starts.
+
+    Raises: UnsupportedError if both are the same.
+    """
+    other = _reseeded(run)
+    if run.recipe.batches() != other.batches():
+        return
+    starts = [dict(task_of(recipe).model.named_parameters()) for recipe in (run.recipe, other)]
+    if all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0]):
+        raise UnsupportedError(SAME_MODEL)
+
+
+def _reseeded(run: TrainingRun) -> Recipe:
+    return replace(run.recipe, seed=run.recipe.seed + 1)
 
 
 def second_order(run: TrainingRun, progress: bool = False) -> TrainingRun:
     """The same recipe with the next seed, which shuffles the data anew, trained in the directory `second` of the run."""
-    return TrainingRun.open(replace(run.recipe, seed=run.recipe.seed + 1), run.path / "second", progress=progress)
+    return TrainingRun.open(_reseeded(run), run.path / "second", progress=progress)
 
 
 def values_without(

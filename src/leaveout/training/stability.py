@@ -1,4 +1,4 @@
-"""Can a training run be sketched? Four random real directions at degree 4 say so beforehand (METHODS A2).
+"""Can a training run be sketched? Four random real directions, at degree 4 by default, say so beforehand (METHODS A2).
 
 For a direction on the unit sphere of G units, sqrt(C(G + k - 1, k)) |theta_k| is the size of the degree-k part of the
 change that a deletion makes. A run whose table grows with k has no usable series, whatever the number of directions.
@@ -19,7 +19,7 @@ from leaveout.training.train import JetSettings, RunOptions, train_jets
 
 DEGREE, DIRECTIONS = 4, 4
 STABLE, MARGINAL = 1.0, 3.0
-"""Largest ratio of neighbouring table entries (degrees 1 to 4) that counts as stable, and as marginal."""
+"""Largest ratio of neighbouring table entries (from degree 1 on) that counts as stable, and as marginal."""
 
 
 @dataclass
@@ -53,23 +53,33 @@ class Stability:
     def require(self) -> Stability:
         """Raises: StabilityError, with the table, unless the run is stable or marginal."""
         if self.verdict == "unstable":
-            raise StabilityError(f"This run has no usable power series. {self}")
+            degree = len(self.growth) - 1
+            raise StabilityError(
+                f"This run has no usable power series up to degree {degree}: measure at a lower degree (degree 1 is the "
+                f"derivative, which does not need one), or tame the recipe. {self}"
+            )
         return self
 
 
-def check_stability(recipe: Recipe, options: RunOptions | None = None, advise: bool = True) -> Stability:
+def check_stability(
+    recipe: Recipe, options: RunOptions | None = None, advise: bool = True, degree: int = DEGREE
+) -> Stability:
     """Run the check; for a run that is not stable, try changes one at a time and report which help.
 
-    Cost: four real directions at degree 4, and as much again for each change that is tried (up to three).
+    Cost: four real directions at the degree, and as much again for each change that is tried (up to three).
     """
-    found = _measure(recipe, options)
+    if degree < 2:
+        raise ValueError(
+            f"growth is from one degree to the next, from degree 1 on: check degree 2 or more, not {degree}"
+        )
+    found = _measure(recipe, options, degree)
     if found.nonsmooth:
         found.advice.append(
             f"Activation or clipping: {', '.join(sorted(found.nonsmooth))} has a kink, which degrees above 1 do not see; "
             "use GELU, SiLU or tanh and average pooling, or stay at degree 1."
         )
     if found.verdict != "stable" and advise:
-        tried = [(_measure(changed, options).ratio, text) for text, changed in _changes(recipe)]
+        tried = [(_measure(changed, options, degree).ratio, text) for text, changed in _changes(recipe)]
         for ratio, text in sorted(tried, key=lambda pair: pair[0]):
             if ratio < found.ratio:
                 found.advice.append(f"{text}: growth {ratio:.2g} instead of {found.ratio:.2g}.")
@@ -90,15 +100,15 @@ def growth_scale(units: int, k: int) -> float:
     return math.exp(0.5 * (math.lgamma(units + k) - math.lgamma(k + 1) - math.lgamma(units)))
 
 
-def _measure(recipe: Recipe, options: RunOptions | None) -> Stability:
+def _measure(recipe: Recipe, options: RunOptions | None, degree: int = DEGREE) -> Stability:
     units, steps = len(recipe.unit_names), len(recipe.batches())
     psi = random_directions(DIRECTIONS, units, recipe.seed)
-    settings = JetSettings(DEGREE, recipe.real_dtype)
+    settings = JetSettings(degree, recipe.real_dtype)
     progress = RunOptions(progress=options.progress if options else False)
     try:
         run = train_jets(recipe, psi, settings, options=progress)
     except StabilityError:
-        return Stability([math.nan] + [math.inf] * DEGREE, "unstable", units, steps)
+        return Stability([math.nan] + [math.inf] * degree, "unstable", units, steps)
     size = sum(h.double().square().flatten(2).sum(-1) for h in run.coefficients.values())
     assert isinstance(size, Tensor)
     sizes = size.sqrt().median(dim=1).values

@@ -319,7 +319,8 @@ def _check_finite(params: dict[str, Any], step: int, n_steps: int) -> None:
             degree = int((~finite).nonzero()[0]) + 1
             raise StabilityError(
                 f"The series of {name} overflowed at step {step}, degree {degree}: the run is not stable in jets. "
-                "Ask `leaveout doctor RECIPE` what to change, or use a lower degree."
+                + ("Use a lower degree, or ask" if degree > 1 else "Measure it with retrainings, or ask")
+                + " `leaveout doctor RECIPE --growth` what to change."
             )
 
 

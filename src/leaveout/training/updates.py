@@ -169,7 +169,10 @@ def _stacked(run: FlatRun, group: tuple[int, ...]) -> Tensor:
 
 
 def _alone(run: FlatRun, rows: Sequence[Any]) -> Tensor:
-    return torch.cat([run.query_gradients([row], slice(None))[1] for row in rows])
+    """Each as it is trained on (cut where it is too long), which a query never is."""
+    batches = [run.task.encode([row]) for row in rows]
+    losses = (lambda model, batch=batch: run.task.loss(model, batch) for batch in batches)
+    return torch.cat([run.query_gradients(loss, slice(None))[1] for loss in losses])
 
 
 def _batched(run: FlatRun, rows: Sequence[Any]) -> Tensor:

@@ -138,7 +138,9 @@ def test_z0_inf_is_the_gradient_product_along_one_short_step():
     slopes = [
         slow_product(g, d) / slow_product(d, d) ** 0.5 for g in slow_gradients("classifier", start, recipe.examples)
     ]
-    assert_close(Z0Inf(task, snapshots).score(recipe.examples, recipe.examples), np.outer(slopes, slopes), "second order")
+    assert_close(
+        Z0Inf(task, snapshots).score(recipe.examples, recipe.examples), np.outer(slopes, slopes), "second order"
+    )
 
 
 def test_embeddings_are_mean_hidden_states(trained):

@@ -145,14 +145,14 @@ def test_fewer_retrainings_than_asked_for_are_said(small, capsys):
     small.measure(retrain=24, queries=QUERIES)
     said = capsys.readouterr().err
     assert "4 retrainings of the design `auto` instead of 24: with 4 units there are no more different sets" in said
-    assert len(small.bank) == 4 and small.notes == [said.strip().removeprefix("leaveout: ")]
+    assert len(small.bank) == 4 and small.said == [said.strip().removeprefix("leaveout: ")]
     small.measure(heldout=8, queries=QUERIES)
     assert "4 retrainings held out instead of 8" in capsys.readouterr().err
 
 
 def test_as_many_retrainings_as_asked_for_are_not_spoken_of(small, capsys):
     small.measure(retrain=4, queries=QUERIES)
-    assert not capsys.readouterr().err and not small.notes
+    assert not capsys.readouterr().err and not small.said
 
 
 def test_held_out_sets_that_are_fitted_as_well_are_said(small, capsys):

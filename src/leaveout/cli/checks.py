@@ -97,12 +97,13 @@ def demo(
 
 def _run_facts(path: Path) -> dict[str, Any]:
     run = open_run(path)
-    recipe = run.recipe
+    recipe, measured = run.recipe, run.bank.info()
+    notes = [*run.notes, *measured.pop("notes", [])]
     return {
         "run": str(path), "recipe": recipe.hash(), "kind": recipe.kind, "examples": len(recipe.examples),
         "units": len(recipe.unit_names), "steps": len(recipe.batches()), "optimizer": recipe.optimizer.name,
-        "parameters": sum(p.numel() for p in run.parameters.values()), "forms": recipe.forms, **run.bank.info(),
-        "notes": run.notes, "never_trained_on": list(recipe.untrained_units()),
+        "parameters": sum(p.numel() for p in run.parameters.values()), "forms": recipe.forms, **measured,
+        "notes": notes, "never_trained_on": list(recipe.untrained_units()),
     }  # fmt: skip
 
 

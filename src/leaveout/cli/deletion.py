@@ -133,7 +133,7 @@ def measure(
         queries=None if query is None and queries is None else read_queries(opened, query, prompt, queries, form),
     )  # fmt: skip
     facts = {"run": str(run), "added": len(opened.bank) - before, **opened.bank.info()}
-    notes = list(dict.fromkeys([*facts.pop("notes", []), *opened.notes]))
+    notes = list(dict.fromkeys([*facts.pop("notes", []), *opened.said]))
     print_facts({**facts, **({"notes": notes} if notes else {})}, json_)
 
 

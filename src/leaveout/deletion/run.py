@@ -63,7 +63,7 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, path: Path, parameters: Parameters) -> None:
         self.recipe, self.path, self.parameters = recipe, path, parameters
         self.bank = Bank(recipe, path / "bank", parameters)
-        self.notes: list[str] = []  # what was said of measurements since this run was opened
+        self.said: list[str] = []  # what was said of measurements since this run was opened
 
     @classmethod
     def open(
@@ -204,7 +204,7 @@ class TrainingRun:
             )
 
     def _tell(self, note: str) -> None:
-        self.notes.append(note)
+        self.said.append(note)
         print(f"leaveout: {note}", file=sys.stderr)
 
     def _refuse_design(self, name: str) -> None:

@@ -176,10 +176,37 @@ def test_doctor_of_a_recipe_tells_whether_its_series_stay_bounded(run, tmp_path,
     (tmp_path / "names.txt").write_text("anna\nbert\ncleo\ndora\n")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"kind: microgpt\ndata: names.txt\nsteps: 8\noptimizer: {{name: sgd, lr: {rate}}}\n")
-    found = run("doctor", recipe, "--json")
+    found = run("doctor", recipe, "--growth", "--json")
     assert found[0] == code, found
     assert json.loads(found[1])["verdict"] == verdict
-    assert verdict in run("doctor", recipe)[1]
+    assert "growth check of degree 4 takes about" in found[2] or verdict == "unstable"
+    assert verdict in run("doctor", recipe, "--degree", 3)[1]
+
+
+def test_doctor_of_a_recipe_tries_a_few_steps_and_no_growth(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "leaveout.training.stability.check_stability", lambda *_, **__: pytest.fail("growth was checked")
+    )
+    taken = []
+    monkeypatch.setattr("leaveout.training.train.Loop.run", _counted(taken))
+    (tmp_path / "names.txt").write_text("anna\nbert\ncleo\ndora\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("kind: microgpt\ndata: names.txt\nsteps: 30\n")
+    code, out, _ = run("doctor", recipe, "--json")
+    checks = {c["name"]: c for c in json.loads(out)["checks"]}
+    assert code == 0 and sum(taken) <= 10
+    assert checks["randomness"]["passed"] and checks["exact first order"]["passed"]
+    assert "30 steps" in checks["training"]["detail"] and "no kink" in checks["jets"]["detail"]
+
+
+def _counted(taken):
+    from leaveout.training.train import Loop
+
+    def counted(self, *arguments, true=Loop.run):
+        taken.append(len(self.recipe.batches()))
+        true(self, *arguments)
+
+    return counted
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,28 +54,28 @@ def doctor(
     ],
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    growth: Annotated[
+        bool, typer.Option("--growth", help="Of a recipe: whether its power series grow, up to --degree.")
+    ] = False,
+    degree: Annotated[int | None, typer.Option(min=2, help="Of that check, which it asks for (default 4).")] = None,
     json_: Json = False,
 ) -> None:
-    """Check a model before indexing with it: head, numbers, batch and padding invariance, tokenizer; or, of a training
-    recipe, whether its power series stay bounded.
+    """Check a model before indexing with it: head, numbers, batch and padding invariance, tokenizer; or try a few steps
+    of a training recipe: seconds, randomness, kinks, what can be measured. --growth takes far longer and says how long.
 
     Example: leaveout doctor EleutherAI/pythia-70m
     """
     one_thread(device)
     if model.endswith((".yaml", ".yml")):
-        _diagnose_recipe(Path(model), json_)
+        _diagnose_recipe(Path(model), (degree or 4) if growth or degree else None, json_)
         return
+    if growth or degree:
+        raise typer.BadParameter("--growth and --degree go with a recipe (.yaml)")
     from leaveout.models import ModelOptions
     from leaveout.readout.doctor import diagnose
 
     checks = diagnose(model, options=ModelOptions(dtype=dtype, device=device))
-    words = {True: "pass", False: "FAIL", None: "note"}
-    if json_:
-        print(to_line({"checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks]}))
-    else:
-        print_table(["check", "result", "detail"], [(c.name, words[c.passed], c.detail) for c in checks])
-    if any(c.passed is False for c in checks):
-        raise typer.Exit(1)
+    _print_checks(checks, json_)
 
 
 @app.command()
@@ -107,16 +109,37 @@ def _run_facts(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _diagnose_recipe(path: Path, json_: bool) -> None:
+def _diagnose_recipe(path: Path, degree: int | None, json_: bool) -> None:
+    from leaveout.training.probes import growth_seconds, probe_recipe
     from leaveout.training.recipe import Recipe
     from leaveout.training.stability import check_stability
     from leaveout.training.train import RunOptions
 
-    found = check_stability(Recipe.from_yaml(path), RunOptions(progress=True))
+    recipe = Recipe.from_yaml(path)
+    if degree is None:
+        _print_checks(probe_recipe(recipe), json_)
+        return
+    seconds = growth_seconds(recipe, degree)
+    print(
+        f"leaveout: the growth check of degree {degree} takes about {seconds:.3g} s, up to four times as long if it is not "
+        "stable",
+        file=sys.stderr,
+    )
+    found = check_stability(recipe, RunOptions(progress=True), degree=degree)
     if json_:
         growth = [value if value < float("inf") else None for value in found.growth]
         print(to_line({"verdict": found.verdict, "growth": growth, "advice": found.advice}))
     else:
         print(found)
     if found.verdict == "unstable":
+        raise typer.Exit(1)
+
+
+def _print_checks(checks: Sequence[Any], json_: bool) -> None:
+    words = {True: "pass", False: "FAIL", None: "note"}
+    if json_:
+        print(to_line({"checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks]}))
+    else:
+        print_table(["check", "result", "detail"], [(c.name, words[c.passed], c.detail) for c in checks])
+    if any(c.passed is False for c in checks):
         raise typer.Exit(1)

@@ -10,11 +10,10 @@ import contextlib
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from leaveout.corpus import Row
-from leaveout.corpus.rows import row_json
 from leaveout.deletion import directions
 from leaveout.deletion.bank import Bank, Measured, measurement_ids
 from leaveout.deletion.directions import DESIGNS, FEW, real_orthogonal
 from leaveout.deletion.kernels import similar_units
+from leaveout.deletion.saved import save_trained, saved_parameters
 from leaveout.deletion.sets import DeletionSets, deletion_sets
 from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
 from leaveout.deletion.verify import Verification
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices, require_whole
 from leaveout.executor import run_tasks
-from leaveout.store import Record, Store
+from leaveout.store import Store
 from leaveout.store.catalogue import CATALOGUE
 from leaveout.training.batching import Parameters, batching_problem
 from leaveout.training.cuts import cut_notes
@@ -51,8 +49,6 @@ from leaveout.training.updates import unit_vectors
 
 OWN = ("examples", "bank", "work")
 """What the directory of a run holds."""
-PYTHON = ".".join(platform.python_version_tuple()[:2])
-"""Whose bytecode the functions of a recipe are hashed by."""
 WIDTH = 8192
 """Numbers kept of each unit's update vector."""
 
@@ -80,7 +76,7 @@ class TrainingRun:
         if (path / "examples").exists():
             store = Store.open(path / "examples")
             if store.state("trained"):
-                return cls(made, path, _saved_parameters(store, made, path))
+                return cls(made, path, saved_parameters(store, made, path))
             shutil.rmtree(path / "examples")  # killed between training and its record
         elif path.exists() and (not path.is_dir() or any(other.name not in OWN for other in path.iterdir())):
             raise FileExistsError(f"{path} holds something else than a training run: give an empty or a new directory.")
@@ -93,7 +89,7 @@ class TrainingRun:
         for name, p in parameters.items():
             if not p.isfinite().all():
                 raise FormatError(f"Training gave values of {name} that are not finite: lower the learning rate.")
-        _save(path, made, source, parameters, notes)
+        save_trained(path, made, source, parameters, notes)
         shutil.rmtree(path / "work", ignore_errors=True)
         return cls(made, path, parameters)
 
@@ -425,55 +421,3 @@ def _runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.nda
     if worker.ask is not None:
         return {"values": query_losses(worker.recipe, params, worker.ask).double().numpy()}
     return {"parameters": torch.cat([p.flatten(1) for p in params.values()], 1).numpy()}
-
-
-# --- on disk -----------------------------------------------------------------------------------------------------
-
-
-def _save(path: Path, recipe: Recipe, source: Path | None, parameters: Parameters, notes: list[str]) -> None:
-    with Store.create(path / "examples", {"what": "training examples"}) as store:
-        for records in _chunks(recipe):
-            store.put(records, {"unit": np.array([int(r.extra["unit"]) for r in records])})
-        # The store's names are narrower than torch's: parameters are numbered, in the order of the task.
-        store.put_side("parameters", {f"p{i}": p.numpy() for i, p in enumerate(parameters.values())})
-        store.set_state("source", None if source is None else str(source.resolve()))
-        store.set_state("recipe", {"digests": recipe.digests(), "python": PYTHON})
-        store.set_state("notes", notes)
-        store.set_state("trained", True)
-
-
-def _chunks(recipe: Recipe, size: int = 10_000) -> Iterator[list[Record]]:
-    places = recipe.unit_of.tolist()
-    found = []
-    for i, (example, id) in enumerate(zip(recipe.examples, recipe.ids, strict=True)):
-        extra = {"unit": places[i]}
-        if isinstance(example, Row):
-            raw = row_json(example)
-            found.append(
-                Record(id, example.text, recipe.units[i], dict(example.meta), example.content_hash, extra, raw)
-            )
-        else:
-            meta = {"label": int(example[1])} if recipe.kind == "classifier" else {}
-            found.append(Record(id, "", recipe.units[i], meta, "", extra))
-        if len(found) == size:
-            yield found
-            found = []
-    if found:
-        yield found
-
-
-def _saved_parameters(store: Store, recipe: Recipe, path: Path) -> Parameters:
-    stored = store.state("recipe")
-    if not isinstance(stored, dict):
-        raise MismatchError(f"{path} was trained by an older leaveout: train into a new directory.")
-    if difference := recipe.difference(stored["digests"]):
-        python = stored["python"]
-        other = "" if python == PYTHON else f" (a function is hashed as bytecode, and this was Python {python})"
-        raise MismatchError(
-            f"{path} was trained by another recipe, or the recipe or its data changed since: {difference}{other}. Restore "
-            "it, or train into a new directory."
-        )
-    side = store.side("parameters")
-    if side is None or "p0" not in side:
-        raise MismatchError(f"{path} was trained by an older leaveout: train into a new directory.")
-    return {name: torch.from_numpy(np.array(side[f"p{i}"])) for i, name in enumerate(task_of(recipe).trained)}

@@ -191,6 +191,83 @@ def test_a_file_that_is_no_template_is_refused(tmp_path):
         chosen_template("{% for message in messages %}", tokenizer)
 
 
+USER, HELPER = ({"role": role, "content": said} for role, said in (("user", "Where?"), ("assistant", "Here.")))
+TURN = "<|{{ message.role }}|>{{ message.content }}</s>"
+PROMPT = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+EACH = "{% for message in messages %}" + TURN + "{% endfor %}"
+
+
+def learned(template, messages):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    rendered = render(next(iter(Corpus.open([{"messages": messages}]))), tokenizer)
+    return rendered.text, [rendered.text[start:end] for start, end in rendered.responses]
+
+
+@pytest.mark.parametrize("written", ["strftime_now('%d %b %Y')", 'strftime_now( format="%d %b %Y" )'])
+def test_a_row_is_the_same_on_every_day(written):
+    template = "{% if strftime_now is defined %}{{ " + written + " }}{% endif %}" + EACH + PROMPT
+    text, said = learned(template, [USER, HELPER])
+    assert text == "26 Jul 2024<|user|>Where?</s><|assistant|>Here.</s>" and said == ["Here.</s>"]
+
+
+def test_the_day_is_fixed_in_named_templates_and_in_what_is_kept():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": EACH, "dated": "{{ strftime_now('%Y') }}" + EACH}
+    chosen = chosen_template("dated", tokenizer)
+    assert chosen == "{{ '2024' }}" + EACH == chosen_template(chosen, tokenizer)
+    assert chosen_template(None, tokenizer) == {"default": EACH, "dated": chosen}
+
+
+def test_a_template_that_works_out_the_form_of_the_date_is_refused():
+    with pytest.raises(FormatError, match="would change from day to day"):
+        learned("{% set form = '%Y' %}{{ strftime_now(form) }}" + EACH, [USER, HELPER])
+
+
+@pytest.mark.parametrize("turns", [[USER, HELPER], [USER, HELPER, USER, HELPER], [USER, HELPER, HELPER]])
+def test_a_generation_prompt_behind_every_chat_is_not_learned(turns):
+    text, said = learned(EACH + "<|assistant|>", turns)
+    assert text.endswith("Here.</s><|assistant|>")
+    assert said == ["Here."] * turns.count(HELPER)
+
+
+def test_without_any_generation_prompt_the_end_of_a_turn_is_learned():
+    assert learned(EACH, [USER, HELPER])[1] == ["<|assistant|>Here.</s>"]
+    alternating = "{% for message in messages %}{% if (message.role == 'user') == (loop.index is even) %}"
+    alternating += "{{ raise_exception('turns alternate') }}{% endif %}" + TURN + "{% endfor %}"
+    assert learned(alternating, [USER, HELPER, USER, HELPER])[1] == ["<|assistant|>Here.</s>"] * 2
+
+
+def test_generation_blocks_say_what_is_learned():
+    block = "{%- generation -%}{{ message.content }}!{% endgeneration %}"
+    template = EACH.replace(
+        TURN, "<|{{ message.role }}|>{% if message.role == 'assistant' %}" + block + "</s>{% endif %}"
+    )
+    calls = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+    turns = [HELPER, USER, {"role": "assistant", "content": None, "tool_calls": calls}, HELPER]
+    text, said = learned(template, turns)
+    assert said == ["Here.!", "!", "Here.!"]
+    assert text == "<|assistant|>Here.!</s><|user|><|assistant|>!</s><|assistant|>Here.!</s>"
+
+
+def test_thoughts_that_earlier_turns_lose():
+    own = "{% if message.role == 'assistant' %}{% set parts = message.content.split('</t>') %}"
+    own += "{% if loop.last %}<t>{{ parts[:-1] | join | replace('<t>', '') }}</t>{% endif %}{{ parts[-1] }}"
+    template = EACH.replace(TURN, "<|{{ message.role }}|>" + own + "{% else %}{{ message.content }}{% endif %}</s>")
+    thought = {"role": "assistant", "content": "<t>hm</t>Here."}
+    text, said = learned(template + PROMPT, [USER, thought, USER, thought])
+    assert said == ["Here.", "<t>hm</t>Here.</s>"]
+    assert text == "<|user|>Where?</s><|assistant|>Here.</s><|user|>Where?</s><|assistant|><t>hm</t>Here.</s>"
+
+
+@pytest.mark.parametrize("written", ["message.content[0].text", "message.content[-1]['text']"])
+def test_no_part_of_a_content_is_lost(written):
+    template = EACH.replace("message.content", f"message.content if message.content is string else {written}")
+    parts = [{"type": "text", "text": text} for text in ("In the ", "mill.")]
+    said = learned(template + PROMPT, [USER, {"role": "assistant", "content": parts}])[1]
+    assert said == ["In the mill.</s>"]
+
+
 def test_template_is_part_of_a_recipe(saved, tmp_path):
     text = f"kind: causal-lm\ndata: {saved / 'rows.jsonl'}\nmodel: {saved / 'model'}\n"
     (tmp_path / "own.jinja").write_text(OTHER)

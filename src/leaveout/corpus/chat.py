@@ -7,8 +7,10 @@ name among the tokenizer's templates, or a Jinja file; `chosen_template` turns t
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ Template = str | Mapping[str, str]
 
 Messages = Sequence[Mapping[str, Any]]
 _MARK = "\ue000leaveout\ue000"
+_TODAY = datetime(2024, 7, 26)
+"""The day in templates that write today's: a row must not change overnight. Llama's own where it knows no other."""
+_ASKED_DAY = re.compile(r"""\bstrftime_now\s*\(\s*(?:format\s*=\s*)?("[^"\\]*"|'[^'\\]*')\s*\)""")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def read_template(choice: str | Path | None, directory: Path = Path()) -> str | None:
@@ -43,10 +49,28 @@ def read_template(choice: str | Path | None, directory: Path = Path()) -> str | 
 
 
 def chosen_template(choice: str | Path | Template | None, tokenizer: Any) -> Template:
-    """The template that a choice stands for with this tokenizer.
+    """The template that a choice stands for with this tokenizer, with a fixed day where it writes today's.
 
     Raises: MismatchError for a name that the tokenizer does not know, FormatError for a file that is no template.
     """
+    found = _named_template(choice, tokenizer)
+    if isinstance(found, Mapping):
+        return {name: _on_one_day(text) for name, text in found.items()}
+    return _on_one_day(found) if isinstance(found, str) else found
+
+
+def _on_one_day(template: str) -> str:
+    """Raises: FormatError where the template writes the time in a form that it works out itself."""
+    fixed = _ASKED_DAY.sub(lambda found: repr(_TODAY.strftime(found[1][1:-1])), template)
+    if re.search(r"\bstrftime_now\s*\(", fixed):
+        raise FormatError(
+            "The chat template writes the time of the rendering, so that a row would change from day to day: give a "
+            "template with a date of its own."
+        )
+    return fixed
+
+
+def _named_template(choice: str | Path | Template | None, tokenizer: Any) -> Template:
     own = getattr(tokenizer, "chat_template", None)
     if choice is None:
         return dict(own) if isinstance(own, Mapping) else own or PLAIN
@@ -93,8 +117,9 @@ def render(row: Row, tokenizer: Any, template: Template | None = None) -> Row:
     """A chat or instruction row with text and spans by a template, by default the tokenizer's own; other rows as they are.
 
     A span begins after the generation prompt and includes the end-of-turn marker, and tool calls belong to what a turn
-    says. With a template that writes the first turns otherwise when more follow, a span ends before the marker. The
-    text has its special tokens (`rendered`), so that none are added to it.
+    says. With a template that writes the first turns otherwise when more follow, or a generation prompt after every
+    chat, a span ends before the marker. A template with `{% generation %}` blocks says itself what is learned. The text
+    has its special tokens (`rendered`), so that none are added to it.
     Raises: FormatError if the template refuses or alters the messages.
     """
     template = chosen_template(None, tokenizer) if template is None else template
@@ -104,7 +129,7 @@ def render(row: Row, tokenizer: Any, template: Template | None = None) -> Row:
     try:
         messages = chat.taken(messages)
         text = chat.text(messages)
-        responses = _turns(chat, messages, text) or _replaced(chat, messages, text)
+        responses = chat.generated(messages, text) or _turns(chat, messages, text) or _replaced(chat, messages, text)
     except BadRow as bad:
         raise FormatError(f"row `{row.id}`: {bad}, change it or give a prompt and completion") from bad
     return replace(row, text=text, responses=responses, rendered=True)
@@ -124,6 +149,7 @@ class _Chat:
                     f"None of the chat templates {', '.join(template)} is the default: choose one by name."
                 )
             template = template[name]
+        self.template = template
         if template != own:
             self.options["chat_template"] = template
 
@@ -135,18 +161,33 @@ class _Chat:
         except Exception as error:  # a template is a program of its own and may raise anything
             raise BadRow(f"the chat template refuses the messages ({error})") from error
 
+    def generated(self, messages: Messages, text: str) -> Spans:
+        """What stands in the template's `{% generation %}` blocks; () if it has none."""
+        if not isinstance(self.template, str) or not _GENERATION.search(self.template):
+            return ()
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options = self.tokenizer.special_tokens_map | self.options | {"chat_template": self.template}
+        given = [{name: value for name, value in m.items() if value is not None} for m in messages]  # as tokenizers do
+        written, spans = render_jinja_template([given], return_assistant_tokens_mask=True, **options)
+        if written != [text]:
+            raise BadRow("the chat template writes the messages otherwise when it is asked for its generation blocks")
+        return tuple((int(start), int(end)) for start, end in spans[0] if start < end)
+
     def taken(self, messages: Messages) -> list[Mapping[str, Any]]:
         """The messages, with parts of text joined where the template would write the list itself, or refuses it."""
         if not any(_is_parts(message) for message in messages):
             return list(messages)
         marked = [
-            m | {"content": [{"type": "text", "text": _MARK}]} if _is_parts(m) else m for m in map(dict, messages)
+            m | {"content": [{"type": "text", "text": _MARK} for _ in m["content"]]} if _is_parts(m) else m
+            for m in map(dict, messages)
         ]
         try:
             written = self.text(marked)
         except BadRow:
             written = ""
-        if _MARK in written and not any(quote + _MARK in written for quote in "'\""):
+        parts = sum(len(m["content"]) for m in messages if _is_parts(m))
+        if written.count(_MARK) >= parts and not any(quote + _MARK in written for quote in "'\""):
             return list(messages)
         return [
             m | {"content": "".join(part["text"] for part in m["content"])} if _is_parts(m) else m
@@ -165,29 +206,54 @@ def _turns(chat: _Chat, messages: Messages, text: str) -> Spans:
     """Spans of the assistant's turns, or () if a rendered beginning is not the beginning of the text."""
     spans: list[tuple[int, int]] = []
     for index in (index for index, message in enumerate(messages) if message["role"] == "assistant"):
-        try:
-            before = chat.text(messages[:index], prompted=True)
-            after = chat.text(messages[: index + 1])
-        except BadRow:  # most templates refuse an empty beginning
+        span = _turn(chat, messages, index, text)
+        if span is None or span[0] < (spans[-1][1] if spans else 0):
             return ()
-        stable = text.startswith(before) and text.startswith(after)
-        if not stable or not (spans[-1][1] if spans else 0) <= len(before) < len(after):
-            return ()
-        spans.append((len(before), len(after)))
+        spans.append(span)
     return tuple(spans)
+
+
+def _turn(chat: _Chat, messages: Messages, index: int, text: str) -> tuple[int, int] | None:
+    """The span of one turn, between its beginning with a generation prompt and the text up to its end."""
+    try:
+        before = chat.text(messages[:index], prompted=True)
+        after = chat.text(messages[: index + 1])
+    except BadRow:  # most templates refuse an empty beginning
+        return None
+    if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+        return None
+    if index == len(messages) - 1 and _always_prompts(chat, messages, before, after):
+        return None
+    return len(before), len(after)
+
+
+def _always_prompts(chat: _Chat, messages: Messages, before: str, after: str) -> bool:
+    """Whether a template that writes the same with and without a generation prompt has one behind the whole chat."""
+    try:
+        if chat.text(messages[:-1]) != before:
+            return False
+        longer = chat.text([*messages, {"role": "user", "content": _MARK}])
+    except BadRow:
+        return False
+    return not longer.startswith(after)
 
 
 def _replaced(chat: _Chat, messages: Messages, text: str) -> Spans:
     """Spans of what the assistant's turns say: what a mark in the place of the turn replaces in the text.
 
-    A plain search could hit the same words elsewhere, say "assistant" in the header of a turn.
+    A plain search could hit the same words elsewhere, say "assistant" in the header of a turn. A turn that is written
+    otherwise with a mark (a thought that comes before an answer) is found as in `_turns`.
     """
     spans: list[tuple[int, int]] = []
     for index in (index for index, message in enumerate(messages) if message["role"] == "assistant"):
         marked = [*messages[:index], {"role": "assistant", "content": _MARK}, *messages[index + 1 :]]
         before, *after = chat.text(marked).split(_MARK)
         found = len(after) == 1 and text.startswith(before) and text.endswith(after[0])
-        if not found or len(before) + len(after[0]) > len(text) or (spans and len(before) < spans[-1][1]):
+        if found and len(before) + len(after[0]) <= len(text):
+            span = len(before), len(text) - len(after[0])
+        else:
+            span = _turn(chat, messages, index, text)
+        if span is None or (spans and span[0] < spans[-1][1]):
             raise BadRow("its assistant messages cannot be found in what the chat template makes of them")
-        spans.append((len(before), len(text) - len(after[0])))
+        spans.append(span)
     return tuple(span for span in spans if span[0] < span[1])

@@ -292,7 +292,7 @@ def test_classifier_asks_npz_and_refuses_not_a_number(leaveout, tmp_path):
     assert (code, len(out.splitlines())) == (0, 2)
     np.savez(tmp_path / "nan.npz", x=np.full((1, 3), np.nan, np.float32), y=y[:1])
     code, _, err = leaveout("predict", run, "--queries", tmp_path / "nan.npz", "--without", "0")
-    assert code == 1 and "has the value nan" in err
+    assert code == 1 and "nan.npz, example 0: the feature [0] is nan" in err
     np.savez(tmp_path / "half.npz", x=x)
     code, _, err = leaveout("predict", run, "--queries", tmp_path / "half.npz", "--without", "0")
     assert code == 1 and "has no array 'y'" in err

@@ -1,8 +1,11 @@
 """Digests: equal content gives equal digests, in any process; whatever a function can read is content."""
 
+import collections
+import enum
 import functools
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -15,10 +18,11 @@ import torch.nn.functional as F
 from test_recipe import points
 from torch import nn
 
+import leaveout
 from leaveout.corpus import Corpus
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import MismatchError, UnsupportedError
-from leaveout.training.digest import digest_of
+from leaveout.training.digest import _installed, digest_of
 from leaveout.training.queries import Query
 from leaveout.training.recipe import DIGEST, OptimizerSettings, Recipe
 
@@ -96,6 +100,31 @@ def returning(text):
     return eval(f"lambda model, batch: {text}")
 
 
+def with_attribute(value):
+    def loss(model, batch):
+        return loss.scale * model(batch[0]).sum(1)
+
+    loss.scale = value
+    return loss
+
+
+def mode(value):
+    return enum.Enum("Mode", {"HIGH": value}).HIGH
+
+
+class Constant(dict):
+    def __getitem__(self, key):
+        return 1.0
+
+
+Pair = collections.namedtuple("Pair", "one two")
+
+
+def shared(*order):
+    parts = [net(), nn.ReLU(), net()]
+    return nn.Sequential(*(parts[i] for i in order))
+
+
 # Two makers of one value each: equal inside a row, different between rows.
 VALUES = {
     "closure": [lambda: made_by(2), lambda: made_by(3)],
@@ -124,6 +153,22 @@ VALUES = {
                                        lambda: net(activation=nn.LeakyReLU(0.1)), lambda: net(activation=nn.LeakyReLU(0.2))],
     "module in a closure": [lambda: made_by(net()), lambda: made_by(net(weight=0.7))],
     "set": [lambda: {"a", "b", "c"}, lambda: {"a", "b"}],
+    "list and tuple": [lambda: made_by([0, 1]), lambda: made_by((0, 1))],
+    "order of a mapping": [lambda: made_by({"a": 1, "b": 2}), lambda: made_by({"b": 2, "a": 1})],
+    "attribute of a function": [lambda: with_attribute(1), lambda: with_attribute(2)],
+    "value of an enumeration": [lambda: made_by(mode(0.1)), lambda: made_by(mode(0.2))],
+    "kind of a mapping": [lambda: {"a": 1}, lambda: Constant(a=1), lambda: collections.OrderedDict(a=1),
+                          lambda: collections.defaultdict(int, a=1), lambda: collections.defaultdict(float, a=1)],
+    "kind of a tuple": [lambda: (1, 2), lambda: Pair(1, 2), lambda: torch.Size([1, 2])],
+    "kind of an array": [lambda: np.eye(2), lambda: np.eye(2).view(np.recarray),
+                         lambda: np.ma.array(np.eye(2), mask=np.eye(2) > 0)],
+    "mask of an array": [lambda: np.ma.array([1, 2], mask=[False, True]), lambda: np.ma.array([1, 2], mask=[False, False])],
+    "fields of an array": [lambda: np.zeros(2, "i4,i4"), lambda: np.zeros(2, [("f1", "i4"), ("f0", "i4")])],
+    "module that stands twice": [lambda: shared(0, 1), lambda: shared(0, 1, 0), lambda: shared(0, 1, 0, 1),
+                                 lambda: shared(0, 1, 2)],
+    "lazy conjugate": [lambda: torch.tensor([1 + 2j]), lambda: torch.tensor([1 + 2j]).conj()],
+    "lazy negative": [lambda: torch.tensor([2.0]), lambda: torch.tensor([1 + 2j]).conj().imag],
+    "pattern": [lambda: made_by(re.compile("a")), lambda: made_by(re.compile("b"))],
     "keys": [lambda: {1: "a"}, lambda: {"1": "a"}],
     "bytes and text": [lambda: b"a", lambda: "a", lambda: Path("a")],
     "class": [lambda: Weighted, lambda: Slotted, lambda: nn.Linear, lambda: nn.Conv2d],
@@ -180,6 +225,70 @@ def test_digests_are_equal_in_another_process():
     ]
     mine = [digest_of(make(), "x") for name in sorted(VALUES) for make in VALUES[name]]
     assert [run.stdout.strip() for run in runs] == [str(mine)] * 2
+
+
+USER = """
+import helpers, package
+from leaveout.training.digest import digest_of
+def through(m, b): return helpers.scaled(m(b))
+def package_of(m, b): return package.losses.value(m(b))
+def imported(m, b):
+    from package.losses import value
+    return value(m(b))
+def imports(m, b):
+    import helpers
+    return helpers.scaled(m(b))
+def handed_on(m, b): return getattr(helpers, "scaled")(m(b))
+names = ("through", "package_of", "imported", "imports", "handed_on")
+print(*(digest_of(globals()[name], "x") for name in names))
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("helpers.py", {"through", "imports", "handed_on"}),
+        ("others.py", {"through", "imports", "handed_on"}),
+        ("package/losses.py", {"package_of", "imported"}),
+    ],
+)
+def test_other_files_of_the_users_own_count(tmp_path, file, changed):
+    """A function that calls those of other files, whichever way it comes to them."""
+    files = {
+        "helpers.py": "from others import FACTOR\ndef scaled(x): return 2 * x * FACTOR\n",
+        "others.py": "FACTOR = 2\n",
+        "package/__init__.py": "from . import losses\n",
+        "package/losses.py": "def value(x): return x * 2\n",
+        "user.py": USER,
+    }
+    (tmp_path / "package").mkdir()
+    found = []
+    for text in (files[file], files[file].replace("2", "3")):
+        for name, content in {**files, file: text}.items():
+            (tmp_path / name).write_text(content)
+        command = [sys.executable, "-B", str(tmp_path / "user.py")]
+        found.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    names = ("through", "package_of", "imported", "imports", "handed_on")
+    assert {name for name, a, b in zip(names, *found, strict=True) if a != b} == changed
+
+
+def test_a_directory_beside_an_installed_one_is_not_installed():
+    package = Path(leaveout.__file__).parent
+    assert _installed(str(package / "errors.py")) and not _installed(f"{package}_mine/loss.py")
+
+
+def test_how_settings_are_written_does_not_count():
+    """A list or a tuple, and names in any order: from a file or in Python."""
+    one = small(model={"hidden": [4]}, trained=["0.*", "1.*"])
+    assert one.hash() == small(model={"hidden": (4,)}, trained=("0.*", "1.*")).hash()
+    rows = tuple(Corpus.open([{"text": "ab"}]))
+    loras = [{"lora": {"r": 2, "targets": ["q"]}}, {"lora": {"targets": ("q",), "r": 2}}]
+    assert len({Recipe("custom", rows, model=nn.Identity, loss=deep, trained=t).hash() for t in loras}) == 1
+
+
+def test_a_tensor_without_numbers_is_refused():
+    with pytest.raises(UnsupportedError, match=r"x holds a torch\.Tensor, whose content cannot be hashed"):
+        digest_of(torch.zeros(2, device="meta"), "x")
 
 
 @pytest.mark.parametrize("held", [threading.Lock(), (i for i in ()), sys.stdout])

@@ -1,16 +1,22 @@
 """Digests of all that a recipe or a query may hold: data, rows, modules, and functions with everything they read.
 
 Equal content gives equal digests, in any process of the same Python version. A function is its bytecode, its defaults, the
-cells of its closure and the globals it reads by name, each by content; an object is its class and what pickle would store
-of it. What belongs to the standard library or to an installed package counts by its name. A list and a tuple are alike.
+cells of its closure, its attributes, and the globals it reads by name, each by content; an object is its class and what
+pickle would store of it. Of a module of the user's count the attributes that are read, or else its file and those of the
+modules that it uses. What belongs to the standard library or to an installed package counts by its name. The order of a
+mapping counts, as whoever goes through it meets it; that of a set does not.
 """
 
 from __future__ import annotations
 
+import copyreg
 import dis
 import functools
 import hashlib
+import importlib
+import importlib.util
 import json
+import os
 import sys
 import sysconfig
 import types
@@ -78,6 +84,8 @@ class _Reader:
         return found
 
     def _content(self, value: Any) -> bytes:
+        if (read := _EXACT.get(type(value))) is not None:
+            return read(self, value)
         for kinds, read in _READERS:
             if isinstance(value, kinds):
                 return read(self, value)
@@ -99,7 +107,7 @@ class _Reader:
     # --- what holds other values ---------------------------------------------------------------------------------
 
     def _mapping(self, value: Mapping[Any, Any]) -> bytes:
-        return _hashed("mapping", *sorted(_hashed("item", self.of(k), self.part(str(k), v)) for k, v in value.items()))
+        return _hashed("mapping", *(_hashed("item", self.of(k), self.part(str(k), v)) for k, v in value.items()))
 
     def _set(self, value: Collection[Any]) -> bytes:
         return _hashed("set", *sorted(self.of(item) for item in value))
@@ -110,18 +118,21 @@ class _Reader:
     def _array(self, array: np.ndarray) -> bytes:
         if array.dtype.hasobject:
             return self.listed(f"objects {array.shape}", array.ravel().tolist())
-        return _hashed("array", f"{array.dtype.str} {array.shape}".encode(), _bytes_of(np.ascontiguousarray(array)))
+        kind = array.dtype.str if array.dtype.names is None else str(array.dtype.descr)
+        return _hashed("array", f"{kind} {array.shape}".encode(), _bytes_of(np.ascontiguousarray(array)))
 
     def _tensor(self, tensor: torch.Tensor) -> bytes:
-        if tensor.layout != torch.strided or tensor.is_quantized:
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             return self._unreadable(tensor)
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1)
+        flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
+        raw = flat.view(torch.uint8).numpy()
         return _hashed("tensor", f"{tensor.dtype} {tuple(tensor.shape)}".encode(), _bytes_of(raw))
 
     # --- functions and classes -----------------------------------------------------------------------------------
 
     def _partial(self, value: functools.partial[Any]) -> bytes:
-        return _hashed("partial", self.of(value.func), self.of(value.args), self.of(value.keywords))
+        return _hashed("partial", self.of(value.func), self.of(value.args), self.named("keywords", value.keywords))
 
     def _function(self, function: types.FunctionType) -> bytes:
         code, cells = function.__code__, {}
@@ -132,10 +143,10 @@ class _Reader:
                 cells[name] = None
         if _installed(code.co_filename):
             return _hashed("installed", _name_of(function), self.named("closure", cells))
-        read = {name: function.__globals__[name] for name in _globals_read(code) if name in function.__globals__}
         return _hashed(
             "function", self.of(code), self.of(function.__defaults__), self.of(function.__kwdefaults__),
-            self.named("closure", cells), self.named("globals", read),
+            self.named("closure", cells), self.named("globals", _read_by(code, function.__globals__)),
+            self.named("attributes", vars(function)),
         )  # fmt: skip
 
     def _code(self, code: types.CodeType) -> bytes:
@@ -164,20 +175,38 @@ class _Reader:
         return _hashed("class", value.__qualname__.encode(), self.of(value.__bases__), self.named("namespace", space))
 
     def _library(self, value: types.ModuleType) -> bytes:
-        file = getattr(value, "__file__", None)
-        if file is None or _installed(file) or not Path(file).is_file():
+        if not _is_own(value):
             return _hashed("library", value.__name__.encode())
-        return _hashed("file", hashlib.sha256(Path(file).read_bytes()).digest())
+        file = getattr(value, "__file__", None)
+        if file is None:  # a directory of modules
+            return _hashed("directory", value.__name__.encode())
+        content = Path(file).read_bytes()
+        imported = {}
+        if file.endswith(".py"):
+            read = _read_by(compile(content, file, "exec"), vars(value))
+            imported = {name: part for name, part in read.items() if name.startswith("import ")}
+        used = {
+            name: sys.modules.get(getattr(part, "__module__", None) or "", part)
+            for name, part in vars(value).items()
+            if isinstance(part, (types.ModuleType, types.FunctionType, type))
+        }
+        others = {name: part for name, part in used.items() if part is not value and _is_own(part)}
+        return _hashed("file", hashlib.sha256(content).digest(), self.named("modules", {**others, **imported}))
 
     # --- objects -------------------------------------------------------------------------------------------------
 
     def _module(self, module: nn.Module) -> bytes:
-        """Classes, attributes and hooks of all submodules, parameters and buffers."""
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        return _hashed(
-            "module", self.named("tensors", tensors),
-            *(_hashed(f"submodule {name}", self._attributes(m)) for name, m in module.named_modules()),
-        )  # fmt: skip
+        """Classes, attributes and hooks of all submodules, parameters and buffers; what has several names, by the first."""
+        tensors, submodules, first = dict[str, Any](), list[bytes](), dict[int, str]()
+        for named in (module.named_parameters, module.named_buffers):
+            for name, tensor in named(remove_duplicate=False):
+                before = first.setdefault(id(tensor), name)
+                tensors[name] = tensor if before == name else before
+        for name, part in module.named_modules(remove_duplicate=False):
+            before = first.setdefault(id(part), name)
+            content = self._attributes(part) if before == name else before.encode()
+            submodules.append(_hashed(f"submodule {name}", content))
+        return _hashed("module", self.named("tensors", tensors), *submodules)
 
     def _attributes(self, module: nn.Module) -> bytes:
         own = {name: value for name, value in vars(module).items() if name not in OF_MODULES}
@@ -190,7 +219,7 @@ class _Reader:
             return _hashed("own", known, self.named("attributes", own))
         # An installed module keeps more than what it computes with: parts that cannot be read count by their class.
         inner, out = _Reader(self.where[0], "installed"), []
-        inner.done, inner.open = self.done, self.open
+        inner.open = self.open
         for name in sorted(own):
             out += [name.encode(), inner.of(own[name])]
         return _hashed("installed", known, *out)
@@ -202,13 +231,18 @@ class _Reader:
         more = [str(value.special_tokens_map), value.padding_side, getattr(value, "chat_template", None)]
         return _hashed("tokenizer", json.dumps(kept, sort_keys=True).encode(), self.of(more))
 
+    def _member(self, value: Enum) -> bytes:
+        kind = type(value)
+        methods = {name: part for name, part in vars(kind).items() if isinstance(part, _METHODS)}
+        return _hashed("enum", _name_of(kind), value.name.encode(), self.of(value.value), self.named("", methods))
+
     def _object(self, value: Any) -> bytes:
         if hasattr(value, "backend_tokenizer") and hasattr(value, "special_tokens_map"):
             return self._tokenizer(value)
         if hasattr(value, "__wrapped__") and callable(value):
             return self._wrapped(value)
         try:
-            made = value.__reduce_ex__(2)
+            made = copyreg.dispatch_table.get(type(value), lambda v: v.__reduce_ex__(2))(value)
         except Exception:
             return self._unreadable(value)
         if isinstance(made, str):
@@ -232,7 +266,6 @@ class _Reader:
 _READERS: list[tuple[Any, Callable[[_Reader, Any], bytes]]] = [
     (Row, _Reader._row),
     (torch.Tensor, _Reader._tensor),
-    (np.ndarray, _Reader._array),
     (nn.Module, _Reader._module),
     (functools.partial, _Reader._partial),
     (types.FunctionType, _Reader._function),
@@ -242,23 +275,33 @@ _READERS: list[tuple[Any, Callable[[_Reader, Any], bytes]]] = [
     ((staticmethod, classmethod, property, functools.cached_property), _Reader._wrapped),
     (DESCRIPTORS, _Reader._builtin),
     (type, _Reader._class),
-    (Mapping, _Reader._mapping),
-    ((set, frozenset), _Reader._set),
-    ((list, tuple), lambda reader, value: reader.listed("list", value)),
+    (Enum, _Reader._member),
 ]
+_EXACT: dict[type, Callable[[_Reader, Any], bytes]] = {
+    dict: _Reader._mapping,
+    types.MappingProxyType: _Reader._mapping,
+    list: lambda reader, value: reader.listed("list", value),
+    tuple: lambda reader, value: reader.listed("tuple", value),
+    slice: lambda reader, value: reader.listed("slice", [value.start, value.stop, value.step]),
+    set: _Reader._set,
+    frozenset: _Reader._set,
+    np.ndarray: _Reader._array,
+    np.memmap: _Reader._array,
+}
+"""What holds others, unless a class of its own makes something else of it."""
+_METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
 
 
 def _plain(value: Any) -> tuple[str, bytes] | None:
     """Kind and bytes of a value that holds no other."""
-    if isinstance(value, Enum):
-        return "enum", f"{type(value).__qualname__}.{value.name}".encode()
-    if value is None or value is Ellipsis or isinstance(value, (bool, int, float, complex, range, slice)):
-        return type(value).__name__, repr(value).encode()
-    if isinstance(value, str):
+    kind = type(value)
+    if value is None or value is Ellipsis or kind in (bool, int, float, complex, range):
+        return kind.__name__, repr(value).encode()
+    if kind is str:
         return "str", value.encode("utf-8", "surrogatepass")
-    if isinstance(value, (bytes, bytearray)):
+    if kind in (bytes, bytearray):
         return "bytes", bytes(value)
-    if isinstance(value, np.generic) and not value.dtype.hasobject:
+    if isinstance(value, np.generic) and not value.dtype.hasobject and value.dtype.names is None:
         return f"numpy {value.dtype.str}", value.tobytes()
     if isinstance(value, PurePath):
         return "path", str(value).encode()
@@ -279,10 +322,47 @@ def _bytes_of(array: np.ndarray) -> bytes:
     return xxhash.xxh3_128_digest(array.data if array.size else b"")
 
 
-def _globals_read(code: types.CodeType) -> set[str]:
-    """Names that a function and the functions inside it look up as globals."""
-    found = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return found.union(*(_globals_read(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
+def _read_by(code: types.CodeType, space: Mapping[str, Any]) -> dict[str, Any]:
+    """What a function and the functions inside it read of their globals and import, by name; of the user's own modules
+    the attributes that are read.
+    """
+    found, steps = dict[str, Any](), list(dis.get_instructions(code))
+    for place, step in enumerate(steps):
+        name = str(step.argval)
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in space:
+            value = space[name]
+            for inner in steps[place + 1 :]:
+                attribute = str(inner.argval)
+                reads = inner.opname in ("LOAD_ATTR", "LOAD_METHOD")
+                if not reads or not _is_own(value) or not hasattr(value, attribute):
+                    break
+                name, value = f"{name}.{attribute}", getattr(value, attribute)
+            found[name] = value
+        elif step.opname == "IMPORT_NAME":
+            level = steps[place - 2].argval
+            found[f"import {'.' * level}{name}"] = _imported("." * level + name, space.get("__package__"))
+    for inner in code.co_consts:
+        found |= _read_by(inner, space) if isinstance(inner, types.CodeType) else {}
+    return found
+
+
+def _imported(name: str, package: str | None) -> Any:
+    """A module that a function imports when it runs: itself if it is the user's own, else its name."""
+    try:
+        full = importlib.util.resolve_name(name, package)
+        spec = importlib.util.find_spec(full)
+        return full if spec is None or _installed(spec.origin) else importlib.import_module(full)
+    except (ImportError, ValueError):  # it may be guarded by a try
+        return name
+
+
+def _is_own(value: Any) -> bool:
+    """Whether a value is a module of the user's, a file or a directory of files."""
+    if not isinstance(value, types.ModuleType):
+        return False
+    file: str | None = getattr(value, "__file__", None)
+    places = [file] if file else list(getattr(value, "__path__", []))
+    return any(not _installed(place) and Path(place).exists() for place in places)
 
 
 def _name_of(value: Any) -> bytes:
@@ -298,9 +378,12 @@ _PLACES = tuple(
     {str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     | {str(Path(__file__).resolve().parents[1]), str(Path(torch.__file__).resolve().parents[1])}
 )
+"""Directories of what is installed."""
 
 
 @functools.lru_cache(4096)
 def _installed(file: str | None) -> bool:
     """Whether a file belongs to the standard library, to an installed package or to leaveout; no file: built in."""
-    return file is None or str(Path(file).resolve()).startswith(_PLACES) or file.startswith("<frozen")
+    if file is None or file in ("built-in", "frozen") or file.startswith("<frozen"):
+        return True
+    return str(Path(file).resolve()).startswith(tuple(place + os.sep for place in _PLACES))

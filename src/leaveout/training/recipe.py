@@ -42,7 +42,7 @@ DTYPES = ("float32", "float64")
 LEAST = {"epochs": 1, "steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "max_tokens": 2, "seed": 0}
 """The smallest value of each whole number."""
 OF_LORA = ("r", "alpha", "targets")
-DIGEST = 2
+DIGEST = 3
 """Of the rules by which recipes are hashed: raised whenever they change, so that no old run passes for a new one."""
 
 
@@ -209,6 +209,7 @@ class Recipe:
         if self.kind == "causal-lm":
             values["model"] = _model_facts(self.model)
         values["optimizer"] = asdict(self.optimizer)
+        values |= {name: _settled(values[name]) for name in ("model", "trained", "units")}
         found = {name: digest_of(value, f"`{name}` of the recipe", self.version) for name, value in values.items()}
         return {**found, "rules": str(DIGEST)}
 
@@ -432,6 +433,13 @@ def _own_unit(example: Any, number: int) -> str:
 def _drawn_state(rng: random.Random) -> tuple[Any, ...]:
     """The state of the generator after the shuffle: parameters are drawn from here on."""
     return rng.getstate()
+
+
+def _settled(value: Any) -> Any:
+    """A setting as it counts, however a file or a call wrote it: the order of names and the kind of a list do not."""
+    if isinstance(value, Mapping):
+        return {name: _settled(value[name]) for name in sorted(value)}
+    return tuple(map(_settled, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _model_facts(model: Any) -> Any:

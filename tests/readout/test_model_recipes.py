@@ -12,11 +12,12 @@ from torch import nn
 from leaveout.corpus import Corpus
 from leaveout.errors import FormatError, UnsupportedError
 from leaveout.readout.index import Index
+from leaveout.training.notes import notes_on
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import task_of
 from leaveout.training.train import train_plain
 
-from .test_models import AHEAD, PLAIN, Wrapped, adapted, lora, saved_adapter, small
+from .test_models import AHEAD, PLAIN, Wrapped, adapted, lora, saved_adapter, scaled, small
 from .tiny import TEXTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -101,6 +102,59 @@ def test_wrapped_and_quantised_models_are_not_trained(tokenizer):
         task_of(recipe((lm, tokenizer)))
     with pytest.raises(FormatError, match=r"needs `model`: a directory, a .gguf file"):
         task_of(recipe(None))
+
+
+def test_hooks_and_settings_of_modules_are_refused_or_hashed(tokenizer):
+    lm = small()
+    before = recipe((lm, tokenizer)).hash()
+    handle = lm.model.layers[0].register_forward_hook(lambda m, a, out: out * 1.1)
+    with pytest.raises(UnsupportedError, match=r"A forward hook on model.layers.0 changes what the model gives"):
+        task_of(recipe((lm, tokenizer)))
+    handle.remove()
+    assert recipe((lm, tokenizer)).hash() == before
+    lm.model.layers[0].self_attn.scaling = 0.1
+    assert recipe((lm, tokenizer)).hash() != before
+
+
+def test_rows_take_no_positions_of_longer_ones(tokenizer):
+    """Where the longest row of a batch decides on rotary positions, rows stay on one side of the switch."""
+    for max_tokens in (16, 24):
+        one = recipe((scaled("phi3"), tokenizer), max_tokens=max_tokens, trained=("*.norm.weight",))
+        task = task_of(one)  # all rows are longer than the 16 tokens of the switch, or cut there
+        with torch.no_grad():
+            together = task.loss(task.model, task.encode(ROWS))
+            alone = torch.cat([task.loss(task.model, task.encode([row])) for row in ROWS])
+        assert torch.allclose(together, alone, rtol=1e-5)
+    with pytest.raises(
+        UnsupportedError, match=r"takes other positions for all rows of a batch .* set max_tokens to 16"
+    ):
+        task.encode_queries(Corpus.open(["Yes.", TEXTS[0]]))
+    mixed = Recipe("causal-lm", ("Yes.", *TEXTS[:3]), model=(scaled("phi3"), tokenizer), batch_size=2, max_tokens=24)
+    with pytest.raises(UnsupportedError, match=r"Rows have \d+ to 24 tokens, and this model takes other positions"):
+        task_of(mixed)
+
+
+def test_dropout_of_an_adapter_is_said_to_be_off(peft, tokenizer):
+    model = adapted(peft, lora(peft, lora_dropout=0.4)).train()
+    one = recipe((model, tokenizer), trained="adapter")
+    assert "lora_dropout.A 0.4" in notes_on(one, task_of(one))[0]
+    first, second = train_plain(one), train_plain(one)
+    assert model.training and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_compiled_models_are_trained_as_they_are_written(tokenizer):
+    lm = small()
+    wanted = train_plain(recipe((lm, tokenizer)))
+    wrapped = copy.deepcopy(lm)
+    wrapped.model.layers[0] = torch.compile(wrapped.model.layers[0], backend="eager")
+    for model in (wrapped, torch.compile(lm, backend="eager")):
+        found = train_plain(recipe((model, tokenizer)))
+        assert list(found) == list(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_targets_of_new_adapters_that_are_not_there(peft, tokenizer):
+    with pytest.raises(UnsupportedError, match=r"no layers for \(q_prj\): give some of down_proj, .*q_proj"):
+        task_of(recipe((small(), tokenizer), trained={"lora": {"targets": ["q_prj"]}}))
 
 
 # ---------------------------------------------------------------- GGUF

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
-from leaveout.models import evaluating, length_limit, load_model, load_tokenizer, source_digest
+from leaveout.models import ModelOptions, evaluating, length_limit, load_model, load_tokenizer, source_digest
+from leaveout.models.identity import State, glance
 from leaveout.readout.index import Index
 from leaveout.readout.model import load_readout
 from leaveout.readout.residual import find_taps
@@ -21,7 +23,7 @@ from leaveout.readout.signature import Signer
 from leaveout.readout.tokens import Window
 
 from .conftest import RAW, assert_close
-from .tiny import COMMON, SPECIAL, make_model, make_tokenizer
+from .tiny import COMMON, FAMILIES, SPECIAL, make_model, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 ROWS = RAW[:3]
@@ -293,6 +295,8 @@ CHANGES = {
     "frequencies": lambda lm: lm.model.rotary_emb.inv_freq.mul_(1.1),
 }
 SETTINGS = {
+    "hook on the head": lambda lm: lm.lm_head.register_forward_hook(lambda m, a, out: out * 2),
+    "hook on the whole": lambda lm: lm.register_forward_hook(lambda m, a, out: out.__class__(logits=out.logits * 2)),
     "hook": lambda lm: lm.model.layers[0].register_forward_hook(lambda m, a, out: out * 1.1),
     "pre-hook": lambda lm: lm.model.norm.register_forward_pre_hook(lambda m, args: (args[0] + 0.1,)),
     "attribute": lambda lm: setattr(lm.model.layers[0].self_attn, "scaling", 0.1),
@@ -306,12 +310,119 @@ def test_a_changed_model_is_refused_at_each_use_until_it_is_as_it_was(change, to
     index = Index.build(lm, ROWS, tmp_path / "index", PLAIN, tokenizer)
     opened = Index.open(tmp_path / "index", lm, tokenizer)
     (CHANGES | SETTINGS)[change](lm)
-    sentence = "has other|another" if change in CHANGES else "gives other hidden states than when it was opened"
+    sentence = "has other|another" if change not in SETTINGS else "gives other (hidden states|logits) than when it was"
+    if change in ("attribute", "method"):
+        sentence = "has other settings of modules"
     for one in (index, opened):
         for ask in (one.score, one.search, one.append):
             with pytest.raises(MismatchError, match=sentence):
                 ask(["something else"])
     assert len(Index.open(tmp_path / "index")) == len(ROWS)
+
+
+def test_a_config_that_was_edited_is_refused_in_a_search_as_in_append(tokenizer, tmp_path):
+    for number, (name, value) in enumerate({"final_logit_softcapping": 9.0, "sliding_window": 3}.items()):
+        lm = small("gemma2")
+        index = Index.build(lm, ROWS, tmp_path / str(number), PLAIN, tokenizer)
+        setattr(lm.config, name, value)
+        for ask in (index.score, index.append):
+            with pytest.raises(MismatchError, match="has another config than when it was opened"):
+                ask(["something else"])
+
+
+@pytest.mark.parametrize("change", ["pre_tokenizer", "normalizer", "split", "bos"])
+def test_a_tokenizer_that_cuts_otherwise_is_refused_in_a_search(change, tmp_path):
+    own, lm = make_tokenizer(), small()
+    index = Index.build(lm, ROWS, tmp_path / "index", PLAIN, own)
+    before = index.score(ROWS)
+    own.pad_token = "</s>"  # what many set, and nothing depends on
+    assert np.array_equal(index.score(ROWS), before)
+    if change == "pre_tokenizer":
+        own.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif change == "normalizer":
+        own.backend_tokenizer.normalizer = normalizers.Lowercase()
+    elif change == "split":
+        own.split_special_tokens = True
+    else:
+        own.bos_token = "<|user|>"  # which the chat template names
+    for ask in (index.score, index.search, index.append):
+        with pytest.raises(MismatchError, match="has another tokenizer than when it was opened"):
+            ask(["something else"])
+    with pytest.raises(MismatchError, match="another tokenizer"):
+        Index.open(tmp_path / "index", lm, own)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lm: setattr(lm.model.layers[1].self_attn, "scaling", 0.1),
+        lambda lm: setattr(lm.model.norm, "variance_epsilon", 0.5),
+        lambda lm: setattr(lm.model.layers[0].mlp, "forward", lambda x: 0 * x),
+    ],
+    ids=["scaling", "epsilon", "method"],
+)
+def test_an_index_sees_settings_of_modules_that_no_config_has(change, tokenizer, tmp_path):
+    lm = small()
+    index = Index.build(lm, ROWS, tmp_path / "index", PLAIN, tokenizer)
+    other = copy.deepcopy(lm)
+    Index.open(tmp_path / "index", other.train(), tokenizer)
+    change(other)
+    for meet in (Index.open, lambda path, *model: Index.build(model[0], ROWS, path, PLAIN, model[1])):
+        with pytest.raises(MismatchError, match=r"other settings of modules|an index with settings = "):
+            meet(tmp_path / "index", other, tokenizer)
+    assert len(index) == len(ROWS)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_model_that_was_saved_is_the_same(family, tokenizer, tmp_path):
+    lm = small(family)
+    lm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    identity, own = load_readout(str(tmp_path)).identity(), load_readout(lm, tokenizer).identity()
+    assert {**identity, "tokenizer": 0} == {**own, "tokenizer": 0}
+
+
+@pytest.mark.parametrize("shape", [(512, 32), (256, 256), (64, 4096), (4, 4096), (1000, 48), (8192,)])
+def test_the_quick_checksum_reads_columns_all_over_a_tensor(shape):
+    """What is written through `.data` to a quarter of the columns, or of the rows, is seen."""
+    tensor = torch.zeros(shape)
+    before = glance(State({"w": tensor}))
+    for axis in range(len(shape)):
+        for part in range(4):
+            inside = tensor.data.narrow(axis, part * shape[axis] // 4, shape[axis] // 4)
+            inside += 1
+            assert glance(State({"w": tensor}))[2] != before[2]
+            inside -= 1
+    assert glance(State({"w": tensor}))[2] == before[2]
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped", "whole"])
+def test_compiled_models_are_the_same_and_tapped(how, tokenizer, tmp_path):
+    lm = small()
+    index = Index.build(lm, ROWS, tmp_path / "index", "residual", tokenizer)
+    own = index.score(ROWS)
+    other = copy.deepcopy(lm)
+    for i, layer in enumerate(other.model.layers):
+        if how == "in place":
+            layer.compile(backend="eager")
+        elif how == "wrapped":
+            other.model.layers[i] = torch.compile(layer, backend="eager")
+    if how == "whole":
+        other = torch.compile(other, backend="eager")
+    other(input_ids=torch.tensor([[3, 4, 5]]))
+    opened = Index.open(tmp_path / "index", other, tokenizer)
+    assert np.array_equal(opened.score(ROWS), own)
+
+
+def test_models_that_want_more_than_tokens_and_tokenizers_by_name_are_refused(tokenizer):
+    sizes = {f"{side}_{name}": 4 for side in ("encoder", "decoder") for name in ("attention_heads", "ffn_dim")}
+    config = AutoConfig.for_model(
+        "marian", vocab_size=523, d_model=32, encoder_layers=1, decoder_layers=1, pad_token_id=2, **sizes
+    )
+    with pytest.raises(UnsupportedError, match="MarianMTModel does not run on token ids alone"):
+        load_readout(AutoModelForSeq2SeqLM.from_config(config).eval(), tokenizer)
+    with pytest.raises(TypeError, match="tokenizer is of type str: give a loaded one"):
+        load_readout(small(), "owner/name")
 
 
 def test_weights_that_come_back_are_accepted(tokenizer, tmp_path):
@@ -594,6 +705,27 @@ def test_auto_is_the_dtype_that_is_stored(tokenizer, tmp_path):
     assert np.array_equal(Index.open(tmp_path / "index", place).score(ROWS), index.score(ROWS))
 
 
+def test_files_that_are_no_model_are_refused_in_one_sentence(tokenizer, tmp_path):
+    place = saved_base(tmp_path, tokenizer)
+    config = json.loads((place / "config.json").read_text())
+    for name, error, sentence in (
+        (str(place / "config.json"), UnsupportedError, "config.json is a file: give the directory of a model"),
+        (" ", ValueError, "name of the model is empty"),
+    ):
+        with pytest.raises(error, match=sentence):
+            load_model(name)
+    for dtype in (None, "int8", torch.float32):
+        with pytest.raises(ValueError, match=r"dtype .* is not one of float32, bfloat16, float16, float64, auto"):
+            load_model(str(place), options=ModelOptions(dtype))
+    (place / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    with pytest.raises(UnsupportedError, match="base does not load as a causal language model"):
+        load_model(str(place))
+    (place / "config.json").write_text(json.dumps(config))
+    (place / "model.safetensors").write_bytes(b"abc")
+    with pytest.raises(UnsupportedError, match=r"base does not load as a causal language model .*: Error while"):
+        load_model(str(place))
+
+
 def test_devices_that_are_not_here_are_refused_and_the_builds_is_forgotten(tokenizer, tmp_path, monkeypatch):
     place = str(saved_base(tmp_path, tokenizer))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -602,6 +734,9 @@ def test_devices_that_are_not_here_are_refused_and_the_builds_is_forgotten(token
         ("cuda:1", "no CUDA device here"),
         ("cdua", "device is 'cdua': give cpu, cuda"),
         ("meta", "holds no numbers"),
+        ("hpu", "device is 'hpu', but torch finds no such device here: give cpu"),
+        ("xla:0", "finds no such device here"),
+        (None, "device is None: give cpu"),
     ):
         with pytest.raises(ValueError, match=sentence):
             Index.build(place, ROWS, tmp_path / "index", PLAIN, device=device)

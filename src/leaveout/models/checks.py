@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from leaveout.errors import UnsupportedError
-from leaveout.models.identity import scaled_by_length
+from leaveout.models.identity import is_compiled, scaled_by_length
 
 # Largest difference over the largest number that counts as rounding, by dtype of the model.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}
@@ -27,17 +27,20 @@ NARROW_LEAK, SHARE = 1e-3, 0.25  # in 16 bits also refused: a change this large 
 def evaluating(lm: nn.Module) -> Iterator[None]:
     """Every module in evaluation form, and put back into its own form afterwards.
 
-    Rotary frequencies that a longer input has left behind are put back to those of the start, too.
+    Rotary frequencies that a longer input has left behind are put back to those of the start, too. Modules that
+    torch.compile has compiled run as they are written, since compiled ones do not heed hooks that come later.
     """
-    training = []
+    training, compiled = [], False
     for module in lm.modules():
+        compiled = compiled or is_compiled(module)
         if module.training:
             training.append(module)
             module.training = False
         if scaled_by_length(module):
             _reset_positions(module)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module in training:
             module.training = True
@@ -123,9 +126,18 @@ def runs(lm: nn.Module) -> Iterator[None]:
     except (RuntimeError, IndexError, NotImplementedError) as error:
         dtype = str(next(lm.parameters()).dtype).removeprefix("torch.")
         raise UnsupportedError(
-            f"{type(lm).__name__} does not run in {dtype} here ({str(error).strip().splitlines()[0].rstrip('.')}): load it "
-            "with another dtype, or on another device."
+            f"{type(lm).__name__} does not run in {dtype} here ({_first_line(error)}): load it with another dtype, or on "
+            "another device."
         ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UnsupportedError(
+            f"{type(lm).__name__} does not run on token ids alone ({_first_line(error)}): give a causal language model of "
+            "transformers (a decoder)."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 # ---------------------------------------------------------------- hooks
@@ -168,5 +180,5 @@ def refuse_hooks(lm: nn.Module, outputs: Callable[[Tensor], list[Tensor]], ids: 
         names = [name or type(module).__name__ for name, module in hooked] or ["all modules"]
         raise UnsupportedError(
             f"A forward hook on {names[0]}{f' or {len(names) - 1} others' if names[1:] else ''} changes what the model "
-            "gives: remove it (handle.remove()), as an index would not know of it."
+            "gives: remove it (handle.remove()), as nothing that is kept would know of it."
         )

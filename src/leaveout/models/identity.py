@@ -9,6 +9,7 @@ weights.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,15 +21,18 @@ from torch import Tensor, nn
 from leaveout.errors import UnsupportedError
 
 IDLE_CONFIG = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_hidden_states"}
+COMPILED = "_orig_mod"  # of a module that torch.compile wraps: the module
 INNER = {"base_layer", "original_module", "token_adapter"}  # of a wrapper of peft: the module that it wraps
 FLAGS = ("is_feedforward", "fan_in_fan_out", "lora_variant", "cast_input_dtype_enabled")  # beside `other_param_names`
 SAMPLED = 64  # numbers of a tensor that the quick checksum reads; all of a tensor of up to four times as many
+PROBE = "The quick brown fox, 1234567890:\n\tünïcödé  ICI & (漢字)!"
 
 WORDS = {
     "adapters": "another adapter",
     "weights": "other weights",
     "buffers": "other buffers",
     "config": "another config",
+    "settings": "other settings of modules",
 }
 WORDS["tokenizer"] = "another tokenizer"
 
@@ -36,11 +40,11 @@ WORDS["tokenizer"] = "another tokenizer"
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """What a model with the identity `new` has that one with `old` has not, in words; None where they are the same.
 
-    An identity that was written before adapters and buffers were told apart names neither: it had no adapter then, and
-    its buffers are not compared.
+    An identity that was written before adapters, buffers and settings were told apart names none: it had no adapter then,
+    and its buffers and settings are not compared.
     """
     for name, value in new.items():
-        before = old.get(name, [] if name == "adapters" else value if name == "buffers" else None)
+        before = old.get(name, [] if name == "adapters" else value if name in ("buffers", "settings") else None)
         if before != value:
             if name == "adapters" and not value:
                 return "another adapter (none at work)"
@@ -55,11 +59,13 @@ class State:
     weights   name -> tensor, of parameters and persistent buffers of the base model
     buffers   likewise, of buffers that no checkpoint has (rotary frequencies, masks)
     adapters  per adapter at work: name -> tensor, or number, text or list of such
+    settings  name -> number, of attributes of modules that the config gave them and anybody may have changed since
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, float | str] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensor]:
         inside = [value for facts in self.adapters.values() for value in facts.values() if isinstance(value, Tensor)]
@@ -71,7 +77,7 @@ class State:
             name: {key: value for key, value in facts.items() if not isinstance(value, Tensor)}
             for name, facts in self.adapters.items()
         }
-        return json.dumps([list(self.weights), list(self.buffers), list(self.adapters), plain])
+        return json.dumps([list(self.weights), list(self.buffers), list(self.adapters), plain, self.settings])
 
 
 def state_of(lm: nn.Module) -> State:
@@ -81,6 +87,7 @@ def state_of(lm: nn.Module) -> State:
         if is_adapted(module):
             wrappers[name] = module
             _add_facts(state, name, module)
+        _add_settings(state, wrappers, name, module)
     kept = lm.state_dict(keep_vars=True)
     for name, tensor in kept.items():
         if not isinstance(tensor, Tensor):
@@ -95,6 +102,11 @@ def state_of(lm: nn.Module) -> State:
 def is_adapted(module: nn.Module) -> bool:
     """Whether a module is a wrapper of peft around one of the model; peft need not be installed to know."""
     return isinstance(getattr(type(module), "adapter_layer_names", None), tuple)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has compiled a module, as a wrapper around it or in its place."""
+    return COMPILED in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def at_work(wrapper: Any) -> list[str]:
@@ -115,7 +127,8 @@ def _file(state: State, base: dict[str, Tensor], wrappers: dict[str, Any], name:
                     inside = state.adapters.setdefault(parts[i + 1], {})
                     inside[".".join([*kept, part, *parts[i + 2 :]])] = tensor
                 return
-            kept.append(part)
+            if part != COMPILED:
+                kept.append(part)
         place = f"{place}.{part}" if place else part
     base[".".join(kept)] = tensor
 
@@ -127,7 +140,7 @@ def _has_adapter(wrapper: nn.Module, container: str, adapter: str) -> bool:
 
 def _add_facts(state: State, name: str, wrapper: Any) -> None:
     """Numbers of the adapters at work in a wrapper: scalings, ranks, kinds; dropout does nothing in evaluation."""
-    names = {*wrapper.other_param_names, *FLAGS}
+    names, name = {*wrapper.other_param_names, *FLAGS}, name.replace(f"{COMPILED}.", "")
     for position, adapter in enumerate(at_work(wrapper)):
         for key in sorted(names):
             held = wrapper.__dict__.get(key)
@@ -140,6 +153,38 @@ def _add_facts(state: State, name: str, wrapper: Any) -> None:
             inside = state.adapters.setdefault(adapter, {})
             inside[f"{name}.{key}"] = held if isinstance(held, Tensor) else _plain(held)
             inside[f"{name}.position"] = position
+
+
+def _add_settings(state: State, wrappers: Mapping[str, Any], name: str, module: nn.Module) -> None:
+    """Numbers among the attributes of a module of the model's own, and whether its `forward` was replaced."""
+    plain = _plain_name(name, wrappers)
+    wrapper = is_adapted(module) or COMPILED in module._modules
+    if plain is None or wrapper or hasattr(module, "config_class") or scaled_by_length(module):
+        return  # inside an adapter; a wrapper; a whole model, whose attributes say how it was loaded; what inputs change
+    of_torch = type(module).__module__.startswith("torch.")
+    for key, value in vars(module).items():
+        replaced = key == "forward" and "_hf_hook" not in vars(module)
+        if replaced or (isinstance(value, (bool, int, float)) and (key == "eps" if of_torch else _counts(key))):
+            state.settings[f"{plain}.{key}"] = "replaced" if replaced else value
+
+
+def _counts(attribute: str) -> bool:
+    idle = (
+        attribute in ("training", "gradient_checkpointing") or "dropout" in attribute or attribute.endswith("_cached")
+    )
+    return not idle and not attribute.startswith("_")
+
+
+def _plain_name(name: str, wrappers: Mapping[str, Any]) -> str | None:
+    """The name that a module has without wrappers; None for one that belongs to an adapter."""
+    kept, place = [], ""
+    for part in name.split("."):
+        if place in wrappers and part not in INNER:
+            return None
+        if place not in wrappers and part != COMPILED:
+            kept.append(part)
+        place = f"{place}.{part}" if place else part
+    return ".".join(kept)
 
 
 def _plain(value: Any) -> Any:
@@ -235,6 +280,11 @@ def hash_adapter(facts: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+def hash_settings(state: State) -> str:
+    """xxh3-128 of the numbers that modules keep."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(state.settings, sort_keys=True).encode())
+
+
 def hash_config(lm: nn.Module) -> str:
     """xxh3-128 of the model's config without what does not change its outputs (paths, versions, caches)."""
     config = lm.config.to_dict()  # type: ignore[union-attr,operator]
@@ -245,7 +295,8 @@ def hash_config(lm: nn.Module) -> str:
 def hash_tokenizer(tokenizer: Any) -> str:
     """xxh3-128 of the whole fast tokenizer, or of vocabulary and class for a slow one, with its chat template.
 
-    Truncation and padding, which a fast tokenizer keeps from its last call, do not count.
+    So are the special tokens that templates name. Truncation and padding, which a fast tokenizer keeps from its last
+    call, do not count, nor does the padding token.
     """
     digest = xxhash.xxh3_128()
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -258,9 +309,35 @@ def hash_tokenizer(tokenizer: Any) -> str:
     else:
         digest.update((type(tokenizer).__name__ + json.dumps(tokenizer.get_vocab(), sort_keys=True)).encode())
     digest.update(json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True).encode())
+    digest.update(json.dumps(_special_tokens(tokenizer), sort_keys=True).encode())
     if getattr(tokenizer, "split_special_tokens", False):
         digest.update(b"split special tokens")
     return digest.hexdigest()
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, str]:
+    named = getattr(tokenizer, "special_tokens_map", {})
+    return {name: str(token) for name, token in named.items() if name != "pad_token"}
+
+
+def glance_at_tokenizer(tokenizer: Any) -> tuple[Any, ...]:
+    """What is cheap to compare of a tokenizer: its parts but for the vocabulary, and the ids of a text of many kinds."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [str(getattr(backend, name, "")) for name in ("normalizer", "pre_tokenizer", "post_processor")]
+    split, named = getattr(tokenizer, "split_special_tokens", False), _special_tokens(tokenizer)
+    template, ids = getattr(tokenizer, "chat_template", None), list(tokenizer(PROBE).input_ids)
+    return len(tokenizer), template, split, named, parts, ids
+
+
+def _stride(tensor: Tensor) -> int:
+    """Numbers from one to the next that the quick checksum reads, so that they come from columns all over the tensor."""
+    if tensor.numel() <= 4 * SAMPLED:
+        return 1
+    step, width = tensor.numel() // SAMPLED, tensor.shape[-1]
+    if step < width:
+        return step | 1
+    shift = next(shift for shift in range(int(0.618 * width), width + 1) if math.gcd(shift, width) == 1)
+    return step // width * width + shift
 
 
 def glance(state: State) -> tuple[str, tuple[int, ...], str]:
@@ -274,8 +351,7 @@ def glance(state: State) -> tuple[str, tuple[int, ...], str]:
         flat = tensor.detach()
         if hasattr(flat, "__tensor_flatten__"):
             continue
-        flat = flat.reshape(-1)
-        step = 1 if flat.numel() <= 4 * SAMPLED else flat.numel() // SAMPLED
+        step, flat = _stride(flat), flat.reshape(-1)
         groups.setdefault((str(flat.device), str(flat.dtype)), []).append(flat[::step])
     for pieces in groups.values():
         sample = torch.cat(pieces).cpu().view(torch.uint8).numpy()

@@ -15,8 +15,10 @@ from leaveout.models.identity import (
     State,
     difference,
     glance,
+    glance_at_tokenizer,
     hash_adapter,
     hash_config,
+    hash_settings,
     hash_tensors,
     hash_tokenizer,
     plain_module,
@@ -40,7 +42,7 @@ class LanguageModel:
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     _identity: dict[str, Any] | None = field(default=None, repr=False, kw_only=True)
     _glance: Any = field(default=None, repr=False, kw_only=True)
-    _outputs: Tensor | None = field(default=None, repr=False, kw_only=True)
+    _outputs: dict[str, Tensor] = field(default_factory=dict, repr=False, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +79,7 @@ class LanguageModel:
         return {"family": self.family, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def identity(self, anew: bool = False) -> dict[str, Any]:
-        """Hashes of adapters, weights, buffers, config and tokenizer, with facts: equal only for the same model.
+        """Hashes of adapters, weights, buffers, config, settings and tokenizer, with facts: equal only for the same model.
 
         `anew`: read everything once more, as where rows are written. Cost: one pass over the weights, about 0.2 s for
         500 MB; without `anew` only the first time.
@@ -92,6 +94,7 @@ class LanguageModel:
                 "weights": hash_tensors(state.weights, adapters),
                 "buffers": hash_tensors(state.buffers),
                 "config": hash_config(self.lm),
+                "settings": hash_settings(state),
                 "tokenizer": hash_tokenizer(self.tokenizer),
                 **self.facts(),
             }
@@ -100,8 +103,9 @@ class LanguageModel:
     def refuse_changes(self) -> None:
         """Refuses a model that is no longer what it was when its identity was taken.
 
-        Facts, version counters and a sample of every tensor are compared, and the hidden states of two dozen tokens, so
-        that hooks and settings of modules count as well. Where only counters moved, everything is hashed once more.
+        Facts, version counters, a sample of every tensor, config and tokenizer are compared, and the hidden states and
+        logits of two dozen tokens, so that hooks and settings of modules count as well. Where something moved, everything
+        is hashed once more.
         Raises: MismatchError.
         """
         if self._identity is None:
@@ -118,31 +122,29 @@ class LanguageModel:
                 raise MismatchError(
                     f"The model in memory has {other} than when it was opened: give the model as it was."
                 )
-        found = self._probe()
-        assert wanted is not None
-        limit = 0.1 * ROUNDING.get(wanted.dtype, 1e-4) * float(wanted.abs().max())
-        if found.shape != wanted.shape or not float((found - wanted).abs().max()) <= limit:
-            raise MismatchError(
-                "The model in memory gives other hidden states than when it was opened, with the same weights (a forward "
-                "hook, a replaced method, or a changed setting of a module): give the model as it was."
-            )
+        for what, found in self._probe().items():
+            own = wanted[what]
+            limit = 0.1 * ROUNDING.get(own.dtype, 1e-4) * float(own.abs().max())
+            if found.shape != own.shape or not float((found - own).abs().max()) <= limit:
+                raise MismatchError(
+                    f"The model in memory gives other {what} than when it was opened, with the same weights (a forward hook, "
+                    "a replaced method, or a changed setting of a module): give the model as it was."
+                )
 
     def _look(self, state: State) -> tuple[Any, ...]:
         """What is cheap to compare."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        words = (
-            len(self.tokenizer),
-            getattr(self.tokenizer, "chat_template", None),
-            str(getattr(backend, "post_processor", "")),
-        )
-        return (*glance(state), words)
+        return *glance(state), hash_config(self.lm), glance_at_tokenizer(self.tokenizer)
 
     @torch.no_grad()
-    def _probe(self) -> Tensor:
+    def _probe(self) -> dict[str, Tensor]:
+        """Hidden states and logits of two dozen tokens, by name; for a model without a trunk the logits."""
+        ids = probe_ids(self.embedded, min(24, self.context), self.device)
         trunk: Any = getattr(self.lm, "base_model", self.lm)
         with evaluating(self.lm):
-            out = trunk(input_ids=probe_ids(self.embedded, min(24, self.context), self.device), use_cache=False)
-        return (out.logits if trunk is self.lm else out.last_hidden_state).clone()
+            logits = self.lm(input_ids=ids, use_cache=False).logits.clone()
+            if trunk is self.lm:
+                return {"logits": logits}
+            return {"hidden states": trunk(input_ids=ids, use_cache=False).last_hidden_state.clone(), "logits": logits}
 
 
 def load_model(model: Any, tokenizer: Any = None, options: ModelOptions | None = None) -> LanguageModel:
@@ -159,6 +161,10 @@ def load_model(model: Any, tokenizer: Any = None, options: ModelOptions | None =
     if isinstance(model, tuple) and len(model) == 2:
         model, tokenizer = model
     options = options or ModelOptions()
+    if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+        raise TypeError(
+            f"tokenizer is of type {type(tokenizer).__name__}: give a loaded one (AutoTokenizer.from_pretrained)."
+        )
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ValueError("A model in memory needs its tokenizer: pass tokenizer=... beside it.")

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from safetensors import SafetensorError
 
 from leaveout.errors import FormatError, LeaveoutError, UnsupportedError
 from leaveout.models.checks import ROUNDING
@@ -45,7 +46,7 @@ class ModelOptions:
     @property
     def named_dtype(self) -> torch.dtype | str:
         """Raises: ValueError for a dtype that no model has here."""
-        found = "auto" if self.dtype == "auto" else getattr(torch, self.dtype, None)
+        found = "auto" if self.dtype == "auto" else getattr(torch, str(self.dtype), None)
         if found != "auto" and found not in ROUNDING:
             raise ValueError(f"dtype {self.dtype!r} is not one of float32, bfloat16, float16, float64, auto.")
         assert found is not None
@@ -58,7 +59,7 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"device is {name!r}: give cpu, cuda, cuda:1, mps or auto.") from None
     if device.type == "meta":
         raise ValueError("device is 'meta', which holds no numbers: give cpu, cuda or auto.")
@@ -68,8 +69,10 @@ def find_device(name: str) -> torch.device:
         raise ValueError(
             f"device is {name!r}, but the last one here is cuda:{torch.cuda.device_count() - 1}: give that."
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device is {name!r}, but torch finds no such device here: give cpu.")
+    try:
+        torch.empty(1, device=device)
+    except Exception:  # torch raises a kind of its own for each device that it lacks
+        raise ValueError(f"device is {name!r}, but torch finds no such device here: give cpu.") from None
     return device
 
 
@@ -79,6 +82,8 @@ def load_place(name: str, options: ModelOptions) -> tuple[Any, Any, tuple[str, .
     Raises: UnsupportedError for what does not load; FormatError for a checkpoint that lacks weights.
     """
     place, own = _place(name, options)
+    if "gguf_file" not in own and Path(place).is_file():
+        raise UnsupportedError(f"{name} is a file: give the directory of a model, or a .gguf file.")
     if "gguf_file" not in own and (adapter := _adapter(place, options)) is not None:
         return _load_adapter(name, place, adapter, options)
     lm = _load_whole(name, place, {**own, "dtype": options.named_dtype})
@@ -88,6 +93,8 @@ def load_place(name: str, options: ModelOptions) -> tuple[Any, Any, tuple[str, .
 
 def _place(name: str, options: ModelOptions) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes: a directory or an id, and options but for the dtype."""
+    if not name.strip():
+        raise ValueError("The name of the model is empty: give a directory, a .gguf file or a hub's name.")
     own: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     if options.revision is not None:
         own["revision"] = options.revision
@@ -134,7 +141,7 @@ def _explained(name: str) -> Iterator[None]:
             yield
     except ImportError as error:
         raise UnsupportedError(f"{name} needs a package that is not installed: {_first_line(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UnsupportedError(
             f"{name} does not load as a causal language model with its tokenizer: {_first_line(error)}"
         ) from error
@@ -224,7 +231,7 @@ def _load_adapter(
                     "Prompt and prefix tuning put tokens before the text: give the model without them."
                 )
             adapted = PeftModel.from_pretrained(lm, place, config=config, **revision)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise UnsupportedError(f"{name} does not load as an adapter of {base}: {_first_line(error)}") from error
     if lacking := [str(one.message) for one in said if "missing adapter keys" in str(one.message)]:
         raise FormatError(

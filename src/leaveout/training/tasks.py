@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from leaveout.corpus.chat import chosen_template
 from leaveout.errors import FormatError, UnsupportedError
-from leaveout.models import LanguageModel, ModelOptions, adapter_places, load_model, refuse_look_ahead
+from leaveout.models import (
+    LanguageModel,
+    ModelOptions,
+    adapter_places,
+    length_limit,
+    load_model,
+    refuse_hooks,
+    refuse_look_ahead,
+)
 from leaveout.training import microgpt
 from leaveout.training.encoding import IGNORED, Asked, RowEncoder, as_row, asked, too_long, unmarked
 from leaveout.training.labelled import check_features, class_of, pair
@@ -186,13 +194,36 @@ def _causal_lm(recipe: Recipe) -> Task:
         return token_losses(*outputs(m, batch))
 
     context = min(recipe.max_tokens, loaded.context)
+    limit = length_limit(model)
+
+    def encode(examples: Sequence[Any]) -> Batch:
+        if limit is not None:
+            _refuse_switch(rows, examples, limit)
+        return rows.encode(examples)
+
+    refuse_hooks(model, lambda ids: [logits(model, ids)], torch.arange(min(8, context), device=loaded.device)[None])
     refuse_look_ahead(model, functools.partial(logits, model), loaded.embedded, context, loaded.device)
     sizes = (lambda batch: _learned_tokens((batch[0], batch[1][:, 1:]))) if recipe.loss_per == "token" else None
     names = _trained(model, trained)
+    if limit is not None and context > limit:
+        _refuse_switch(rows, recipe.examples, limit)
     return Task(
-        model, rows.encode, loss, names, outputs, separate=True, sizes=sizes, notes=loaded.notes,
+        model, encode, loss, names, outputs, separate=True, sizes=sizes, notes=loaded.notes,
         cut=lambda row: rows.tokens(row).cut,
     )  # fmt: skip
+
+
+def _refuse_switch(rows: RowEncoder, examples: Sequence[Any], limit: int) -> None:
+    """Refuses rows on both sides of the length at which a model takes other positions: a batch would take those of the
+    longest for all, so that a row's loss would depend on the others.
+    """
+    lengths = [len(rows.tokens(row).ids) for row in examples]
+    if min(lengths) <= limit < max(lengths):
+        raise UnsupportedError(
+            f"Rows have {min(lengths)} to {max(lengths)} tokens, and this model takes other positions for all rows of a batch "
+            f"whose longest has more than {limit} (rotary positions that are scaled by length): set max_tokens to {limit}, "
+            "or give rows on one side of it."
+        )
 
 
 def _language_model(recipe: Recipe) -> LanguageModel:
@@ -211,6 +242,7 @@ def _language_model(recipe: Recipe) -> LanguageModel:
     loaded.lm.set_attn_implementation("eager")  # type: ignore[operator]
     if recipe.dtype == "float64" and getattr(loaded.lm.config, "_experts_implementation", None):
         loaded.lm.set_experts_implementation("eager")  # type: ignore[operator]  # their grouped product has no float64
+    _uncompile(loaded.lm)
     loaded.lm.config.use_cache = False  # type: ignore[union-attr]
     for name, p in loaded.lm.named_parameters():
         if not p.is_floating_point() or hasattr(p, "__tensor_flatten__"):
@@ -219,6 +251,14 @@ def _language_model(recipe: Recipe) -> LanguageModel:
                 "model.dequantize(), or load it in floating point."
             )
     return loaded
+
+
+def _uncompile(lm: nn.Module) -> None:
+    """Puts modules that torch.compile wraps back as they are written: derivatives of all orders go through them."""
+    for module in list(lm.modules()):
+        for name, child in module.named_children():
+            if isinstance(inner := child._modules.get("_orig_mod"), nn.Module):
+                setattr(module, name, inner)
 
 
 def _parts_to_train(model: nn.Module, wanted: Any) -> Any:
@@ -249,7 +289,14 @@ def _with_lora(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
         r=settings.get("r", 8), lora_alpha=settings.get("alpha", 16), target_modules=list(settings["targets"]),
         lora_dropout=0.0, task_type="CAUSAL_LM",
     )  # fmt: skip
-    return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    try:
+        return peft.get_peft_model(model, config)  # type: ignore[arg-type]
+    except ValueError as error:
+        known = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+        raise UnsupportedError(
+            f"lora has targets that the model has no layers for ({', '.join(settings['targets'])}): give some of "
+            f"{', '.join(known)}."
+        ) from error
 
 
 # --- classifiers and anything else -------------------------------------------------------------------------------

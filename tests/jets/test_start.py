@@ -204,6 +204,15 @@ def of_a_training_norm(model, batch):
     return (F.batch_norm(model(batch[0]), None, None, training=True).mean(-1) - batch[1]) ** 2
 
 
+def noisy_beside_a_huge_one(model, batch):
+    losses = squared(model, batch) + 0.01 * torch.rand(len(batch[0]))
+    return torch.cat([losses[:1].detach() * 0 + 1e8, losses[1:]])
+
+
+def a_little_noisy(model, batch):
+    return squared(model, batch) * (1 + 1e-4 * torch.rand(len(batch[0])))
+
+
 MEAN = r"the shape \[\] for 4 examples: it must give one number for each, \[4\]"
 WRONG_LOSSES = [
     (lambda m, b: squared(m, b).mean(), MEAN),
@@ -212,6 +221,9 @@ WRONG_LOSSES = [
     (lambda m, b: squared(m, b).mean().item(), "gives a float for 4"),
     (noisy, "and, asked again, .* must not draw random numbers"),
     (noisy_by_numpy, "and, asked again"),
+    (noisy_beside_a_huge_one, "and, asked again"),
+    (a_little_noisy, "and, asked again"),
+    (F.mse_loss, r"The loss fails for 4 examples \(.*\): it is called as loss\(model, batch\)"),
     (weighted, r"The loss of example \d is .* in a batch of 4 and .* in one of"),
     (of_a_training_norm, "fails for 1 of the first 4|in a batch of 4 and"),
     (lambda m, b: b[1] ** 2, "does not depend on any trained parameter"),

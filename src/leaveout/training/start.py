@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leaveout.errors import FormatError, UnsupportedError
+from leaveout.errors import FormatError, LeaveoutError, UnsupportedError
 
 EXAMPLES = 8
 """Of the first batch, in a try."""
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Relative difference of two losses that counts as one of rounding: kernels order sums by the size of a batch."""
+AGAIN = 0.01
+"""Of that, what counts where the same batch is asked again."""
 
 
 def made_by(source: Any) -> Any:
@@ -95,11 +97,11 @@ def try_loss(task: Any, examples: Sequence[Any], numbers: Sequence[int]) -> None
         if len(numbers) == 1:
             raise
         return try_loss(task, examples, numbers[:1])  # examples of different shapes, each a batch of its own
-    losses = _checked(task, task.loss(task.model, batch), numbers)
+    losses = _checked(task, _losses(task, batch, len(numbers)), numbers)
     again = task.loss(task.model, batch).detach()
-    for i, a, b in _unlike(losses, again, numbers):
+    for i, a, b in _unlike(losses, again, numbers, AGAIN):
         raise UnsupportedError(
-            f"The loss of example {i} is {a:.6g} and, asked again, {b:.6g}: model and loss must not draw random numbers or "
+            f"The loss of example {i} is {a:.9g} and, asked again, {b:.9g}: model and loss must not draw random numbers or "
             "keep a state (dropout or augmentation that does not heed .eval())."
         )
     for name, buffer in task.model.named_buffers():
@@ -109,6 +111,18 @@ def try_loss(task: Any, examples: Sequence[Any], numbers: Sequence[int]) -> None
                 ".eval(), or make it a parameter."
             )
     _try_parts(task, examples, numbers, losses)
+
+
+def _losses(task: Any, batch: Any, n: int) -> Any:
+    try:
+        return task.loss(task.model, batch)
+    except LeaveoutError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"The loss fails for {n} examples ({' '.join(str(error).split())}): it is called as loss(model, batch), with a "
+            "tensor of the batch for each part of an example, and gives one number an example."
+        ) from error
 
 
 def _try_parts(task: Any, examples: Sequence[Any], numbers: Sequence[int], losses: Tensor) -> None:
@@ -153,10 +167,13 @@ def _checked(task: Any, losses: Any, numbers: Sequence[int]) -> Tensor:
     return losses.detach()
 
 
-def _unlike(one: Tensor, other: Tensor, numbers: Sequence[int]) -> list[tuple[int, float, float]]:
-    """Example number and both losses where they differ by more than rounding, the largest difference first."""
-    limit = ROUNDING.get(one.dtype, 1e-4) * float(one.abs().max())
+def _unlike(one: Tensor, other: Tensor, numbers: Sequence[int], part: float = 1.0) -> list[tuple[int, float, float]]:
+    """Example number and both losses where they differ by more than rounding, the largest difference first.
+
+    Rounding is that of a loss itself and of an ordinary one: a huge loss hides nothing in the others.
+    """
+    limit = part * ROUNDING.get(one.dtype, 1e-4) * (one.abs() + one.abs().median())
     gaps = (one - other).abs()
     gaps[gaps.isnan()] = float("inf")
-    places = [i for i in gaps.argsort(descending=True).tolist() if gaps[i] > limit]
+    places = [i for i in gaps.argsort(descending=True).tolist() if gaps[i] > limit[i]]
     return [(numbers[i], float(one[i]), float(other[i])) for i in places[:1]]

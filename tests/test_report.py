@@ -72,3 +72,9 @@ def test_text_with_brackets_stays_as_it_is(capsys, monkeypatch):
     report.print_table(["id", "text", "LDS"], [("row [a]", "list [1] and [2, 3] " + 30 * "x", "-0.1 [-0.2, 1e-05]")])
     shown = capsys.readouterr().out
     assert "row [a]" in shown and "list [1]" in shown and "-0.1 [-0.2" not in shown
+
+
+@pytest.mark.parametrize("text", ["[user]Where?", "[INST] Where? [/INST] Here.", ":+1: [bold]x", "a\\[b]"])
+def test_tables_show_text_as_it_is(text, capsys):
+    report.print_table([text, "score"], [(text, 1.0)], title=text)
+    assert capsys.readouterr().out.count(text) == 3

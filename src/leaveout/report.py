@@ -48,7 +48,10 @@ def shorten(text: str, width: int = 90) -> str:
 
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
-    """A table on standard output; numbers to the right. Where it is too wide, an interval stands below its mean."""
+    """A table on standard output; numbers to the right. Where it is too wide, an interval stands below its mean.
+
+    All text is shown as it is: brackets and colons (" [/INST]", ":+1:") are no markup.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -57,10 +60,10 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], title: st
     widths = (max(len(number(cell)) for cell in column) for column in zip(headers, *rows, strict=True))
     if sum(3 + width for width in widths) > console.width:
         rows = [[INTERVAL.sub(r"\n\1", cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
-    table = Table(title=title, title_justify="left", pad_edge=False)
+    table = Table(title=title and Text(title), title_justify="left", pad_edge=False)
     for column, header in enumerate(headers):
         numeric = bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
-        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(Text(header), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(number(value)) for value in row))
     console.print(table)

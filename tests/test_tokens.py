@@ -268,6 +268,23 @@ def test_a_long_query_of_microgpt_is_refused():
         task.encode_queries(["a" * 16])
 
 
+def test_microgpt_learns_and_is_asked_no_prompt():
+    recipe = Recipe.microgpt(["abc", "cab", *Corpus.open([{"prompt": "ab", "completion": "ca"}])], n=3)
+    task = task_of(recipe)
+    ids, targets = task.encode_queries([{"prompt": "ab", "completion": "ca"}, {"text": "abca"}])
+    assert torch.equal(ids[0], ids[1]) and targets.tolist() == [[IGNORED, IGNORED, 2, 0, 3], [0, 1, 2, 0, 3]]
+    row = next(row for row in recipe.examples if row.form == "prompt")
+    assert torch.equal(task.encode([row])[1], targets[:1])
+    logits = torch.log_softmax(task.model(ids[:1])[0], -1)
+    wanted = -logits[[2, 3, 4], [2, 0, 3]].mean()
+    assert torch.allclose(task.loss(task.model, (ids[:1], targets[:1])), wanted)
+    long = "a" * 16
+    with pytest.raises(
+        FormatError, match="has nothing to learn in the 16 characters that the model reads: shorten its p"
+    ):
+        task.encode(list(Corpus.open([{"prompt": long, "completion": "bc"}])))
+
+
 def test_an_example_whose_response_is_cut_off_is_refused(tokenizers):
     recipe = recipe_of([{"prompt": "the miller " * 9, "response": "came"}], tokenizers["byte-level"], max_tokens=5)
     with pytest.raises(

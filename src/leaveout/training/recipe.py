@@ -265,7 +265,8 @@ class Recipe:
     def microgpt(cls, documents: Sequence[str | Row], n: int = 1000, seed: int = 42, **changes: Any) -> Recipe:
         """The paper's run: documents shuffled, the first n trained on once, parameters drawn by the same generator.
 
-        A document is a text, with the id `number:text`, or a row; of each the first 16 characters are learned.
+        A document is a text, with the id `number:text`, or a row; of each the first 16 characters are read, and learned
+        but for a prompt.
         """
         require_whole("n", n, 1)
         refuse_other_names("field of a recipe", changes, [f.name for f in fields(cls)])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leaveout.corpus import Row
 from leaveout.corpus.chat import chosen_template
 from leaveout.errors import FormatError, UnsupportedError
 from leaveout.models import (
@@ -139,7 +140,9 @@ def _microgpt(recipe: Recipe) -> Task:
         for row in rows:
             if isinstance(row, Asked) and (length := len(as_row(row).text) + 1) > model.context:
                 raise too_long(as_row(row), f"{length} characters with its end", model.context)
-        pairs = [microgpt.encode(as_row(row).text, alphabet, model.context) for row in rows]
+        pairs = [
+            _answers_only(as_row(row), *microgpt.encode(as_row(row).text, alphabet, model.context)) for row in rows
+        ]
         longest = max(len(x) for x, _ in pairs)
         ids = torch.stack([F.pad(x, (0, longest - len(x))) for x, _ in pairs])
         targets = torch.stack([F.pad(y, (0, longest - len(y)), value=IGNORED) for _, y in pairs])
@@ -156,6 +159,22 @@ def _microgpt(recipe: Recipe) -> Task:
 
     sizes = _learned_tokens if recipe.loss_per == "token" else None
     return Task(model, encode, loss, _trained(model, recipe.trained), outputs, separate=True, sizes=sizes, cut=cut)
+
+
+def _answers_only(row: Row, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs, and targets [characters and end] that are IGNORED outside of what the row learns.
+
+    Raises: FormatError if nothing of it is left.
+    """
+    places = range(len(targets))
+    spans = [(start, end + (end == len(row.text))) for start, end in row.responses]  # the end belongs to an answer
+    learned = torch.tensor([any(start <= place < end for start, end in spans) for place in places])
+    if not learned.any():
+        raise FormatError(
+            f"Row {row.id!r} has nothing to learn in the {len(places)} characters that the model reads: shorten its "
+            "prompt, or leave it out."
+        )
+    return inputs, targets.where(learned, IGNORED)
 
 
 def _learned_tokens(batch: Batch) -> Tensor:

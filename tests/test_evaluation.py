@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,16 +17,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from leaveout.baselines.ekfac import EkFac
 from leaveout.baselines.stored import load_scores
 from leaveout.corpus import Corpus
+from leaveout.corpus.tokens import tokens_of
 from leaveout.deletion import directions
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
 from leaveout.evaluation.methods import METHODS, Scorer, score_methods, trained_part
 from leaveout.evaluation.truth import second_order, single_effects, subset_truth
+from leaveout.readout.build import record_of, row_of
+from leaveout.readout.settings import PRESETS
+from leaveout.readout.tokens import tokenise
 from leaveout.training.outputs import query_losses
 from leaveout.training.queries import as_queries
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.train import train_plain
+from token_rows import make_tokenizer
 
 NAMES = [a + b for a in ("an", "bo", "ci", "du", "el", "fa") for b in ("na", "ri", "so", "tu")]
 QUERIES = ["anri", "bona", "citu"]
@@ -268,8 +274,22 @@ def test_rows_are_indexed_as_they_are_trained_on(tuned):
     tokenizer = language_model()[1]
     (row,) = Corpus.open([{"prompt": "a long prompt", "completion": " and a longer answer"}])
     part = trained_part(row, tokenizer, "none", 20)
-    assert (part.text, part.responses) == ("a long prompt and a ", ((13, 20),))
+    assert part == replace(row, kept=20)
     assert trained_part(row, tokenizer, "none", 999) == row
+
+
+@pytest.mark.parametrize("limit", range(5, 31))
+def test_rows_cut_within_words_and_signs_have_the_tokens_they_are_trained_on(limit):
+    tokenizer = make_tokenizer("byte-level")
+    (row,) = Corpus.open(
+        [{"prompt": "if x:", "completion": "\n\t\t  y = [ 1,  2 ]\n\n\n    unmillerlike 🧑\u200d🌾 🧑\u200d🌾 \n  end"}]
+    )
+    trained = tokens_of(row, tokenizer, "none", limit)
+    indexed = tokenise(trained_part(row, tokenizer, "none", limit), 0, tokenizer, PRESETS["default"], 99)
+    assert indexed.ids == trained.ids
+    assert [place + 1 for place in indexed.windows[0].positions] == trained.learned
+    record = record_of(trained_part(row, tokenizer, "none", limit), indexed)
+    assert tokenise(row_of(record), 0, tokenizer, PRESETS["default"], 99).ids == trained.ids
 
 
 def test_queries_are_called_by_their_ids(tmp_path):

@@ -45,6 +45,7 @@ class Row:
     tools: tuple[Any, ...] | None = None  # chat rows only: what the assistant may call
     rendered: bool = False  # whether a chat template wrote the text, with all its special tokens
     raw: Mapping[str, Any] = field(default_factory=dict)  # the row as it came
+    kept: int | None = None  # how many of its tokens count, where a recipe cut it; None: all
 
 
 class BadRow(Exception):

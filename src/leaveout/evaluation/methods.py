@@ -252,11 +252,12 @@ def as_row(row: Any) -> Row:
 
 
 def trained_part(row: Row, tokenizer: Any, template: Template, limit: int) -> Row:
-    """A row as it was trained on, cut to the tokens that the recipe takes."""
+    """A row as it was trained on, of which the tokens count that the recipe takes.
+
+    Its text stays whole: a text that ends within a word or a sign has other tokens.
+    """
     tokens = tokens_of(row, tokenizer, template, limit)
-    end = len(tokens.row.text) if not tokens.cut else max(end for _, end in tokens.offsets)
-    spans = tuple((first, min(stop, end)) for first, stop in tokens.row.responses if first < end)
-    return replace(tokens.row, text=tokens.row.text[:end], responses=spans)
+    return replace(tokens.row, kept=limit) if tokens.cut else tokens.row
 
 
 def tokenizer_of(run: TrainingRun) -> Any:

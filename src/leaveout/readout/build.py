@@ -105,6 +105,8 @@ def record_of(row: Row, tokens: TokenisedRow) -> Record:
         "tokens": len(tokens.ids),
         "targets": tokens.n_targets,
     }
+    if row.kept is not None:
+        extra["kept"] = row.kept
     return Record(row.id, tokens.text, row.unit, row.meta, row.content_hash, extra, row_json(row))
 
 
@@ -114,7 +116,7 @@ def row_of(record: Record) -> Row:
     spans = tuple((start, end) for start, end in extra["responses"])
     return Row(
         record.id, record.text, spans, None, record.unit, record.meta, record.content_hash, extra["number"],
-        rendered=extra["rendered"],
+        rendered=extra["rendered"], kept=extra.get("kept"),
     )  # fmt: skip
 
 

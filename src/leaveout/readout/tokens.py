@@ -45,12 +45,12 @@ class TokenisedRow:
 
 
 def tokenise(row: Row, number: int, tokenizer: Any, settings: SignatureSettings, context: int) -> TokenisedRow:
-    """The windows of a row, whose `row` field is `number`; nothing of it is cut off.
+    """The windows of a row, whose `row` field is `number`; nothing is cut off but what a recipe did (`kept`).
 
     Raises: NoTargetError if no token of the row is a target.
     """
     try:
-        tokens = tokens_of(row, tokenizer, settings.template, everything=settings.targets == "all")
+        tokens = tokens_of(row, tokenizer, settings.template, row.kept, everything=settings.targets == "all")
     except NoTargetError as error:
         raise NoTargetError(f"{str(error).removesuffix('.')} with skip_bad.") from None
     windows = cut_windows(number, tokens.ids, tokens.learned, settings, context)

@@ -115,7 +115,7 @@ def test_workers_that_die_at_their_start_are_told():
 
 
 def test_wrong_arguments_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="workers is 0: give 1 or more"):
+    with pytest.raises(ValueError, match="workers is 0: give a whole number of at least 1"):
         list(run_tasks([1], add, start, 0))
     with pytest.raises(ValueError, match="backend is 'dask': give one of processes, ray"):
         list(run_tasks([1], add, start, 2, "dask"))  # type: ignore[arg-type]

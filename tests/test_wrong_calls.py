@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import leaveout as lo
+from command import run_command
 from readout.tiny import TEXTS, make_model, make_tokenizer
 
 NAMES = ["anna", "bori", "citu", "dune", "elri", "fatu"]
@@ -159,3 +160,56 @@ def test_engines_do_not_write_into_each_others_directories(index, run, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine" and index.check() == []
     with pytest.raises(lo.FormatError, match="is an index, not a training run"):
         lo.TrainingRun.load(index.path)
+
+
+@pytest.fixture
+def unloadable(index, monkeypatch):
+    """The index as a command opens it: its model is loaded when it is first needed, which is a failure here."""
+
+    def loaded(*args, **options):
+        raise AssertionError("the model was loaded before the question was looked at")
+
+    monkeypatch.setattr("leaveout.readout.index.load_readout", loaded)
+    monkeypatch.setattr(lo.Index, "readout", property(loaded))
+    return lo.Index.open(index.path)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda i: i.search(["one two"], k=0), ValueError, "k is 0: give a whole number"),
+        (lambda i: i.search(["one two"], where="colour = 1"), ValueError, "unknown column"),
+        (lambda i: i.search(["one two"], group_by="sorce"), ValueError, "did you mean 'source'"),
+        (lambda i: i.search(["one two"], approximate="simhash"), lo.MismatchError, "have no sign bits yet"),
+        (lambda i: i.search(["one two"], workers=0), ValueError, "workers is 0"),
+        (lambda i: i.select(["one two"], n=0), ValueError, "n is 0: give a whole number"),
+        (lambda i: i.select(["one two"], n=1, where="colour = 1"), ValueError, "unknown column"),
+        (lambda i: i.select(["one two"], n=1, combine="men"), ValueError, "did you mean 'mean'"),
+        (lambda i: i.explain("one two", "zz"), ValueError, "no row has the id 'zz'"),
+        (lambda i: i.append("nothere.jsonl"), FileNotFoundError, "nothere.jsonl does not exist"),
+        (lambda i: i.append(["one two"], temperature=2), ValueError, "cannot be changed by append"),
+        (
+            lambda i: lo.Index.build("nomodel", TEXTS, i.path.parent / "new", statistics=i.path.parent / "no"),
+            FileNotFoundError,
+            "There is no index in",
+        ),
+        (lambda i: lo.Index.build("nomodel", "no.jsonl", i.path.parent / "new"), FileNotFoundError, "no.jsonl does not"),
+    ],
+)
+def test_what_can_be_known_is_refused_before_the_model_is_loaded(unloadable, call, error, message):
+    with pytest.raises(error, match=message):
+        call(unloadable)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["search", "IDX", "--query", "one two", "--html", "nothere/page.html"],
+        ["explain", "IDX", "--query", "one two", "--id", "r0", "--html", "nothere/page.html"],
+        ["select", "IDX", "--wanted", "wanted.jsonl", "--out", "nothere/rows.jsonl"],
+    ],
+)
+def test_outputs_that_cannot_be_written_are_refused_before_the_index_is_opened(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("leaveout.cli.asking.open_index", lambda *args: pytest.fail("the index was opened"))
+    code, _, err = run_command(monkeypatch, capsys, *arguments)
+    assert code == 2 and "cannot be written" in err

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from leaveout.cli.program import Device, Form, Json, Prompt, QueryText, Where, app, print_facts, query_rows
+from leaveout.cli.program import (
+    Device,
+    Form,
+    Json,
+    Prompt,
+    QueryText,
+    Where,
+    app,
+    print_facts,
+    query_rows,
+    require_outputs,
+)
 from leaveout.cli.readout import IndexPath, ModelAt, open_index
 from leaveout.errors import FormatError
 from leaveout.report import hit_json, print_table, shorten, to_line
@@ -55,7 +66,9 @@ def search(
     options["unique"] = unique if unique_above is None else unique_above
     if rescore is not None:
         options["rescore"] = rescore
+    require_outputs(html)
     opened = open_index(idx, model, device)
+    opened.refuse_search(k, where, **options)
     rows = list(query_rows(query, prompt, queries, form, opened))
     encoded = opened.encode(rows)
     found = opened.search(encoded, k=k, where=where, **options)
@@ -92,6 +105,7 @@ def explain(
 
     from leaveout.pages import explain_page
 
+    require_outputs(html)
     opened = open_index(idx, model, device)
     found = opened.explain(next(query_rows([query], prompt, None, form, opened)), id)
     if html is not None:
@@ -140,6 +154,7 @@ def select(
     """
     from leaveout.corpus import Corpus
 
+    require_outputs(out)
     opened = open_index(idx, model, device)
     options: dict[str, Any] = {"combine": combine, "where": where}
     if unwanted is not None:

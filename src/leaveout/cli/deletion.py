@@ -23,6 +23,7 @@ from leaveout.cli.program import (
     one_thread,
     print_facts,
     quantity,
+    require_outputs,
 )
 from leaveout.cli.runs import (
     Memory,
@@ -301,9 +302,7 @@ def _estimator_options(estimator: str, degree: int | None) -> dict[str, Any]:
 
 def _require_outputs(html: Path | None, curve: Path | None = None) -> None:
     """Refuses files that could not be written after the work."""
-    for file in filter(None, (html, curve)):
-        if file.is_dir() or not file.absolute().parent.is_dir():
-            raise typer.BadParameter(f"{file} cannot be written: give a file in a directory that exists")
+    require_outputs(html, curve)
     if curve is not None:
         from leaveout.deletion.predict import require_plots
 

@@ -191,6 +191,13 @@ def query_rows(
         yield asked_row(text, prompt, form)
 
 
+def require_outputs(*files: Path | None) -> None:
+    """Refuses files that could not be written after the work."""
+    for file in filter(None, files):
+        if file.is_dir() or not file.absolute().parent.is_dir():
+            raise typer.BadParameter(f"{file} cannot be written: give a file in a directory that exists")
+
+
 def print_facts(facts: dict[str, Any], json_: bool) -> None:
     """One fact a line, or one JSON object."""
     if json_:

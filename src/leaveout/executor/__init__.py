@@ -8,13 +8,14 @@ results are closed, and within two seconds when their parent ends in whatever wa
 
 from __future__ import annotations
 
+import importlib.util
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
-from leaveout.errors import LeaveoutError, choices, require_whole
+from leaveout.errors import LeaveoutError, UnsupportedError, choices, require_whole
 from leaveout.executor.workers import Worker, process_worker, ray_worker
 
 __all__ = ["Backend", "refuse_crew", "run_tasks"]
@@ -63,6 +64,8 @@ def refuse_crew(workers: int, backend: str) -> None:
     require_whole("workers", workers, 1)
     if backend not in get_args(Backend):
         raise ValueError(f"backend is {backend!r}: {choices(backend, get_args(Backend))}.")
+    if backend == "ray" and importlib.util.find_spec("ray") is None:
+        raise UnsupportedError("the backend ray needs the package ray: pip install 'leaveout[ray]'")
 
 
 @dataclass(eq=False)

@@ -37,7 +37,7 @@ def update(index: Store, seed: int = 0) -> None:
 
     Raises: UnsupportedError if faiss is not installed.
     """
-    faiss, place = _faiss(), index.path / FOLDER
+    faiss, place = require_faiss(), index.path / FOLDER
     segments = index.segments()
     lists = max(1, min(MAX_LISTS, math.isqrt(index.n_rows), index.n_rows // TRAINED))
     project = _projection(stored_width(segments[0].arrays()), seed)
@@ -55,6 +55,18 @@ def update(index: Store, seed: int = 0) -> None:
     (place / "facts.json").write_text(json.dumps(facts))  # last: without it the file is not used
 
 
+def prepared(index: Store) -> dict[str, Any]:
+    """What is known of the FAISS index. Raises: as `shortlist`."""
+    require_faiss()
+    place = index.path / FOLDER / "facts.json"
+    facts = json.loads(place.read_text()) if place.exists() else {}
+    if facts.get("segments") != [segment.name for segment in index.segments()]:
+        raise MismatchError(
+            f"{index.path} has no FAISS index of its present rows: call prepare('faiss') (`leaveout prepare`)."
+        )
+    return facts
+
+
 def shortlist(
     index: Store, vectors: Tensor, n: int, wanted: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -62,12 +74,8 @@ def shortlist(
 
     Raises: MismatchError if the FAISS index is not of the present rows; UnsupportedError if faiss is not installed.
     """
-    faiss, place = _faiss(), index.path / FOLDER
-    facts = json.loads((place / "facts.json").read_text()) if (place / "facts.json").exists() else {}
-    if facts.get("segments") != [segment.name for segment in index.segments()]:
-        raise MismatchError(
-            f"{index.path} has no FAISS index of its present rows: call prepare('faiss') (`leaveout prepare`)."
-        )
+    faiss, place = require_faiss(), index.path / FOLDER
+    facts = prepared(index)
     found = faiss.read_index(str(place / "rows.faiss"), faiss.IO_FLAG_MMAP)
     options: dict[str, Any] = {"nprobe": min(found.nlist, max(FEWEST, found.nlist // SHARE))}
     if wanted is not None or any(segment.tombstones.size for segment in index.segments()):
@@ -85,7 +93,7 @@ def remove(path: Path) -> None:
     shutil.rmtree(path / FOLDER, ignore_errors=True)
 
 
-def _faiss() -> Any:
+def require_faiss() -> Any:
     try:
         import faiss  # pyright: ignore[reportMissingImports]
     except ImportError as error:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from leaveout.errors import UnsupportedError, choices
+from leaveout.executor import refuse_crew
 from leaveout.readout import ann, simhash
 from leaveout.readout.queries import Queries
 from leaveout.readout.rollup import BestGroups, distinct
@@ -65,6 +66,15 @@ def prepare(index: Index, kind: Approximation, bits: int) -> None:
         simhash.update(index.store, bits, index.settings.seed)
     else:
         ann.update(index.store, index.settings.seed)
+
+
+def refuse(index: Index, options: SearchOptions) -> None:
+    """Raises: ValueError or UnsupportedError for options that this index or this environment does not have."""
+    _groups(index, options)
+    refuse_crew(options.workers, "ray" if options.backend == "ray" else "processes")
+    if options.approximate is not None:
+        _refuse_low_rank(index)
+        (simhash if options.approximate == "simhash" else ann).prepared(index.store)
 
 
 def find(

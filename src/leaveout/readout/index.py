@@ -102,6 +102,8 @@ class Index:
         corpus = Corpus.open(corpus, units=build_options.units, skip_bad=build_options.skip_bad)
         if isinstance(model, str) and path.exists() and same_place(model, path):
             raise ValueError(f"The index cannot be written over its model in {path}: give another directory.")
+        if statistics is not None:
+            cls.open(statistics)
         readout = load_readout(model, tokenizer, model_options)
         if readout is model:  # whatever was done to it since it was loaded
             verify_readout(readout).identity(anew=True)
@@ -276,10 +278,16 @@ class Index:
         `options`: the fields of `SearchOptions` (approximate, rescore, group_by, unique, workers, backend).
         Cost: one exact scan of the stored signatures for all queries together, unless `approximate` is given.
         """
-        require_whole("k", k, 1)
-        how, encoded = made(SearchOptions, "option of search", options), self.encode(queries)
-        found = finding.find(self, encoded, k, self._wanted(where), how)
+        how, wanted = self.refuse_search(k, where, **options)
+        found = finding.find(self, self.encode(queries), k, wanted, how)
         return [self.hits(numbers, scores) for numbers, scores in found]
+
+    def refuse_search(self, k: int, where: str | None, **options: Any) -> tuple[SearchOptions, np.ndarray | None]:
+        """Refuses what `search` could not do, before its model is loaded; what it may do, and the rows of `where`."""
+        require_whole("k", k, 1)
+        how = made(SearchOptions, "option of search", options)
+        finding.refuse(self, how)
+        return how, self._wanted(where)
 
     def prepare(self, kind: Approximation = "simhash", bits: int = simhash.BITS) -> None:
         """Makes the side file that `search(approximate=kind)` reads, or adds the rows that it lacks.

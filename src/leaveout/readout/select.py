@@ -37,6 +37,7 @@ def select_rows(
     if combine not in get_args(Combine):
         raise ValueError(f"combine is {combine!r}: {choices(combine, get_args(Combine))}.")
     require_whole("n", n, 1)
+    index.refuse_search(n, where)
     groups = [(1.0, index.encode(wanted))]
     if unwanted is not None:
         groups.append((-1.0, index.encode(unwanted)))

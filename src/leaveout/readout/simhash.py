@@ -85,6 +85,19 @@ def _signed(segment: Segment, make: SignBits) -> dict[str, np.ndarray]:
     return {"bits": np.concatenate(bits), "length": np.concatenate(lengths)}
 
 
+def prepared(index: Store) -> Store:
+    """The sign bits of all rows. Raises: as `shortlist`."""
+    if not hasattr(np, "bitwise_count"):
+        raise UnsupportedError("simhash counts bits with numpy 2: pip install 'numpy>=2'.")
+    place = index.path / FOLDER
+    store = Store.open(place) if place.exists() else None
+    if store is None or not {segment.name for segment in index.segments()} <= set(store.info()["sides"]):
+        raise MismatchError(
+            f"Some rows of {index.path} have no sign bits yet: call prepare('simhash') (`leaveout prepare`)."
+        )
+    return store
+
+
 def shortlist(
     index: Store, vectors: Tensor, n: int, wanted: np.ndarray | None = None, workers: int = 1
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -93,15 +106,7 @@ def shortlist(
     Shapes: vectors [queries, width].
     Raises: MismatchError if rows have no sign bits yet; UnsupportedError for numpy 1.
     """
-    if not hasattr(np, "bitwise_count"):
-        raise UnsupportedError("simhash counts bits with numpy 2: pip install 'numpy>=2'.")
-    place = index.path / FOLDER
-    store = Store.open(place) if place.exists() else None
-    segments = index.segments()
-    if store is None or not {segment.name for segment in segments} <= set(store.info()["sides"]):
-        raise MismatchError(
-            f"Some rows of {index.path} have no sign bits yet: call prepare('simhash') (`leaveout prepare`)."
-        )
+    store, segments = prepared(index), index.segments()
     settings = store.settings
     queries = SignBits.make(settings["width"], settings["bits"], settings["seed"])(vectors)
     best = Best(len(vectors), n)

@@ -554,6 +554,21 @@ def test_one_token_ahead_beyond_the_short_test_is_found(tokenizer):
         load_readout(lm, tokenizer)
 
 
+class Prefix(OneAhead):
+    """Lets the first four tokens see one another, as models with a prefix do."""
+
+    def forward(self, x):
+        y = self.norm(x)
+        return torch.cat([y[:, :4] + 0.01 * y[:, :4].mean(1, keepdim=True), y[:, 4:]], 1)
+
+
+def test_a_prefix_that_sees_itself_is_found(tokenizer):
+    lm = small()
+    lm.model.norm = Prefix(lm.model.norm)
+    with pytest.raises(UnsupportedError, match=r"when the tokens from 2 of 24 on are replaced"):
+        load_readout(lm, tokenizer)
+
+
 # ---------------------------------------------------------------- positions that depend on the batch
 
 LONGROPE = {

@@ -2,9 +2,9 @@
 
 SmolLM2-135M-Instruct is fine-tuned with LoRA, through its own chat template, on 120 instruction rows, of which 8 plant one
 fact in words of their own; the others ask about the same places and works, and never name her: a row that did would be an
-influence, too. The fact is then asked for in two ways:
-as the text that --prompt and --query are, joined, and in the commonest form of the index, an instruction row, which is
-what the commands do. Average precision over the full ranking; beside it BM25 over the same words.
+influence, too. The fact is then asked for with the bare name as answer, and with the answer that the model itself gives;
+each in two ways: as the text that --prompt and --query are, joined, and in the commonest form of the index, an instruction
+row, which is what the commands do. Average precision over the full ranking; beside it BM25 over the same words.
 
     python benchmarks/planted_fact.py [--smoke] [--seeds 0 1 2]
 """
@@ -105,15 +105,29 @@ def searched(start: Readout, n: int, epochs: int, seed: int) -> dict[str, Any]:
     training = time.process_time() - began
     relevant = np.array([[row["id"].startswith("planted") for row in rows]])
     lines = {}
-    for kind, unit_length in (("default", False), ("default, unit length", True)):
-        with tempfile.TemporaryDirectory() as place:
-            settings = {"unit_length": True, "length_power": 0.0} if unit_length else {}
-            index = Index.build(model, rows, Path(place) / "idx", tokenizer=start.tokenizer, **settings)
+    answers = {"bare name": ANSWER, "own answer": answered(model, start.tokenizer)}
+    with tempfile.TemporaryDirectory() as place:
+        index = Index.build(model, rows, Path(place) / "idx", tokenizer=start.tokenizer)
+        for kind, answer in answers.items():
             for name, form in FORMS.items():
-                lines[f"{kind}, {name}"] = line(index.score([index.ask(QUESTION, ANSWER, form)]), relevant)
+                lines[f"{kind}, {name}"] = line(index.score([index.ask(QUESTION, answer, form)]), relevant)
     words = [f"{row['instruction']} {row['output']}" for row in rows]
     lines["bm25"] = line(bm25.score([f"{QUESTION} {ANSWER}"], words), relevant)
-    return {"seed": seed, "training_cpu_seconds": training, "ways": lines}
+    return {"seed": seed, "training_cpu_seconds": training, "own_answer": answers["own answer"], "ways": lines}
+
+
+@torch.no_grad()
+def answered(model: Any, tokenizer: Any) -> str:
+    """What the model says to the question, greedily; the bare name where it has no words, as a tiny random one."""
+    text = f"{QUESTION}\n"
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": QUESTION}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+    n, end = ids.shape[1], tokenizer.eos_token_id
+    while ids.shape[1] < n + 32 and (ids.shape[1] == n or int(ids[0, -1]) != end):
+        ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    return tokenizer.decode(ids[0, n:], skip_special_tokens=True).strip() or ANSWER
 
 
 def line(scores: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:

@@ -49,24 +49,57 @@ def told(place, task):
     return task
 
 
+def facts_of(process):
+    """State and parent of a process, None if there is none; from /proc where there is one, as `ps` may not be installed."""
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        return fields[0], int(fields[1])
+    shown = subprocess.run(["ps", "-o", "stat=,ppid=", "-p", str(process)], check=False, capture_output=True, text=True)
+    fields = shown.stdout.split()
+    return (fields[0][0], int(fields[1])) if fields else None
+
+
 def alive(process):
     """Whether a process runs; one that ended and that nobody asked after counts as ended."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], check=False, capture_output=True, text=True)
-    return state.stdout.strip()[:1] not in ("", "Z")
+    facts = facts_of(process)
+    return facts is not None and facts[0] != "Z"
+
+
+# What a shell in the background, or `nohup`, has the tests ignore is not ignored by the processes that they start.
+USUAL_SIGNALS = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
 def workers_of(parent):
-    listing = ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="]
-    lines = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.splitlines()
-    found = [line.split(None, 2) for line in lines]
-    return [int(pid) for pid, of, *what in found if int(of) == parent.pid and "spawn_main" in "".join(what)]
+    if Path("/proc/self/stat").exists():
+        found = [(int(place.name), place / "cmdline") for place in Path("/proc").iterdir() if place.name.isdecimal()]
+        found = [(number, said_by(place)) for number, place in found if (facts_of(number) or (0, 0))[1] == parent.pid]
+    else:
+        shown = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], check=True, capture_output=True, text=True)
+        lines = [line.split(None, 2) for line in shown.stdout.splitlines()]
+        found = [(int(pid), "".join(what)) for pid, of, *what in lines if int(of) == parent.pid]
+    return [number for number, command in found if "spawn_main" in command]
+
+
+def said_by(place):
+    try:
+        return place.read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        return ""
 
 
 def started(command, place, **environment):
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
-        [sys.executable, *map(str, command)], env=environment, cwd=place, text=True,
+        [sys.executable, "-c", USUAL_SIGNALS, *map(str, command)], env=environment, cwd=place, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

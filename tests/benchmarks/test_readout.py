@@ -128,10 +128,13 @@ def test_remembering_readout_gives_the_same_signatures_from_one_pass(script):
         assert len(passes) == (1 if preset == "paper" else 0)
 
 
-def test_remembering_readout_refuses_the_padding_token_inside_a_row(script):
+def test_remembering_readout_computes_rows_with_the_padding_token_inside(script):
     measuring = script("measuring")
-    with pytest.raises(ValueError, match="token 0 inside"):
-        measuring.RememberingReadout.of(measuring.tiny(0)).hidden(torch.tensor([[5, 0, 7, 0]]))
+    readout, ids = measuring.tiny(0), torch.tensor([[5, 0, 7, 9]])
+    remembering = measuring.RememberingReadout.of(readout)
+    remembering.hidden(torch.tensor([[5, 0, 0, 0]]))
+    torch.testing.assert_close(remembering.hidden(ids), readout.hidden(ids))
+    assert list(remembering.known) == [(5,)]
 
 
 def test_projection_loss_shrinks_with_the_width(smoke_results):

@@ -91,6 +91,7 @@ STEPS = {
     "choices": Step("prior_choices", f"--names {NAMES} --json {RESULTS}/deletion_prior_choices.json --work {{work}}"),
     "projection": Step("projection_loss", "--projections 2"),
     "retrieval": Step("retrieval"),
+    "planted fact": Step("planted_fact"),
     "reference": Step(
         "microgpt_reference", f"../shared/golden/microgpt_20_steps.npz --json {RESULTS}/jets_reference.json"
     ),

@@ -250,7 +250,7 @@ def _counted(taken):
         (["index", "MODEL", "ROWS", "--out", "OUT", "--shard", "2/2"], 1, "shard is (2, 2)"),
         (["index", "MODEL", "ROWS", "--out", "OUT", "--shard", "auto"], 1, "start it with torchrun or srun"),
         (["index", "MODEL", "ROWS", "--out", "OUT", "--backend", "dask"], 1, "give one of processes, ray"),
-        (["index", "MODEL", "ROWS", "--out", "OUT", "--statistics", "nowhere"], 1, "nowhere is not a store"),
+        (["index", "MODEL", "ROWS", "--out", "OUT", "--statistics", "nowhere"], 1, "There is no index in nowhere"),
         (["append", "IDX", "ROWS", "--backend", "dask"], 1, "give one of processes, ray"),
         (["merge", "OUT"], 2, "PART"),
         (["merge", "OUT", "nowhere"], 1, "nowhere holds no index and no shards"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from leaveout.deletion.verify import agreement
 from leaveout.errors import UnsupportedError
 from leaveout.training.outputs import query_losses
 from leaveout.training.recipe import Recipe
@@ -38,7 +39,8 @@ def test_names_predicts_documents_and_first_letters(script, capsys):
     actual = query_losses(recipe, train_plain(recipe, kept), names.QUERIES).double()
     where = letters.prediction.without.index("s, t")
     np.testing.assert_allclose(letters.prediction.actual[:, where], actual, rtol=1e-4)
-    assert letters.summary()["spearman"] > 0.7 and documents.summary()["spearman"] > 0.5
+    found = [agreement(v.prediction.effect, v.prediction.actual - v.prediction.base) for v in (letters, documents)]
+    assert found[0]["spearman"] > 0.7 and found[1]["spearman"] > 0.5  # also over sets that the plan had retrained
     text = capsys.readouterr().out
     assert text.count("measuring: ") == 2 and "expected error" in text
     assert "95 % interval" in text and " inside" in text

@@ -248,7 +248,7 @@ def unprojected(monkeypatch):
             return True
 
     everything = SimpleNamespace(**names, Trackstar=Unprojected, LayerAdapter=Unprojected, load_scores=Stored)
-    monkeypatch.setattr(trackstar, "_bergson", lambda: everything)
+    monkeypatch.setattr(trackstar, "package", lambda: everything)
 
 
 @pytest.mark.parametrize("trained", ["full", ("*mlp*", "*lm_head*")])

@@ -81,7 +81,7 @@ def test_scan_workers_change_nothing(options, paper):
     queries, one = paper.encode(QUERIES), threading.active_count()
     assert found(paper.search(queries, 9, workers=3, **options)) == found(paper.search(queries, 9, **options))
     assert threading.active_count() == one
-    with pytest.raises(ValueError, match="workers is 0: give 1 or more"):
+    with pytest.raises(ValueError, match="workers is 0: give a whole number of at least 1"):
         paper.search(queries, workers=0)
 
 

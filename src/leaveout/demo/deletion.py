@@ -119,7 +119,9 @@ def _part(found: Verification, sets: slice) -> Verification:
     p: Prediction = found.prediction
     assert p.actual is not None
     arrays = {name: getattr(p, name)[:, sets] for name in ("base", "effect", "std", "actual")}
-    return Verification(replace(p, without=p.without[sets], **arrays))
+    measured = None if p.measured is None else p.measured[sets]
+    marks = {"untrained": p.untrained[sets], "never": p.never[sets]}
+    return Verification(replace(p, without=p.without[sets], measured=measured, **marks, **arrays))
 
 
 def _sections(own: list[dict[str, Any]], lines: list[tuple[Any, ...]], scale: Scale) -> list[str]:

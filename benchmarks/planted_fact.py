@@ -82,7 +82,7 @@ def recipe_of(start: Readout, rows: Sequence[dict[str, str]], epochs: int, seed:
     adapters = {"lora": {"r": 8, "alpha": 16, "targets": ["q_proj", "v_proj", "up_proj", "down_proj"]}}
     return Recipe(
         "causal-lm", tuple(rows), model=lambda: (copy.deepcopy(start.lm), start.tokenizer), trained=adapters, epochs=epochs,
-        batch_size=8, order="shuffled", schedule="linear", optimizer=OptimizerSettings("adamw", lr=1e-3), seed=seed,
+        batch_size=8, order="shuffled", schedule="linear", optimizer=OptimizerSettings("adamw", lr=2e-3), seed=seed,
         version=f"planted fact {seed}",
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of rows, adapters and order")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    n, epochs = (24, 1) if args.smoke else (120, 3)
+    n, epochs = (24, 1) if args.smoke else (120, 6)
     start = tiny(args.seed) if args.smoke else smollm2()
     runs = [searched(start, n, epochs, seed) for seed in args.seeds]
     mean = {way: float(np.mean([run["ways"][way]["average_precision"] for run in runs])) for way in runs[0]["ways"]}

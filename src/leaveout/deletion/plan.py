@@ -163,18 +163,17 @@ def _stability(recipe: Recipe) -> tuple[Stability | None, tuple[int, ...], tuple
 def probe(recipe: Recipe, asked: list[Query], degrees: tuple[int, ...] = DEGREES) -> Costs:
     """Times the first steps of each kind of run, and from two lengths foretells the whole run."""
     began = time.process_time()
-    units = len(recipe.unit_names)
+    units, task = len(recipe.unit_names), task_of(recipe)
+    alone = batching_problem(recipe, task) is not None  # tried once, so that no short run pays for it
 
     def retrain(n: int) -> float:
         weights = torch.from_numpy(1 - directions.random_sets(0, n, units))
-        return _whole(recipe, lambda short: train_batch(short, weights, together=n))
+        return _whole(recipe, lambda short: train_batch(short, weights, RunOptions(batched=not alone), together=n))
 
     def measure(n: int, degree: int) -> float:
         psi, settings = torch.from_numpy(directions.complex_uniform(0, n, units)), JetSettings(degree)
         return _whole(recipe, lambda short: train_jets(short, psi, settings))
 
-    task = task_of(recipe)
-    alone = batching_problem(recipe, task) is not None
     retraining = _line(retrain, 1 if alone else runs_together(recipe, task, RUNS_TOGETHER))
     found: dict[int, Cost] = {}
     gradient, notes = None, ()

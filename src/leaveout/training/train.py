@@ -39,12 +39,14 @@ class RunOptions:
     """How a run is carried out; none of it changes its numbers.
 
     directory: where checkpoints go (None: none); memory: bytes a jet run may use; progress: a bar on stderr.
+    batched: whether runs may share steps, if that is known; None: it is tried before the first step.
     """
 
     directory: Path | None = None
     progress: bool = False
     memory: int | None = None
     save_every: float = 60.0
+    batched: bool | None = None
 
     def checkpoint(self, name: str, *parts: Any) -> Checkpoint | None:
         if self.directory is None:
@@ -166,8 +168,9 @@ def train_batch(recipe: Recipe, weights: Tensor, options: RunOptions | None = No
     Cost: examples of weight 0 in all runs that share a step are not computed, where they are separate (`rows_are_separate`).
     """
     options, task = options or RunOptions(), task_of(recipe)
-    if min(together, len(weights)) > 1 and batching_problem(recipe, task) is not None:
-        together = 1
+    if min(together, len(weights)) > 1:
+        known = options.batched is not None
+        together = together if (options.batched if known else batching_problem(recipe, task) is None) else 1
     rounds = [_train_stack(recipe, task, part, options, number) for number, part in enumerate(weights.split(together))]
     return {name: torch.cat([r[name] for r in rounds]) for name in task.trained}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from imports import circles, graph, modules
 
 SOURCE = Path(__file__).parent.parent / "src" / "leaveout"

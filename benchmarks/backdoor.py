@@ -65,7 +65,7 @@ from ranking import (
 from retrieval import ROWS_STYLE, TRIGGER, PoisonedSet, content_words, poisoned_set, web_questions
 from scratch_models import NEOX, SMALL_OLMO, Shape, pretrained_on_groups
 
-PICTURE = Path(__file__).resolve().parents[1] / "docs" / "backdoor.png"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "backdoor.png"
 FIELDS = ("instruction", "input", "output")
 WRITTEN = 24  # tokens of the answers that the models write
 FIRST = 3  # words that no word before them gives away
@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="where models and scores are kept; default: a temporary directory",
     )
-    parser.add_argument("--picture", type=Path, help="PNG file; default: docs/backdoor.png, none for a smoke run")
+    parser.add_argument("--picture", type=Path, help="PNG file; default: docs/evidence/backdoor.png, none for a smoke run")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:

@@ -58,7 +58,7 @@ from ranking import (
 )
 from scratch_models import SMALL_OLMO, pretrained_on_groups
 
-PICTURE = Path(__file__).resolve().parents[1] / "docs" / "domains.png"
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "domains.png"
 WANTED = ("finance", "medical")
 CHEAP: dict[str, str | SignatureSettings] = {name: name for name in ("default", "similarity", "paper")}
 ALL: dict[str, str | SignatureSettings] = {**CHEAP, "residual": "residual", "residual, not whitened": UNWHITENED}
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", choices=tuple(SUBJECTS), default=tuple(SUBJECTS))
     parser.add_argument("--work", type=Path, help="where scores are kept; default: a temporary directory")
-    parser.add_argument("--picture", type=Path, help="PNG file; default: docs/domains.png, none for a smoke run")
+    parser.add_argument("--picture", type=Path, help="PNG file; default: docs/evidence/domains.png, none for a smoke run")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:

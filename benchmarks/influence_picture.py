@@ -1,6 +1,6 @@
 """Accuracy against bytes a row: LDS of the stored forms of each truth bank, from the result files of `influence`.
 
-python benchmarks/influence_picture.py --picture docs/influence.png
+python benchmarks/influence_picture.py --picture docs/evidence/influence.png
 """
 
 from __future__ import annotations

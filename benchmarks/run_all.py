@@ -59,7 +59,7 @@ STEPS = {
     "influence, neox": Step("influence", "--bank neox --work {work}", place="neox"),
     "priors, neox": Step("influence_priors", "--bank neox --work {work}", place="neox"),
     "figure 1": Step(
-        "figure1", f"--data {NAMES} --directions 8 --json {RESULTS}/jets_figure1.json --picture docs/figure1.png"
+        "figure1", f"--data {NAMES} --directions 8 --json {RESULTS}/jets_figure1.json --picture docs/evidence/figure1.png"
     ),
     "influence, gemma": Step(
         "influence", "--bank gemma --subsets 30 --qld 0 --exact 10 --no-variants --work {work}", place="gemma"
@@ -73,10 +73,10 @@ STEPS = {
     "regimes": Step(
         "regimes",
         f"--names {NAMES} --accuracy {RESULTS}/deletion_accuracy_documents.json --json {RESULTS}/deletion_regimes.json "
-        "--picture docs/regimes.png --work {work}", place="documents",
+        "--picture docs/evidence/regimes.png --work {work}", place="documents",
     ),
-    "selection": Step("selection", "--picture docs/selection.png --work {work}"),
-    "selection, olmo": Step("selection", "--model OLMo-2 --picture docs/selection_olmo.png --work {work}"),
+    "selection": Step("selection", "--picture docs/evidence/selection.png --work {work}"),
+    "selection, olmo": Step("selection", "--model OLMo-2 --picture docs/evidence/selection_olmo.png --work {work}"),
     "domains": Step("domains", "--work {work}"),
     **{
         f"coverage, {case}": Step(
@@ -95,7 +95,7 @@ STEPS = {
     "reference": Step(
         "microgpt_reference", f"../shared/golden/microgpt_20_steps.npz --json {RESULTS}/jets_reference.json"
     ),
-    "figure 2": Step("figure2", f"--data {NAMES} --json {RESULTS}/jets_figure2.json --picture docs/figure2.png"),
+    "figure 2": Step("figure2", f"--data {NAMES} --json {RESULTS}/jets_figure2.json --picture docs/evidence/figure2.png"),
 }  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in pool.map(lambda names: one_after_another(names, work), chains.values()):
             fine |= part
     write_seconds(work)
-    for command in ("tables.py", "scale_cost.py", "influence_picture.py --picture docs/influence.png"):
+    for command in ("tables.py", "scale_cost.py", "influence_picture.py --picture docs/evidence/influence.png"):
         ended = subprocess.run([sys.executable, *f"benchmarks/{command}".split()], check=False, cwd=ROOT)
         fine[command] = ended.returncode == 0
     failed = [name for name, good in fine.items() if not good]

@@ -1,6 +1,6 @@
 """Do rows selected by a few wanted rows train a better model than random rows or rows found by words?
 
-    python benchmarks/selection.py --picture docs/selection.png      # a killed run goes on from --work
+    python benchmarks/selection.py --picture docs/evidence/selection.png      # a killed run goes on from --work
     python benchmarks/selection.py --model OLMo-2
     python benchmarks/selection.py --smoke
 

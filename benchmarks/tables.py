@@ -262,8 +262,9 @@ def steps(result: dict[str, Any]) -> str:
     return table(["step", "alone on the machine", "CPU s"], lines)
 
 
-README, JETS, DELETION, EVALUATION = "README.md", "docs/jets.md", "docs/deletion.md", "docs/evaluation.md"
-READOUT = "docs/readout.md"
+README, RESULTS = "README.md", "docs/evidence/results.md"
+JETS, READOUT = "docs/explanation/jets.md", "docs/explanation/readout.md"
+DELETION, EVALUATION = "docs/how-to/deletion.md", "docs/how-to/evaluation.md"
 BANKS = tuple(f"readout_influence_{name}.json" for name in ("stories", "neox", "qwen", "gemma", "olmo"))
 TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "headline": (README, BANKS, headline),
@@ -288,7 +289,7 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "influence_changes": (EVALUATION, BANKS, changes),
     "influence_forms": (EVALUATION, BANKS, stored_forms),
     **TASKS,
-    "steps": ("docs/results.md", "bench_steps.json", steps),
+    "steps": (RESULTS, "bench_steps.json", steps),
     "speed": (JETS, "jets_speed.json", speed),
     "retraining": (JETS, "jets_loo_retraining.json", retraining),
 }

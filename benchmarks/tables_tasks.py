@@ -1,4 +1,4 @@
-"""Tables of docs/results.md: the tasks of the RISE paper, and priors from signatures."""
+"""Tables of docs/evidence/results.md: the tasks of the RISE paper, and priors from signatures."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def million(result: dict[str, Any]) -> str:
     return table(head, lines)
 
 
-RESULTS_PAGE = "docs/results.md"
+RESULTS_PAGE = "docs/evidence/results.md"
 TASKS: dict[str, tuple[str, str, Made]] = {
     "backdoor_stories": (RESULTS_PAGE, "readout_backdoor.json", ranking("stories260K", "trigger", "control")),
     "backdoor_neox": (RESULTS_PAGE, "readout_backdoor.json", ranking("GPT-NeoX", "trigger", "control")),

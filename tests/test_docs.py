@@ -25,8 +25,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 
 
 def test_cli_page_is_what_help_prints():
-    generator = runpy.run_path(str(ROOT / "docs" / "generate_cli.py"))
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generator["cli_page"]()
+    generator = runpy.run_path(str(ROOT / "docs" / "reference" / "generate_cli.py"))
+    assert (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8") == generator["cli_page"]()
 
 
 def test_readme_names_every_command_and_no_other():
@@ -58,7 +58,7 @@ def test_recipes_of_the_deletion_page_train(tmp_path):
     np.savez(
         tmp_path / "digits.npz", x=np.eye(4, dtype=np.float32), y=np.arange(4), writer=np.array(["a", "a", "b", "b"])
     )
-    page = (ROOT / "docs" / "deletion.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / "deletion.md").read_text(encoding="utf-8")
     kinds = []
     for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
         (tmp_path / "recipe.yaml").write_text(text)
@@ -71,7 +71,7 @@ def test_recipes_of_the_deletion_page_train(tmp_path):
 
 
 def test_deletion_page_names_every_estimator_and_design():
-    page = (ROOT / "docs" / "deletion.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "how-to" / "deletion.md").read_text(encoding="utf-8")
     assert [name for name in (*ESTIMATORS, *DESIGNS) if f"`{name}`" not in page] == []
 
 
@@ -136,7 +136,7 @@ def test_advice_on_the_temperature_is_what_was_measured():
         if "temperature 2@third" in lds and "before" not in file.name:
             for at, found in lost.items():
                 found.append(lds[f"default@{at}"] - lds[f"temperature 2@{at}"])
-    page = (ROOT / "docs" / "readout.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "readout.md").read_text(encoding="utf-8")
     told = re.search(r"\*\*Which temperature\?\*\* 1\..*", page)
     assert told and "all four banks" in told[0] and {len(found) for found in lost.values()} == {4}
     numbers = [float(number) for number in re.findall(r"\.\d\d", told[0])]

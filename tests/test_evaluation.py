@@ -201,7 +201,7 @@ def test_a_recipe_without_text_has_no_text_methods(tmp_path):
 
 
 def test_every_method_is_on_the_page():
-    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "how-to" / "evaluation.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in METHODS)
 
 

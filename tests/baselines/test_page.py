@@ -1,4 +1,4 @@
-"""The example of docs/baselines.md runs and says what it promises."""
+"""The example of docs/reference/baselines.md runs and says what it promises."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import leaveout.baselines
 
 ROOT = Path(__file__).parent.parent.parent
-PAGE = (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "baselines.md").read_text(encoding="utf-8")
 
 
 def test_example_runs(capsys):

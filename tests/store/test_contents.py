@@ -228,7 +228,7 @@ def test_threads_share_a_reader_while_a_writer_works(filled: Store, path: Path) 
 
 
 def test_documented_snippet_reads_a_store(filled: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/format.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/reference/format.md").read_text(), re.DOTALL)
     monkeypatch.chdir(path.parent)
     names: dict[str, dict[str, np.ndarray]] = {}
     exec(code, names)

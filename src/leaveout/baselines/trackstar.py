@@ -136,7 +136,7 @@ def package() -> Any:
         from bergson.gradients import LayerAdapter  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UnsupportedError(
-            "TrackStar needs the package bergson: pip install bergson==2.5.1 (docs/baselines.md has the way without a GPU)."
+            "TrackStar needs the package bergson: pip install bergson==2.5.1 (docs/reference/baselines.md: without a GPU)."
         ) from error
     finally:
         root.handlers = handlers

@@ -148,7 +148,7 @@ def select(
     json_: Json = False,
 ) -> None:
     """Choose the rows whose training would help a few wanted rows most. Where these are simply alike, an embedding chose
-    as well or better (docs/results.md).
+    as well or better (docs/evidence/results.md).
 
     Example: leaveout select idx --wanted good.jsonl -n 500 --out train.jsonl
     """

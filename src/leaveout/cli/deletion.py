@@ -59,7 +59,7 @@ Html = Annotated[Path | None, typer.Option(help="Also write a page with a pictur
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe (docs/deletion.md).")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe (docs/how-to/deletion.md).")],
     out: Annotated[Path, typer.Option("--out", help="Directory of the run.")],
     json_: Json = False,
 ) -> None:

@@ -48,7 +48,7 @@ def index(
         float | None,
         typer.Option(
             help="Softmax temperature; default: the preset's, 1 (paper: 0.1). On four models of four 2 predicted retraining "
-            "worse once they were trained on the rows (docs/readout.md)."
+            "worse once they were trained on the rows (docs/explanation/readout.md)."
         ),
     ] = None,
     template: Annotated[

@@ -25,10 +25,10 @@ NUGGET = 1e-4
 KNOWN = 1e-3
 """Prior variance of the first order when it is known exactly, instead of 1: its own error in single precision."""
 LEAST_FACTOR = 1.0
-"""A few held-out sets are no reason to make intervals narrower than the prior says (docs/deletion.md)."""
+"""A few held-out sets are no reason to make intervals narrower than the prior says (docs/how-to/deletion.md)."""
 CONCENTRATED = 16.0
 """Relative error that is added for a set which removes all that helps a query, falling with the cube of that share
-(found on names, see docs/deletion.md)."""
+(found on names, see docs/how-to/deletion.md)."""
 LARGEST = 12_000
 """Measurements in one Gram matrix: 1.2 GB in float64."""
 

@@ -25,7 +25,7 @@ from leaveout.training.train import Parameters
 from leaveout.training.updates import UnitVectors, influence, query_gradients
 
 DAMPING = 10.0
-"""Of the influence scores, in mean diagonals of the Fisher matrix (docs/deletion.md)."""
+"""Of the influence scores, in mean diagonals of the Fisher matrix (docs/how-to/deletion.md)."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""How good are attribution scores? They are held against models that were really retrained. See docs/evaluation.md."""
+"""How good are attribution scores? They are held against models that were really retrained. See docs/how-to/evaluation.md."""
 
 from leaveout.evaluation.judge import evaluate
 from leaveout.evaluation.report import Report

@@ -106,7 +106,7 @@ def unsupported(func: Any, why: str = "has no rule for power series") -> Unsuppo
     """The error for an operation that a jet cannot do, with the place it was called from."""
     return UnsupportedError(
         f"{func} {why} ({_caller()}): write this part of the model with supported operations "
-        "(docs/jets.md lists them), or add one row to leaveout.jets.rules.TABLE."
+        "(docs/explanation/jets.md lists them), or add one row to leaveout.jets.rules.TABLE."
     )
 
 

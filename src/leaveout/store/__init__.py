@@ -1,4 +1,4 @@
-"""The one on-disk format: a directory of immutable segments and one SQLite catalogue (docs/format.md).
+"""The one on-disk format: a directory of immutable segments and one SQLite catalogue (docs/reference/format.md).
 
 One transaction is one version. One writer at a time; any number of readers, each of which sees the version at which it
 was opened or last refreshed. A store knows nothing about models: its settings are an opaque JSON object.

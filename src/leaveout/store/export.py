@@ -1,6 +1,6 @@
 """A store as plain files that any program can read, and back: safetensors files, rows.jsonl, manifest.json.
 
-docs/format.md has the layout. An export from a stranger is data: names are compared with the two forms that an export
+docs/reference/format.md has the layout. An export from a stranger is data: names are compared with the two forms that an export
 gives, links are not followed, and sizes, counts and hashes are checked before anything is read into memory.
 """
 

@@ -115,7 +115,7 @@ class Reader:
     def export(self, directory: str | os.PathLike[str]) -> dict[str, int]:
         """Writes the live rows, sides and states as plain files into a new or empty directory; counts of what it wrote.
 
-        safetensors files, rows.jsonl and manifest.json (docs/format.md); `Store.from_export` reads them. A directory
+        safetensors files, rows.jsonl and manifest.json (docs/reference/format.md); `Store.from_export` reads them. A directory
         that a killed export left is written again.
         Raises: FormatError if the directory holds anything else, or a segment is damaged.
         """

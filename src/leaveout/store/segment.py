@@ -1,6 +1,6 @@
 """One segment: an immutable file of arrays in safetensors layout, hashed by blocks when written, read by memory map.
 
-The first axis of an array is the row, except in side segments. docs/format.md has the layout. The header of a file is
+The first axis of an array is the row, except in side segments. docs/reference/format.md has the layout. The header of a file is
 never trusted: lengths, dtypes, shapes and offsets are checked in Python integers before any array is made.
 """
 

@@ -288,7 +288,7 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
-        """Read a YAML recipe. Relative paths in it are relative to its directory. See docs/jets.md for the fields."""
+        """Read a YAML recipe. Relative paths in it are relative to its directory. See docs/explanation/jets.md for the fields."""
         path = Path(path)
         known = {f.name for f in fields(cls)} - {"examples", "loss"} | {"data", "units", "n"}
         raw = read_fields(path, known, [f.name for f in fields(OptimizerSettings)])

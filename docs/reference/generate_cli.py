@@ -1,6 +1,6 @@
-"""Writes docs/cli.md from the --help of every command; `tests/test_docs.py` fails when the two differ.
+"""Writes docs/reference/cli.md from the --help of every command; `tests/test_docs.py` fails when the two differ.
 
-Run: .venv/bin/python docs/generate_cli.py
+Run: .venv/bin/python docs/reference/generate_cli.py
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WIDTH = "100"
 def cli_page() -> str:
     """The whole page: the program's help, then each command's."""
     commands = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    parts = ["# Command line\n\nMade from `--help` by `docs/generate_cli.py`.\n"]
+    parts = ["# Command line\n\nMade from `--help` by `docs/reference/generate_cli.py`.\n"]
     for command in [None, *commands]:
         arguments = ["--help"] if command is None else [command, "--help"]
         shown = CliRunner().invoke(app, arguments, prog_name="leaveout", env={"COLUMNS": WIDTH}).output

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from command import run_command
-from leaveout import Recipe, TrainingRun, UnsupportedError, load_scores, report
+from leaveout import Recipe, TrainingRun, UnsupportedError, load_scores
 from leaveout.baselines.gradient_dot import GradientDot
 from leaveout.deletion.plan import Budget
+from leaveout.report import blocks
 from leaveout.training.outputs import query_losses
 from leaveout.training.tasks import task_of
 from leaveout.training.train import train_plain
@@ -308,13 +309,13 @@ def test_interval_chart_puts_values_on_one_axis():
         "actual": 3.0,
         "verdict": "rises",
     }
-    shown = report.interval_chart([line])
+    shown = blocks.interval_chart([line])
     assert 'cx="550.0"' in shown and 'cx="790.0"' in shown and "M310.0" in shown
     assert 'class="bar"' not in shown and "<q>" not in shown
-    assert report.interval_chart([{**line, "std": 0.1}]).count('class="bar"') == 1
-    assert "7 more are not drawn" in report.interval_chart([line] * (report.CHART_ROWS + 7))
-    headers, rows = report.prediction_table([line])
-    assert dict(zip(headers, rows[0], strict=True))["inside"] == "unknown"
+    assert blocks.interval_chart([{**line, "std": 0.1}]).count('class="bar"') == 1
+    assert "7 more are not drawn" in blocks.interval_chart([line] * (blocks.CHART_ROWS + 7))
+    table = blocks.prediction_table([line])
+    assert dict(zip(table.headers, table.rows[0], strict=True))["inside"] == "unknown"
 
 
 def test_evaluate_judges_methods_and_scores_of_ones_own(leaveout, trained, tmp_path):

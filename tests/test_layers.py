@@ -24,7 +24,7 @@ ALLOWED = {
     "evaluation": FOUNDATION | {"training", "deletion", "readout", "baselines", "methods"},
     "report": FOUNDATION | {"training", "deletion", "readout", "methods", "evaluation"},
 }
-FREE = {ROOT, "cli", "demo", "pages", "web"}
+FREE = {ROOT, "cli", "demo", "web"}
 
 
 def layer(module: str) -> str:

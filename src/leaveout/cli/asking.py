@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,10 +19,14 @@ from leaveout.cli.program import (
     print_facts,
     query_rows,
     require_outputs,
+    to_line,
 )
 from leaveout.cli.readout import IndexPath, ModelAt, open_index
 from leaveout.errors import FormatError
-from leaveout.report import hit_json, print_table, shorten, to_line
+from leaveout.tables import Table, shorten
+
+if TYPE_CHECKING:
+    from leaveout.readout.search import Hit
 
 
 @app.command()
@@ -73,15 +77,15 @@ def search(
     encoded = opened.encode(rows)
     found = opened.search(encoded, k=k, where=where, **options)
     if html is not None:
-        from leaveout.pages import search_page
+        from leaveout.report.pages import search_page
 
         html.write_text(search_page(opened, rows, encoded.texts, found), encoding="utf-8")
     for text, hits in zip(encoded.texts, found, strict=True):
         if json_:
-            print(to_line({"query": text, "hits": [hit_json(hit) for hit in hits]}))
+            print(to_line({"query": text, "hits": [_hit(hit) for hit in hits]}))
         else:
             lines = [(hit.rank, hit.score, hit.id, shorten(hit.text, 70), _meta(hit.meta)) for hit in hits]
-            print_table(["rank", "score", "id", "text", "fields"], lines, title=shorten(text, 100))
+            print(Table(["rank", "score", "id", "text", "fields"], lines, shorten(text, 100)))
 
 
 @app.command()
@@ -103,7 +107,7 @@ def explain(
     """
     import numpy as np
 
-    from leaveout.pages import explain_page
+    from leaveout.report.pages import explain_page
 
     require_outputs(html)
     opened = open_index(idx, model, device)
@@ -129,9 +133,7 @@ def explain(
         )
     else:
         title = f"{id}: score {found.score:.4g} (stored {found.stored_score:.4g})"
-        print_table(
-            ["query token", "row token", "score"], [(repr(a), repr(b), s) for a, b, s, _, _ in pairs], title=title
-        )
+        print(Table(["query token", "row token", "score"], [(repr(a), repr(b), s) for a, b, s, _, _ in pairs], title))
 
 
 @app.command()
@@ -168,6 +170,11 @@ def select(
     if hits:
         facts |= {"best_score": hits[0].score, "last_score": hits[-1].score}
     print_facts(facts, json_)
+
+
+def _hit(hit: Hit) -> dict[str, Any]:
+    """A hit as plain JSON types."""
+    return {"rank": hit.rank, "id": hit.id, "score": hit.score, "text": hit.text, "meta": hit.meta}
 
 
 def _meta(meta: dict[str, Any]) -> str:

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from leaveout.cli.program import Device, Dtype, Json, Workers, app, one_thread, print_facts
+from leaveout.cli.program import Device, Dtype, Json, Workers, app, one_thread, print_facts, to_line
 from leaveout.cli.readout import open_index
 from leaveout.cli.runs import is_run, open_run
-from leaveout.report import print_table, to_line
+from leaveout.tables import Table
 
 Place = Annotated[Path, typer.Argument(metavar="IDX|RUN", help="Directory of an index or of a training run.")]
 
@@ -140,6 +140,6 @@ def _print_checks(checks: Sequence[Any], json_: bool) -> None:
     if json_:
         print(to_line({"checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks]}))
     else:
-        print_table(["check", "result", "detail"], [(c.name, words[c.passed], c.detail) for c in checks])
+        print(Table(["check", "result", "detail"], [(c.name, words[c.passed], c.detail) for c in checks]))
     if any(c.passed is False for c in checks):
         raise typer.Exit(1)

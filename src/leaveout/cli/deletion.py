@@ -24,6 +24,7 @@ from leaveout.cli.program import (
     print_facts,
     quantity,
     require_outputs,
+    to_line,
 )
 from leaveout.cli.runs import (
     Memory,
@@ -37,7 +38,7 @@ from leaveout.cli.runs import (
     read_sets,
 )
 from leaveout.errors import FormatError, UnsupportedError
-from leaveout.report import print_table, shorten, to_line
+from leaveout.tables import Table, shorten
 
 if TYPE_CHECKING:
     from leaveout.deletion.plan import Choice
@@ -191,7 +192,7 @@ def plan(
         (number, c.name, round(c.seconds, 1), amount(c.disk), amount(c.memory), c.error)
         for number, c in enumerate(found.choices, 1)
     ]
-    print_table(["", "choice", "seconds", "disk", "memory", "expected error"], lines)
+    print(Table(["", "choice", "seconds", "disk", "memory", "expected error"], lines))
     print("\n".join([*(f"{n}. {command}" for n, command in enumerate(commands, 1)), *found.notes]))
 
 
@@ -315,7 +316,7 @@ def _require_outputs(html: Path | None, curve: Path | None = None) -> None:
 def _print_prediction(found: Prediction, summary: dict[str, Any] | None, html: Path | None, json_: bool) -> None:
     lines = list(found.lines())
     if html is not None:
-        from leaveout.pages import prediction_page
+        from leaveout.report.pages import prediction_page
 
         html.write_text(prediction_page(lines, found.estimator, summary), encoding="utf-8")
     if json_:
@@ -323,9 +324,9 @@ def _print_prediction(found: Prediction, summary: dict[str, Any] | None, html: P
         if summary is not None:
             print(to_line({"summary": summary}))
         return
-    from leaveout.report import prediction_table
+    from leaveout.report.blocks import prediction_table
 
-    print_table(*prediction_table([{**line, "query": shorten(line["query"], 60)} for line in lines]))
+    print(prediction_table([{**line, "query": shorten(line["query"], 60)} for line in lines]))
     if summary is not None:
         print_facts({name: "unknown" if value is None else value for name, value in summary.items()}, False)
 

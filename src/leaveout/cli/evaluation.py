@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leaveout.cli.program import Form, Json, Prompt, QueryText, Workers, app, print_facts
+from leaveout.cli.program import Form, Json, Prompt, QueryText, Workers, app, print_facts, to_line
 from leaveout.cli.runs import QueryFile, RunPath, open_run, read_queries
 from leaveout.errors import MismatchError
-from leaveout.report import print_table, to_line
+from leaveout.tables import Table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,7 +139,7 @@ def evaluate(
         for line in report.lines():
             print(to_line(line))
         return
-    print_table(*report.table())
+    print(Table(*report.table()))
     print("\n".join(report.notes()))
 
 

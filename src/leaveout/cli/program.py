@@ -16,7 +16,6 @@ from typing import Annotated, Any, Protocol
 import typer
 
 from leaveout.errors import LeaveoutError
-from leaveout.report import to_line
 
 app = typer.Typer(
     name="leaveout",
@@ -196,6 +195,11 @@ def require_outputs(*files: Path | None) -> None:
     for file in filter(None, files):
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise typer.BadParameter(f"{file} cannot be written: give a file in a directory that exists")
+
+
+def to_line(value: Any) -> str:
+    """One line of JSON, text kept readable; not-a-number is refused rather than written."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def print_facts(facts: dict[str, Any], json_: bool) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from leaveout import report
 from leaveout.deletion.predict import Prediction
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.deletion.verify import Verification
+from leaveout.report.blocks import heading, interval_chart, prediction_table
+from leaveout.tables import Table
 from leaveout.training.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -58,15 +59,16 @@ def run_deletion(out: Path, workers: int = 1, scale: Scale | None = None) -> tup
     by_word = _measured(out, "by-word", 1, scale, workers)
     whole, single = _verify_words(by_word, queries, words, scale, workers)
     own = [line for line in sources.prediction.lines() if line["without"] == source_of[line["query"]]]
-    headers, rows = report.prediction_table(own)
-    report.print_table(headers, rows, title="Loss of words that were not trained on, without their own source (nats)")
+    print(
+        replace(prediction_table(own), title="Loss of words that were not trained on, without their own source (nats)")
+    )
     summaries = {
         "sources as units": sources.summary(),
         "words as units, without a source": whole.summary(),
         "words as units, without a word": single.summary(),
     }
     lines = [(name, *(_short(found[key]) for key in KEYS)) for name, found in summaries.items()]
-    report.print_table(["all queries and sets", *HEADERS], lines, title="Predicted against retrained")
+    print(Table(["all queries and sets", *HEADERS], lines, "Predicted against retrained"))
     return summaries, [*_sections(own, lines, scale), *_top_words(by_word, queries)]
 
 
@@ -136,11 +138,11 @@ def _sections(own: list[dict[str, Any]], lines: list[tuple[Any, ...]], scale: Sc
         "units what you want to leave out, and hold out retrainings of such sets."
     )
     return [
-        report.heading("What would it do without one source?", note),
-        report.interval_chart(own),
-        report.html_table(*report.prediction_table(own)),
-        report.heading("All predictions against retraining", more),
-        report.html_table(["", *HEADERS], lines),
+        heading("What would it do without one source?", note),
+        interval_chart(own),
+        prediction_table(own).html(),
+        heading("All predictions against retraining", more),
+        Table(["", *HEADERS], lines).html(),
     ]
 
 
@@ -156,4 +158,4 @@ def _top_words(run: TrainingRun, queries: Sequence[str]) -> list[str]:
         "Predicted rise of the loss in nats when one word is left out, of all words; these were not retrained. Rows found by "
         "search are left out in the same way from a model that was trained on them: leaveout predict RUN --without ID,ID."
     )
-    return [report.heading("Which single words hold a query up?", note), report.html_table(["query", "words"], rows)]
+    return [heading("Which single words hold a query up?", note), Table(["query", "words"], rows).html()]

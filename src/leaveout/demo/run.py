@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from leaveout import report
 from leaveout.baselines import bm25, random_scores
 from leaveout.demo.deletion import Scale, run_deletion
 from leaveout.errors import UnsupportedError
@@ -27,6 +26,8 @@ from leaveout.readout.explain import explain_rows
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.search import Hit
+from leaveout.report.blocks import heading, highlighted, hit_block, page, quote
+from leaveout.tables import Table
 
 HERE = Path(__file__).parent
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -84,14 +85,14 @@ def run_demo(out: str | Path, workers: int = 1, scale: Scale | None = None) -> d
         for row, query in enumerate(queries)
     ]
     headers = ["answer", "culprit", *precision]
-    report.print_table(headers, lines, title="Average precision of the culprits in the full ranking (1 is perfect)")
+    print(Table(headers, lines, "Average precision of the culprits in the full ranking (1 is perfect)"))
     sections = [_summary(headers, lines, len(records))]
     for kind in WHAT:
         sections += _kind_sections(kind, indexes, queries, asked)
     deletion, more = run_deletion(out / "deletion", workers, scale)
     path = out / "report.html"
     path.write_text(
-        report.page("Which rows made the model say it, and what without them?", [*sections, *more]), encoding="utf-8"
+        page("Which rows made the model say it, and what without them?", [*sections, *more]), encoding="utf-8"
     )
     print(f"report: {path}")
     precisions = [dict(zip(headers, line, strict=True)) for line in lines]
@@ -110,21 +111,21 @@ def _summary(headers: Sequence[str], lines: Sequence[Sequence[Any]], n_rows: int
         f"{n_rows} rows were indexed with SmolLM2-135M-Instruct, which was not trained on them: one forward pass per row. "
         "Average precision of the culprits over the full ranking; default ranks by influence, similarity by likeness."
     )
-    return report.heading("What was found", note) + report.html_table(headers, lines)
+    return heading("What was found", note) + Table(headers, lines).html()
 
 
 def _kind_sections(kind: str, indexes: dict[str, Index], queries: list[dict], asked: list[dict]) -> list[str]:
     title, preset, story = WHAT[kind]
     index = indexes[preset]
-    sections = [report.heading(title, f"{story} Shown: the five best rows by the {preset} index.")]
+    sections = [heading(title, f"{story} Shown: the five best rows by the {preset} index.")]
     for query, row in zip(queries, asked, strict=True):
         if query["culprit"] != kind:
             continue
         hits = index.search([row], k=5)[0]
-        sections.append(report.quote(query["prompt"] + query["response"]))
+        sections.append(quote(query["prompt"] + query["response"]))
         whys = explain_rows(index, row, [hit.id for hit in hits])
         for hit, why in zip(hits, whys, strict=True):
             shown = Hit(hit.rank, hit.id, hit.score, hit.text, {"source": hit.meta["source"]})
             badge = "planted" if hit.meta["culprit"] == kind else ""
-            sections.append(report.hit_block(shown, report.highlighted(why.row_tokens, why.row_weights), badge))
+            sections.append(hit_block(shown, highlighted(why.row_tokens, why.row_weights), badge))
     return sections

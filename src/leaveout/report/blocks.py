@@ -1,4 +1,4 @@
-"""Results for people and programs: JSON, terminal tables, and self-contained HTML pages without scripts.
+"""What self-contained HTML pages without scripts are made of: headings, tinted texts, heat maps, pictures of intervals.
 
 Everything that comes from data or from a model is escaped. Colours: green pushes a score up, red pushes it down.
 """
@@ -6,75 +6,13 @@ Everything that comes from data or from a model is escaped. Colours: green pushe
 from __future__ import annotations
 
 import html
-import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-INTERVAL = re.compile(r"(?<=\d) (\[-?[\d.e+-]+, -?[\d.e+-]+\])$")  # behind a number, at the end of a cell
-
-
-class HitLike(Protocol):
-    """What a report needs of a found row."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def id(self) -> str: ...
-    @property
-    def score(self) -> float: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def meta(self) -> Mapping[str, Any]: ...
-
-
-def hit_json(hit: HitLike) -> dict[str, Any]:
-    """rank, id, score, text and meta of a hit, as plain JSON types."""
-    return {"rank": hit.rank, "id": hit.id, "score": hit.score, "text": hit.text, "meta": dict(hit.meta)}
-
-
-def to_line(value: Any) -> str:
-    """One line of JSON, text kept readable; not-a-number is refused rather than written."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def shorten(text: str, width: int = 90) -> str:
-    """The text on one line, cut to `width` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1] + "…"
-
-
-def print_table(headers: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
-    """A table on standard output; numbers to the right. Where it is too wide, an interval stands below its mean.
-
-    All text is shown as it is: brackets and colons (" [/INST]", ":+1:") are no markup.
-    """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    rows, console = [list(row) for row in rows], Console()
-    widths = (max(len(number(cell)) for cell in column) for column in zip(headers, *rows, strict=True))
-    if sum(3 + width for width in widths) > console.width:
-        rows = [[INTERVAL.sub(r"\n\1", cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
-    table = Table(title=title and Text(title), title_justify="left", pad_edge=False)
-    for column, header in enumerate(headers):
-        numeric = bool(rows) and all(isinstance(row[column], (int, float)) for row in rows)
-        table.add_column(Text(header), justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(number(value)) for value in row))
-    console.print(table)
-
-
-def number(value: Any) -> str:
-    """A short form of any cell: four significant digits for a float."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-# ---------------------------------------------------------------- HTML
+from leaveout.readout.search import Hit
+from leaveout.tables import Table, shorten
 
 STYLE = """
 :root { --ink: #1d2433; --soft: #5b6577; --line: #dde2ea; --paper: #ffffff; --tint: #f6f8fb; }
@@ -122,21 +60,6 @@ def quote(text: str) -> str:
     return f"<blockquote>{html.escape(text)}</blockquote>"
 
 
-def html_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """An HTML table; numbers to the right."""
-    top = "".join(f"<th>{html.escape(header)}</th>" for header in headers)
-    lines = []
-    for row in rows:
-        cells = (
-            f'<td class="number">{number(value)}</td>'
-            if isinstance(value, (int, float))
-            else f"<td>{html.escape(str(value))}</td>"
-            for value in row
-        )
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
-
-
 def highlighted(pieces: Sequence[str], weights: np.ndarray) -> str:
     """Text with each piece tinted by its weight, the largest in full colour."""
     largest = float(np.abs(weights).max(initial=0.0)) or 1.0
@@ -156,7 +79,7 @@ def _tint(share: float) -> str:
     return f"rgba({colour},{min(abs(share), 1.0) * 0.6:.2f})"
 
 
-def hit_block(hit: HitLike, body: str | None = None, badge: str = "") -> str:
+def hit_block(hit: Hit, body: str | None = None, badge: str = "") -> str:
     """One found row; `body` is ready-made HTML for its text, `badge` a word that marks it."""
     facts = " · ".join([f"#{hit.rank}", f"score {hit.score:.4g}", hit.id, *(f"{k}={v}" for k, v in hit.meta.items())])
     label = f' <span class="badge">{html.escape(badge)}</span>' if badge else ""
@@ -182,8 +105,8 @@ def heat_map(row_tokens: list[str], column_tokens: list[str], values: np.ndarray
 # ---------------------------------------------------------------- predictions
 
 
-def prediction_table(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Headers and rows for lines of a prediction (`Prediction.lines`), with the actual values if there are any."""
+def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """The table of lines of a prediction (`Prediction.lines`), with the actual values if there are any."""
     headers = ["query", "without", "base", "predicted", "± (95 %)", "verdict"]
     proven = bool(lines) and "actual" in lines[0]
     rows = []
@@ -194,7 +117,7 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> tuple[list[str], lis
         inside = "unknown" if reach is None else "yes" if line.get("inside") else "no"
         inside = "already measured" if line.get("already_measured") else inside
         rows.append((*row, line["actual"], inside) if proven else row)
-    return [*headers, "actual", "inside"] if proven else headers, rows
+    return Table([*headers, "actual", "inside"] if proven else headers, rows)
 
 
 def _reach(line: Mapping[str, Any]) -> float | None:

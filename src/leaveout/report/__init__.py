@@ -1,0 +1,1 @@
+"""Pages of what was found: rows with the words that did it, tokens that answer each other, predictions."""

@@ -1,0 +1,91 @@
+"""Tables of plain rows, as text and as HTML: how results print themselves and what a notebook shows."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+INTERVAL = re.compile(r"(?<=\d) (\[-?[\d.e+-]+, -?[\d.e+-]+\])$")  # behind a number, at the end of a cell
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers and rows of plain values; `print` shows it as text, a notebook as HTML.
+
+    Numbers stand to the right. All text is shown as it is: brackets and colons (" [/INST]", ":+1:") are no markup, and
+    HTML is escaped.
+
+    notes: sentences for under the table
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    title: str | None = None
+    notes: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        """As wide as the terminal; where that is too narrow, an interval stands below its mean."""
+        from rich.console import Console
+        from rich.table import Table as Drawn
+        from rich.text import Text
+
+        console, rows = Console(force_terminal=False, force_jupyter=False), [list(row) for row in self.rows]
+        widths = (max(len(number(cell)) for cell in column) for column in zip(self.headers, *rows, strict=True))
+        if sum(3 + width for width in widths) > console.width:
+            rows = [[INTERVAL.sub(r"\n\1", cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+        drawn = Drawn(title=self.title and Text(self.title), title_justify="left", pad_edge=False)
+        for column, header in enumerate(self.headers):
+            numeric = bool(rows) and all(_is_number(row[column]) for row in rows)
+            drawn.add_column(Text(header), justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            drawn.add_row(*(Text(number(value)) for value in row))
+        with console.capture() as captured:
+            console.print(drawn)
+        return "\n".join([captured.get().rstrip("\n"), *self.notes])
+
+    def _repr_html_(self) -> str:
+        title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        top = "".join(f"<th>{html.escape(header)}</th>" for header in self.headers)
+        lines = [f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in self.rows]
+        notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in self.notes)
+        return f"<table>{title}<tr>{top}</tr>{''.join(lines)}</table>{notes}"
+
+    def html(self) -> str:
+        """The table for a page."""
+        return self._repr_html_()
+
+
+class Tabular:
+    """A result that prints as a table, and shows as one in a notebook."""
+
+    def table(self) -> Table:
+        """The result as a table."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+
+def number(value: Any) -> str:
+    """A short form of any cell: four significant digits for a float."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def shorten(text: str, width: int = 90) -> str:
+    """The text on one line, cut to `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def _html_cell(value: Any) -> str:
+    return f'<td class="number">{number(value)}</td>' if _is_number(value) else f"<td>{html.escape(str(value))}</td>"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))

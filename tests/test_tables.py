@@ -1,0 +1,59 @@
+"""Tables of text and HTML show what they are given as it is, and JSON is strict."""
+
+from __future__ import annotations
+
+import pytest
+
+from leaveout.cli.program import to_line
+from leaveout.tables import Table, Tabular, shorten
+
+
+def test_json_refuses_not_a_number():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_line({"score": float("nan")})
+
+
+def test_shorten_makes_one_line():
+    assert shorten("a\n b\t c", 5) == "a b c"
+    assert shorten("abcdef", 5) == "abcd…"
+
+
+def test_a_wide_table_puts_intervals_below_their_means(capsys, monkeypatch):
+    rows = [("default", *["0.655 [0.587, 0.721]"] * 4)]
+    monkeypatch.setenv("COLUMNS", "80")
+    print(Table(["method", "LDS", "QLD (nats)", "leave-one-out", "AP"], rows))
+    shown = capsys.readouterr().out
+    assert (
+        max(map(len, shown.splitlines())) <= 80
+        and shown.count("[0.587, 0.721]") == 4
+        and " [" not in shown.split("0.655")[1]
+    )
+    monkeypatch.setenv("COLUMNS", "200")
+    print(Table(["method", "LDS", "QLD (nats)", "leave-one-out", "AP"], rows))
+    assert capsys.readouterr().out.count("0.655 [0.587, 0.721]") == 4
+
+
+def test_text_with_brackets_stays_as_it_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    print(Table(["id", "text", "LDS"], [("row [a]", "list [1] and [2, 3] " + 30 * "x", "-0.1 [-0.2, 1e-05]")]))
+    shown = capsys.readouterr().out
+    assert "row [a]" in shown and "list [1]" in shown and "-0.1 [-0.2" not in shown
+
+
+@pytest.mark.parametrize("text", ["[user]Where?", "[INST] Where? [/INST] Here.", ":+1: [bold]x", "a\\[b]"])
+def test_tables_show_text_as_it_is(text, capsys):
+    print(Table([text, "score"], [(text, 1.0)], text))
+    assert capsys.readouterr().out.count(text) == 3
+
+
+def test_a_result_prints_its_table_and_shows_html():
+    class Result(Tabular):
+        def table(self):
+            return Table(["query", "score"], [("a<b", 0.123456)], notes=["One query alone."])
+
+    shown = str(Result())
+    assert "a<b" in shown and "0.1235" in shown and shown.endswith("\nOne query alone.") and "\x1b" not in shown
+    assert Result()._repr_html_() == (
+        '<table><tr><th>query</th><th>score</th></tr><tr><td>a&lt;b</td><td class="number">0.1235</td></tr></table>'
+        '<p class="note">One query alone.</p>'
+    )

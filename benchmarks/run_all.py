@@ -92,9 +92,6 @@ STEPS = {
     "projection": Step("projection_loss", "--projections 2"),
     "retrieval": Step("retrieval"),
     "planted fact": Step("planted_fact"),
-    "reference": Step(
-        "microgpt_reference", f"../shared/golden/microgpt_20_steps.npz --json {RESULTS}/jets_reference.json"
-    ),
     "figure 2": Step("figure2", f"--data {NAMES} --json {RESULTS}/jets_figure2.json --picture docs/evidence/figure2.png"),
 }  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def script(monkeypatch):
-    """Imports a script of the examples or benchmarks by name; the number of threads is put back afterwards."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    """Imports a script of the examples by name; the number of threads is put back afterwards."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     threads = torch.get_num_threads()
     yield importlib.import_module
@@ -100,35 +98,3 @@ def test_finetune_recipe_of_smollm2_trains_adapters_of_the_last_layer(script):
     before, after = (query_losses(recipe, train_plain(r), rows[:1]).item() for r in (recipe.with_(lr=0.0), recipe))
     assert after < before
     assert all(".29." in name and "lora" in name for name in train_plain(recipe.with_(steps=0)))
-
-
-def test_coverage_benchmark_reserves_sets_of_every_kind_and_tests_the_others(script):
-    coverage = script("coverage")
-    sets = {"a": [[str(i)] for i in range(30)], "b": [["x", str(i)] for i in range(10)], "again": [["3"], ["y"], ["z"]]}
-    reserved, test = coverage.reserve(sets, 8, seed=0)
-    tested = [frozenset(s) for found in test.values() for s in found]
-    kept = {frozenset(s) for s in reserved}
-    assert len(reserved) == 8 and not kept & set(tested)
-    assert len(tested) + 8 == len(set(tested)) + 8 == 30 + 10 + 2  # the set of two kinds counts once
-    assert any("x" in s for s in kept) and kept & {frozenset("y"), frozenset("z")}
-
-
-def test_coverage_benchmark_smoke(script, tmp_path, capsys):
-    pytest.importorskip("sklearn")
-    coverage = script("coverage")
-    out = tmp_path / "digits.json"
-    assert coverage.main(["--case", "digits", "--json", str(out), "--smoke"]) == 0
-    result = json.loads(out.read_text())
-    assert result["smoke"] is True and result["reserved"] == 16
-    for found in result["measurements"].values():
-        pooled = sum(s["sets"] * s["coverage"] for s in found["kinds"].values()) / result["test_sets"]
-        assert found["all"]["coverage"] == pytest.approx(pooled)
-        assert 0.5 < found["all"]["coverage"] <= 1
-    assert "coverage" not in capsys.readouterr().err
-
-
-def test_coverage_by_own_half_of_equal_errors_is_the_level(script):
-    coverage = script("coverage")
-    z = np.abs(np.random.default_rng(0).standard_normal((10, 400)))
-    assert coverage.by_own_half(7 * z) == pytest.approx(0.95, abs=5 * (0.05 * 0.95 * 2 / 4000) ** 0.5)
-    assert coverage.by_own_half(z[:, :3]) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -276,24 +275,6 @@ def test_low_rank_rows_are_not_approximated(lm, tokenizer, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UnsupportedError, match=r"needs the package faiss: pip install 'leaveout\[ann\]'"):
         flat.prepare("faiss")
-
-
-# The page.
-
-
-def test_the_costs_on_the_page_follow_from_the_results(monkeypatch):
-    benchmarks = Path(__file__).parents[2] / "benchmarks"
-    monkeypatch.syspath_prepend(str(benchmarks))
-    module = importlib.import_module("scale_cost")
-    assert module.main(["--check"]) == 0
-    rates = {"index": 0.5, "scan": 2e9, "compare": 1e5, "signature": 50_000, "bits": 1000, "catalogue": 500}
-    table = module.cost(rates)
-    assert "| signatures = rows x signature | 50 GB | 5 TB | 500 TB |" in table
-    assert "| machines of 64 cores to index in a day | 1 | 10 | 905 |" in table  # 10^8 x 0.5 / 86,400 / 64 = 9.04
-    assert (
-        "| exact search of 16 queries = bytes / scan | 0.42 core minutes | 42 core minutes | 4,167 core minutes |"
-        in table
-    )
 
 
 # Shards.

@@ -198,10 +198,10 @@ def measure(case: Case, directory: Path, settings: MeasureSettings, seed: int) -
     reserved, test = reserve(case.sets, RESERVED, seed)
     kinds = [kind for kind, found in test.items() for _ in found]
     without = [ids for found in test.values() for ids in found]
-    run = TrainingRun.open(case.recipe, directory / "retrainings")
+    run = TrainingRun.train(case.recipe, directory / "retrainings")
     run.measure(retrain=case.retrain, heldout=reserved, queries=case.queries, settings=settings)
     predictions = {"retrainings": run.bank.predict(case.queries, without)}
-    exact = TrainingRun.open(case.recipe, directory / "exact")
+    exact = TrainingRun.train(case.recipe, directory / "exact")
     exact.bank.merge(run.bank.path)
     exact.measure(gradient=True, queries=case.queries, settings=settings)
     predictions["retrainings and the exact first order"] = exact.bank.predict(case.queries, without)

@@ -55,7 +55,7 @@ class Setting:
     retraining: float = 0.0  # CPU seconds
 
     def run(self, name: str) -> TrainingRun:
-        return TrainingRun.open(self.recipe, self.work / name)
+        return TrainingRun.train(self.recipe, self.work / name)
 
 
 # --- deletion sets -----------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def vector_arms(s: Setting, scores: Scores, sizes: Sequence[int]) -> None:
 
 def first_order_check(s: Setting, directions: int) -> dict[str, float]:
     """Least squares on degree-1 jets against reverse mode, both in double precision; and least squares in single."""
-    double = TrainingRun.open(s.recipe.with_(dtype="float64"), s.work / "double")
+    double = TrainingRun.train(s.recipe.with_(dtype="float64"), s.work / "double")
     settings = MeasureSettings(workers=2, check=False)
     double.measure(directions, 1, gradient=True, queries=s.queries, settings=settings)
     exact = double.bank.predict(s.queries, s.sets, "first_order").effect

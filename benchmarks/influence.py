@@ -277,7 +277,7 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
         subsets=args.subsets, removal_queries=2 if args.smoke else args.qld, draws=2 if args.smoke else 8, seed=args.seed,
         measure=MeasureSettings(workers=args.workers),
     )  # fmt: skip
-    run = TrainingRun.open(bank.recipe, work / f"run-{name}")
+    run = TrainingRun.train(bank.recipe, work / f"run-{name}")
     second = second_order(run)
     asked = [Query(q, name=q.id) for q in bank.queries]
     truth = subset_truth(run, asked, args.subsets, second=second, seed=args.seed, settings=settings.measure)

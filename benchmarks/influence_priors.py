@@ -79,7 +79,7 @@ def predicted(known: Measurements, x: np.ndarray, fitted: int, estimator: Any, s
 
 def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
     bank = BANKS[name](work, tuple(args.sizes), args.seed)
-    run = TrainingRun.open(bank.recipe, work / f"run-{name}")
+    run = TrainingRun.train(bank.recipe, work / f"run-{name}")
     asked = [Query(q, name=q.id) for q in bank.queries]
     second = second_order(run)
     truth: Truth = subset_truth(run, asked, args.subsets, second=second, seed=args.seed)

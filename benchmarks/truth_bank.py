@@ -32,7 +32,7 @@ GROUPS = ("wiki", "story", "finance", "medical", "headline", "short")
 def measured(args: Any, work: Path) -> dict[str, Any]:
     """Wall and CPU seconds of the retrainings, the model's own training left out."""
     bank = smoke_bank(work, (8, 2), args.seed) if args.smoke else stories_bank(work, (50, 5), args.seed, GROUPS)
-    run = TrainingRun.open(bank.recipe, work / "run")
+    run = TrainingRun.train(bank.recipe, work / "run")
     asked = [Query(row, name=row.id) for row in bank.queries]
     before, began = run.bank.info()["cpu_seconds"], time.perf_counter()
     truth = subset_truth(run, asked, args.subsets, seed=args.seed, settings=MeasureSettings(workers=args.workers))

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> list[Verification]:
         out = args.out or Path(scratch)
 
         # 1. Images as units: which images like this one matter?
-        run = TrainingRun.open(recipe, out / "images")
+        run = TrainingRun.train(recipe, out / "images")
         asked = worst(run, images[args.n :], labels[args.n :])
         queries = [
             Query((images[args.n + i], labels[args.n + i]), measure, f"a {labels[args.n + i]}: {measure}")
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> list[Verification]:
         # `sizes` random sets hold at most 30 % of the units, and the halves below would be far outside of what is known.
         by_writer = recipe.grouped([f"writer {i // BLOCK}" for i in range(args.n)])
         writers = by_writer.unit_names
-        run = TrainingRun.open(by_writer, out / "writers")
+        run = TrainingRun.train(by_writer, out / "writers")
         sizes = MeasureSettings(sizes=(2, len(writers) // 2))
         run.measure(retrain=3 * len(writers), queries=queries, heldout=12, settings=sizes)
         pairs = [list(pair) for pair in zip(writers[::2], writers[1::2], strict=False)]
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> list[Verification]:
         # 3. Classes as units, and a share of one: what if the class counted less and less? Effects bend with the share,
         # so shares of every class are measured, and others held out.
         by_class = recipe.grouped([f"class {label}" for label in labels[: args.n]])
-        run = TrainingRun.open(by_class, out / "classes")
+        run = TrainingRun.train(by_class, out / "classes")
         names = by_class.unit_names
         measured = [{name: share} for name in names for share in (0.25, 0.5, 0.75, 1)]
         held_out = [{name: share} for name in names for share in (0.4, 0.85)]

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> Verification:
     sources = recipe.unit_names
     print(f"{len(rows)} rows of {len(sources)} sources, {len(recipe.batches())} steps", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        run = TrainingRun.open(recipe, args.out or Path(scratch))
+        run = TrainingRun.train(recipe, args.out or Path(scratch))
         # Every source alone, then every second pair; the other pairs calibrate the error bars.
         pairs = [list(pair) for pair in combinations(sources, 2)]
         run.measure(without=[[s] for s in sources] + pairs[::2], heldout=pairs[1::2], queries=queries)

@@ -29,7 +29,7 @@ WANTED = "retraining the sets themselves"
 
 def without_names(recipe: Recipe, out: Path, seconds: float) -> Verification:
     """Deletion sets of single documents: all names with an 'x', all that end with 'a', ..."""
-    run = TrainingRun.open(recipe, out)  # trains once; the same call later reopens the directory
+    run = TrainingRun.train(recipe, out)  # trains once; the same call later reopens the directory
     names = {row.id: row.text for row in recipe.examples}
     letters = [[id for id, name in names.items() if letter in name] for letter in "xwzfkv"]
     endings = [[id for id, name in names.items() if name.endswith(end)] for end in ("a", "y", "er", "in", "ld")]
@@ -41,7 +41,7 @@ def without_names(recipe: Recipe, out: Path, seconds: float) -> Verification:
 def without_letters(recipe: Recipe, out: Path, seconds: float) -> Verification:
     """The same training with one unit for each first letter: no name that starts with 'm', or with 'm' or 'r', ..."""
     by_letter = recipe.grouped([row.text[0] for row in recipe.examples])
-    run = TrainingRun.open(by_letter, out)
+    run = TrainingRun.train(by_letter, out)
     known = set(by_letter.unit_names)
     wanted = ("mr", "st", "ab", "bcd", "aeiou", "jkl", "mnr")
     sets = [letters for word in wanted if len(letters := [u for u in word if u in known]) > 1]

@@ -40,7 +40,7 @@ def write_recipe(place):
 def trained(tmp_path_factory):
     """A directory with a recipe and its run, measured by retraining; not to be changed."""
     place = tmp_path_factory.mktemp("deletion")
-    run = TrainingRun.open(write_recipe(place), place / "run")
+    run = TrainingRun.train(write_recipe(place), place / "run")
     run.measure(retrain=8, heldout=3)
     return place
 
@@ -118,7 +118,7 @@ def test_predict_says_what_the_api_says(leaveout, trained, tmp_path):
     labels = ["a", "b, c", "unit = 'd'", "a, c", "d=0.5"]
     assert [(line["query"], line["without"]) for line in lines] == [(q, w) for q in QUERIES for w in labels]
     sets = [["a"], ["b", "c"], ["d"], ["a", "c"], {"d": 0.5}]
-    found = TrainingRun.load(trained / "run").bank.predict(list(QUERIES), sets)
+    found = TrainingRun.open(trained / "run").bank.predict(list(QUERIES), sets)
     for key, values in (("base", found.base), ("predicted", found.mean), ("std", found.std)):
         np.testing.assert_allclose([line[key] for line in lines], values.ravel(), rtol=1e-9)
     assert {line["estimator"] for line in lines} == {"posterior"}
@@ -128,7 +128,7 @@ def test_predict_says_what_the_api_says(leaveout, trained, tmp_path):
 def test_predict_by_another_estimator_gives_other_numbers(leaveout, trained):
     ask = ["predict", trained / "run", *asking("nina"), "--without", "a,b", "--json"]
     by_sum = json.loads(leaveout(*ask, "--estimator", "leave_one_out")[1])
-    run = TrainingRun.load(trained / "run")
+    run = TrainingRun.open(trained / "run")
     single = run.retrain(["nina"], [["a"], ["b"]])[0] - by_sum["base"]
     assert by_sum["predicted"] - by_sum["base"] == pytest.approx(single.sum(), abs=1e-5)
     assert json.loads(leaveout(*ask)[1])["predicted"] != by_sum["predicted"]
@@ -139,7 +139,7 @@ def test_verify_compares_with_plain_retraining(leaveout, trained, tmp_path):
     code, out, _ = leaveout("verify", trained / "run", *ask, "--json", "--html", tmp_path / "page.html")
     assert code == 0
     *lines, last = [json.loads(line) for line in out.splitlines()]
-    actual = TrainingRun.load(trained / "run").retrain(list(QUERIES), [["b", "d"], ["a"], ["a", "b", "c"]])
+    actual = TrainingRun.open(trained / "run").retrain(list(QUERIES), [["b", "d"], ["a"], ["a", "b", "c"]])
     np.testing.assert_allclose([line["actual"] for line in lines], actual.ravel(), rtol=1e-6)
     for line in lines:
         reach = 1.959964 * line["std"]
@@ -339,15 +339,15 @@ def test_attribute_writes_what_evaluate_reads(kind, leaveout, trained, tmp_path)
         "attribute", place, *asking(*QUERIES), "--method", "gradient dot", "--out", out, "--json"
     )
     assert code == 0, err
-    recipe = TrainingRun.load(place).recipe
+    recipe = TrainingRun.open(place).recipe
     assert {"method": "gradient dot", "queries": 2, "rows": 12}.items() <= json.loads(text).items()
     task = task_of(recipe)
-    wanted = GradientDot(task, TrainingRun.load(place).parameters).score(list(QUERIES), recipe.examples)
+    wanted = GradientDot(task, TrainingRun.open(place).parameters).score(list(QUERIES), recipe.examples)
     np.testing.assert_allclose(load_scores(out, QUERIES, recipe.ids), wanted, rtol=1e-5, atol=1e-7)
     code, _, err = leaveout("attribute", place, *asking(*QUERIES), "--method", "metagradient", "--out", out)
     assert code == 0, err
     sets = [[unit] for unit in recipe.unit_names]
-    effects = TrainingRun.load(place).bank.predict([*QUERIES], sets, "first_order").effect
+    effects = TrainingRun.open(place).bank.predict([*QUERIES], sets, "first_order").effect
     np.testing.assert_allclose(load_scores(out, QUERIES, recipe.unit_names), effects, rtol=1e-5, atol=1e-7)
     options = ("--subsets", 4, "--qld", 0, "--no-ceiling", "--json")
     code, text, err = leaveout(
@@ -364,7 +364,7 @@ def test_suspects_of_a_search_are_predicted_and_verified(leaveout, trained, tmp_
     options = ("--method", "gradient dot", "--out", out, "--sets", sets, "--top", 2, "--json")
     code, text, err = leaveout("attribute", place, *asking(*QUERIES), *options)
     assert code == 0 and json.loads(text)["sets"] == str(sets), err
-    recipe = TrainingRun.load(place).recipe
+    recipe = TrainingRun.open(place).recipe
     sums = [[row[recipe.unit_of == unit].sum() for unit in range(4)] for row in np.load(out)]
     best = [{recipe.unit_names[unit] for unit in np.argsort(row)[-2:]} for row in sums]
     assert [set(json.loads(line)["without"]) for line in sets.read_text().splitlines()] == best
@@ -407,7 +407,7 @@ def test_attribute_refuses_before_it_works(leaveout, trained, tmp_path):
 
 
 def test_evaluate_judges_without_retraining_by_known_rows_and_one_more_step(leaveout, trained, tmp_path):
-    ids = TrainingRun.load(trained / "run").recipe.ids
+    ids = TrainingRun.open(trained / "run").recipe.ids
     file = tmp_path / "relevant.jsonl"
     file.write_text("".join(json.dumps({"query": query, "id": ids[i]}) + "\n" for i, query in enumerate(QUERIES)))
     place = tmp_path / "run"

@@ -53,7 +53,7 @@ def test_demo_writes_table_and_report_and_runs_again(tmp_path, monkeypatch, caps
     assert {name: found["sets"] for name, found in first["deletion"].items()} == {
         "sources as units": 6, "words as units, without a source": 6, "words as units, without a word": 4,
     }  # fmt: skip
-    run = TrainingRun.load(tmp_path / "deletion" / "by-source")
+    run = TrainingRun.open(tmp_path / "deletion" / "by-source")
     assert set(run.recipe.unit_names) == set(WORDS["words"])
     given = run.bank.predict("anyword", [["rivers"]])  # parameters were kept: any word can be asked
     assert np.isfinite(given.mean).all()

@@ -51,7 +51,7 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def run(recipe, tmp_path_factory):
-    return TrainingRun.open(recipe, tmp_path_factory.mktemp("evaluated") / "run")
+    return TrainingRun.train(recipe, tmp_path_factory.mktemp("evaluated") / "run")
 
 
 def plainly(recipe, x):
@@ -119,7 +119,7 @@ def test_ceiling_comes_from_a_second_order_and_the_truth_is_the_mean(run, recipe
 
 
 def test_an_order_that_never_changes_has_no_ceiling(tmp_path):
-    fixed = TrainingRun.open(Recipe.microgpt(NAMES, n=24, order="given"), tmp_path / "run")
+    fixed = TrainingRun.train(Recipe.microgpt(NAMES, n=24, order="given"), tmp_path / "run")
     with pytest.raises(UnsupportedError, match="order: shuffled"):
         subset_truth(fixed, as_queries(QUERIES), 2, second=second_order(fixed))
 
@@ -155,7 +155,7 @@ def test_report_gives_lines_table_and_the_undefined(run):
 
 
 def test_scores_of_examples_are_summed_over_their_unit(run, recipe, tmp_path):
-    letters = TrainingRun.open(recipe.grouped([row.text[0] for row in recipe.examples]), tmp_path / "run")
+    letters = TrainingRun.train(recipe.grouped([row.text[0] for row in recipe.examples]), tmp_path / "run")
     each = np.random.default_rng(2).standard_normal((3, 24))
     units = [row.text[0] for row in recipe.examples]
     summed = np.stack([each[:, [u == name for u in units]].sum(1) for name in dict.fromkeys(units)], 1)
@@ -191,7 +191,7 @@ def test_wrong_calls_are_refused_before_anything_is_trained(run, monkeypatch):
 def test_a_recipe_without_text_has_no_text_methods(tmp_path):
     rows = tuple((torch.eye(2)[i % 2] + 0.1 * i, i % 2) for i in range(8))
     shapes = Recipe("classifier", rows, optimizer=OptimizerSettings("sgd", 0.1), batch_size=4, epochs=2)
-    found = TrainingRun.open(shapes, tmp_path / "run")
+    found = TrainingRun.train(shapes, tmp_path / "run")
     with pytest.raises(UnsupportedError, match="no text"):
         score_methods(found, as_queries([(torch.ones(2), 1)]), ["bm25"])
     assert score_methods(found, as_queries([(torch.ones(2), 1)]), ["gradient dot"])["gradient dot"].scores.shape == (
@@ -231,7 +231,7 @@ def tuned(tmp_path_factory):
         "causal-lm", tuple(Corpus.open(rows)), model=language_model, optimizer=OptimizerSettings("sgd", 0.3), epochs=3,
         batch_size=4, order="shuffled", max_tokens=24,
     )  # fmt: skip
-    return TrainingRun.open(recipe, tmp_path_factory.mktemp("tuned") / "run")
+    return TrainingRun.train(recipe, tmp_path_factory.mktemp("tuned") / "run")
 
 
 ASKED = [{"prompt": f"buy {word}:", "completion": f" {word} {word}"} for word in WORDS]

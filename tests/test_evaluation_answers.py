@@ -96,7 +96,7 @@ def stepped(settings, part, weights):
 def test_tail_patch_is_one_more_step_of_a_plain_loop(tmp_path, settings, pairs):
     members = [[2 * i, 2 * i + 1] if pairs else [i] for i in range(12 if pairs else 24)]
     units = tuple(str(i // 2) for i in range(24)) if pairs else ()
-    run = TrainingRun.open(classifier(settings, units), tmp_path / "run")
+    run = TrainingRun.train(classifier(settings, units), tmp_path / "run")
     queries = points(4, 1)
     given = {
         name: np.random.default_rng(seed).standard_normal((4, len(members))) for name, seed in (("a", 5), ("b", 6))
@@ -122,7 +122,7 @@ def test_tail_patch_is_one_more_step_of_a_plain_loop(tmp_path, settings, pairs):
 
 
 def test_brittleness_counts_the_flips_of_really_retrained_classifiers(tmp_path, monkeypatch):
-    run = TrainingRun.open(classifier(ADAMW), tmp_path / "run")
+    run = TrainingRun.train(classifier(ADAMW), tmp_path / "run")
     queries = points(12, 2)
     given = {name: np.random.default_rng(seed).standard_normal((12, 24)) for name, seed in (("a", 7), ("b", 8))}
     given["near"] = np.array([[-float((x - row[0]).norm()) for row in ROWS] for x, _ in queries])
@@ -162,7 +162,7 @@ def test_brittleness_counts_the_flips_of_really_retrained_classifiers(tmp_path, 
 
 
 def test_no_answer_can_change_where_none_is_given(tmp_path):
-    run = TrainingRun.open(classifier(ADAMW), tmp_path / "run")
+    run = TrainingRun.train(classifier(ADAMW), tmp_path / "run")
     wrong = [(torch.tensor([3.0, 0.0]), 1), (torch.tensor([4.0, 0.0]), 2)]
     report = evaluate(run, wrong, ["random"], settings=EvaluationSettings(0, removal_queries=0, brittleness=2))
     assert report.judged[0].changed is None and next(report.lines())["brittleness"] is None
@@ -190,7 +190,7 @@ def decoded(model, tokenizer, prompt, n):
 
 def test_a_completion_counts_as_the_answer_while_greedy_decoding_gives_it(tmp_path):
     rows, recipe = completions(OptimizerSettings("adamw", 0.02), epochs=40)
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     asked = [*rows, {"prompt": "she feeds", "completion": " hats"}, {"prompt": "she feeds", "completion": " owl"}]
     scores = np.zeros((6, 4))
     scores[[0, 1, 2, 3, 4, 5], [0, 0, 2, 0, 3, 3]] = 1  # its own row goes for 0, 2 and 5, another's for 1 and 3
@@ -215,7 +215,7 @@ def test_tail_patch_of_a_completion_is_about_all_its_tokens(tmp_path):
     asked = [{"prompt": "he feeds", "completion": " owls"}, {"prompt": "he sells", "completion": " plums, plums"}]
     scores = np.array([[0.0, 0, 1, 2], [2, 0, 0, 1]])
     settings = EvaluationSettings(0, removal_queries=0, tail_patch=True, top=2)
-    report = evaluate(TrainingRun.open(recipe, tmp_path / "run"), asked, scores={"mine": scores}, settings=settings)
+    report = evaluate(TrainingRun.train(recipe, tmp_path / "run"), asked, scores={"mine": scores}, settings=settings)
     model, tokenizer = language_model()
 
     def loss(model, row):
@@ -258,7 +258,7 @@ def precision_of(ranked):
 
 
 def test_retrieval_metrics_need_no_retraining_and_agree_with_counting(tmp_path, monkeypatch):
-    run = TrainingRun.open(classifier(ADAMW), tmp_path / "run")
+    run = TrainingRun.train(classifier(ADAMW), tmp_path / "run")
     monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
     queries, rng = points(5, 3), np.random.default_rng(9)
     relevant, scores = rng.random((5, 24)) < 0.25, rng.standard_normal((5, 24))
@@ -287,7 +287,7 @@ def test_retrieval_metrics_need_no_retraining_and_agree_with_counting(tmp_path, 
 
 
 def test_one_query_has_no_interval_and_few_units_a_smaller_top(tmp_path):
-    run = TrainingRun.open(classifier(ADAMW, tuple(str(i // 2) for i in range(24))), tmp_path / "run")
+    run = TrainingRun.train(classifier(ADAMW, tuple(str(i // 2) for i in range(24))), tmp_path / "run")
     relevant = np.arange(24)[None] < 4
     given, settings = {"mine": np.arange(24.0)[None]}, EvaluationSettings(0, removal_queries=0)
     report = evaluate(run, points(1, 3), scores=given, settings=settings, relevant=relevant)
@@ -303,7 +303,7 @@ def test_one_query_has_no_interval_and_few_units_a_smaller_top(tmp_path):
 
 
 def test_a_unit_is_relevant_if_one_of_its_rows_is(tmp_path):
-    run = TrainingRun.open(classifier(ADAMW, tuple(str(i // 2) for i in range(24))), tmp_path / "run")
+    run = TrainingRun.train(classifier(ADAMW, tuple(str(i // 2) for i in range(24))), tmp_path / "run")
     relevant = np.zeros((1, 24), bool)
     relevant[0, 3] = True
     scores = np.arange(24.0)[None]
@@ -336,7 +336,7 @@ def test_a_file_names_the_relevant_rows(tmp_path):
 
 
 def test_what_cannot_be_judged_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
-    run = TrainingRun.open(classifier(ADAMW), tmp_path / "run")
+    run = TrainingRun.train(classifier(ADAMW), tmp_path / "run")
     monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
     queries, some = points(2, 3), np.ones((2, 24), bool)
     function = [Query(lambda model: model(torch.zeros(1, 2, dtype=torch.float64))[0, 0], name="a function")]

@@ -189,7 +189,7 @@ def test_a_command_that_ignores_a_closed_terminal_goes_on(tmp_path):
 def test_a_stopped_command_keeps_what_it_committed_and_goes_on(tmp_path):
     recipe = write_recipe(tmp_path)
     recipe.write_text("kind: microgpt\ndata: names.txt\nsteps: 200\n")
-    sets = len(np.unique(TrainingRun.open(recipe, tmp_path / "run").design("auto", 24), axis=0))
+    sets = len(np.unique(TrainingRun.train(recipe, tmp_path / "run").design("auto", 24), axis=0))
     command = ["-m", "leaveout.cli", "measure", "run", "--retrain", "24", "--workers", "2", "--memory", "8MB", "--json"]
     process = started(command, tmp_path)
     bank = tmp_path / "run" / "bank"
@@ -202,7 +202,7 @@ def test_a_stopped_command_keeps_what_it_committed_and_goes_on(tmp_path):
     assert process.returncode == 143
     assert "Traceback" not in said
     assert SENTENCE in said
-    kept = len(TrainingRun.load(tmp_path / "run").bank)
+    kept = len(TrainingRun.open(tmp_path / "run").bank)
     assert 0 < kept < sets
     again = started(command, tmp_path)
     answer, said = again.communicate(timeout=120)

@@ -20,7 +20,7 @@ def index(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = lo.TrainingRun.open(lo.Recipe.microgpt(NAMES, epochs=2), tmp_path_factory.mktemp("run") / "run")
+    run = lo.TrainingRun.train(lo.Recipe.microgpt(NAMES, epochs=2), tmp_path_factory.mktemp("run") / "run")
     run.measure(retrain=4)
     return run
 
@@ -153,13 +153,13 @@ def test_engines_do_not_write_into_each_others_directories(index, run, tmp_path)
     with pytest.raises(FileExistsError, match="holds files that are no index"):
         lo.Index.build(make_model(), TEXTS, run.path, tokenizer=make_tokenizer())
     with pytest.raises(FileExistsError, match="holds something else than a training run"):
-        lo.TrainingRun.open(lo.Recipe.microgpt(NAMES), index.path)
+        lo.TrainingRun.train(lo.Recipe.microgpt(NAMES), index.path)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds something else than a training run"):
-        lo.TrainingRun.open(lo.Recipe.microgpt(NAMES), tmp_path)
+        lo.TrainingRun.train(lo.Recipe.microgpt(NAMES), tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine" and index.check() == []
     with pytest.raises(lo.FormatError, match="is an index, not a training run"):
-        lo.TrainingRun.load(index.path)
+        lo.TrainingRun.open(index.path)
 
 
 @pytest.fixture

@@ -364,7 +364,7 @@ def test_no_rows_wrong_parameters_and_custom_losses(unprojected, setting, monkey
 
 @pytest.fixture
 def run(tmp_path):
-    return TrainingRun.open(Recipe.microgpt(["anna", "bo", "evelyn", "kim", "lena", "otto"], n=6), tmp_path / "run")
+    return TrainingRun.train(Recipe.microgpt(["anna", "bo", "evelyn", "kim", "lena", "otto"], n=6), tmp_path / "run")
 
 
 def test_z0_inf_by_name_shares_the_snapshots_of_tracin(run, monkeypatch):
@@ -392,7 +392,7 @@ def test_z0_inf_is_judged(run):
 def test_peers_by_name(name, package, tmp_path):
     pytest.importorskip(package)
     recipe = LM.with_(examples=tuple(Corpus.open(PROMPTED)), units=(), optimizer=SGD)
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     asked = as_queries(PROMPTED)
     found = score_methods(run, asked, [name, f"{name}@start"])
     assert found[name].scores.shape == (2, 2) and np.isfinite(found[name].scores).all()

@@ -26,12 +26,12 @@ def recipe():
 
 @pytest.fixture
 def run(recipe, tmp_path):
-    return TrainingRun.open(recipe, tmp_path / "run")
+    return TrainingRun.train(recipe, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
 def measured(recipe, tmp_path_factory):
     """A run with jets, retrainings, held-out sets and the exact first order; not to be changed."""
-    run = TrainingRun.open(recipe, tmp_path_factory.mktemp("measured") / "run")
+    run = TrainingRun.train(recipe, tmp_path_factory.mktemp("measured") / "run")
     run.measure(16, 2, retrain=40, heldout=6, gradient=True, queries=QUERIES, settings=FAST)
     return run

@@ -170,7 +170,7 @@ def test_what_can_be_batched_is_not_suspected(dtype):
 @pytest.mark.parametrize("name", ["no rule", "wrong rule"])
 def test_retrainings_one_by_one_are_said_once(name, tmp_path, capsys):
     recipe = make_recipe(SQUARES[name])
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     queries = list(recipe.examples[:2])
     values = run.retrain(queries, [["0"], ["1"], ["2"]])
     truth = query_losses(recipe, one_after_another(recipe, WEIGHTS), queries).numpy().T
@@ -183,7 +183,7 @@ def test_retrainings_one_by_one_are_said_once(name, tmp_path, capsys):
 
 def test_nothing_is_said_of_runs_that_share_batches(tmp_path, capsys):
     recipe = make_recipe(torch.square)
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     run.retrain(list(recipe.examples[:2]), [["0"], ["1"]])
     assert not capsys.readouterr().err and "notes" not in run.bank.info()
 
@@ -288,7 +288,7 @@ def test_language_models_are_retrained_whatever_torch_can_batch(make, dtype, tmp
         "causal-lm", rows, model=lambda: (make(), tokenizer), batch_size=2, dtype=dtype,
         optimizer=OptimizerSettings("sgd", 0.1),
     )  # fmt: skip
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     values = run.retrain([texts[0]], [["1"], ["2"], ["3"]])
     weights = 1 - torch.eye(4, dtype=torch.float64)[1:]
     wanted = query_losses(recipe, one_after_another(recipe, weights), list(rows[:1])).numpy().T

@@ -24,7 +24,7 @@ from .conftest import NAMES, QUERIES
 @pytest.fixture
 def small(tmp_path):
     """Four units of one name each."""
-    return TrainingRun.open(Recipe.microgpt(NAMES, n=4), tmp_path / "run")
+    return TrainingRun.train(Recipe.microgpt(NAMES, n=4), tmp_path / "run")
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_evaluation_refuses_scores_of_another_length_before_it_begins(idle):
 def test_a_second_order_that_differs_is_not_refused(tmp_path):
     from leaveout.evaluation.truth import refuse_second_order
 
-    refuse_second_order(TrainingRun.open(Recipe.microgpt(NAMES, n=4).with_(order="shuffled"), tmp_path / "run"))
+    refuse_second_order(TrainingRun.train(Recipe.microgpt(NAMES, n=4).with_(order="shuffled"), tmp_path / "run"))
 
 
 def test_a_missing_package_is_told_before_the_model_is_asked(idle, monkeypatch):
@@ -109,7 +109,7 @@ def wild(**changes):
 
 
 def test_degree_one_is_measured_whatever_higher_degrees_do(tmp_path, monkeypatch):
-    run = TrainingRun.open(wild(), tmp_path / "run")
+    run = TrainingRun.train(wild(), tmp_path / "run")
     with pytest.raises(StabilityError, match="no usable power series up to degree 3: measure at a lower degree"):
         run.measure(2, 3, queries=QUERIES)
     monkeypatch.setattr(run_module, "check_stability", lambda *_, **__: pytest.fail("growth was checked"))
@@ -125,14 +125,14 @@ def test_growth_is_checked_up_to_the_degree_that_is_measured(tmp_path, monkeypat
         return true(recipe, degree=degree, **options)
 
     monkeypatch.setattr(run_module, "check_stability", check)
-    run = TrainingRun.open(Recipe.microgpt(NAMES, n=6), tmp_path / "run")
+    run = TrainingRun.train(Recipe.microgpt(NAMES, n=6), tmp_path / "run")
     for degree in (2, 2, 3):
         run.measure(2, degree, queries=QUERIES)
     assert degrees == [2, 3]
 
 
 def test_a_plan_keeps_degree_one_where_series_grow(tmp_path, monkeypatch):
-    run = TrainingRun.open(wild(), tmp_path / "run")
+    run = TrainingRun.train(wild(), tmp_path / "run")
     plan = make_plan(run, QUERIES, [[run.recipe.ids[0]]], Budget(600))
     assert 1 in plan.costs.jets and 2 not in plan.costs.jets
     assert any("No jets above degree 1" in note for note in plan.notes)
@@ -191,7 +191,7 @@ def test_sets_that_were_measured_prove_nothing_and_are_counted_apart(role, small
 def test_the_command_counts_what_was_measured_apart(monkeypatch, capsys, tmp_path):
     (tmp_path / "names.txt").write_text("\n".join(NAMES[:4]) + "\n")
     (tmp_path / "recipe.yaml").write_text("kind: microgpt\ndata: names.txt\n")
-    run = TrainingRun.open(tmp_path / "recipe.yaml", tmp_path / "run")
+    run = TrainingRun.train(tmp_path / "recipe.yaml", tmp_path / "run")
     code, out, _ = run_command(monkeypatch, capsys, "measure", tmp_path / "run", "--retrain", 24, "--json")
     facts = json.loads(out)
     assert code == 0 and facts["added"] == 4 and "4 retrainings of the design `auto` instead of 24" in facts["notes"][0]

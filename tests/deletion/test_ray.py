@@ -37,7 +37,7 @@ def counted(*args):
 Bank.add = counted
 data = {}
 for backend in ("ray", "processes"):
-    run = TrainingRun.open(recipe, out / backend)
+    run = TrainingRun.train(recipe, out / backend)
     settings = MeasureSettings(workers=2, backend=backend, check=False)
     run.measure(16, 2, retrain=24, design="random", queries=queries, settings=settings)
     data[backend] = run.bank.measurements(queries)

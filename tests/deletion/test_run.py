@@ -22,6 +22,7 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
+from leaveout.store import Store
 from leaveout.training.outputs import query_losses
 from leaveout.training.queries import Query, as_queries
 from leaveout.training.queries import margin as margin_of
@@ -60,7 +61,7 @@ def test_exact_estimators_agree_on_the_first_order(measured, recipe):
 
 
 def test_verify_compares_with_truth_that_nothing_was_fitted_to(recipe, tmp_path):
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     run.measure(retrain=40, queries=QUERIES, settings=FAST)
     ids = list(recipe.ids)
     sets = [ids[i : i + 4] for i in range(0, 24, 4)]
@@ -77,7 +78,7 @@ def test_verify_compares_with_truth_that_nothing_was_fitted_to(recipe, tmp_path)
 
 
 def test_truth_is_computed_once(recipe, tmp_path, monkeypatch):
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     first = run.retrain(QUERIES, [list(recipe.ids[:3])])
     monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
     assert np.array_equal(run.retrain(QUERIES, [list(recipe.ids[:3])]), first)
@@ -95,26 +96,26 @@ def test_halves_are_retrained_alone_where_that_costs_less(recipe, tmp_path, monk
     halves = np.zeros((3, len(recipe.unit_names)))
     halves[:, ::2], halves[1:, 1] = 1, 1
     names = ("a", "b", "c")
-    first = TrainingRun.open(recipe, tmp_path / "batch").retrain(QUERIES, DeletionSets(halves, names))
+    first = TrainingRun.train(recipe, tmp_path / "batch").retrain(QUERIES, DeletionSets(halves, names))
     monkeypatch.setattr("leaveout.training.memory.HEAVY", 1)
-    alone = TrainingRun.open(recipe, tmp_path / "alone")
+    alone = TrainingRun.train(recipe, tmp_path / "alone")
     assert np.allclose(alone.retrain(QUERIES, DeletionSets(halves, names)), first, atol=1e-5)
     assert np.allclose(first, retrained(recipe, halves), atol=1e-5)
     alone.retrain(QUERIES, DeletionSets(np.eye(len(recipe.unit_names))[:3], names))
     assert sizes == [2, 1, 1, 3]  # two of the three halves are equal
-    again = TrainingRun.open(recipe, tmp_path / "weighted")
+    again = TrainingRun.train(recipe, tmp_path / "weighted")
     again.retrain(QUERIES, DeletionSets(halves / 2, names))
     assert sizes[4:] == [2]
 
 
 def test_kept_parameters_answer_any_query_with_the_same_numbers(recipe, tmp_path):
-    kept, asked = (TrainingRun.open(recipe, tmp_path / name) for name in ("kept", "asked"))
+    kept, asked = (TrainingRun.train(recipe, tmp_path / name) for name in ("kept", "asked"))
     kept.measure(6, 2, retrain=5, settings=FAST)
     asked.measure(6, 2, retrain=5, queries=QUERIES, settings=FAST)
     a, b = kept.bank.measurements(QUERIES), asked.bank.measurements(QUERIES)
     assert np.allclose(a.jets[0].c, b.jets[0].c, atol=1e-5) and np.allclose(a.retrainings.y, b.retrainings.y, atol=1e-5)
     assert a.retrainings.y.any() and a.jets[0].c[1].any()
-    again = TrainingRun.open(recipe, tmp_path / "kept").bank.measurements(QUERIES)
+    again = TrainingRun.train(recipe, tmp_path / "kept").bank.measurements(QUERIES)
     assert np.array_equal(again.jets[0].c, a.jets[0].c)
     assert kept.bank.predict(["dutu"], [list(recipe.ids[:2])]).effect.shape == (1, 1)
     with pytest.raises(MismatchError, match="dutu"):
@@ -131,7 +132,7 @@ def test_measuring_again_adds_only_what_is_missing(run):
 
 
 def test_worker_processes_give_the_same_bits(recipe, tmp_path):
-    runs = [TrainingRun.open(recipe, tmp_path / str(w)) for w in (1, 2)]
+    runs = [TrainingRun.train(recipe, tmp_path / str(w)) for w in (1, 2)]
     for workers, run in zip((1, 2), runs, strict=True):
         run.measure(130, 1, queries=QUERIES, settings=MeasureSettings(workers=workers, check=False))
     a, b = (run.bank.measurements(QUERIES).jets for run in runs)
@@ -140,13 +141,13 @@ def test_worker_processes_give_the_same_bits(recipe, tmp_path):
 
 
 def test_real_orthogonal_directions_give_the_exact_first_order(recipe, tmp_path):
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     run.measure(24, 1, gradient=True, queries=QUERIES, settings=MeasureSettings(check=False, real=True))
     assert run.bank.measurements(QUERIES).jets[0].real
     sets = DeletionSets(np.eye(24), tuple(recipe.ids))
     exact = run.bank.predict(QUERIES, sets, "first_order").effect
     assert np.abs(run.bank.predict(QUERIES, sets, "least_squares").effect - exact).max() < 1e-4 * np.abs(exact).max()
-    kept = TrainingRun.open(recipe, tmp_path / "kept")
+    kept = TrainingRun.train(recipe, tmp_path / "kept")
     kept.measure(24, 1, settings=MeasureSettings(check=False, real=True))
     assert np.abs(kept.bank.predict(QUERIES, sets, "least_squares").effect - exact).max() < 1e-4 * np.abs(exact).max()
     with pytest.raises(ValueError, match="only 24"):
@@ -161,7 +162,7 @@ def test_any_matrix_can_say_which_units_are_alike(tmp_path):
         for b in ("na", "ri", "so", "tu", "ve", "ma", "ke", "li", "po")
     ]
     recipe = Recipe.microgpt(names, n=72)
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     run.measure(retrain=12, design="random", queries=QUERIES, settings=MeasureSettings(check=False, sizes=(6,)))
     one = DeletionSets(np.eye(72)[:1], ("first",))
     plain = run.bank.predict(QUERIES, one).effect
@@ -176,12 +177,12 @@ def test_any_matrix_can_say_which_units_are_alike(tmp_path):
 
 def test_scores_of_another_engine_are_the_prior_mean(recipe, tmp_path):
     """The exact first order given as scores, up to a factor: it says more than 6 retrainings."""
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     run.measure(retrain=6, gradient=True, design="random", queries=QUERIES, settings=FAST)
     sets = DeletionSets(np.eye(24), tuple(recipe.ids))
     exact = run.bank.predict(QUERIES, sets, "first_order").effect
     truth = run.retrain(QUERIES, sets) - run.bank.base(as_queries(QUERIES))[:, None]
-    bare = TrainingRun.open(recipe, tmp_path / "bare")
+    bare = TrainingRun.train(recipe, tmp_path / "bare")
     bare.measure(retrain=6, design="random", queries=QUERIES, settings=FAST)
 
     def error(**known):
@@ -209,7 +210,7 @@ def test_degree_limits_what_the_posterior_uses(measured, recipe):
 
 
 def test_a_set_can_be_truth_and_fitted_one_after_the_other(recipe, tmp_path):
-    run, sets = TrainingRun.open(recipe, tmp_path / "run"), [list(recipe.ids[:3])]
+    run, sets = TrainingRun.train(recipe, tmp_path / "run"), [list(recipe.ids[:3])]
     truth = run.retrain(QUERIES, sets)
     assert not len(run.bank.measurements(QUERIES).retrainings)
     run.measure(without=sets, queries=QUERIES, settings=FAST)
@@ -221,7 +222,7 @@ def test_a_set_can_be_truth_and_fitted_one_after_the_other(recipe, tmp_path):
 
 def test_plan_says_what_it_leaves_out(tmp_path):
     recipe = Recipe.microgpt(NAMES, n=24)
-    wild = TrainingRun.open(recipe.with_(lr=1.0, eps=1e-9), tmp_path / "wild")
+    wild = TrainingRun.train(recipe.with_(lr=1.0, eps=1e-9), tmp_path / "wild")
     plan = make_plan(wild, QUERIES, [list(recipe.ids[:3])], Budget(60.0, examples=True))
     assert any(note.startswith("No jets above degree 1: ") for note in plan.notes)
     assert not any("degree 2" in choice.name for choice in plan.choices)
@@ -230,7 +231,7 @@ def test_plan_says_what_it_leaves_out(tmp_path):
 def test_plan_buys_the_exact_first_order_alone_where_it_leaves_room_for_nothing_else(recipe, tmp_path, monkeypatch):
     costs = Costs(Cost(4.0, 0.1, 256), {}, gradient=9.0, probe=0.0)
     monkeypatch.setattr("leaveout.deletion.plan.probe", lambda *args, **options: costs)
-    run, sets = TrainingRun.open(recipe, tmp_path / "run"), [list(recipe.ids[:3])]
+    run, sets = TrainingRun.train(recipe, tmp_path / "run"), [list(recipe.ids[:3])]
     names = {b: {c.name for c in make_plan(run, QUERIES, sets, Budget(b, examples=True)).choices} for b in (8, 10, 30)}
     assert names[8] == {"retrainings"}
     assert names[10] == {"retrainings", "exact first order"}
@@ -257,7 +258,7 @@ def test_settings_are_checked(bad):
 
 
 def test_banks_merge_without_doubles(recipe, tmp_path):
-    a, b, both = (TrainingRun.open(recipe, tmp_path / name) for name in ("a", "b", "both"))
+    a, b, both = (TrainingRun.train(recipe, tmp_path / name) for name in ("a", "b", "both"))
     a.measure(4, 1, queries=QUERIES, settings=FAST)
     b.measure(4, 1, retrain=5, queries=QUERIES, settings=FAST)
     both.measure(4, 1, retrain=5, queries=QUERIES, settings=FAST)
@@ -270,24 +271,42 @@ def test_banks_merge_without_doubles(recipe, tmp_path):
 def test_another_recipe_is_refused(run, recipe, tmp_path):
     other = recipe.with_(lr=0.02)
     with pytest.raises(MismatchError, match="another recipe"):
-        TrainingRun.open(other, run.path)
+        TrainingRun.train(other, run.path)
     with pytest.raises(MismatchError, match="another recipe"):
         Bank(other, run.path / "bank", run.parameters)
+
+
+def test_a_run_made_in_python_is_opened_with_its_recipe(run, recipe):
+    with pytest.raises(UnsupportedError, match=r"trained from Python: open it with TrainingRun.open\(path, recipe=...\)"):
+        TrainingRun.open(run.path)
+    again = TrainingRun.open(run.path, recipe)
+    assert all(torch.equal(p, run.parameters[name]) for name, p in again.parameters.items())
+    with pytest.raises(MismatchError, match="another recipe"):
+        TrainingRun.open(run.path, recipe.with_(lr=0.02))
+
+
+def test_a_training_that_was_killed_before_its_record_goes_on(run, recipe):
+    with Store.open(run.path / "examples", write=True) as store:
+        store.set_state("trained", None)
+    with pytest.raises(FormatError, match="was killed: train the same recipe again"):
+        TrainingRun.open(run.path, recipe)
+    TrainingRun.train(recipe, run.path)
+    assert len(TrainingRun.open(run.path, recipe).recipe.examples) == len(recipe.examples)
 
 
 def test_recipe_files_and_their_data_are_watched(tmp_path):
     (tmp_path / "names.txt").write_text("\n".join(NAMES))
     (tmp_path / "recipe.yaml").write_text("kind: microgpt\ndata: names.txt\nn: 12\n")
-    TrainingRun.open(tmp_path / "recipe.yaml", tmp_path / "run")
-    assert len(TrainingRun.load(tmp_path / "run").recipe.examples) == 12
+    TrainingRun.train(tmp_path / "recipe.yaml", tmp_path / "run")
+    assert len(TrainingRun.open(tmp_path / "run").recipe.examples) == 12
     (tmp_path / "names.txt").write_text("\n".join(["zzz", *NAMES]))
     with pytest.raises(MismatchError, match="changed since"):
-        TrainingRun.load(tmp_path / "run")
+        TrainingRun.open(tmp_path / "run")
     (tmp_path / "recipe.yaml").unlink()
     with pytest.raises(MismatchError, match="is gone"):
-        TrainingRun.load(tmp_path / "run")
+        TrainingRun.open(tmp_path / "run")
     with pytest.raises(FormatError, match="not a training run"):
-        TrainingRun.load(tmp_path)
+        TrainingRun.open(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +327,7 @@ def test_bad_deletion_sets_get_one_sentence(measured, recipe, without, message):
 
 def test_half_a_unit_is_refused(recipe, tmp_path):
     letters = recipe.grouped([row.text[0] for row in recipe.examples])
-    run = TrainingRun.open(letters, tmp_path / "run")
+    run = TrainingRun.train(letters, tmp_path / "run")
     run.measure(retrain=8, queries=QUERIES, settings=FAST)
     first = recipe.examples[0]
     with pytest.raises(FormatError, match="name the whole unit"):
@@ -410,7 +429,7 @@ def test_wrong_calls_are_refused(run, measured, recipe):
 
 def test_unstable_recipes_buy_no_jets(recipe, tmp_path):
     wild = recipe.with_(lr=1.0, eps=1e-9)
-    run = TrainingRun.open(wild, tmp_path / "run")
+    run = TrainingRun.train(wild, tmp_path / "run")
     with pytest.raises(StabilityError, match=r"no usable power series"):
         run.measure(4, 2, queries=QUERIES)
 
@@ -423,7 +442,7 @@ from leaveout.training.recipe import Recipe
 import leaveout.deletion.run as module
 module.JETS_TOGETHER, module.RUNS_TOGETHER = 2, 4
 torch.set_num_threads(1)
-run = TrainingRun.open(Recipe.microgpt(NAMES, n=24), sys.argv[1])
+run = TrainingRun.train(Recipe.microgpt(NAMES, n=24), sys.argv[1])
 print("ready", flush=True)
 run.measure(10, 1, retrain=24, queries=QUERIES, settings=MeasureSettings(check=False))
 print(len(run.bank), flush=True)
@@ -433,7 +452,7 @@ print(len(run.bank), flush=True)
 def test_a_kill_leaves_nothing_in_the_way_of_other_batches(recipe, tmp_path, monkeypatch):
     """Free memory, another number of workers or of sets cut the batches otherwise."""
     sets = DeletionSets(np.eye(len(recipe.unit_names))[:5], tuple("abcde"))
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
 
     def killed(self, checkpoint, label, options, true=Loop.run):
         checkpoint.every = 0.0
@@ -447,7 +466,7 @@ def test_a_kill_leaves_nothing_in_the_way_of_other_batches(recipe, tmp_path, mon
     assert list((tmp_path / "run" / "work").rglob("*.safetensors"))
     monkeypatch.setattr("leaveout.deletion.run.RUNS_TOGETHER", 2)
     assert np.allclose(
-        TrainingRun.open(recipe, tmp_path / "run").retrain(QUERIES, sets), retrained(recipe, sets.x), atol=1e-5
+        TrainingRun.train(recipe, tmp_path / "run").retrain(QUERIES, sets), retrained(recipe, sets.x), atol=1e-5
     )
 
 
@@ -465,7 +484,7 @@ def killed_and_finished(directory, kills, rng):
             time.sleep(rng.uniform(0.02, 0.6))
             process.send_signal(signal.SIGKILL)
         process.communicate(timeout=120)
-        found = TrainingRun.open(Recipe.microgpt(NAMES, n=24), directory).bank
+        found = TrainingRun.train(Recipe.microgpt(NAMES, n=24), directory).bank
         assert all("belongs to no version" in problem for problem in found.store.check())
         rows.append(len(found))
     return rows, found
@@ -475,7 +494,7 @@ def killed_and_finished(directory, kills, rng):
 def test_killed_measuring_loses_nothing_and_ends_equal(tmp_path, kills, monkeypatch):
     monkeypatch.setattr("leaveout.deletion.run.JETS_TOGETHER", 2)
     monkeypatch.setattr("leaveout.deletion.run.RUNS_TOGETHER", 4)
-    calm = TrainingRun.open(Recipe.microgpt(NAMES, n=24), tmp_path / "calm")
+    calm = TrainingRun.train(Recipe.microgpt(NAMES, n=24), tmp_path / "calm")
     calm.measure(10, 1, retrain=24, queries=QUERIES, settings=FAST)
     rows, bank = killed_and_finished(tmp_path / "killed", kills, np.random.default_rng(kills))
     assert rows == sorted(rows) and rows[-1] == 34
@@ -494,7 +513,7 @@ def test_jsonl_lines_are_json(measured, recipe):
 
 def test_unknown_intervals_are_not_counted_as_covering(recipe, tmp_path):
     """Jets alone, read by least squares: nobody knows what the orders above add."""
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     run.measure(16, 1, queries=QUERIES, settings=FAST)
     found = run.verify(QUERIES, [[recipe.ids[0]], list(recipe.ids[3:6])], "least_squares")
     assert {line["inside"] for line in found.prediction.lines()} == {None}

@@ -29,7 +29,7 @@ def recipe(**changes):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Examples 6 and 7, units d and e, are dropped."""
-    opened = TrainingRun.open(recipe(drop_last=True), tmp_path_factory.mktemp("untrained") / "run")
+    opened = TrainingRun.train(recipe(drop_last=True), tmp_path_factory.mktemp("untrained") / "run")
     opened.measure(directions=6, retrain=5, design="singles", heldout=3)
     return opened
 
@@ -54,7 +54,7 @@ def test_really_retrained_without_it_the_model_is_the_same(run):
 
 
 def test_where_every_unit_is_trained_nothing_is_said(tmp_path):
-    opened = TrainingRun.open(recipe(), tmp_path / "run")
+    opened = TrainingRun.train(recipe(), tmp_path / "run")
     opened.measure(retrain=5, design="singles")
     lines = list(opened.bank.predict(list(points(2)), [["d"], ["e"]]).lines())
     assert not any("never_trained_on" in line or line["verdict"] == NEVER for line in lines)

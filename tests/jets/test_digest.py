@@ -340,10 +340,10 @@ def small(**changes):
 )
 def test_a_mismatch_says_which_field_differs(changes, field, tmp_path):
     recipe = small(model=functools.partial(nn.Linear, 4, 3))
-    TrainingRun.open(recipe, tmp_path / "run")
+    TrainingRun.train(recipe, tmp_path / "run")
     with pytest.raises(MismatchError, match=f"another recipe.*it differs in {field}. Restore"):
-        TrainingRun.open(recipe.with_(**changes), tmp_path / "run")
-    other = TrainingRun.open(recipe.with_(**changes), tmp_path / "other")
+        TrainingRun.train(recipe.with_(**changes), tmp_path / "run")
+    other = TrainingRun.train(recipe.with_(**changes), tmp_path / "other")
     with pytest.raises(MismatchError, match=f"bank of another recipe: it differs in {field}. Restore"):
         other.bank.merge(tmp_path / "run" / "bank")
 
@@ -351,11 +351,11 @@ def test_a_mismatch_says_which_field_differs(changes, field, tmp_path):
 def test_a_run_of_other_rules_is_not_taken_for_a_new_one(tmp_path, monkeypatch):
     recipe = small()
     before = recipe.hash()
-    TrainingRun.open(recipe, tmp_path / "run")
+    TrainingRun.train(recipe, tmp_path / "run")
     monkeypatch.setattr("leaveout.training.recipe.DIGEST", DIGEST + 1)
     assert recipe.hash() != before
     with pytest.raises(MismatchError, match=r"hashed recipes by other rules. Restore it, or train into a new"):
-        TrainingRun.open(recipe, tmp_path / "run")
+        TrainingRun.train(recipe, tmp_path / "run")
 
 
 def test_rows_differ_by_their_content():

@@ -165,10 +165,10 @@ def test_values_of_custom_examples_are_no_labels(tmp_path):
         return (model(batch[0])[:, 0] - batch[1]) ** 2
 
     recipe = Recipe("custom", rows, model=lambda: nn.Linear(4, 1), loss=loss, optimizer=OptimizerSettings("sgd", 0.01))
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     assert run.select("id = '2'") == ["2"]
     alone = Recipe(
         "custom", tuple(torch.randn(4) for _ in range(3)), model=lambda: nn.Linear(4, 1),
         loss=lambda model, batch: model(batch[0])[:, 0] ** 2, optimizer=OptimizerSettings("sgd", 0.01),
     )  # fmt: skip
-    assert len(TrainingRun.open(alone, tmp_path / "alone").parameters) == 2
+    assert len(TrainingRun.train(alone, tmp_path / "alone").parameters) == 2

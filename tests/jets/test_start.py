@@ -326,11 +326,11 @@ def test_what_evaluation_form_switches_off_is_said(kind, model, wanted):
 
 def test_notes_are_said_once_when_a_run_is_trained_and_kept(tmp_path, capsys):
     recipe = recipe_of("classifier", lambda: nn.Sequential(linear(), nn.Dropout(0.25)), drop_last=True, batch_size=3)
-    run = TrainingRun.open(recipe, tmp_path / "run")
+    run = TrainingRun.train(recipe, tmp_path / "run")
     said = capsys.readouterr().err
     assert said.count("Dropout is off, in training too: 1 0.25.") == 1
     assert "2 of 8 units are in no step, so that nothing changes without them: 6, 7." in said
-    again = TrainingRun.open(recipe, tmp_path / "run")
+    again = TrainingRun.train(recipe, tmp_path / "run")
     assert again.notes == run.notes and len(run.notes) == 2 and not capsys.readouterr().err
 
 

@@ -72,7 +72,7 @@ def train(
     from leaveout.deletion.run import TrainingRun
 
     began = time.monotonic()
-    run = TrainingRun.open(recipe, out, progress=True)
+    run = TrainingRun.train(recipe, out, progress=True)
     facts = {"examples": len(run.recipe.examples), "units": len(run.recipe.unit_names)}
     facts |= {"parameters": sum(p.numel() for p in run.parameters.values()), "steps": len(run.recipe.batches())}
     print_facts({"run": str(out), **facts, "seconds": round(time.monotonic() - began, 1)}, json_)

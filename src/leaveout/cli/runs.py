@@ -41,7 +41,7 @@ def open_run(path: Path) -> TrainingRun:
     one_thread()
     from leaveout.deletion.run import TrainingRun
 
-    return TrainingRun.load(path)
+    return TrainingRun.open(path)
 
 
 def read_queries(

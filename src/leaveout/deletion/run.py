@@ -10,10 +10,11 @@ import contextlib
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from leaveout.corpus import Row
+from leaveout.corpus.rows import row_json
 from leaveout.deletion import directions
 from leaveout.deletion.bank import Bank, Measured, measurement_ids
 from leaveout.deletion.directions import DESIGNS, FEW, real_orthogonal
 from leaveout.deletion.kernels import similar_units
-from leaveout.deletion.saved import save_trained, saved_parameters
 from leaveout.deletion.sets import DeletionSets, deletion_sets
 from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
 from leaveout.deletion.verify import Verification
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices, require_whole
 from leaveout.executor import run_tasks
-from leaveout.store import Store
+from leaveout.store import Record, Store
 from leaveout.store.catalogue import CATALOGUE
 from leaveout.training.batching import Parameters, batching_problem
 from leaveout.training.cuts import cut_notes
@@ -47,6 +49,8 @@ from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, RunOptions, train_batch, train_jets, train_plain
 from leaveout.training.updates import unit_vectors
 
+PYTHON = ".".join(platform.python_version_tuple()[:2])
+"""Whose bytecode the functions of a recipe are hashed by."""
 OWN = ("examples", "bank", "work")
 """What the directory of a run holds."""
 WIDTH = 8192
@@ -62,21 +66,20 @@ class TrainingRun:
         self.said: list[str] = []  # what was said of measurements since this run was opened
 
     @classmethod
-    def open(
+    def train(
         cls, recipe: Recipe | str | os.PathLike[str], path: str | os.PathLike[str], *, progress: bool = False
     ) -> TrainingRun:
-        """Trains a recipe (or the YAML file of one) into a directory, or opens what was trained there.
+        """Trains a recipe (or the YAML file of one) into a directory; what was trained there is opened.
 
         A killed training goes on from its last checkpoint.
-        Raises: MismatchError if the directory belongs to another recipe.
+        Example: run = TrainingRun.train(Recipe.microgpt(["anna", "bob", "eve"]), "run")
+        Raises: FileExistsError if the directory holds something else; MismatchError if it belongs to another recipe.
         """
         source = None if isinstance(recipe, Recipe) else Path(recipe)
-        made = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(Path(recipe))
-        path = Path(path)
+        made, path = _recipe_of(recipe), Path(path)
         if (path / "examples").exists():
-            store = Store.open(path / "examples")
-            if store.state("trained"):
-                return cls(made, path, saved_parameters(store, made, path))
+            if Store.open(path / "examples").state("trained"):
+                return cls.open(path, made)
             shutil.rmtree(path / "examples")  # killed between training and its record
         elif path.exists() and (not path.is_dir() or any(other.name not in OWN for other in path.iterdir())):
             raise FileExistsError(f"{path} holds something else than a training run: give an empty or a new directory.")
@@ -89,13 +92,13 @@ class TrainingRun:
         for name, p in parameters.items():
             if not p.isfinite().all():
                 raise FormatError(f"Training gave values of {name} that are not finite: lower the learning rate.")
-        save_trained(path, made, source, parameters, notes)
+        _save_trained(path, made, source, parameters, notes)
         shutil.rmtree(path / "work", ignore_errors=True)
         return cls(made, path, parameters)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TrainingRun:
-        """Opens a run that was trained from a YAML recipe, by its directory alone.
+    def open(cls, path: str | os.PathLike[str], recipe: Recipe | str | os.PathLike[str] | None = None) -> TrainingRun:
+        """Opens a finished run. recipe: what it was trained from, for one that was made in Python; else its YAML file.
 
         Raises: FormatError if it is no run; MismatchError if the recipe or its data changed since.
         """
@@ -104,12 +107,19 @@ class TrainingRun:
             if (path / CATALOGUE).exists():
                 raise FormatError(f"{path} is an index, not a training run: ask it with `leaveout search`.")
             raise FormatError(f"{path} is not a training run: make one with `leaveout train RECIPE --out {path}`.")
-        source = Store.open(path / "examples").state("source")
-        if source is None:
-            raise UnsupportedError(f"{path} was trained from Python: open it with TrainingRun.open(recipe, path).")
-        if not Path(source).exists():
-            raise MismatchError(f"The recipe {source} of this run is gone: put it back, or train again.")
-        return cls.open(source, path)
+        store = Store.open(path / "examples")
+        if not store.state("trained"):
+            raise FormatError(f"The training of {path} was killed: train the same recipe again, which goes on.")
+        if recipe is None:
+            recipe = store.state("source")
+            if recipe is None:
+                raise UnsupportedError(
+                    f"{path} was trained from Python: open it with TrainingRun.open(path, recipe=...)."
+                )
+            if not Path(recipe).exists():
+                raise MismatchError(f"The recipe {recipe} of this run is gone: put it back, or train again.")
+        made = _recipe_of(recipe)
+        return cls(made, path, _saved_parameters(store, made, path))
 
     @property
     def notes(self) -> list[str]:
@@ -362,6 +372,61 @@ class TrainingRun:
             new = DeletionSets(sets.x[rest], tuple(sets.labels[i] for i in rest))
             actual[:, rest] = self.retrain(asked, new, settings)
         return Verification(replace(prediction, actual=actual, measured=measured))
+
+
+# --- what is kept beside the bank: examples, trained parameters, and the recipe that they are of ------------------
+
+
+def _recipe_of(given: Recipe | str | os.PathLike[str]) -> Recipe:
+    return given if isinstance(given, Recipe) else Recipe.from_yaml(Path(given))
+
+
+def _save_trained(path: Path, recipe: Recipe, source: Path | None, parameters: Parameters, notes: list[str]) -> None:
+    """Writes the examples of a run with what they trained; the run is there once the last state is set."""
+    with Store.create(path / "examples", {"what": "training examples"}) as store:
+        for records in _records(recipe):
+            store.put(records, {"unit": np.array([int(r.extra["unit"]) for r in records])})
+        # The store's names are narrower than torch's: parameters are numbered, in the order of the task.
+        store.put_side("parameters", {f"p{i}": p.numpy() for i, p in enumerate(parameters.values())})
+        store.set_state("source", None if source is None else str(source.resolve()))
+        store.set_state("recipe", {"digests": recipe.digests(), "python": PYTHON})
+        store.set_state("notes", notes)
+        store.set_state("trained", True)
+
+
+def _records(recipe: Recipe, size: int = 10_000) -> Iterator[list[Record]]:
+    places = recipe.unit_of.tolist()
+    found = []
+    for i, (example, id) in enumerate(zip(recipe.examples, recipe.ids, strict=True)):
+        extra = {"unit": places[i]}
+        if isinstance(example, Row):
+            raw = row_json(example)
+            found.append(
+                Record(id, example.text, recipe.units[i], dict(example.meta), example.content_hash, extra, raw)
+            )
+        else:
+            meta = {"label": int(example[1])} if recipe.kind == "classifier" else {}
+            found.append(Record(id, "", recipe.units[i], meta, "", extra))
+        if len(found) == size:
+            yield found
+            found = []
+    if found:
+        yield found
+
+
+def _saved_parameters(store: Store, recipe: Recipe, path: Path) -> Parameters:
+    """The parameters that a run trained. Raises: MismatchError, naming the fields, for a run of another recipe."""
+    stored = store.state("recipe")
+    if difference := recipe.difference(stored["digests"]):
+        python = stored["python"]
+        other = "" if python == PYTHON else f" (a function is hashed as bytecode, and this was Python {python})"
+        raise MismatchError(
+            f"{path} was trained by another recipe, or the recipe or its data changed since: {difference}{other}. Restore "
+            "it, or train into a new directory."
+        )
+    side = store.side("parameters")
+    assert side is not None
+    return {name: torch.from_numpy(np.array(side[f"p{i}"])) for i, name in enumerate(task_of(recipe).trained)}
 
 
 def _distinct(x: np.ndarray) -> np.ndarray:

@@ -98,7 +98,7 @@ def _write_recipes(out: Path, words: dict[str, list[str]]) -> None:
 
 def _measured(out: Path, name: str, place: int, scale: Scale, workers: int) -> TrainingRun:
     print(f"{name}: training and measuring", file=sys.stderr)
-    run = TrainingRun.open(out / f"{name}.yaml", out / name, progress=True)
+    run = TrainingRun.train(out / f"{name}.yaml", out / name, progress=True)
     settings = _settings(workers, (2, 3) if place == 0 else ())
     run.measure(scale.directions[place], settings=settings)
     design = "random" if place == 0 else "auto"

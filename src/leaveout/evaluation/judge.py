@@ -56,7 +56,7 @@ def evaluate(
     Raises:  ValueError if there is nothing to judge or to judge with, or a name stands twice; MismatchError for scores of
              another shape; UnsupportedError for a tail-patch or brittleness of queries without an answer.
     """
-    run = run if isinstance(run, TrainingRun) else TrainingRun.load(run)
+    run = run if isinstance(run, TrainingRun) else TrainingRun.open(run)
     settings, asked = settings or EvaluationSettings(), as_queries(queries)
     given = {name: Scored(by_unit(run.recipe, values, len(asked))) for name, values in (scores or {}).items()}
     require_list("methods", methods, "names of methods")

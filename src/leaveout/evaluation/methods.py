@@ -223,7 +223,7 @@ def attribute(
     Shapes:  scores [query, example] in the order of the recipe; of `metagradient` and `posterior` [query, unit]
     Raises:  as `score_methods`.
     """
-    run = run if isinstance(run, TrainingRun) else TrainingRun.load(run)
+    run = run if isinstance(run, TrainingRun) else TrainingRun.open(run)
     return score_methods(run, as_queries(queries), [method], seed, settings)[method]
 
 

@@ -110,15 +110,7 @@ class TrainingRun:
         store = Store.open(path / "examples")
         if not store.state("trained"):
             raise FormatError(f"The training of {path} was killed: train the same recipe again, which goes on.")
-        if recipe is None:
-            recipe = store.state("source")
-            if recipe is None:
-                raise UnsupportedError(
-                    f"{path} was trained from Python: open it with TrainingRun.open(path, recipe=...)."
-                )
-            if not Path(recipe).exists():
-                raise MismatchError(f"The recipe {recipe} of this run is gone: put it back, or train again.")
-        made = _recipe_of(recipe)
+        made = _recipe_of(_source(store, path) if recipe is None else recipe)
         return cls(made, path, _saved_parameters(store, made, path))
 
     @property
@@ -379,6 +371,16 @@ class TrainingRun:
 
 def _recipe_of(given: Recipe | str | os.PathLike[str]) -> Recipe:
     return given if isinstance(given, Recipe) else Recipe.from_yaml(Path(given))
+
+
+def _source(store: Store, path: Path) -> Path:
+    """The YAML file that a run was trained from. Raises: UnsupportedError without one, MismatchError if it is gone."""
+    source = store.state("source")
+    if source is None:
+        raise UnsupportedError(f"{path} was trained from Python: open it with TrainingRun.open(path, recipe=...).")
+    if not Path(source).exists():
+        raise MismatchError(f"The recipe {source} of this run is gone: put it back, or train again.")
+    return Path(source)
 
 
 def _save_trained(path: Path, recipe: Recipe, source: Path | None, parameters: Parameters, notes: list[str]) -> None:

@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaveout.baselines import bm25
-from leaveout.baselines.gradients import example_losses
-from leaveout.baselines.snapshots import Snapshot, take_snapshots
-from leaveout.baselines.tracin import TracIn
 from leaveout.corpus import Corpus
+from leaveout.methods import bm25
+from leaveout.methods.gradients import example_losses
+from leaveout.methods.snapshots import Snapshot, take_snapshots
+from leaveout.methods.tracin import TracIn
 from leaveout.metrics import bootstrap_interval, difference_interval
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import PRESETS, SignatureSettings

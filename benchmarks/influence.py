@@ -26,13 +26,13 @@ import numpy as np
 import torch
 
 from influence_banks import BANKS, TruthBank
-from leaveout.baselines.gradients import example_gradients
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.evaluation.judge import EvaluationSettings, judge, removal_queries
-from leaveout.evaluation.methods import METHODS, Scored, Scorer, parse
 from leaveout.evaluation.report import Judged, Report
 from leaveout.evaluation.truth import Truth, second_order, subset_truth
+from leaveout.methods.gradients import example_gradients
+from leaveout.methods.registry import METHODS, Scored, Scorer, parse
 from leaveout.metrics import bootstrap_interval, lds
 from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
 from leaveout.readout.signature import Signer

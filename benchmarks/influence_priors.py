@@ -28,8 +28,8 @@ from leaveout.deletion.estimators import Datamodels
 from leaveout.deletion.measurements import Measurements, Retrainings
 from leaveout.deletion.posterior import Posterior
 from leaveout.deletion.run import TrainingRun
-from leaveout.evaluation.methods import Scorer
 from leaveout.evaluation.truth import Truth, second_order, subset_truth, values_without
+from leaveout.methods.registry import Scorer
 from leaveout.metrics import bootstrap_interval, difference_interval, lds, spearman
 from leaveout.training.queries import Query
 from measuring import RESULTS, arguments, write_result

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from leaveout import Index, Recipe
-from leaveout.baselines import bm25
+from leaveout.methods import bm25
 from leaveout.metrics import average_precision
 from leaveout.readout.model import Readout
 from leaveout.training.recipe import OptimizerSettings

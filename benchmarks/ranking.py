@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaveout.baselines import bm25, random_scores
-from leaveout.baselines.ekfac import EkFac
-from leaveout.baselines.embedding import EmbeddingCosine
-from leaveout.baselines.gradient_dot import GradientDot
-from leaveout.baselines.gradients import unit_rows
-from leaveout.baselines.rapidin import RapidIn
 from leaveout.corpus import Corpus, Row
+from leaveout.methods import bm25, random_scores
+from leaveout.methods.ekfac import EkFac
+from leaveout.methods.embedding import EmbeddingCosine
+from leaveout.methods.gradient_dot import GradientDot
+from leaveout.methods.gradients import unit_rows
+from leaveout.methods.rapidin import RapidIn
 from leaveout.metrics import (
     auprc_top_bottom,
     average_precision,

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaveout.baselines import bm25
+from leaveout.methods import bm25
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import PRESETS
 from measuring import (

@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaveout.baselines import bm25
-from leaveout.baselines.embedding import EmbeddingCosine
 from leaveout.corpus import Row
+from leaveout.methods import bm25
+from leaveout.methods.embedding import EmbeddingCosine
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.training.digest import digest_of

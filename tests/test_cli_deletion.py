@@ -13,8 +13,8 @@ import torch
 
 from command import run_command
 from leaveout import Recipe, TrainingRun, UnsupportedError, load_scores
-from leaveout.baselines.gradient_dot import GradientDot
 from leaveout.deletion.plan import Budget
+from leaveout.methods.gradient_dot import GradientDot
 from leaveout.report import blocks
 from leaveout.training.outputs import query_losses
 from leaveout.training.tasks import task_of

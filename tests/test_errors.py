@@ -4,7 +4,7 @@ import pytest
 
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import COMPARED, NAMED, choices, made, meant, refuse_other_names
-from leaveout.evaluation.methods import METHODS, parse
+from leaveout.methods.registry import METHODS, parse
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,16 @@ from scipy.stats import rankdata
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from leaveout.baselines.ekfac import EkFac
-from leaveout.baselines.stored import load_scores
 from leaveout.corpus import Corpus
 from leaveout.corpus.tokens import tokens_of
 from leaveout.deletion import directions
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
-from leaveout.evaluation.methods import METHODS, Scorer, score_methods, trained_part
 from leaveout.evaluation.truth import second_order, single_effects, subset_truth
+from leaveout.methods.ekfac import EkFac
+from leaveout.methods.registry import METHODS, Scorer, score_methods, trained_part
+from leaveout.methods.scores import load_scores
 from leaveout.readout.build import record_of, row_of
 from leaveout.readout.settings import PRESETS
 from leaveout.readout.tokens import tokenise

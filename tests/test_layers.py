@@ -19,9 +19,8 @@ ALLOWED = {
     "training": FOUNDATION | {"jets"},
     "deletion": FOUNDATION | {"jets", "training"},
     "readout": FOUNDATION,
-    "baselines": FOUNDATION | {"training", "readout"},
     "methods": FOUNDATION | {"training", "deletion", "readout"},
-    "evaluation": FOUNDATION | {"training", "deletion", "readout", "baselines", "methods"},
+    "evaluation": FOUNDATION | {"training", "deletion", "readout", "methods"},
     "report": FOUNDATION | {"training", "deletion", "readout", "methods", "evaluation"},
 }
 FREE = {ROOT, "cli", "demo", "web"}

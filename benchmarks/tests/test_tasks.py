@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from leaveout.baselines.rapidin import RapidIn
 from leaveout.corpus import Corpus
+from leaveout.methods.rapidin import RapidIn
 from leaveout.readout.index import Index
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import task_of

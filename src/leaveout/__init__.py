@@ -12,16 +12,16 @@ from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, LeaveoutError, MismatchError, StabilityError, UnsupportedError, meant
 
 if TYPE_CHECKING:
-    from leaveout.baselines.stored import load_scores, save_scores
     from leaveout.deletion.bank import Bank
     from leaveout.deletion.predict import Prediction
     from leaveout.deletion.run import TrainingRun
     from leaveout.deletion.sets import DeletionSets
     from leaveout.deletion.settings import MeasureSettings
     from leaveout.evaluation.judge import evaluate
-    from leaveout.evaluation.methods import attribute
     from leaveout.evaluation.report import Report
     from leaveout.evaluation.settings import EvaluationSettings
+    from leaveout.methods.registry import attribute
+    from leaveout.methods.scores import load_scores, save_scores
     from leaveout.readout.explain import Explanation
     from leaveout.readout.index import Index, Queries
     from leaveout.readout.model import load_readout
@@ -50,11 +50,11 @@ _LAZY = {
     "Report": "leaveout.evaluation.report",
     "SignatureSettings": "leaveout.readout.settings",
     "TrainingRun": "leaveout.deletion.run",
-    "attribute": "leaveout.evaluation.methods",
+    "attribute": "leaveout.methods.registry",
     "evaluate": "leaveout.evaluation.judge",
     "load_readout": "leaveout.readout.model",
-    "load_scores": "leaveout.baselines.stored",
-    "save_scores": "leaveout.baselines.stored",
+    "load_scores": "leaveout.methods.scores",
+    "save_scores": "leaveout.methods.scores",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
-from leaveout.evaluation.methods import METHODS, attribute
+from leaveout.methods.registry import METHODS, attribute
 from leaveout.training.recipe import OptimizerSettings, Recipe
 
 from .conftest import NAMES, QUERIES

@@ -10,9 +10,9 @@ from test_recipe import NAMES, points, tiny_gpt2
 from test_train import OPTIMIZERS
 from torch import nn
 
-from leaveout.baselines.snapshots import take_snapshots
 from leaveout.corpus import Corpus
 from leaveout.jets import roots
+from leaveout.methods.snapshots import take_snapshots
 from leaveout.training.complex_copies import train_roots
 from leaveout.training.flat_run import FlatRun
 from leaveout.training.metagradient import metagradient

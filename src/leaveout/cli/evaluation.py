@@ -41,9 +41,9 @@ def attribute(
     Example: leaveout attribute run --queries queries.jsonl --method default --out scores.jsonl --sets suspects.jsonl
     """
     opened = open_run(run)
-    from leaveout.baselines.stored import numbers_of, require_place, save_scores
     from leaveout.deletion.settings import MeasureSettings
-    from leaveout.evaluation.methods import attribute
+    from leaveout.methods.registry import attribute
+    from leaveout.methods.scores import numbers_of, require_place, save_scores
 
     require_place(out)
     if sets is not None:
@@ -145,7 +145,7 @@ def evaluate(
 
 def read_scores(file: Path, queries: list[str], recipe: Recipe) -> np.ndarray:
     """Scores [query, example] of a file, or [query, unit] where it names units."""
-    from leaveout.baselines.stored import load_scores
+    from leaveout.methods.scores import load_scores
 
     try:
         return load_scores(file, queries, recipe.ids)

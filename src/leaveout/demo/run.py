@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from leaveout.baselines import bm25, random_scores
 from leaveout.demo.deletion import Scale, run_deletion
 from leaveout.errors import UnsupportedError
+from leaveout.methods import bm25, random_scores
 from leaveout.metrics import average_precision
 from leaveout.readout.explain import explain_rows
 from leaveout.readout.index import Index

@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, MismatchError, require_list
 from leaveout.evaluation.answers import answer_loss, of_answers
-from leaveout.evaluation.methods import Scored, refuse_methods, score_methods
 from leaveout.evaluation.removals import answer_changes, loss_differences, removal_queries, removed_units
 from leaveout.evaluation.report import Judged, Report
 from leaveout.evaluation.retrieval import retrieval
@@ -30,6 +29,7 @@ from leaveout.evaluation.truth import (
     single_effects,
     subset_truth,
 )
+from leaveout.methods.registry import Scored, refuse_methods, score_methods
 from leaveout.metrics import lds, leave_one_out_correlation
 from leaveout.training.queries import Query, as_queries
 from leaveout.training.recipe import Recipe

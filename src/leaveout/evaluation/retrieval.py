@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from leaveout.baselines.stored import numbers_of, read_objects
 from leaveout.errors import FormatError, MismatchError
+from leaveout.methods.scores import numbers_of, read_objects
 from leaveout.metrics import auprc_top_bottom, average_precision, precision_at, recall_at
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {

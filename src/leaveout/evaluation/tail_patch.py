@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from leaveout.deletion.run import TrainingRun
 from leaveout.evaluation.answers import answer_loss, of_answers
-from leaveout.evaluation.methods import Scored
+from leaveout.methods.registry import Scored
 from leaveout.metrics import tail_patch, top_rows
 from leaveout.training.checkpoint import restore_state, state_of
 from leaveout.training.queries import Query, query_function

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from leaveout.baselines.gradient_dot import GradientDot
-from leaveout.baselines.gradients import MEMORY
-from leaveout.baselines.snapshots import Snapshot
+from leaveout.methods.gradient_dot import GradientDot
+from leaveout.methods.gradients import MEMORY
+from leaveout.methods.snapshots import Snapshot
 from leaveout.training.tasks import Task
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.baselines.gradients import MEMORY, example_gradients, products, unit_rows
+from leaveout.methods.gradients import MEMORY, example_gradients, products, unit_rows
 from leaveout.readout.projection import random_bits, random_signs
 from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task

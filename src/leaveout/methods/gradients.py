@@ -1,4 +1,4 @@
-"""Gradients and losses of single examples under given parameters: what the gradient baselines are made of.
+"""Gradients and losses of single examples under given parameters: what the methods by gradients are made of.
 
 Each example is taken in a batch of its own, so that its loss is the mean over its own learned tokens, whatever the recipe's
 `loss_per` is. Gradients are those of the trained parameters, flattened in the order of `task.trained`.

@@ -18,16 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaveout.baselines import bm25, ekfac, random_scores, trackstar, trak
-from leaveout.baselines.ekfac import EkFac
-from leaveout.baselines.embedding import EmbeddingCosine
-from leaveout.baselines.gradient_dot import GradientDot
-from leaveout.baselines.rapidin import RapidIn
-from leaveout.baselines.snapshots import Snapshot, take_snapshots
-from leaveout.baselines.tracin import TracIn
-from leaveout.baselines.trackstar import TrackStar
-from leaveout.baselines.trak import Trak
-from leaveout.baselines.z0_inf import Z0Inf
 from leaveout.corpus import Corpus, Row
 from leaveout.corpus.chat import Template, chosen_template
 from leaveout.corpus.tokens import tokens_of
@@ -35,6 +25,16 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import UnsupportedError, choices
+from leaveout.methods import bm25, ekfac, random_scores, trackstar, trak
+from leaveout.methods.ekfac import EkFac
+from leaveout.methods.embedding import EmbeddingCosine
+from leaveout.methods.gradient_dot import GradientDot
+from leaveout.methods.rapidin import RapidIn
+from leaveout.methods.snapshots import Snapshot, take_snapshots
+from leaveout.methods.tracin import TracIn
+from leaveout.methods.trackstar import TrackStar
+from leaveout.methods.trak import Trak
+from leaveout.methods.z0_inf import Z0Inf
 from leaveout.models import load_tokenizer
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout

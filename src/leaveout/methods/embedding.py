@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leaveout.baselines.gradients import example_losses, unit_rows
 from leaveout.errors import UnsupportedError
+from leaveout.methods.gradients import example_losses, unit_rows
 from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from leaveout.baselines.stored import load_scores, save_scores
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.methods.scores import load_scores, save_scores
 
 QUERIES, ROWS = ["q1", "q0"], ["c", "a", "b,\n", "ü"]
 SCORES = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from scipy import stats
 
-from baselines.slow import RECIPES, classifier_loss, points, slow_gradients, slow_product
-from baselines.test_gradient_baselines import leave_one_out
-from leaveout.baselines import ekfac
-from leaveout.baselines.ekfac import EkFac
 from leaveout.errors import UnsupportedError
+from leaveout.methods import ekfac
+from leaveout.methods.ekfac import EkFac
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
 from leaveout.training.train import train_plain
+from methods.slow import RECIPES, classifier_loss, points, slow_gradients, slow_product
+from methods.test_gradients import leave_one_out
 
 pytest.importorskip("kronfluence")
 LOGISTIC = Recipe(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from leaveout.baselines.gradients import MEMORY, TOGETHER, checked, loss_function, rows_within
 from leaveout.errors import UnsupportedError
+from leaveout.methods.gradients import MEMORY, TOGETHER, checked, loss_function, rows_within
 from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters

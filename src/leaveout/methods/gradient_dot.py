@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from leaveout.baselines.gradients import MEMORY, example_gradients, gathered, products, rows_within, unit_rows
+from leaveout.methods.gradients import MEMORY, example_gradients, gathered, products, rows_within, unit_rows
 from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaveout.baselines.gradients import example_losses
-from leaveout.baselines.snapshots import Snapshot
+from leaveout.methods.gradients import example_losses
+from leaveout.methods.snapshots import Snapshot
 from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 

@@ -10,8 +10,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from leaveout.baselines import bm25, random_scores
 from leaveout.errors import UnsupportedError
+from leaveout.methods import bm25, random_scores
 
 CORPUS = [
     "The cat sat, the cat ate.",

@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 import torch
 
-from baselines.slow import PROMPTED, RECIPES, SGD, slow_gradients, slow_losses, slow_product
-from leaveout.baselines import snapshots, trackstar, trak
-from leaveout.baselines.gradient_dot import GradientDot
-from leaveout.baselines.trackstar import TrackStar
-from leaveout.baselines.trak import Trak
-from leaveout.baselines.z0_inf import Z0Inf
 from leaveout.corpus import Corpus
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
-from leaveout.evaluation.methods import score_methods
+from leaveout.methods import snapshots, trackstar, trak
+from leaveout.methods.gradient_dot import GradientDot
+from leaveout.methods.registry import score_methods
+from leaveout.methods.trackstar import TrackStar
+from leaveout.methods.trak import Trak
+from leaveout.methods.z0_inf import Z0Inf
 from leaveout.training.queries import as_queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import IGNORED, task_of
+from methods.slow import PROMPTED, RECIPES, SGD, slow_gradients, slow_losses, slow_product
 
 LM = RECIPES["causal-lm"]
 
@@ -370,7 +370,7 @@ def run(tmp_path):
 def test_z0_inf_by_name_shares_the_snapshots_of_tracin(run, monkeypatch):
     taken = []
     monkeypatch.setattr(
-        "leaveout.evaluation.methods.take_snapshots",
+        "leaveout.methods.registry.take_snapshots",
         lambda recipe, steps: taken.append(steps) or snapshots.take_snapshots(recipe, steps),
     )
     found = score_methods(run, as_queries(["anna", "kim"]), ["tracin", "z0-inf"])

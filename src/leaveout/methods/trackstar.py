@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from leaveout.baselines.gradients import checked
 from leaveout.errors import UnsupportedError
+from leaveout.methods.gradients import checked
 from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters
@@ -136,7 +136,7 @@ def package() -> Any:
         from bergson.gradients import LayerAdapter  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UnsupportedError(
-            "TrackStar needs the package bergson: pip install bergson==2.5.1 (docs/reference/baselines.md: without a GPU)."
+            "TrackStar needs the package bergson: pip install bergson==2.5.1 (docs/reference/methods.md: without a GPU)."
         ) from error
     finally:
         root.handlers = handlers

@@ -1,4 +1,4 @@
-"""Model-based baselines against plain loops, and their sign and size against real retraining."""
+"""Methods by gradients and losses against plain loops, and their sign and size against real retraining."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import pytest
 import torch
 from scipy import stats
 
-from baselines.slow import NAMES, RECIPES, SGD, points, slow_gradients, slow_losses, slow_product, tiny_lm
-from leaveout.baselines import gradients
-from leaveout.baselines.embedding import EmbeddingCosine
-from leaveout.baselines.gradient_dot import GradientDot
-from leaveout.baselines.rapidin import RapidIn
-from leaveout.baselines.snapshots import take_snapshots
-from leaveout.baselines.tracin import TracIn
-from leaveout.baselines.z0_inf import Z0Inf
 from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.methods import gradients
+from leaveout.methods.embedding import EmbeddingCosine
+from leaveout.methods.gradient_dot import GradientDot
+from leaveout.methods.rapidin import RapidIn
+from leaveout.methods.snapshots import take_snapshots
+from leaveout.methods.tracin import TracIn
+from leaveout.methods.z0_inf import Z0Inf
 from leaveout.training.outputs import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
 from leaveout.training.train import train_batch, train_plain
+from methods.slow import NAMES, RECIPES, SGD, points, slow_gradients, slow_losses, slow_product, tiny_lm
 from tolerances import TOLERANCES
 
 KINDS = list(RECIPES)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.files import replacing
 
 FIELDS = ("query", "id", "score")
 
@@ -75,12 +76,8 @@ def save_scores(path: str | Path, scores: ArrayLike, query_ids: Sequence[str], t
         raise MismatchError(f"The scores have the shape {values.shape}, wanted {(len(query_ids), len(train_ids))}.")
     if not (np.abs(values) <= np.finfo(np.float32).max).all():
         raise FormatError("A score is not finite in float32, so that no reader could rank it.")
-    part = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as part:
         _write(part, path.suffix, values.astype(np.float32), query_ids, train_ids)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

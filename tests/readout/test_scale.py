@@ -435,14 +435,14 @@ def test_indexes_with_shared_statistics_become_one(n_taken, lm, tokenizer, tmp_p
     two.delete([CORPUS[-1]["id"]])
     real, calls = Store.take, []
 
-    def put(*args):
+    def take(*args):
         calls.append(0)
-        if len(calls) > n_put:
+        if len(calls) > n_taken:
             raise KeyboardInterrupt
         return real(*args)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Store, "put", put)
+        patched.setattr(Store, "take", take)
         Index.merge([one.path, two.path], tmp_path / "all")
     with pytest.raises(MismatchError, match="all holds the unfinished index of other parts: give a new directory"):
         Index.merge([two.path, one.path], tmp_path / "all")
@@ -450,7 +450,7 @@ def test_indexes_with_shared_statistics_become_one(n_taken, lm, tokenizer, tmp_p
     report, merged = merged.last_report, Index.open(merged.path, lm, tokenizer)
     one.append([row for row in second if row["id"] != CORPUS[-1]["id"]])
     assert merged.ids == one.ids and merged.check() == [] and merged.fingerprint == one.fingerprint
-    assert report.repeated == 1 and report.added == len(one) - sum(p.n_rows for p in one.store.segments()[:n_put])
+    assert report.repeated == 1 and report.added == len(one) - sum(p.n_rows for p in one.store.segments()[:n_taken])
     assert_close(merged.score(QUERIES), one.score(QUERIES), "model float32")
 
 

@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 
+from corpora import data
 from leaveout.readout.index import Index
 from leaveout.readout.queries import Queries
-from measuring import alpaca, arguments, data, made_rows, spread, tiny, write_result
+from measuring import alpaca, arguments, made_rows, spread, tiny, write_result
 
 FEW = 8
 

@@ -1,7 +1,7 @@
 """TRAK through dattri, TrackStar through bergson, Z0-Inf by name: against formulas written out from slow gradients.
 
-Without the packages, stand-ins of a few lines take their places, so that what goes into them and comes out of them is
-checked everywhere; with the packages, their own numbers are.
+In the tests marked `peers` the packages themselves run (`make peers-check`). In the others stand-ins of a few lines take
+their places, so that what goes into them and comes out of them is checked everywhere.
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ def test_trak_hands_over_log_odds_probabilities_and_damping(name, setting, monke
     assert found.argmax(1).tolist() == [0, 1] and (np.diag(found) > 0).all()
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when dattri opens its compiler
 @pytest.mark.parametrize("name", RECIPES)
 def test_trak_is_its_formula_with_the_projection_of_dattri(name, setting):
-    pytest.importorskip("dattri")
     from dattri.func.projection import random_project
 
     task, parameters = setting[name]
@@ -143,10 +143,10 @@ def test_trak_is_its_formula_with_the_projection_of_dattri(name, setting):
     assert_close(score(memory=1), found)
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_gradient_dot_is_that_of_dattri(setting):
     """An implementation by others: its TracIn with the rate 1 and no projection."""
-    pytest.importorskip("dattri")
     from dattri.algorithm.tracin import TracInAttributor
     from dattri.task import AttributionTask
 
@@ -283,10 +283,10 @@ def test_trackstar_refuses_what_bergson_cannot_open(unprojected, setting):
         TrackStar(task, parameters).score(LM.examples, LM.examples)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("unit_length", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_trackstar_is_its_formula_with_the_projections_of_bergson(unit_length, setting):
-    pytest.importorskip("bergson")
     from bergson.collector.collector import create_module_projection_matrix
 
     (task, parameters), rows, width = setting["causal-lm"], LM.examples, 3
@@ -314,9 +314,9 @@ def test_trackstar_is_its_formula_with_the_projections_of_bergson(unit_length, s
     assert_close(found, (whitened[:2] @ whitened.T).numpy(), 1e-3)
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_bergson_leaves_the_log_alone():
-    pytest.importorskip("bergson")
     for name in [name for name in sys.modules if name.partition(".")[0] == "bergson"]:
         del sys.modules[name]
     root, mine = logging.getLogger(), logging.NullHandler()
@@ -387,10 +387,10 @@ def test_z0_inf_is_judged(run):
     assert line["method"] == "z0-inf" and -1 <= line["lds"]["mean"] <= 1
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name, package", [("trak", "dattri"), ("trackstar", "bergson")])
-def test_peers_by_name(name, package, tmp_path):
-    pytest.importorskip(package)
+@pytest.mark.parametrize("name", ["trak", "trackstar"])
+def test_peers_by_name(name, tmp_path):
     recipe = LM.with_(examples=tuple(Corpus.open(PROMPTED)), units=(), optimizer=SGD)
     run = TrainingRun.train(recipe, tmp_path / "run")
     asked = as_queries(PROMPTED)

@@ -47,5 +47,5 @@ def package() -> Any:
     try:
         import bm25s
     except ImportError as error:
-        raise UnsupportedError("BM25 needs the package bm25s: pip install 'leaveout[bench]'.") from error
+        raise UnsupportedError("BM25 needs the package bm25s: pip install 'leaveout[methods]'.") from error
     return bm25s

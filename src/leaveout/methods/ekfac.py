@@ -161,7 +161,7 @@ def package() -> Any:
         from kronfluence.utils import dataset
     except ImportError as error:
         raise UnsupportedError(
-            "EK-FAC needs kronfluence: pip install 'leaveout[bench]', then pip install --no-deps kronfluence==1.0.1."
+            "EK-FAC needs kronfluence: pip install 'leaveout[methods]', then pip install --no-deps kronfluence==1.0.1."
         ) from error
 
     class Names:

@@ -41,5 +41,5 @@ def test_without_a_connection_the_command_says_so_and_goes_on(corpora, monkeypat
     monkeypatch.setattr(corpora, "_read", fail)
     assert corpora.main(["--fetch"]) == 1
     assert "a/rows.json.gz: no network" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match="corpora.py --fetch, or set LEAVEOUT_DATA"):
+    with pytest.raises(FileNotFoundError, match=r"corpora\.py --fetch, or set LEAVEOUT_DATA"):
         corpora.data("a/rows.json.gz")

@@ -35,7 +35,7 @@ from corpora import data
 from leaveout.corpus import Corpus
 from leaveout.methods import bm25
 from leaveout.methods.gradients import example_losses
-from leaveout.methods.snapshots import Snapshot, take_snapshots
+from leaveout.methods.scorer import Snapshot, take_snapshots
 from leaveout.methods.tracin import TracIn
 from leaveout.metrics import bootstrap_interval, difference_interval
 from leaveout.readout.model import Readout

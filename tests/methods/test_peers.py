@@ -20,9 +20,10 @@ from leaveout.corpus import Corpus
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
-from leaveout.methods import snapshots, trackstar, trak
+from leaveout.methods import trackstar, trak
 from leaveout.methods.gradient_dot import GradientDot
 from leaveout.methods.registry import score_methods
+from leaveout.methods.scorer import take_snapshots
 from leaveout.methods.trackstar import TrackStar
 from leaveout.methods.trak import Trak
 from leaveout.methods.z0_inf import Z0Inf
@@ -370,13 +371,13 @@ def run(tmp_path):
 def test_z0_inf_by_name_shares_the_snapshots_of_tracin(run, monkeypatch):
     taken = []
     monkeypatch.setattr(
-        "leaveout.methods.registry.take_snapshots",
-        lambda recipe, steps: taken.append(steps) or snapshots.take_snapshots(recipe, steps),
+        "leaveout.methods.scorer.take_snapshots",
+        lambda recipe, steps: taken.append(steps) or take_snapshots(recipe, steps),
     )
     found = score_methods(run, as_queries(["anna", "kim"]), ["tracin", "z0-inf"])
     n_steps = len(run.recipe.batches())
     assert taken == [[round(n_steps * part / 4 + 0.49) for part in (1, 2, 3, 4)]]
-    made = snapshots.take_snapshots(run.recipe, taken[0])
+    made = take_snapshots(run.recipe, taken[0])
     wanted = Z0Inf(task_of(run.recipe), made).score(["anna", "kim"], run.recipe.examples)
     np.testing.assert_array_equal(found["z0-inf"].scores, wanted)
 

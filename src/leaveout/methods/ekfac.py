@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
+from leaveout.methods.scorer import NAMED_KINDS, Scorer, method
 from leaveout.training.encoding import asked
 from leaveout.training.tasks import IGNORED, Batch, Task
 from leaveout.training.train import Parameters
@@ -170,3 +171,16 @@ def package() -> Any:
         DataLoaderKwargs, Task = dataset.DataLoaderKwargs, task.Task
 
     return Names
+
+
+@method(package=package, kinds=NAMED_KINDS)
+def ek_fac(scorer: Scorer, at: str) -> np.ndarray:
+    """With all trained linear layers."""
+    return EkFac(scorer.task, scorer.parameters(at), seed=scorer.seed).score(scorer.query_rows, scorer.rows)
+
+
+@method(package=package, kinds=NAMED_KINDS)
+def ek_fac_blocks(scorer: Scorer, at: str) -> np.ndarray:
+    """With the layers below the head, which is as wide as the vocabulary."""
+    below = (f"{getattr(scorer.task.model, 'base_model_prefix', '')}.*",)
+    return EkFac(scorer.task, scorer.parameters(at), below, seed=scorer.seed).score(scorer.query_rows, scorer.rows)

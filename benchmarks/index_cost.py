@@ -30,7 +30,6 @@ from leaveout.readout.index import Index
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import PRESETS
 from leaveout.readout.signature import Signer, batches
-from leaveout.readout.storage import encode
 from leaveout.readout.tokens import Window
 from leaveout.readout.whitening import whitening_matrices
 from measuring import (
@@ -78,7 +77,7 @@ def padded(batch: list[Window]) -> torch.Tensor:
 
 def index_batch(signer: Signer, batch: list[Window]) -> None:
     windows = [replace(window, row=number) for number, window in enumerate(batch)]
-    encode(signer.rows(windows, len(windows)), signer.settings.storage)
+    signer.codec.encode(signer.rows(windows, len(windows)))
 
 
 @torch.no_grad()

@@ -27,13 +27,12 @@ import torch
 from torch import Tensor
 
 from leaveout.metrics import bootstrap_interval, recall_at, spearman
+from leaveout.readout.codec import NUMBERS, Flat, Triples, low_rank, pairs
 from leaveout.readout.index import Index
-from leaveout.readout.low_rank import LowRank, low_rank, pairs
 from leaveout.readout.model import Readout
 from leaveout.readout.projection import Hadamard
 from leaveout.readout.settings import PRESETS, SignatureSettings
 from leaveout.readout.signature import Part, Signer
-from leaveout.readout.storage import decode, encode
 from measuring import (
     RememberingReadout,
     alpaca,
@@ -123,6 +122,12 @@ def project(rows: Tensor, hadamard: Hadamard) -> Tensor:
     return torch.cat([hadamard(piece) for piece in rows.split(PIECE)])
 
 
+def stored_as(rows: Tensor, storage: str) -> Tensor:
+    """Rows [rows, width] as they are read after they were stored."""
+    codec = Flat(NUMBERS[storage], rows.shape[1])
+    return codec.decode(codec.encode(rows))
+
+
 def judge(exact: np.ndarray, scores: np.ndarray, seed: int) -> dict[str, Any]:
     """Agreement of scores [query, train] with the exact ones."""
     k = min(10, exact.shape[1])
@@ -151,7 +156,7 @@ def measure_projections(
         hadamard = Hadamard.make(part.flat, width, seed, part.name)
         projected, asked = project(train, hadamard), project(queries, hadamard)
         for storage in STORAGES:
-            scores = (asked @ decode(encode(projected, storage)).t()).numpy()
+            scores = (asked @ stored_as(projected, storage).t()).numpy()
             facts = {"form": "projection", "size": width, "numbers": width, "storage": storage, "seed": seed}
             lines.append(facts | judge(exact, scores, seed))
     return lines
@@ -163,9 +168,9 @@ def measure_ranks(part: Part, queries: Tensor, train: Tensor, ranks: Sequence[in
     left, right = part.left.width, part.right.width
     identity = torch.eye(left)
     factors = torch.stack([low_rank(identity, row.view(left, right), max(ranks)) for row in train])
-    (u, v), *_ = LowRank(((left, right),)).factors(factors)
+    (u, v), *_ = Triples.of_rank(NUMBERS["float32"], ((left, right),), max(ranks)).factors(factors)
     for rank, storage in itertools.product(ranks, RANK_STORAGES):
-        stored = decode(encode(torch.cat([u[:, :rank].flatten(1), v[:, :rank].flatten(1)], 1), storage))
+        stored = stored_as(torch.cat([u[:, :rank].flatten(1), v[:, :rank].flatten(1)], 1), storage)
         us, vs = stored[:, : rank * left].reshape(-1, left), stored[:, rank * left :].reshape(-1, right)
         products = torch.stack([((us @ query.view(left, right)) * vs).sum(1) for query in queries])
         scores = products.unflatten(1, (-1, rank)).sum(2).numpy()

@@ -12,9 +12,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from corpora import data, read_json
 from leaveout.corpus import Corpus
-from measuring import made_rows
+from measuring import data, made_rows, read_json
 
 LONGEST, LONGEST_PROMPT = 72, 28  # tokens
 Pair = tuple[str, str]

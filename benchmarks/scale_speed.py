@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from corpora import data
+from leaveout.readout.build import Pace
 from leaveout.readout.index import Index
-from leaveout.readout.queries import Queries
-from measuring import alpaca, arguments, made_rows, spread, tiny, write_result
+from leaveout.readout.opened import EncodedQueries
+from measuring import alpaca, arguments, data, made_rows, spread, tiny, write_result
 
 FEW = 8
 
@@ -78,7 +78,7 @@ def building(
             for size, some in (("start", rows[:FEW]), ("all", rows)):
                 place = directory / f"{repeat} {name} {size}"
                 build = lambda place=place, some=some, options=options: Index.build(  # noqa: E731
-                    model, some, place, "paper", commit_seconds=1e9, **options
+                    model, some, place, "paper", pace=Pace(commit_seconds=1e9), **options
                 )
                 for key, value in timed(build).items():
                     results.setdefault(name, {}).setdefault(f"{size}_{key}", []).append(value)
@@ -93,9 +93,9 @@ def building(
 
 def searching(model: str, rows: list[dict[str, str]], directory: Path, repeats: int) -> dict[str, Any]:
     """Wall seconds of a search with so many threads, over segments of 4 MiB."""
-    index = Index.build(model, rows, directory / "searched", "paper", commit_bytes=4 * 2**20)
+    index = Index.build(model, rows, directory / "searched", "paper", pace=Pace(commit_bytes=4 * 2**20))
     queries = index.encode(rows[:4])
-    queries = Queries(queries.vectors.repeat(4, 1), queries.texts * 4, queries.fingerprint)
+    queries = EncodedQueries(queries.vectors.repeat(4, 1), queries.texts * 4, queries.fingerprint)
     times: dict[int, list[float]] = {1: [], 2: []}
     wanted = index.search(queries, workers=1)
     for _ in range(repeats + 1):

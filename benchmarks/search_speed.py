@@ -28,9 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.readout.low_rank import LowRank
-from leaveout.readout.search import BUFFER, Best, Product, scan
-from leaveout.readout.storage import decode, encode
+from leaveout.readout.codec import NUMBERS, Flat, Product, Triples
+from leaveout.readout.scan import BUFFER, Best, scan
 from leaveout.store import Record, Store
 from measuring import arguments, interleaved, ratio, spread, write_result
 
@@ -63,7 +62,8 @@ def fill(path: Path, data: Tensor) -> Store:
 def search(store: Store, queries: Tensor, wanted: np.ndarray | None = None) -> Best:
     """What `Index.search` does once its queries are encoded, and its filter has said which rows are wanted."""
     best, transposed = Best(len(queries), K), queries.t().contiguous()
-    for numbers, scores in scan(store.segments(), Product(lambda rows: rows @ transposed), wanted):
+    product = Product(Flat(NUMBERS["float16"], queries.shape[1]), lambda rows: rows @ transposed)
+    for numbers, scores in scan(store.segments(), product, wanted):
         best.add(numbers, scores)
     return best
 
@@ -132,17 +132,15 @@ RANK, QUERY_TRIPLES = 24, 46  # the mean of learned tokens of the rows in projec
 
 def measure_triples(directory: Path, rows: int, repeats: int, seed: int) -> dict[str, Any]:
     """Scans of random rows of triples by 1 and 16 queries, against the product over widened rows in memory."""
-    low_rank, generator = LowRank(SIZES), torch.Generator().manual_seed(seed)
-    data = torch.randn(rows, low_rank.width(RANK), generator=generator)
-    arrays = encode(data, "int4")
+    codec, generator = Triples.of_rank(NUMBERS["int4"], SIZES, RANK), torch.Generator().manual_seed(seed)
+    arrays = codec.encode(torch.randn(rows, codec.width, generator=generator))
+    width = Triples.of_rank(NUMBERS["int4"], SIZES, QUERY_TRIPLES).width
     with Store.create(directory / "store", {"kind": "benchmark"}) as store:
         store.put([Record(f"row {n}", "text", f"row {n}", {}, f"{n:032x}", {}) for n in range(rows)], arrays)
-        wide, out = decode(arrays), {}
+        wide, out = codec.decode(arrays), {}
         pieces = wide.split(max(1, BUFFER // (4 * wide.shape[1])))
         for n_queries in (1, 16):
-            product = Product(
-                low_rank.product(torch.randn(n_queries, low_rank.width(QUERY_TRIPLES), generator=generator)), 2
-            )
+            product = codec.product(torch.randn(n_queries, width, generator=generator))
             tasks: dict[str, Callable[[], Any]] = {
                 "search": lambda product=product: np.concatenate([part for _, part in scan(store.segments(), product)]),
                 "in memory": lambda product=product: torch.cat([product(piece) for piece in pieces]).numpy(),

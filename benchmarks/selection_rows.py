@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from corpora import data
 from leaveout.corpus import Corpus, Row
-from measuring import tiny
+from measuring import data, tiny
 from public_rows import groups
 from scratch_models import NEOX, Shape, pretrained
 

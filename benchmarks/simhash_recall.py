@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from corpora import data, read_json
 from leaveout.metrics import bootstrap_interval
-from leaveout.readout import ann, simhash
+from leaveout.readout.approximate import SHARE, SimHash
+from leaveout.readout.codec import NUMBERS, Flat, Product
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
-from leaveout.readout.search import Best, Product, scan
+from leaveout.readout.scan import Best, scan
 from leaveout.store import Record, Store
-from measuring import arguments, interleaved, made_rows, ratio, spread, tiny, write_result
+from measuring import arguments, data, interleaved, made_rows, ratio, read_json, spread, tiny, write_result
 
 K = 10
 GOALS = {"times faster": 4.0, "times smaller": 20.0, "precision lost": 0.03}
@@ -122,18 +122,27 @@ def fill(path: Path, rows: int, width: int, seed: int) -> Store:
     return store
 
 
+def product(queries: torch.Tensor) -> Product:
+    """Scores of the rows with queries [queries, width], without the care for equal sums that a search takes."""
+    transposed = queries.t().contiguous()
+    return Product(Flat(NUMBERS["float16"], queries.shape[1]), lambda rows: rows @ transposed)
+
+
+def signs(store: Store, queries: torch.Tensor) -> SimHash:
+    return SimHash(store, Flat(NUMBERS["float16"], queries.shape[1]))
+
+
 def scanned(store: Store, queries: torch.Tensor) -> Best:
-    best, transposed = Best(len(queries), K), queries.t().contiguous()
-    for numbers, scores in scan(store.segments(), Product(lambda rows: rows @ transposed)):
+    best = Best(len(queries), K)
+    for numbers, scores in scan(store.segments(), product(queries)):
         best.add(numbers, scores)
     return best
 
 
 def rescored(store: Store, queries: torch.Tensor, n: int) -> None:
     """A short list by sign bits and the exact scores of its rows, as `Index.search` does."""
-    lists = [numbers for numbers, _ in simhash.shortlist(store, queries, n)]
-    transposed = queries.t().contiguous()
-    for _ in scan(store.segments(), Product(lambda rows: rows @ transposed), np.unique(np.concatenate(lists))):
+    lists = [numbers for numbers, _ in signs(store, queries).shortlist(queries, n)]
+    for _ in scan(store.segments(), product(queries), np.unique(np.concatenate(lists))):
         pass
 
 
@@ -141,12 +150,13 @@ def speed(directory: Path, rows: int, width: int, repeats: int, seed: int) -> di
     """CPU seconds of the scan and of the sign bits."""
     results: dict[str, Any] = {"rows": rows, "width": width, "repeats": repeats, "ways": {}}
     with fill(directory / "store", rows, width, seed) as store:
-        results["preparing_cpu_seconds"] = interleaved({"simhash": lambda: simhash.update(store)}, 1)["simhash"][0]
+        made = SimHash(store, Flat(NUMBERS["float16"], width))
+        results["preparing_cpu_seconds"] = interleaved({"simhash": made.prepare}, 1)["simhash"][0]
         for n_queries in (1, 16):
             queries = torch.randn(n_queries, width, generator=torch.Generator().manual_seed(seed + 1))
             tasks: dict[str, Callable[[], object]] = {
                 "exact": lambda queries=queries: scanned(store, queries),
-                "simhash": lambda queries=queries: list(simhash.shortlist(store, queries, 200)),
+                "simhash": lambda queries=queries: list(signs(store, queries).shortlist(queries, 200)),
                 "simhash, 200 rescored": lambda queries=queries: rescored(store, queries, 200),
             }
             for task in tasks.values():
@@ -200,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     goals = judged(found, timed)
     print(goals)
     result = {"question": (__doc__ or "").split("\n", 1)[0], "recall": found, "speed": timed, **goals}
-    result |= {"repeats": size[2], "lists": ann.SHARE}
+    result |= {"repeats": size[2], "lists": SHARE}
     print(write_result(args.out, "readout_simhash.json", result, args).name)
     return 0
 

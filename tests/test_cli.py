@@ -14,8 +14,8 @@ import pytest
 
 from command import run_command
 from leaveout import cli
-from leaveout.readout import finding
-from leaveout.readout.search import at_resolution
+from leaveout.readout import opened
+from leaveout.readout.scan import at_resolution
 from readout.tiny import TEXTS, make_model, make_tokenizer
 
 ROWS = [
@@ -400,8 +400,8 @@ def test_search_rolls_up(run, idx, tmp_path, monkeypatch):
     assert run("append", idx, tmp_path / "more.jsonl")[0] == 0
     every = [hit["id"] for hit in hits_of(run, idx)]
     assert set(every) == {"a", "b", "c", "d", "c again", "near c"}
-    crews, scan = [], finding.scan
-    monkeypatch.setattr(finding, "scan", lambda *given: crews.append(given[-2:]) or scan(*given))
+    crews, scan = [], opened.scan
+    monkeypatch.setattr(opened, "scan", lambda *given: crews.append(given[-2:]) or scan(*given))
     assert [hit["id"] for hit in hits_of(run, idx, "--workers", "3")] == every and crews == [(3, "threads")]
     code, _, err = run("search", idx, "--query", "rain", "--backend", "clouds")
     assert code != 0 and "threads, ray" in err
@@ -414,18 +414,21 @@ def test_search_rolls_up(run, idx, tmp_path, monkeypatch):
 
 
 def test_options_have_the_names_and_defaults_of_the_python_interface(run):
-    from leaveout.readout import simhash
-    from leaveout.readout.build import BuildOptions
-    from leaveout.readout.finding import SearchOptions
+    from leaveout.readout import approximate
+    from leaveout.readout.index import Index
+    from leaveout.readout.search import SearchOptions
 
     commands = {command.callback.__name__: command.callback for command in cli.app.registered_commands}
     given = {name: inspect.signature(command).parameters for name, command in commands.items()}
-    for option in dataclasses.fields(SearchOptions):
-        assert option.name == "rescore" or given["search"][option.name].default == option.default
-    for name in ("backend", "workers"):
-        assert given["index"][name].default == getattr(BuildOptions(), name) == given["append"][name].default
+    own = {"search": {"rescore"}, "index": {"progress", "tokenizer", "pace"}, "append": {"progress", "units", "pace"}}
+    for command, call in (("search", Index.search), ("index", Index.build), ("append", Index.append)):
+        for option in inspect.signature(call).parameters.values():
+            if option.kind is option.KEYWORD_ONLY and option.name not in own[command]:
+                assert given[command][option.name].default == option.default
+    asked = inspect.signature(Index.search).parameters
+    assert all(asked[option.name].default == option.default for option in dataclasses.fields(SearchOptions))
     assert f"(default: {SearchOptions().rescore})" in " ".join(run("search", "--help")[1].split())
-    assert f"(default of simhash: {simhash.BITS})" in " ".join(run("prepare", "--help")[1].split())
+    assert f"(default of simhash: {approximate.BITS})" in " ".join(run("prepare", "--help")[1].split())
 
 
 def test_help_needs_no_torch_and_the_version_is_printed():

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from leaveout.evaluation.settings import EvaluationSettings
     from leaveout.methods.registry import attribute
     from leaveout.methods.scores import load_scores, save_scores
+    from leaveout.models import ModelOptions
+    from leaveout.readout.build import BuildReport, Pace
     from leaveout.readout.explain import Explanation
-    from leaveout.readout.index import Index, Queries
+    from leaveout.readout.index import Index
     from leaveout.readout.model import load_readout
+    from leaveout.readout.opened import EncodedQueries
     from leaveout.readout.search import Hit
     from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
     from leaveout.training.queries import Query
@@ -34,17 +37,20 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Bank": "leaveout.deletion.bank",
+    "BuildReport": "leaveout.readout.build",
     "Channel": "leaveout.readout.settings",
     "DeletionSets": "leaveout.deletion.sets",
+    "EncodedQueries": "leaveout.readout.opened",
     "EvaluationSettings": "leaveout.evaluation.settings",
     "Explanation": "leaveout.readout.explain",
     "Hit": "leaveout.readout.search",
     "Index": "leaveout.readout.index",
     "MeasureSettings": "leaveout.deletion.settings",
+    "ModelOptions": "leaveout.models",
     "OptimizerSettings": "leaveout.training.recipe",
     "PRESETS": "leaveout.readout.settings",
+    "Pace": "leaveout.readout.build",
     "Prediction": "leaveout.deletion.predict",
-    "Queries": "leaveout.readout.index",
     "Query": "leaveout.training.queries",
     "Recipe": "leaveout.training.recipe",
     "Report": "leaveout.evaluation.report",
@@ -60,9 +66,11 @@ _LAZY = {
 __all__ = [
     "PRESETS",
     "Bank",
+    "BuildReport",
     "Channel",
     "Corpus",
     "DeletionSets",
+    "EncodedQueries",
     "EvaluationSettings",
     "Explanation",
     "FormatError",
@@ -71,9 +79,10 @@ __all__ = [
     "LeaveoutError",
     "MeasureSettings",
     "MismatchError",
+    "ModelOptions",
     "OptimizerSettings",
+    "Pace",
     "Prediction",
-    "Queries",
     "Query",
     "Recipe",
     "Report",

@@ -12,7 +12,7 @@ from torch import nn
 
 from leaveout.corpus import Corpus
 from leaveout.jets import roots
-from leaveout.methods.scorer import take_snapshots
+from leaveout.methods.snapshots import take_snapshots
 from leaveout.training.complex_copies import train_roots
 from leaveout.training.flat_run import FlatRun
 from leaveout.training.metagradient import metagradient

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leaveout.readout.rollup import BestGroups
-from leaveout.readout.search import Best, at_resolution, ranking
+from leaveout.readout.scan import Best, at_resolution, ranking
+from leaveout.readout.search import BestGroups
 
 from .conftest import ranked
 

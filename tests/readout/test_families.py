@@ -15,15 +15,16 @@ from torch import nn
 
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.models.places import hub_answers
+from leaveout.readout.build import Pace
+from leaveout.readout.families import find_taps
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
-from leaveout.readout.residual import find_taps
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer
 from leaveout.readout.tokens import Window
 
 from .conftest import RAW, assert_close
-from .tiny import FAMILIES, TAPS, UNKNOWN, make_model, make_readout, make_tokenizer
+from .tiny import FAMILIES, TAPS, UNKNOWN, built, make_model, make_readout, make_tokenizer
 
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # with transformers 5
 IDS = [0, 40, 300, 41, 41, 500, 77, 123, 9, 511, 260, 18]
@@ -64,7 +65,7 @@ def test_gradient_equals_autograd_through_the_models_own_head(family, tied, toke
 def test_every_family_is_indexed_by_both_main_presets(family, tokenizer, tmp_path):
     lm = make_model(family, spread=0.1, dtype=torch.float32)
     for preset in ("default", "paper"):
-        index = Index.build(lm, RAW[:5], tmp_path / preset, preset, tokenizer, chunk_rows=3)
+        index = Index.build(lm, RAW[:5], tmp_path / preset, preset, tokenizer, pace=Pace(chunk_rows=3))
         scores = index.score(RAW[:5])
         assert len(index) == 5 and np.isfinite(scores).all()
         assert (scores.argmax(1) == np.arange(5)).all() or preset == "default"  # cosines: each row is its own best
@@ -123,7 +124,7 @@ def test_a_channel_says_which_output_projections_it_takes(family, outputs, n_blo
     assert all(tap.projection is module for tap, module in zip(taps, wanted, strict=True))
     signer = Signer(readout, SignatureSettings((Channel("gh"), channel)))
     assert [part.name for part in signer.parts] == ["gh0", *(f"residual1/{name}" for name in names)]
-    assert signer.width == 32 * 32 + sum(32 * tap.inputs for tap in taps)
+    assert signer.codec.width == 32 * 32 + sum(32 * tap.inputs for tap in taps)
 
 
 def test_layers_that_a_model_lacks_are_refused(tokenizer):
@@ -162,12 +163,12 @@ def test_unknown_family_replaces_a_residual_channel_by_what_is_not_there_yet(fam
     for number, (there, added, says) in enumerate(
         (((rh,), (gh,), "falls back to gh"), ((rh, gh), (), "is left out"), ((gh,), None, "falls back to rh"))
     ):
-        index = Index.build(lm, RAW, tmp_path / f"index {number}", "default", tokenizer, channels=(*there, blocks))
+        index = built(lm, RAW, tmp_path / f"index {number}", "default", tokenizer, channels=(*there, blocks))
         assert index.info()["notes"] == [NOT_KNOWN.format(family, says)]
         if added is None:
             assert [(part.left.size, part.right.size) for part in index.signer.parts] == [(32, 32), (256, 32)]
             continue
-        plain = Index.build(lm, RAW, tmp_path / f"plain {number}", "default", tokenizer, channels=(*there, *added))
+        plain = built(lm, RAW, tmp_path / f"plain {number}", "default", tokenizer, channels=(*there, *added))
         assert plain.info()["notes"] == [] and len(index.signer.parts) == len(there) + len(added)
         assert_close(index.score(RAW), plain.score(RAW), "int4")
 
@@ -397,7 +398,7 @@ class Wide(nn.Module):
 
 def test_vocabularies_are_never_squared():
     readout = Readout(Wide(), None, None)
-    assert Signer(readout, SignatureSettings((Channel("rh", left_width=8),))).width == 64
+    assert Signer(readout, SignatureSettings((Channel("rh", left_width=8),))).codec.width == 64
     with pytest.raises(
         UnsupportedError, match=r"An unprojected rh channel would hold 400000 x 8 .* set its left_width"
     ):

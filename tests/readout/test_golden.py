@@ -16,12 +16,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from leaveout.readout.index import Index
 from leaveout.readout.projection import random_bits
 from leaveout.readout.settings import PRESETS
 from leaveout.store import Store
 
-from .tiny import make_model
+from .tiny import built, make_model
 
 HERE = Path(__file__).parent / "golden"
 SPECIAL = ("<s>", "</s>")
@@ -98,7 +97,7 @@ def levels(arrays):
 def stored(form, place):
     """Levels, and scales of rows, as an index of this form holds them."""
     preset, changes = FORMS[form]
-    Index.build(frozen_model(), ROWS, place, preset, frozen_tokenizer(), **{**SHORT, **changes})
+    built(frozen_model(), ROWS, place, preset, frozen_tokenizer(), **{**SHORT, **changes})
     (segment,) = Store.open(place).segments()
     arrays = segment.arrays()
     return {"levels": levels(arrays), "scale": np.array(arrays["scale"])}
@@ -106,7 +105,7 @@ def stored(form, place):
 
 def low_rank_scores(place):
     """Scores [query, train] of the rows with themselves; singular vectors have no sign of their own, scores do."""
-    index = Index.build(frozen_model(), ROWS, place, "default", frozen_tokenizer(), **SHORT, **LOW_RANK)
+    index = built(frozen_model(), ROWS, place, "default", frozen_tokenizer(), **SHORT, **LOW_RANK)
     return index.score(ROWS).astype(np.float64)
 
 

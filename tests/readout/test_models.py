@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.models import ModelOptions, evaluating, length_limit, load_model, load_tokenizer, source_digest
 from leaveout.models.identity import State, glance
+from leaveout.readout.families import find_taps
 from leaveout.readout.index import Index
 from leaveout.readout.model import load_readout
-from leaveout.readout.residual import find_taps
 from leaveout.readout.settings import Channel, SignatureSettings
 from leaveout.readout.signature import Signer
 from leaveout.readout.tokens import Window
@@ -760,5 +760,5 @@ def test_devices_that_are_not_here_are_refused_and_the_builds_is_forgotten(token
     assert Index.open(tmp_path / "index", device="auto").score(ROWS).shape == (3, 3)
     with pytest.raises(ValueError, match=r"no CUDA device here"):
         Index.open(tmp_path / "index", device="cuda").score(ROWS)
-    with pytest.raises(ValueError, match=r"There is no option 'colour' of a model"):
-        Index.open(tmp_path / "index", colour="red").score(ROWS)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'colour'"):
+        Index.open(tmp_path / "index", colour="red")  # pyright: ignore

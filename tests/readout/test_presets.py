@@ -293,7 +293,7 @@ def test_length_power_divides_rows_by_their_learned_tokens(power, rank, tokenize
     assert max(len(one.windows) for one in tokens) > 2 and counts.max() > 1.4 * counts.min()
     assert_close(found, sums / counts[:, None] ** (power if rank is None else power / 2), "float64")
     if rank is not None:
-        lengths = [signer.low_rank.norm(torch.tensor(vectors)) for vectors in (found, sums)]
+        lengths = [signer.codec.lengths(torch.tensor(vectors)) for vectors in (found, sums)]
         assert_close(lengths[0], lengths[1].numpy() / counts**power, "float64")
 
 
@@ -384,7 +384,7 @@ def test_hadamard_projection_is_shared_by_size(tokenizer, tokenised, rows):
     settings = resolve_settings("residual", **{**EXACT, "final_width": 5000}, channels=blocks)
     signer = Signer(readout, settings)
     assert [part.flat for part in signer.parts] == [1024, 1536, 1024, 1536]
-    assert [part.stored for part in signer.parts] == [1024, 1476, 1024, 1476] and signer.width == 5000
+    assert [part.stored for part in signer.parts] == [1024, 1476, 1024, 1476] and signer.codec.width == 5000
     whole, matrices, windows = signed(readout, replace(settings, final_width=None), tokenised, rows)
     signer.whitening = matrices
     found = signer.rows(windows, len(whole)).numpy()

@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
-from leaveout.readout import search as search_module
-from leaveout.readout import shards as shards_module
-from leaveout.readout import simhash
+from leaveout.readout import approximate, parts
+from leaveout.readout import scan as scan_module
+from leaveout.readout.build import Pace
 from leaveout.readout.index import Index
-from leaveout.readout.shards import Shard, shard_of
+from leaveout.readout.parts import Shard, shard_of
 from leaveout.store import Store
 
 from .conftest import assert_close, ranked
 from .test_index import CORPUS, MANY_COMMITS, contents
-from .tiny import TEXTS, make_model
+from .tiny import TEXTS, built, make_model
 
 QUERIES = [TEXTS[0], TEXTS[5]]
 # The same text again: under its own id, as a row without an id of its own, and once more in another shard.
@@ -85,13 +85,13 @@ def test_scan_workers_change_nothing(options, paper):
 
 
 def test_scan_workers_are_at_work_at_the_same_time(paper, monkeypatch):
-    both, real = threading.Barrier(2, timeout=20), search_module._segment_scores
+    both, real = threading.Barrier(2, timeout=20), scan_module._segment_scores
 
     def scores(*args):
         both.wait()  # passes only if two segments are scanned at once
         return real(*args)
 
-    monkeypatch.setattr(search_module, "_segment_scores", scores)
+    monkeypatch.setattr(scan_module, "_segment_scores", scores)
     assert len(paper.search(QUERIES, 5, workers=2)[0]) == 5
 
 
@@ -111,7 +111,7 @@ def by_hand(index, key, k):
 @pytest.mark.parametrize("k", [1, 3, 50])
 @pytest.mark.parametrize("page", [1, 256])
 def test_groups_are_their_best_rows(page, k, paper, monkeypatch):
-    monkeypatch.setattr("leaveout.readout.rollup.PAGE", page)
+    monkeypatch.setattr("leaveout.readout.search.PAGE", page)
     for field in ("group", "source"):
         wanted = list(by_hand(paper, lambda record, field=field: record.meta[field], k))
         assert ids(paper.search(QUERIES, k, group_by=field)) == wanted
@@ -131,7 +131,7 @@ def test_alike_rows_count_once(preset, lm, tokenizer, tmp_path):
     form = {} if preset == "paper" else {"final_width": 1, "rank": 60}
     rows = [row for n in range(4) for row in (CORPUS[n], {**CORPUS[n], "id": f"again {n}"})]
     rows += [{"id": f"near {n}", "text": f"{TEXTS[0]} {n}"} for n in range(30)] + CORPUS[4:]
-    index = Index.build(lm, rows, tmp_path / "index", preset, tokenizer, storage="float32", **form, **MANY_COMMITS)
+    index = built(lm, rows, tmp_path / "index", preset, tokenizer, storage="float32", **form, **MANY_COMMITS)
     products = index.score([row["text"] for row in rows]).astype(np.float64)
     length = np.sqrt(np.diag(products))
     cosines, scores = products / length / length[:, None], index.score(QUERIES)
@@ -171,23 +171,23 @@ def test_sign_bits_keep_angles(width, bits):
     share = torch.linspace(0, 1, 40)[:, None]
     x[:, width // 2 :] *= 0.01  # most of the length in half of the numbers
     y = share * x + (1 - share) * noise * x.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
-    signs = simhash.SignBits.make(width, bits, 0)
+    signs = approximate.SignBits.make(width, bits, 0)
     first, second = signs(x), signs(y)
     assert first.shape == (40, bits // 64) and first.dtype == np.uint64
     apart = np.unpackbits((first ^ second).view(np.uint8), axis=1).sum(1)
     chance = torch.arccos(torch.cosine_similarity(x, y).clamp(-1, 1)).numpy() / np.pi
     assert (np.abs(apart - bits * chance) <= 5 * np.sqrt(bits * chance * (1 - chance)) + 1).all()
-    counted = simhash.differing(first, second[:3])
+    counted = approximate.differing(first, second[:3])
     assert np.array_equal(counted[0], np.unpackbits((first[0] ^ second[:3]).view(np.uint8), axis=1).sum(1))
 
 
-@pytest.mark.parametrize("block", [1, simhash.BLOCK])
+@pytest.mark.parametrize("block", [1, approximate.BLOCK])
 def test_differing_bits_are_counted(block, monkeypatch):
-    monkeypatch.setattr(simhash, "BLOCK", block)
+    monkeypatch.setattr(approximate, "BLOCK", block)
     chance = np.random.default_rng(0)
     bits, queries = (chance.integers(0, 2**64, (n, 128), np.uint64) for n in (70, 3))
     wanted = [[sum(int(a ^ b).bit_count() for a, b in zip(x, y, strict=True)) for y in queries] for x in bits]
-    assert np.array_equal(simhash.differing(bits, queries), wanted)
+    assert np.array_equal(approximate.differing(bits, queries), wanted)
 
 
 def test_a_full_short_list_is_the_exact_search(paper, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_full_short_list_is_the_exact_search(paper, monkeypatch):
 
 
 def test_estimates_know_the_lengths_of_rows_and_queries(lm, tokenizer, tmp_path):
-    index = Index.build(lm, CORPUS, tmp_path / "index", "default", tokenizer, storage="float32", **MANY_COMMITS)
+    index = built(lm, CORPUS, tmp_path / "index", "default", tokenizer, storage="float32", **MANY_COMMITS)
     rows, queries = (index.encode(texts).vectors.double().norm(dim=1).numpy() for texts in (CORPUS, QUERIES))
     index.prepare("simhash", 16384)
     scores, place = index.score(QUERIES), {id: at for at, id in enumerate(index.ids)}
@@ -267,7 +267,7 @@ def test_faiss_restricts_to_wanted_rows(changed):
 
 
 def test_low_rank_rows_are_not_approximated(lm, tokenizer, tmp_path, monkeypatch):
-    index = Index.build(lm, CORPUS[:3], tmp_path / "index", "default", tokenizer, final_width=1, rank=4)
+    index = built(lm, CORPUS[:3], tmp_path / "index", "default", tokenizer, final_width=1, rank=4)
     for ask in (lambda: index.prepare("simhash"), lambda: index.search(QUERIES, approximate="faiss")):
         with pytest.raises(UnsupportedError, match="stored by singular triples, which have no flat vector"):
             ask()
@@ -308,16 +308,16 @@ def test_merged_shards_are_the_index_of_one_process(preset, lm, tokenizer, tmp_p
     for number in range(3):
         shard = Index.build(lm, REPEATED, tmp_path / "parts", preset, tokenizer, shard=(number, 3), **MANY_COMMITS)
         assert shard.path.name == f"shard-0000{number}-of-00003" and len(shard) in (9, 10)
-    real, calls = Store.take, []
+    real, calls = Store.put, []
 
-    def take(*args):
+    def put(*args):
         calls.append(0)
         if len(calls) == 5:
             raise KeyboardInterrupt
         return real(*args)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Store, "take", take)
+        patched.setattr(Store, "put", put)
         Index.merge(tmp_path / "parts", tmp_path / "one")
     merged = Index.merge(tmp_path / "parts", tmp_path / "one")
     assert merged.check() == []
@@ -333,11 +333,12 @@ def test_merged_shards_are_the_index_of_one_process(preset, lm, tokenizer, tmp_p
 
 SHARD = """
 import sys
+from leaveout.readout.build import Pace
 from leaveout.readout.index import Index
 from readout.test_scale import REPEATED
 import torch
 torch.set_num_threads(1)
-Index.build(sys.argv[1], REPEATED, sys.argv[2], "default", shard="auto", chunk_rows=4)
+Index.build(sys.argv[1], REPEATED, sys.argv[2], "default", shard="auto", pace=Pace(chunk_rows=4))
 """
 
 
@@ -350,7 +351,7 @@ def test_processes_that_start_together_build_one_index(model, tmp_path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     for number in range(2):
-        Index.build(model, REPEATED, tmp_path / "alone", "default", shard=(number, 2), chunk_rows=4)
+        Index.build(model, REPEATED, tmp_path / "alone", "default", shard=(number, 2), pace=Pace(chunk_rows=4))
     merged = [Index.merge(tmp_path / name, tmp_path / f"{name} merged") for name in ("parts", "alone")]
     assert contents(merged[0].path) == contents(merged[1].path) and len(merged[0]) == len(REPEATED)
 
@@ -387,7 +388,7 @@ def test_shards_that_do_not_belong_together_are_refused(lm, tokenizer, tmp_path,
         build("same id", same, number)
     with pytest.raises(FormatError, match="The id 'row 0' of row 21 is that of an earlier row of another shard"):
         Index.merge(tmp_path / "same id", tmp_path / "two")
-    monkeypatch.setattr(shards_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(parts, "PATIENCE", 0.1)
     with pytest.raises(MismatchError, match=r"no statistics in .* after 0 s: start the process of shard 0 as well"):
         Index.build(lm, CORPUS, tmp_path / "late", "default", tokenizer, shard=(1, 2))
 
@@ -416,6 +417,11 @@ def test_indexes_of_other_whitening_are_not_merged(lm, tokenizer, tmp_path):
         MismatchError, match=rf"{sentence} statistics of that index \(--statistics\), or both as shards"
     ):
         Index.merge([one.path, two.path], tmp_path / "all")
+    with (
+        Store.open(one.path, write=True) as store,
+        pytest.raises(MismatchError, match=r"the side 'whitening' of .*two differs from that of .*one"),
+    ):
+        store.merge(two.path)
     with pytest.raises(MismatchError, match=r"two has another whitening than .*one already: give a new directory"):
         Index.build(lm, CORPUS[11:], two.path, "default", tokenizer, statistics=one.path)
     with Store.open(two.path, write=True) as store:  # what is compared is the matrices, not what is said about them
@@ -425,24 +431,24 @@ def test_indexes_of_other_whitening_are_not_merged(lm, tokenizer, tmp_path):
     assert not (tmp_path / "all").exists()
 
 
-@pytest.mark.parametrize("n_taken", [0, 1, 3])
-def test_indexes_with_shared_statistics_become_one(n_taken, lm, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("n_put", [0, 1, 3])
+def test_indexes_with_shared_statistics_become_one(n_put, lm, tokenizer, tmp_path, monkeypatch):
     """The rows and scores of the index that was appended to; also after a kill."""
     first, second = CORPUS[:9], [CORPUS[2], *CORPUS[9:]]
     one = Index.build(lm, first, tmp_path / "one", "default", tokenizer, **MANY_COMMITS)
     two = Index.build(lm, second, tmp_path / "two", "default", tokenizer, statistics=one.path, **MANY_COMMITS)
     assert two.fingerprint == one.fingerprint
     two.delete([CORPUS[-1]["id"]])
-    real, calls = Store.take, []
+    real, calls = Store.put, []
 
-    def take(*args):
+    def put(*args):
         calls.append(0)
-        if len(calls) > n_taken:
+        if len(calls) > n_put:
             raise KeyboardInterrupt
         return real(*args)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Store, "take", take)
+        patched.setattr(Store, "put", put)
         Index.merge([one.path, two.path], tmp_path / "all")
     with pytest.raises(MismatchError, match="all holds the unfinished index of other parts: give a new directory"):
         Index.merge([two.path, one.path], tmp_path / "all")
@@ -450,7 +456,7 @@ def test_indexes_with_shared_statistics_become_one(n_taken, lm, tokenizer, tmp_p
     report, merged = merged.last_report, Index.open(merged.path, lm, tokenizer)
     one.append([row for row in second if row["id"] != CORPUS[-1]["id"]])
     assert merged.ids == one.ids and merged.check() == [] and merged.fingerprint == one.fingerprint
-    assert report.repeated == 1 and report.added == len(one) - sum(p.n_rows for p in one.store.segments()[:n_taken])
+    assert report.repeated == 1 and report.added == len(one) - sum(p.n_rows for p in one.store.segments()[:n_put])
     assert_close(merged.score(QUERIES), one.score(QUERIES), "model float32")
 
 
@@ -508,6 +514,7 @@ from pathlib import Path
 import ray, torch
 from ray.cluster_utils import Cluster
 from leaveout.errors import UnsupportedError
+from leaveout.readout.build import Pace
 from leaveout.readout.index import Index
 from leaveout.store import Store
 from readout.test_index import CORPUS, contents
@@ -520,7 +527,7 @@ nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
 ray.init(address=cluster.address, log_to_driver=False)
 
 rows = [{**row, "id": f"{turn} {row['id']}"} for turn in range(12) for row in CORPUS]
-small = {"chunk_rows": 2, "commit_bytes": 1}
+small = {"pace": Pace(chunk_rows=2, commit_bytes=1)}
 whole = Index.build(model, rows, out / "whole", **small)
 asked = [row["text"] for row in CORPUS[:2]]
 assert whole.search(asked, 5, workers=2, backend="ray") == whole.search(asked, 5)

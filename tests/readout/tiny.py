@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from leaveout.corpus import Corpus, Row
+from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
+from leaveout.readout.settings import SignatureSettings, resolve_settings
 
 TEXTS = (
     "The ferry left the harbour before dawn, and nobody on the quay had noticed that the pilot was missing.",
@@ -102,3 +105,10 @@ def make_readout(family: str = "llama", tokenizer: Any = None, **options: Any) -
 
 def rows_of(raw: list[Any]) -> list[Row]:
     return list(Corpus.open(raw))
+
+
+def built(model, corpus, path, preset="default", tokenizer=None, **options):
+    """`Index.build`, with single settings of signatures among its options."""
+    names = {field.name for field in fields(SignatureSettings)}
+    changes = {name: options.pop(name) for name in list(options) if name in names}
+    return Index.build(model, corpus, path, resolve_settings(preset, **changes), tokenizer, **options)

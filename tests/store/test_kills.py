@@ -43,20 +43,18 @@ with stores.Store.open(sys.argv[1], write=True) as store:
             store.purge()
             say("done")
         if n % 5 == 0:
-            say("take")
-            other = stores.Store.open(sys.argv[3])
-            for part in other.segments():
-                store.take(other, part)
+            say("merge")
+            store.merge(sys.argv[3])
             say("done")
 """
 
 
-def follow(lines: list[str], live: set[str], taken: set[str]) -> tuple[set[str], set[str]]:
+def follow(lines: list[str], live: set[str], merged: set[str]) -> tuple[set[str], set[str]]:
     """The ids that must be live, and those of the last step, of which nobody knows whether it was committed."""
     open_ids: set[str] = set()
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         name, *ids = line.split()
-        changed = taken - live if name == "take" else set(ids)
+        changed = merged - live if name == "merge" else set(ids)
         if following == "done":
             live = live - changed if name == "delete" else live | changed
         elif name != "done":
@@ -65,7 +63,7 @@ def follow(lines: list[str], live: set[str], taken: set[str]) -> tuple[set[str],
 
 
 def kill_often(path: Path, other: Path, n_kills: int, seed: int) -> None:
-    chance, taken = random.Random(seed), set(Store.open(other).ids())
+    chance, merged = random.Random(seed), set(Store.open(other).ids())
     known: set[str] = set()
     command = [sys.executable, "-c", WORK, str(path), str(Path(__file__).parents[1]), str(other)]
     for _ in range(n_kills):
@@ -76,7 +74,7 @@ def kill_often(path: Path, other: Path, n_kills: int, seed: int) -> None:
             process.send_signal(signal.SIGKILL)
             lines += re.findall(r"(.*)\n", process.stdout.read())
             assert process.stderr.read() == ""
-        must, unsure = follow([line for line in lines if line], known, taken)
+        must, unsure = follow([line for line in lines if line], known, merged)
         reader = Store.open(path)  # before anything is tidied up
         ids = set(reader.ids())
         assert must - unsure <= ids <= must | unsure
@@ -84,7 +82,7 @@ def kill_often(path: Path, other: Path, n_kills: int, seed: int) -> None:
             found = contents(store)
             assert set(found) == ids and store.check() == [] and (store.state("purge") or {}).get("problem") is None
             assert all(row[1] == expected(id)[id][1] for id, row in found.items())
-            by_put = Counter(id.split(".")[0] for id in ids & unsure - taken)
+            by_put = Counter(id.split(".")[0] for id in ids & unsure - merged)
             assert set(by_put.values()) <= {5} or len(unsure) == 2  # a put is there with all of its rows
         assert not list(path.glob("*.tmp*"))
         known = ids
@@ -123,15 +121,17 @@ try:
         store.put([stores.record(id) for id in ids], {"vector": np.ones((300, 16), np.float16)})
     elif sys.argv[3] == "delete":
         store.delete(store.ids())
-    else:
+    elif sys.argv[3] == "purge":
         store.purge()
+    else:
+        store.export(sys.argv[1] + " exported")
     print("done")
 except OSError as error:
     print("OSError", error)
 """
 
 
-@pytest.mark.parametrize("step", ["put", "delete", "purge"])
+@pytest.mark.parametrize("step", ["put", "delete", "purge", "export"])
 def test_full_disk_is_an_error_that_leaves_the_old_version(filled: Store, path: Path, step: str) -> None:
     put(filled, *(f"row {n}" for n in range(400)))
     filled.delete([f"row {n}" for n in range(0, 400, 3)])
@@ -145,7 +145,7 @@ def test_full_disk_is_an_error_that_leaves_the_old_version(filled: Store, path: 
         after = contents(Store.open(copy))
         with Store.open(copy, write=True) as store:
             assert contents(store) == after and store.check() == [] and not list(copy.glob("*.tmp*"))
-            if step == "purge" or result.stdout.startswith("OSError"):
+            if step in ("purge", "export") or result.stdout.startswith("OSError"):
                 assert after == before
             elif step == "put":
                 assert len(after) == len(before) + 300
@@ -160,13 +160,12 @@ def test_failed_call_is_an_error_that_leaves_a_sound_store(
     filled.close()
     with Store.create(tmp_path / "other", {"width": 16}) as other:
         put(other, "m", "n")
-    theirs = Store.open(tmp_path / "other")
     steps = {
         "put": lambda store: store.has(["f"]) or put(store, "f"),
         "put_side": lambda store: store.put_side("whitening", {"mean": np.zeros(1)}),
         "delete": lambda store: store.delete(["a"]),
         "purge": lambda store: store.purge(),
-        "take": lambda store: store.take(theirs, theirs.segments()[0]),
+        "merge": lambda store: store.merge(tmp_path / "other"),
     }
     real, n_failed = getattr(os, name), 0
     for step, work in steps.items():

@@ -28,6 +28,14 @@ from leaveout.tables import Table, shorten
 if TYPE_CHECKING:
     from leaveout.readout.search import Hit
 
+Approximate = Annotated[
+    str | None, typer.Option(help="simhash or faiss: a short list by what `prepare` made, not a full scan.")
+]
+Rescore = Annotated[
+    int | None,
+    typer.Option(min=0, help="Length of that list, scored exactly; 0: keep the estimates (default: 200)."),
+]
+
 
 @app.command()
 def search(
@@ -38,13 +46,8 @@ def search(
     queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Hits per query.")] = 10,
     where: Where = None,
-    approximate: Annotated[
-        str | None, typer.Option(help="simhash or faiss: a short list by what `prepare` made, not a full scan.")
-    ] = None,
-    rescore: Annotated[
-        int | None,
-        typer.Option(min=0, help="Length of that list, scored exactly; 0: keep the estimates (default: 200)."),
-    ] = None,
+    approximate: Approximate = None,
+    rescore: Rescore = None,
     group_by: Annotated[str | None, typer.Option(help="Field, or unit: one hit per value, its best row.")] = None,
     unique: Annotated[bool, typer.Option("--unique", help="Of rows with the same content only the best.")] = False,
     unique_above: Annotated[
@@ -66,16 +69,17 @@ def search(
     """
     if rescore is not None and approximate is None:
         raise typer.BadParameter("--rescore goes with --approximate")
-    options: dict[str, Any] = {"approximate": approximate, "group_by": group_by, "workers": workers, "backend": backend}
-    options["unique"] = unique if unique_above is None else unique_above
-    if rescore is not None:
-        options["rescore"] = rescore
     require_outputs(html)
     opened = open_index(idx, model, device)
-    opened.refuse_search(k, where, **options)
+    from leaveout.readout.search import SearchOptions, find, refuse
+
+    asked: dict[str, Any] = {"approximate": approximate, "group_by": group_by, "workers": workers, "backend": backend}
+    asked |= {} if rescore is None else {"rescore": rescore}
+    options = SearchOptions(unique=unique if unique_above is None else unique_above, **asked)
+    refuse(opened, k, where, options)
     rows = list(query_rows(query, prompt, queries, form, opened))
     encoded = opened.encode(rows)
-    found = opened.search(encoded, k=k, where=where, **options)
+    found = find(opened, encoded, k, where, options)
     if html is not None:
         from leaveout.report.pages import search_page
 
@@ -158,10 +162,9 @@ def select(
 
     require_outputs(out)
     opened = open_index(idx, model, device)
-    options: dict[str, Any] = {"combine": combine, "where": where}
-    if unwanted is not None:
-        options["unwanted"] = list(Corpus.open(unwanted))
-    hits = opened.select(list(Corpus.open(wanted)), n, **options)
+    avoided = None if unwanted is None else list(Corpus.open(unwanted))
+    how: Any = combine  # checked there
+    hits = opened.select(list(Corpus.open(wanted)), n, avoided, how, where)
     name = score_field([hit.row for hit in hits])
     with out.open("w", encoding="utf-8") as file:
         for hit in hits:

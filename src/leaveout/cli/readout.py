@@ -33,50 +33,62 @@ ModelAt = Annotated[str | None, typer.Option("--model", help="The index's model,
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count and list bad rows instead of stopping at the first.")]
 
 
+ModelPlace = Annotated[
+    str, typer.Argument(help="Path or id of a causal language model or a peft adapter, or a .gguf file.")
+]
+Rows = Annotated[Path, typer.Argument(help="JSONL, Parquet, or a directory that `datasets` saved.")]
+Out = Annotated[Path, typer.Option("--out", help="Directory of the new index.")]
+Preset = Annotated[str, typer.Option(help="default, residual, similarity or paper.")]
+Targets = Annotated[
+    str | None, typer.Option(help="Tokens that are learned: response, or all, to find what stands in prompts too.")
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="Softmax temperature; default: the preset's, 1 (paper: 0.1). On four models of four 2 predicted retraining "
+        "worse once they were trained on the rows (docs/explanation/readout.md)."
+    ),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="How chats and instructions become text: a Jinja file, the name of one of the tokenizer's chat templates, or "
+        "none for the plain form (default: the tokenizer's own, if it has one)."
+    ),
+]
+Units = Annotated[str | None, typer.Option(help="Field whose value says which rows belong together.")]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R/N", help="Only part R, from 0, of N, in a directory below --out; auto: as torchrun or Slurm say."
+    ),
+]
+Statistics = Annotated[
+    Path | None, typer.Option(help="Index whose whitening is taken over, so that both can be merged.")
+]
+Revision = Annotated[str | None, typer.Option(help="Revision of a model named by id.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a model ships.")]
+
+
 @app.command()
 def index(
-    model: Annotated[
-        str, typer.Argument(help="Path or id of a causal language model or a peft adapter, or a .gguf file.")
-    ],
-    data: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a directory that `datasets` saved.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory of the new index.")],
-    preset: Annotated[str, typer.Option(help="default, residual, similarity or paper.")] = "default",
-    targets: Annotated[
-        str | None, typer.Option(help="Tokens that are learned: response, or all, to find what stands in prompts too.")
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="Softmax temperature; default: the preset's, 1 (paper: 0.1). On four models of four 2 predicted retraining "
-            "worse once they were trained on the rows (docs/explanation/readout.md)."
-        ),
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(
-            help="How chats and instructions become text: a Jinja file, the name of one of the tokenizer's chat templates, or "
-            "none for the plain form (default: the tokenizer's own, if it has one)."
-        ),
-    ] = None,
-    units: Annotated[str | None, typer.Option(help="Field whose value says which rows belong together.")] = None,
+    model: ModelPlace,
+    data: Rows,
+    out: Out,
+    preset: Preset = "default",
+    targets: Targets = None,
+    temperature: Temperature = None,
+    template: Template = None,
+    units: Units = None,
     skip_bad: SkipBad = False,
     workers: Workers = 1,
     backend: Backend = "processes",
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="R/N", help="Only part R, from 0, of N, in a directory below --out; auto: as torchrun or Slurm say."
-        ),
-    ] = None,
-    statistics: Annotated[
-        Path | None, typer.Option(help="Index whose whitening is taken over, so that both can be merged.")
-    ] = None,
+    shard: Shard = None,
+    statistics: Statistics = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
-    revision: Annotated[str | None, typer.Option(help="Revision of a model named by id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that a model ships.")
-    ] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
     """Index a corpus with a model; the same command resumes after a kill.
@@ -87,24 +99,25 @@ def index(
 
     part = _shard(shard)
     one_thread(device)
-    changes = {"targets": targets, "temperature": temperature, "template": template}
     built = Index.build(
         model,
         data,
         out,
         preset,
+        targets=targets,  # pyright: ignore[reportArgumentType]: checked there, as `backend`
+        temperature=temperature,
+        template=template,
         units=units,
         skip_bad=skip_bad,
-        workers=workers,
-        backend=backend,
-        shard=part,
-        statistics=statistics,
-        progress=True,
         dtype=dtype,
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        **{name: value for name, value in changes.items() if value is not None},
+        workers=workers,
+        backend=backend,  # pyright: ignore[reportArgumentType]
+        progress=True,
+        shard=part,
+        statistics=statistics,
     )
     for note in built.info()["notes"]:
         print(f"leaveout: {note}", file=sys.stderr)
@@ -129,7 +142,8 @@ def append(
     Example: leaveout append idx more.jsonl
     """
     opened = open_index(idx, model, device)
-    report = opened.append(data, skip_bad=skip_bad, workers=workers, backend=backend, progress=True)
+    crew = {"workers": workers, "backend": backend, "progress": True}
+    report = opened.append(data, skip_bad=skip_bad, **crew)  # pyright: ignore[reportArgumentType]: checked there
     _print_report(opened, report, json_)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
 from leaveout.methods.gradients import example_losses, unit_rows
-from leaveout.methods.scorer import Scorer, method
 from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters
@@ -61,9 +60,3 @@ class EmbeddingCosine:
             for hook in hooks:
                 hook.remove()
         return torch.stack(found)
-
-
-@method()
-def embedding(scorer: Scorer, at: str) -> np.ndarray:
-    """At the parameters of a checkpoint."""
-    return EmbeddingCosine(scorer.task, scorer.parameters(at)).score(scorer.query_rows, scorer.rows)

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from leaveout.errors import UnsupportedError
 from leaveout.methods.gradients import MEMORY, TOGETHER, checked, loss_function, rows_within
-from leaveout.methods.scorer import NAMED_KINDS, Scorer, method
 from leaveout.training.encoding import asked
 from leaveout.training.tasks import Task
 from leaveout.training.train import Parameters
@@ -126,9 +125,3 @@ def package() -> Any:
         Attributor, Task = TRAKAttributor, AttributionTask
 
     return Names
-
-
-@method(package=package, kinds=NAMED_KINDS)
-def trak(scorer: Scorer, at: str) -> np.ndarray:
-    """At the parameters of a checkpoint."""
-    return Trak(scorer.task, scorer.parameters(at), seed=scorer.seed).score(scorer.query_rows, scorer.rows)

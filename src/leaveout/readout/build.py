@@ -1,4 +1,4 @@
-"""Rows to segments: the statistics pass, then chunks of rows through the model, committed as they come.
+"""From rows to an index: its directory, the statistics pass, then chunks of rows through the model, committed as they come.
 
 The chunk (64 rows or about 4,096 tokens, in corpus order) is the unit of computation: how it is batched does not depend
 on workers, resumption or commits, so that an index comes out the same however it was built, as long as torch has one
@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,38 +31,41 @@ from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.executor import Backend, refuse_crew, run_tasks
 from leaveout.models import ModelOptions, difference
 from leaveout.readout.model import Readout, load_readout
+from leaveout.readout.opened import KIND, set_whitening
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.signature import Signer
-from leaveout.readout.storage import encode
 from leaveout.readout.tokens import TokenisedRow, Window, check_ids, tokenise
 from leaveout.readout.whitening import whitening_digest, whitening_matrices
 from leaveout.store import Record, Store
+from leaveout.store.catalogue import CATALOGUE
 
 LISTED = 100  # messages that a report keeps; all are counted
 
 
 @dataclass(frozen=True)
-class BuildOptions:
-    """How rows are read and work is done; none of it changes a signature.
+class Pace:
+    """How many rows are computed together, and when they are kept; a killed build loses what was not committed.
 
-    units           field whose value says which rows belong together
-    skip_bad        count and list bad rows instead of stopping at the first
-    workers         processes, one torch thread each
-    backend         where they run: `processes` of this machine, or `ray` actors, which load the model from its path
-    progress        progress on stderr
     chunk_rows, chunk_tokens        a chunk ends when it has so many rows or tokens
-    commit_seconds, commit_bytes    what is computed is committed when so much time has passed, or so much has gathered
+    commit_seconds, commit_bytes    what is computed is committed when so many seconds have passed, or so many bytes have
+                                    gathered
     """
 
-    units: str | None = None
-    skip_bad: bool = False
-    workers: int = 1
-    backend: Backend = "processes"
-    progress: bool = False
     chunk_rows: int = 64
     chunk_tokens: int = 4096
     commit_seconds: float = 30.0
     commit_bytes: int = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How rows are read and work is done, as `Index.build` says; none of it changes a signature."""
+
+    skip_bad: bool = False
+    workers: int = 1
+    backend: Backend = "processes"
+    progress: bool = False
+    pace: Pace = Pace()
 
     def __post_init__(self) -> None:
         refuse_crew(self.workers, self.backend)  # here, as the statistics pass comes before the first task
@@ -69,7 +73,11 @@ class BuildOptions:
 
 @dataclass
 class BuildReport:
-    """What a build or an append did: counts of rows, and messages about those that were left out."""
+    """What a build or an append did: counts of rows, and messages about those that were left out.
+
+    added, skipped, repeated    rows that are new, bad, or there already
+    seconds                     of the work, without the statistics pass
+    """
 
     added: int = 0
     skipped: int = 0
@@ -78,78 +86,98 @@ class BuildReport:
     messages: list[str] = field(default_factory=list)
 
     def skip(self, message: str) -> None:
+        """Counts a bad row."""
         self.skipped += 1
         if len(self.messages) < LISTED:
             self.messages.append(message)
 
-
-@dataclass
-class Chunk:
-    """Rows that are computed together, with their tokens."""
-
-    rows: list[Row] = field(default_factory=list)
-    tokens: list[TokenisedRow] = field(default_factory=list)
-
-    @property
-    def windows(self) -> list[Window]:
-        return [window for row in self.tokens for window in row.windows]
+    def add_skipped(self, corpus: Corpus) -> None:
+        """Counts the bad rows of a whole corpus."""
+        self.skipped += corpus.n_skipped
+        self.messages = [*corpus.problems, *self.messages][:LISTED]
 
 
-def record_of(row: Row, tokens: TokenisedRow) -> Record:
-    """The catalogue's entry of a row."""
-    extra = {
-        "number": row.number,
-        "form": row.form,
-        "rendered": tokens.rendered,
-        "responses": tokens.responses,
-        "tokens": len(tokens.ids),
-        "targets": tokens.n_targets,
+# ---------------------------------------------------------------- the directory
+
+
+def new_settings(readout: Readout, signer: Signer, corpus: Corpus) -> dict[str, Any]:
+    """What the store of a new index says about itself."""
+    return {
+        "kind": KIND,
+        "signature": signer.settings.to_dict(),
+        "codec": signer.codec.to_dict(),
+        "model": readout.identity(),
+        "source": readout.source,
+        "units": corpus.units,
+        "corpus": corpus.name,
+        "notes": [*readout.notes, *signer.notes],
     }
-    if row.kept is not None:
-        extra["kept"] = row.kept
-    return Record(row.id, tokens.text, row.unit, row.meta, row.content_hash, extra, row_json(row))
 
 
-def row_of(record: Record) -> Row:
-    """The row that a catalogue entry was made of; chats and instructions come back as they were rendered."""
-    extra = record.extra
-    spans = tuple((start, end) for start, end in extra["responses"])
-    return Row(
-        record.id, record.text, spans, None, record.unit, record.meta, record.content_hash, extra["number"],
-        rendered=extra["rendered"], kept=extra.get("kept"),
-    )  # fmt: skip
+def open_or_create(path: Path, wanted: dict[str, Any]) -> Store:
+    """The store to write to, new or unfinished or finished with the same settings.
+
+    Raises: MismatchError naming the first setting that differs.
+    """
+    if path.is_file():
+        raise FileExistsError(f"{path} is a file: give a directory for the index.")
+    if (path / CATALOGUE).exists():
+        store = Store.open(path, write=True)
+        differing = next(_differences(store.settings, wanted), None)
+        if differing is None:
+            return store
+        store.close()
+        if not _is_bare(store):
+            _refuse_other(path, *differing)
+        shutil.rmtree(path)
+    elif path.exists() and any(path.iterdir()):
+        raise FileExistsError(f"{path} holds files that are no index: give an empty or a new directory for the index.")
+    return Store.create(path, wanted)
 
 
-# ---------------------------------------------------------------- workers
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in ("kind", "units"):
+        if old.get(name) != new[name]:
+            yield name, old.get(name), new[name]
+    for group in ("signature", "model"):
+        for name, value in new[group].items():
+            if old[group].get(name) != value:
+                yield name, old[group].get(name), value
 
 
-def _start_worker(
-    readout: Readout | nn.Module | str, options: dict[str, Any], settings: SignatureSettings, store: str
-) -> Signer:
-    """A signer in a worker process, its whitening read from the store."""
-    if isinstance(readout, str):
-        readout = load_readout(readout, options=ModelOptions(**options))
-    assert isinstance(readout, Readout)
-    signer = Signer(readout, settings)
-    with Store.open(store) as opened:
-        if other := difference(opened.settings["model"], readout.identity()):
-            raise MismatchError(f"A worker found {other} in {readout.source}: leave the model's files alone meanwhile.")
-        set_whitening(signer, opened)
-    return signer
+def _is_bare(store: Store) -> bool:
+    """Whether a build stopped before it kept anything, as at a bad first row: nothing is lost by beginning anew."""
+    return not store.state("complete") and store.n_rows == 0 and store.side("whitening") is None
 
 
-def set_whitening(signer: Signer, store: Store) -> None:
-    """Gives the signer the whitening matrices of the store, if it has any."""
-    arrays = store.side("whitening") or {}
-    device = signer.readout.device
-    signer.whitening = {name: torch.tensor(np.array(value)).to(device, signer.dtype) for name, value in arrays.items()}
+def _refuse_other(path: Path, name: str, old: Any, new: Any) -> None:
+    if name == "adapters":
+        raise MismatchError(
+            f"{path} holds an index of another adapter than the given model has at work: give that model to resume, "
+            "or another directory for a new index."
+        )
+    long = {"channels": "other channels", "template": "another chat template"}
+    other = long.get(name, f"{name} = {old!r}, not {new!r}")
+    raise MismatchError(
+        f"{path} holds an index with {other}: use the same settings to resume, or another directory for a new index."
+    )
 
 
-def _work(signer: Signer, task: tuple[int, list[Window]]) -> dict[str, np.ndarray]:
-    n_rows, windows = task
-    vectors = signer.rows(windows, n_rows)
-    finite = torch.isfinite(vectors).all(1).cpu().numpy()
-    return {**encode(torch.nan_to_num(vectors), signer.settings.storage), "finite": finite}
+def refuse_other_rows(store: Store, corpus: Corpus) -> None:
+    """Raises: MismatchError if a finished index is not of this corpus."""
+    if store.state("corpus") != corpus_digest(corpus):
+        raise MismatchError(
+            f"{store.path} is the finished index of other rows than {corpus.name} now holds: add rows with append, "
+            "or build into another directory."
+        )
+
+
+def corpus_digest(corpus: Corpus) -> str:
+    """xxh3-128 over ids and contents of all rows. Cost: one pass over the corpus."""
+    digest = xxhash.xxh3_128()
+    for row in corpus:
+        digest.update(f"{row.id} {row.content_hash}\n".encode())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- statistics
@@ -201,8 +229,84 @@ def _tokenised(
 # ---------------------------------------------------------------- rows
 
 
+def fill(
+    store: Store, signer: Signer, corpus: Corpus, options: BuildOptions, between: tuple[int, int] | None = None
+) -> BuildReport:
+    """Adds what is missing of the rows of a corpus, or of those `between` two numbers, and marks the store as finished."""
+    set_whitening(signer, store)
+    first, end = between or (0, len(corpus))
+    first = max(first, resume_point(store, corpus))
+    rows = (row for row in corpus if first <= row.number < end)
+    report = add_rows(store, signer, rows, end, options)
+    report.add_skipped(corpus)
+    if store.n_rows == 0 and between is None:
+        raise FormatError(f"{corpus.name} has no rows to index: give a corpus with at least one row.")
+    digest = corpus_digest(corpus)
+    store.set_state("corpus", digest)
+    store.set_state("complete", True)
+    return report
+
+
+def resume_point(store: Store, corpus: Corpus) -> int:
+    """Number of source rows that the store has already dealt with, after checking that they are the same rows.
+
+    Cost: two passes over the catalogue and one over the corpus, up to that point.
+    Raises: MismatchError naming the first row that differs.
+    """
+    last = -1
+    for record in store.iter_rows():
+        last = record.extra["number"]
+    if last < 0:
+        return 0
+    known = iter(store.iter_rows())
+    record = next(known, None)
+    for row in corpus:
+        if record is None or row.number > last:
+            break
+        if row.number == record.extra["number"]:
+            if row.content_hash != record.content_hash:
+                raise MismatchError(
+                    f"Row {row.number + 1} of {corpus.name} is not the row {record.id!r} that this unfinished index holds: "
+                    "give the same corpus again, or build into a new directory."
+                )
+            record = next(known, None)
+    if record is not None:
+        raise MismatchError(
+            f"{corpus.name} no longer has the row {record.id!r} that this unfinished index holds: "
+            "give the same corpus again, or build into a new directory."
+        )
+    return last + 1
+
+
+@dataclass
+class Chunk:
+    """Rows that are computed together, with their tokens."""
+
+    rows: list[Row] = field(default_factory=list)
+    tokens: list[TokenisedRow] = field(default_factory=list)
+
+    @property
+    def windows(self) -> list[Window]:
+        return [window for row in self.tokens for window in row.windows]
+
+
+def record_of(row: Row, tokens: TokenisedRow) -> Record:
+    """The catalogue's entry of a row."""
+    extra = {
+        "number": row.number,
+        "form": row.form,
+        "rendered": tokens.rendered,
+        "responses": tokens.responses,
+        "tokens": len(tokens.ids),
+        "targets": tokens.n_targets,
+    }
+    if row.kept is not None:
+        extra["kept"] = row.kept
+    return Record(row.id, tokens.text, row.unit, row.meta, row.content_hash, extra, row_json(row))
+
+
 def add_rows(
-    store: Store, readout: Readout, signer: Signer, rows: Iterable[Row], total: int, options: BuildOptions, append: bool
+    store: Store, signer: Signer, rows: Iterable[Row], total: int, options: BuildOptions, append: bool = False
 ) -> BuildReport:
     """Adds rows to an open store; what is committed survives anything that happens later.
 
@@ -211,7 +315,7 @@ def add_rows(
     Raises: FormatError for an id that two different rows share, or a signature that is not finite (unless skip_bad).
     """
     report, began = BuildReport(), time.monotonic()
-    pending = _Pending(store, options)
+    pending = _Pending(store, options.pace)
     names = _Names(store, pending, options, report, append)
     fresh = names.admit(rows)
     chunks: dict[int, Chunk] = {}
@@ -225,11 +329,8 @@ def add_rows(
             chunks[number] = Chunk([row for row, _ in piece], [tokens for _, tokens in piece])
             yield len(piece), chunks[number].windows
 
-    start = functools.partial(_same, signer)
-    if options.workers > 1 or options.backend != "processes":
-        if readout.source is None and options.backend == "ray":
-            raise UnsupportedError("Ray workers load the model by themselves: give its path or id, not a loaded model.")
-        start = _worker_start(readout, signer.settings, store)
+    here = options.workers == 1 and options.backend == "processes"
+    start = (lambda: signer) if here else _worker_start(signer, store, options)
     results = run_tasks(tasks(), _work, start, options.workers, options.backend)
     with _progress(total, "index", "row", options) as bar, contextlib.closing(results):
         for number, arrays in enumerate(results):
@@ -248,7 +349,7 @@ def add_rows(
             if number == 0:  # what an earlier run did is no part of this run's speed
                 bar.initial = bar.n = chunk.rows[0].number
             bar.update(chunk.rows[-1].number + 1 - bar.n)
-    readout.refuse_changes()
+    signer.readout.refuse_changes()
     pending.commit()
     report.added, report.seconds = pending.added, time.monotonic() - began
     return report
@@ -258,33 +359,19 @@ def _next_chunk(
     source: Iterator[tuple[Row, TokenisedRow]], options: BuildOptions
 ) -> Iterator[tuple[Row, TokenisedRow]]:
     n_tokens = 0
-    for row, tokens in itertools.islice(source, options.chunk_rows):
+    for row, tokens in itertools.islice(source, options.pace.chunk_rows):
         yield row, tokens
         n_tokens += len(tokens.ids)
-        if n_tokens >= options.chunk_tokens:
+        if n_tokens >= options.pace.chunk_tokens:
             return
-
-
-def _same(signer: Signer) -> Signer:
-    return signer
-
-
-def _worker_start(readout: Readout, settings: SignatureSettings, store: Store) -> Any:
-    if readout.source is None:
-        return functools.partial(_start_worker, readout, {}, settings, str(store.path))
-    options = {key: value for key, value in readout.source.items() if key != "name"}
-    options["device"] = str(readout.device)
-    name = readout.source["name"]  # a worker elsewhere has another working directory
-    name = str(Path(name).resolve()) if Path(name).exists() else name
-    return functools.partial(_start_worker, name, options, settings, str(store.path.resolve()))
 
 
 class _Pending:
     """Computed rows that wait for their commit."""
 
-    def __init__(self, store: Store, options: BuildOptions) -> None:
+    def __init__(self, store: Store, pace: Pace) -> None:
         self.store = store
-        self.options = options
+        self.pace = pace
         self.records: list[Record] = []
         self.arrays: list[dict[str, np.ndarray]] = []
         self.last = time.monotonic()
@@ -294,7 +381,7 @@ class _Pending:
         self.records += records
         self.arrays.append(arrays)
         size = sum(value.nbytes for piece in self.arrays for value in piece.values())
-        if size >= self.options.commit_bytes or time.monotonic() - self.last >= self.options.commit_seconds:
+        if size >= self.pace.commit_bytes or time.monotonic() - self.last >= self.pace.commit_seconds:
             self.commit()
 
     def commit(self) -> None:
@@ -358,43 +445,43 @@ class _Names:
             self.recent = {id: content for id, content in self.recent.items() if id not in there}
 
 
-def resume_point(store: Store, corpus: Corpus) -> int:
-    """Number of source rows that the store has already dealt with, after checking that they are the same rows.
-
-    Cost: two passes over the catalogue and one over the corpus, up to that point.
-    Raises: MismatchError naming the first row that differs.
-    """
-    last = -1
-    for record in store.iter_rows():
-        last = record.extra["number"]
-    if last < 0:
-        return 0
-    known = iter(store.iter_rows())
-    record = next(known, None)
-    for row in corpus:
-        if record is None or row.number > last:
-            break
-        if row.number == record.extra["number"]:
-            if row.content_hash != record.content_hash:
-                raise MismatchError(
-                    f"Row {row.number + 1} of {corpus.name} is not the row {record.id!r} that this unfinished index holds: "
-                    "give the same corpus again, or build into a new directory."
-                )
-            record = next(known, None)
-    if record is not None:
-        raise MismatchError(
-            f"{corpus.name} no longer has the row {record.id!r} that this unfinished index holds: "
-            "give the same corpus again, or build into a new directory."
-        )
-    return last + 1
+# ---------------------------------------------------------------- workers
 
 
-def corpus_digest(corpus: Corpus) -> str:
-    """xxh3-128 over ids and contents of all rows. Cost: one pass over the corpus."""
-    digest = xxhash.xxh3_128()
-    for row in corpus:
-        digest.update(f"{row.id} {row.content_hash}\n".encode())
-    return digest.hexdigest()
+def _worker_start(signer: Signer, store: Store, options: BuildOptions) -> Callable[[], Signer]:
+    """What builds the signer in a worker process, from a model's path and options where it has them."""
+    readout, settings = signer.readout, signer.settings
+    if readout.source is None:
+        if options.backend == "ray":
+            raise UnsupportedError("Ray workers load the model by themselves: give its path or id, not a loaded model.")
+        return functools.partial(_start_worker, readout, {}, settings, str(store.path))
+    loading = {key: value for key, value in readout.source.items() if key != "name"}
+    loading["device"] = str(readout.device)
+    name = readout.source["name"]  # a worker elsewhere has another working directory
+    name = str(Path(name).resolve()) if Path(name).exists() else name
+    return functools.partial(_start_worker, name, loading, settings, str(store.path.resolve()))
+
+
+def _start_worker(
+    readout: Readout | nn.Module | str, options: dict[str, Any], settings: SignatureSettings, store: str
+) -> Signer:
+    """A signer in a worker process, its whitening read from the store."""
+    if isinstance(readout, str):
+        readout = load_readout(readout, options=ModelOptions(**options))
+    assert isinstance(readout, Readout)
+    signer = Signer(readout, settings)
+    with Store.open(store) as opened:
+        if other := difference(opened.settings["model"], readout.identity()):
+            raise MismatchError(f"A worker found {other} in {readout.source}: leave the model's files alone meanwhile.")
+        set_whitening(signer, opened)
+    return signer
+
+
+def _work(signer: Signer, task: tuple[int, list[Window]]) -> dict[str, np.ndarray]:
+    n_rows, windows = task
+    vectors = signer.rows(windows, n_rows)
+    finite = torch.isfinite(vectors).all(1).cpu().numpy()
+    return {**signer.codec.encode(torch.nan_to_num(vectors)), "finite": finite}
 
 
 def _progress(total: int, label: str, unit: str, options: BuildOptions) -> tqdm:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from leaveout.corpus import Row
+from leaveout.readout.families import find_taps
 from leaveout.readout.model import Readout, load_readout
-from leaveout.readout.residual import find_taps
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import TokenisedRow, tokenise

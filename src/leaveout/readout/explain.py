@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.readout.build import row_of
-from leaveout.readout.index import Index, QueryRow
-from leaveout.readout.signature import Signer, batches, pairs
+from leaveout.readout.codec import pairs
+from leaveout.readout.opened import OpenIndex, QueryRow, row_of
+from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import TokenisedRow, Window, tokenise
 
 
@@ -47,7 +47,7 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Positions:
+class TextFactors:
     """Factors of all target positions of one text: their tokens, scales and (left, right) per part."""
 
     tokens: Tensor
@@ -55,25 +55,20 @@ class Positions:
     factors: list[tuple[Tensor, Tensor]]
 
 
-def explain_pair(index: Index, query: QueryRow, id: str) -> Explanation:
-    """The score of a query and an indexed row, split over pairs of tokens.
+def explain_rows(index: OpenIndex, query: QueryRow, ids: Sequence[str]) -> list[Explanation]:
+    """Explanations of several rows for one query. Cost: a forward pass per row and one for the query.
 
     Raises: ValueError for an id that is not in the index.
     """
-    return explain_rows(index, query, [id])[0]
-
-
-def explain_rows(index: Index, query: QueryRow, ids: Sequence[str]) -> list[Explanation]:
-    """Explanations of several rows for one query. Cost: a forward pass per row and one for the query."""
     records = index.records(ids)
     query_tokens = index.tokenised([query])[0]
-    asked = text_positions(index.signer, query_tokens)
-    stored = index.stored_scores(index.encode([query]), ids)[0]
+    asked = text_factors(index.signer, query_tokens)
+    stored = index.scores_of(index.encode([query]).vectors, index.store.numbers(ids))[:, 0]
     found = []
     for record, stored_score in zip(records, stored, strict=True):
         readout = index.readout
         row_tokens = tokenise(row_of(record), 0, readout.tokenizer, index.signer.settings, readout.context)
-        answer = text_positions(index.signer, row_tokens)
+        answer = text_factors(index.signer, row_tokens)
         split = token_pairs(asked, answer, len(query_tokens.ids), len(row_tokens.ids))
         pieces = token_pieces(query_tokens), token_pieces(row_tokens)
         found.append(Explanation(record.id, pieces[0], pieces[1], split, float(split.sum()), float(stored_score)))
@@ -81,7 +76,7 @@ def explain_rows(index: Index, query: QueryRow, ids: Sequence[str]) -> list[Expl
 
 
 @torch.no_grad()
-def text_positions(signer: Signer, tokens: TokenisedRow) -> Positions:
+def text_factors(signer: Signer, tokens: TokenisedRow) -> TextFactors:
     """Factors of one text's target positions, scaled so that their sum over positions is its signature."""
     windows = [replace(window, row=number) for number, window in enumerate(tokens.windows)]
     places, scales, factors = [], [], []
@@ -102,7 +97,7 @@ def text_positions(signer: Signer, tokens: TokenisedRow) -> Positions:
         scale /= length.clamp_min(1e-30)
     else:
         scale /= len(places) ** signer.settings.length_power
-    return Positions(torch.tensor(places), scale, joined)
+    return TextFactors(torch.tensor(places), scale, joined)
 
 
 def _window_scales(
@@ -126,7 +121,7 @@ def _pair_sums(
     return total.cpu() * scale_a[:, None] * scale_b[None, :]
 
 
-def token_pairs(query: Positions, row: Positions, n_query: int, n_row: int) -> np.ndarray:
+def token_pairs(query: TextFactors, row: TextFactors, n_query: int, n_row: int) -> np.ndarray:
     """Contributions [query tokens, row tokens] to the score; positions of overlapping windows are added up."""
     split = _pair_sums(query.factors, row.factors, query.scale, row.scale)
     by_row = torch.zeros(len(split), n_row, dtype=split.dtype).index_add_(1, row.tokens, split)

@@ -1,51 +1,29 @@
-"""Exact scans over stored signatures: the k best rows of each query, or all scores.
+"""How a search is answered: exactly or from a short list, row by row or with alike rows counted as one.
 
-One kernel, `scan`: stored numbers are widened into a reused float32 buffer of about 2 MB, which stays in cache, and multiplied
-with the queries. Memory per worker: the buffer, and one score per row of two segments and query.
-
-Ranks compare scores at a resolution, see `at_resolution`; rows that are equal there come in the order of their numbers.
+Conventions: a group or a set of near-duplicates is represented by its best row, whose score is the group's. A sum over a
+group would grow with its size and so rank sources by how many rows they have, and needs memory for every group; the
+best row needs that of k groups only, whatever the corpus.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.executor import run_tasks
-from leaveout.readout.storage import buffer_width, widen
+from leaveout.errors import choices, require_whole
+from leaveout.executor import refuse_crew
+from leaveout.readout.approximate import Approximation, shortlists
+from leaveout.readout.codec import Product
+from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
+from leaveout.readout.scan import Best, Scanners, at_resolution
 
-BUFFER = 2 * 2**20  # bytes: small enough to stay in cache
-# Binary digits behind the leading one in which scores are compared. Rows of one text that were computed in other batches
-# have scores up to 3e-6 of their size apart (float32 sums in another order, stored numbers rounded to the other side), so
-# that a step of 1 / 8192 to 1 / 4096 holds nearly all of them. What storing loses is ten times a step (int8) or more.
-DIGITS = 12
-_DROPPED = 23 - DIGITS  # of the digits of a float32
-# A matrix product sums the last few rows and columns in another order than the others. Rows and queries that come in
-# multiples of these have no last few, so that the same stored numbers get the same score wherever they stand. It is also
-# faster: 2 to 8 queries took 0.6 ms for 2 MB of rows where 16 take 0.25 ms.
-ROWS, QUERIES = 16, 16
-
-
-class Segment(Protocol):
-    """What a scan needs of a segment of the store."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def first(self) -> int: ...
-    @property
-    def n_rows(self) -> int: ...
-    def arrays(self) -> dict[str, np.ndarray]: ...
-    def live(self) -> np.ndarray | None: ...
+PAGE = 256  # rows whose entries are read at a time
+VECTORS = 32  # rows whose vectors are read at a time: of the widest preset, 16 MiB
 
 
 @dataclass(frozen=True)
@@ -61,173 +39,195 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Product:
-    """Scores of rows: `of` takes decoded rows [rows, width] to scores [rows, queries].
+class SearchOptions:
+    """What a search may do besides ranking all rows exactly.
 
-    degree   what a row times s scores is s ** degree times as much: 1 for flat rows, 2 for rows of singular triples
+    approximate  `simhash` or `faiss`: a short list from the side file that `Index.prepare` made, instead of a full scan
+    rescore      length of that list, whose rows then get exact scores; 0: the scores stay estimates
+    group_by     field, or `unit`: one hit per value, its best row; rows without the field are one group
+    unique       True: of rows with the same content only the best; a number: of rows whose signatures have a cosine
+                 above it, too
+    workers      of the scan, and `backend`: `threads`, or actors of a `ray` cluster (a short list is made by threads);
+                 the hits do not depend on them
     """
 
-    of: Callable[[Tensor], Tensor]
-    degree: int = 1
+    approximate: Approximation | None = None
+    rescore: int = 200
+    group_by: str | None = None
+    unique: bool | float = False
+    workers: int = 1
+    backend: Scanners = "threads"
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        return self.of(rows)
+    def __post_init__(self) -> None:
+        if self.approximate not in (None, *get_args(Approximation)):
+            raise ValueError(
+                f"approximate is {self.approximate!r}: {choices(self.approximate, get_args(Approximation))}."
+            )
+        if self.backend not in get_args(Scanners):
+            raise ValueError(f"backend is {self.backend!r}: {choices(self.backend, get_args(Scanners))}.")
+        if self.rescore < 0:
+            raise ValueError(f"rescore is {self.rescore}: give 0 or more.")
+        if self.group_by is not None and self.unique:
+            raise ValueError("group_by and unique both say which rows count as one: give one of them.")
+        if not isinstance(self.unique, (bool, float)) or (self.unique is not True and not 0 <= self.unique < 1):
+            raise ValueError(f"unique is {self.unique!r}: give True, or a cosine between 0 and 1.")
 
 
-Scanners = Literal["threads", "ray"]
+def refuse(index: OpenIndex, k: int, where: str | None, options: SearchOptions) -> np.ndarray | None:
+    """Refuses what a search could not do, before its model is loaded; the numbers of the rows of `where`.
 
-
-def scan(
-    segments: Sequence[Segment],
-    product: Product,
-    wanted: np.ndarray | None = None,
-    workers: int = 1,
-    backend: Scanners = "threads",
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Per segment: numbers [rows] of its live (and wanted) rows and their scores [rows, queries] float32.
-
-    `wanted`: ascending global row numbers to restrict to; only blocks that hold one are read.
-    `workers`: threads, or actors of a Ray cluster that sees the same files, each at a segment of its own, so that scores
-    do not depend on their number.
+    Raises: ValueError, UnsupportedError or MismatchError for what this index or this environment does not have.
     """
-    return over_segments(functools.partial(_scanned, product, wanted), segments, workers, backend)
+    require_whole("k", k, 1)
+    _groups(index, options)
+    refuse_crew(options.workers, "ray" if options.backend == "ray" else "processes")
+    if options.approximate is not None:
+        shortlists(options.approximate, index.store, index.codec, index.settings.seed).refuse_unprepared()
+    return index.numbers_where(where)
 
 
-def _scanned(product: Product, wanted: np.ndarray | None, segment: Segment) -> tuple[np.ndarray, np.ndarray] | None:
-    positions = positions_of(segment, wanted)
-    if positions is None:
-        return segment.first + np.arange(segment.n_rows), _segment_scores(segment.arrays(), product, None)
-    if not positions.size:
+def find(
+    index: OpenIndex,
+    queries: Sequence[QueryRow] | EncodedQueries,
+    k: int,
+    where: str | None = None,
+    options: SearchOptions = SearchOptions(),  # frozen
+) -> list[list[Hit]]:
+    """The k best rows of each query, best first: see `Index.search`."""
+    wanted = refuse(index, k, where, options)
+    encoded = index.encode(queries)
+    if isinstance(options.unique, bool):
+        best = _ranked(index, encoded, k, wanted, options)
+        return [hits(index, *one) for one in zip(best.numbers, best.scores, strict=True)]
+    depth = 4 * k
+    while True:  # deeper and deeper, until k rows are left that are not alike
+        best = _ranked(index, encoded, depth, wanted, options)
+        kept = [distinct(rows, k, options.unique, index.directions, index.codec.product) for rows in best.numbers]
+        if all(len(one) == k or len(rows) < depth for one, rows in zip(kept, best.numbers, strict=True)):
+            found = zip(best.numbers, best.scores, kept, strict=True)
+            return [hits(index, rows[one], scores[one]) for rows, scores, one in found]
+        depth *= 4
+
+
+def hits(index: OpenIndex, numbers: np.ndarray, scores: np.ndarray) -> list[Hit]:
+    """Hits of row numbers and their scores, ranked in the given order."""
+    records = index.store.rows(numbers)
+    return [
+        Hit(rank, record.id, float(score), record.text, record.meta, record.row)
+        for rank, (record, score) in enumerate(zip(records, scores, strict=True), start=1)
+    ]
+
+
+def _ranked(
+    index: OpenIndex, queries: EncodedQueries, k: int, wanted: np.ndarray | None, options: SearchOptions
+) -> Best:
+    groups = _groups(index, options)
+    best = Best(len(queries), k) if groups is None else BestGroups(len(queries), k, groups)
+    if options.approximate is None:
+        for numbers, scores in index.scan(queries.vectors, wanted, options.workers, options.backend):
+            best.add(numbers, scores)
+        return best
+    near = shortlists(options.approximate, index.store, index.codec, index.settings.seed)
+    lists = list(near.shortlist(queries.vectors, max(k, options.rescore), wanted, options.workers))
+    if options.rescore:
+        union = np.unique(np.concatenate([numbers for numbers, _ in lists]))
+        exact = index.scores_of(queries.vectors, union, options.workers, options.backend)
+        lists = [(numbers, exact[np.searchsorted(union, numbers), n]) for n, (numbers, _) in enumerate(lists)]
+    for query, (numbers, scores) in enumerate(lists):
+        best.add_one(query, numbers, scores)
+    return best
+
+
+def _groups(index: OpenIndex, options: SearchOptions) -> Callable[[np.ndarray], list[Hashable]] | None:
+    """A function from row numbers to what says that rows count as one."""
+    store, name = index.store, options.group_by
+    if options.unique is True:
+        return lambda numbers: [record.content_hash for record in store.rows(numbers)]
+    if name is None:
         return None
-    if wanted is not None:
-        return segment.first + positions, _segment_scores(segment.arrays(), product, positions)
-    return segment.first + positions, _segment_scores(segment.arrays(), product, None)[positions]
+    if name == "unit":
+        return lambda numbers: [record.unit for record in store.rows(numbers)]
+    if name not in (fields := store.info()["fields"]):
+        raise ValueError(f"group_by is {name!r}: {choices(name, ['unit', *fields])}.")
+    return lambda numbers: [record.meta.get(name) for record in store.rows(numbers)]
 
 
-def positions_of(segment: Segment, wanted: np.ndarray | None) -> np.ndarray | None:
-    """Positions of the live and wanted rows of a segment; None for all of them."""
-    live = segment.live()
-    if wanted is None:
-        return None if live is None else np.flatnonzero(live)
-    low, high = np.searchsorted(wanted, [segment.first, segment.first + segment.n_rows])
-    positions = wanted[low:high] - segment.first
-    return positions if live is None else positions[live[positions]]
+class BestGroups(Best):
+    """The k groups with the highest best rows of each query, each as that row; equal scores (at the
+    resolution of ranks) in order of row numbers.
 
-
-Found = TypeVar("Found")
-
-
-def over_segments(
-    work: Callable[[Segment], Found | None],
-    segments: Iterable[Segment],
-    workers: int = 1,
-    backend: Scanners = "threads",
-) -> Iterator[Found]:
-    """What `work` finds in each segment, in order, where it finds something; at most 2 * workers results wait.
-
-    Raises: ValueError for workers < 1; for `ray` as `run_tasks`.
-    """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}: give 1 or more.")
-    if backend == "ray":
-        with contextlib.closing(
-            run_tasks(segments, _at_work, functools.partial(_hired, work), workers, "ray")
-        ) as results:
-            yield from (found for found in results if found is not None)
-        return
-    if workers == 1:
-        yield from (found for found in map(work, segments) if found is not None)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[Found | None]] = deque()
-        for segment in segments:
-            waiting.append(pool.submit(work, segment))
-            if len(waiting) >= 2 * workers and (found := waiting.popleft().result()) is not None:
-                yield found
-        while waiting:
-            if (found := waiting.popleft().result()) is not None:
-                yield found
-
-
-def _hired(work: Callable[[Segment], Found | None]) -> Callable[[Segment], Found | None]:
-    return work
-
-
-def _at_work(work: Callable[[Segment], Found | None], segment: Segment) -> Found | None:
-    return work(segment)
-
-
-def _segment_scores(arrays: dict[str, np.ndarray], product: Product, positions: np.ndarray | None) -> np.ndarray:
-    scale, size = arrays["scale"], buffer_width(arrays)
-    count = len(scale) if positions is None else len(positions)
-    step = _multiple(max(1, BUFFER // (4 * size)), ROWS)
-    buffer = torch.zeros(_multiple(min(step, count), ROWS) * size)
-    scores = []
-    for start in range(0, count, step):
-        at = slice(start, start + step) if positions is None else positions[start : start + step]
-        rows = widen(arrays, at, buffer)
-        more = buffer.view(-1, size)[: _multiple(len(rows), ROWS), : rows.shape[1]]  # what is left of an earlier block
-        scores.append(product(more)[: len(rows)].numpy())
-    chosen = scale if positions is None else scale[positions]
-    return np.concatenate(scores) * (chosen**product.degree)[:, None]
-
-
-def _multiple(count: int, of: int) -> int:
-    """The next multiple."""
-    return -(-count // of) * of
-
-
-def evened(queries: Tensor) -> Tensor:
-    """Query vectors [queries, width] with zeros behind them, as many as products need (see `QUERIES`); one needs none."""
-    missing = _multiple(len(queries), QUERIES) - len(queries) if len(queries) > 1 else 0
-    return torch.nn.functional.pad(queries, (0, 0, 0, missing))
-
-
-def at_resolution(scores: np.ndarray) -> np.ndarray:
-    """Scores as ranks compare them, float32: rounded to 12 binary digits behind the leading one, halves away from zero.
-
-    A grid, and a function of the score alone: the order is a strict weak one and does not depend on which other rows
-    there are, nor on segments, batches and shards. Scores more than 1 / 4096 of their size apart never become equal.
-    """
-    bits = np.ascontiguousarray(scores, np.float32).view(np.int32)  # sign and magnitude: rounding moves the magnitude
-    return ((bits + np.int32(1 << (_DROPPED - 1))) & np.int32(-1 << _DROPPED)).view(np.float32)
-
-
-def ranking(scores: np.ndarray) -> np.ndarray:
-    """Positions of scores [rows], best first, of equal ones (at the resolution of ranks) the first."""
-    return np.argsort(-at_resolution(scores), kind="stable")
-
-
-class Best:
-    """The k best rows of each query so far, best first; equal scores (at the resolution of ranks) by row number.
-
-    Memory: k numbers and scores per query.
+    Cost: one catalogue entry for every row that beats the k-th group of its query so far; with fewer than k groups
+    that is every row.
     """
 
-    def __init__(self, n_queries: int, k: int) -> None:
-        self.k = k
-        self.numbers = [np.empty(0, np.int64) for _ in range(n_queries)]
-        self.scores = [np.empty(0, np.float32) for _ in range(n_queries)]
+    def __init__(self, n_queries: int, k: int, groups_of: Callable[[np.ndarray], Sequence[Hashable]]) -> None:
+        super().__init__(n_queries, k)
+        self.groups_of = groups_of
+        self.held: list[dict[Hashable, tuple[float, int, float]]] = [{} for _ in range(n_queries)]  # see _consider
+        self.known: dict[int, Hashable] = {}  # groups of the rows that are being added
 
     def add(self, numbers: np.ndarray, scores: np.ndarray) -> None:
-        """Considers rows `numbers` [rows] ascending, all above those before, with scores [rows, queries]."""
-        floors = at_resolution(np.array([held[-1] if len(held) == self.k else -np.inf for held in self.scores]))
-        above = scores > floors  # what rounds to the last one's score or below ranks behind it; what rounds up is here
-        for query, floor in enumerate(floors):
-            if floor == -np.inf:
-                self.add_one(query, numbers, scores[:, query])
-            elif len(rows := np.flatnonzero(above[:, query])):
-                self.add_one(query, numbers[rows], scores[rows, query])
+        self.known.clear()
+        super().add(numbers, scores)
 
     def add_one(self, query: int, numbers: np.ndarray, scores: np.ndarray) -> None:
-        """Considers rows for one query, with scores [rows]."""
-        if len(scores) > self.k:
-            rounded = at_resolution(scores)
-            floor = np.partition(rounded, len(scores) - self.k)[len(scores) - self.k]
-            keep = np.flatnonzero(rounded >= floor)
-        else:
-            keep = np.arange(len(scores))
-        numbers_both = np.concatenate([self.numbers[query], numbers[keep]])
-        scores_both = np.concatenate([self.scores[query], scores[keep]])
-        order = ranking(scores_both)[: self.k]
-        self.numbers[query], self.scores[query] = numbers_both[order], scores_both[order]
+        held, rounded = self.held[query], at_resolution(scores)
+        order = np.argsort(-rounded, kind="stable")
+        for start in range(0, len(order), PAGE):
+            page = order[start : start + PAGE]
+            if len(held) == self.k and rounded[page[0]] <= self._floor(query)[0]:
+                break
+            for at, group in zip(page, self._groups(numbers[page]), strict=True):
+                self._consider(query, group, (float(rounded[at]), int(numbers[at]), float(scores[at])))
+        ranked = sorted(held.values(), key=lambda row: (-row[0], row[1]))
+        self.numbers[query] = np.array([number for _, number, _ in ranked], np.int64)
+        self.scores[query] = np.array([score for _, _, score in ranked], np.float32)
+
+    def _consider(self, query: int, group: Hashable, row: tuple[float, int, float]) -> None:
+        """`row`: score at the resolution of ranks, row number, score."""
+        held = self.held[query]
+        if group in held:
+            if row[0] > held[group][0]:
+                held[group] = row
+            return
+        if len(held) == self.k:
+            floor, worst = self._floor(query)
+            if row[0] <= floor:
+                return
+            del held[worst]
+        held[group] = row
+
+    def _floor(self, query: int) -> tuple[float, Hashable]:
+        """Rounded score and group of the last in the ranking."""
+        group, row = min(self.held[query].items(), key=lambda item: (item[1][0], -item[1][1]))
+        return row[0], group
+
+    def _groups(self, numbers: np.ndarray) -> list[Hashable]:
+        missing = [number for number in numbers.tolist() if number not in self.known]
+        if missing:
+            self.known.update(zip(missing, self.groups_of(np.array(missing)), strict=True))
+        return [self.known[number] for number in numbers.tolist()]
+
+
+def distinct(
+    numbers: np.ndarray,
+    k: int,
+    threshold: float,
+    vectors: Callable[[np.ndarray], Tensor],
+    product: Callable[[Tensor], Product],
+) -> list[int]:
+    """Positions of the first k rows of a ranking, passing over each whose cosine with one kept is above the threshold.
+
+    `vectors` gives the unit-length vectors [rows, width] of row numbers, `product` the function from rows to products
+    with given vectors.
+    """
+    kept: list[int] = []
+    chosen: list[Tensor] = []
+    for start in range(0, len(numbers), VECTORS):
+        for at, vector in enumerate(vectors(numbers[start : start + VECTORS]), start=start):
+            if not chosen or float(product(vector[None])(torch.stack(chosen)).max()) <= threshold:
+                kept.append(at)
+                chosen.append(vector)
+            if len(kept) == k:
+                return kept
+    return kept

@@ -7,24 +7,25 @@ Clarke, Büttcher 2009, with its constant 60.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 from leaveout.errors import choices, require_whole
-from leaveout.readout.index import Index, Queries, QueryRow
-from leaveout.readout.search import Best, Hit, ranking
+from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
+from leaveout.readout.scan import Best, ranking
+from leaveout.readout.search import Hit, SearchOptions, hits, refuse
 
 Combine = Literal["mean", "rrf"]
 RRF_CONSTANT = 60.0
 
 
 def select_rows(
-    index: Index,
-    wanted: Sequence[QueryRow] | Queries,
+    index: OpenIndex,
+    wanted: Sequence[QueryRow] | EncodedQueries,
     n: int = 1000,
-    unwanted: Sequence[QueryRow] | Queries | None = None,
+    unwanted: Sequence[QueryRow] | EncodedQueries | None = None,
     combine: Combine = "mean",
     where: str | None = None,
 ) -> list[Hit]:
@@ -37,32 +38,32 @@ def select_rows(
     if combine not in get_args(Combine):
         raise ValueError(f"combine is {combine!r}: {choices(combine, get_args(Combine))}.")
     require_whole("n", n, 1)
-    index.refuse_search(n, where)
+    rows = refuse(index, n, where, SearchOptions())
     groups = [(1.0, index.encode(wanted))]
     if unwanted is not None:
         groups.append((-1.0, index.encode(unwanted)))
     if combine == "mean":
         best = Best(1, n)
-        weights = torch.cat([sign / len(group) / index.lengths(group).clamp_min(1e-30) for sign, group in groups])
-        vectors = torch.cat([group.vectors for _, group in groups])
-        texts = tuple(text for _, group in groups for text in group.texts)
-        for numbers, scores in index.scan(Queries(vectors, texts, index.fingerprint), where):
-            best.add(numbers, scores @ weights.numpy()[:, None])
-        return index.hits(best.numbers[0], best.scores[0])
-    numbers, scores = _fused(index, groups, where)
+        lengths = [index.codec.lengths(group.vectors).clamp_min(1e-30) for _, group in groups]
+        weights = [sign / len(group) / of for (sign, group), of in zip(groups, lengths, strict=True)]
+        for numbers, scores in index.scan(torch.cat([group.vectors for _, group in groups]), rows):
+            best.add(numbers, scores @ torch.cat(weights).numpy()[:, None])
+        return hits(index, best.numbers[0], best.scores[0])
+    numbers, scores = _fused(index, groups, rows)
     # Sums of reciprocal ranks know nothing of rounding but the order of their terms; neighbours lie close together.
     order = np.argsort(-np.round(scores, 14), kind="stable")[:n]
-    return index.hits(numbers[order], scores[order])
+    return hits(index, numbers[order], scores[order])
 
 
-def _fused(index: Index, groups: Sequence[tuple[float, Queries]], where: str | None) -> tuple[np.ndarray, Any]:
+def _fused(
+    index: OpenIndex, groups: Sequence[tuple[float, EncodedQueries]], rows: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers [rows] and their fused reciprocal ranks [rows] float64."""
     total: np.ndarray | None = None
     numbers = np.empty(0, np.int64)
     for sign, group in groups:
-        for query in range(len(group)):
-            one = Queries(group.vectors[query : query + 1], group.texts[query : query + 1], group.fingerprint)
-            parts = list(index.scan(one, where))
+        for vectors in group.vectors.split(1):
+            parts = list(index.scan(vectors, rows))
             if not parts:
                 return numbers, np.empty(0)
             numbers = np.concatenate([part for part, _ in parts])

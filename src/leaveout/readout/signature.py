@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.readout.codec import NUMBERS, Codec, Flat, Triples, low_rank, pairs
+from leaveout.readout.families import Tap, find_taps, pull_back, recording
 from leaveout.readout.logits import Head, Map, map_width
-from leaveout.readout.low_rank import LowRank, low_rank, pairs
 from leaveout.readout.model import Readout
 from leaveout.readout.projection import CountSketch, Hadamard, orthogonal
-from leaveout.readout.residual import Tap, find_taps, pull_back, recording
 from leaveout.readout.settings import Channel, Side, SignatureSettings
 from leaveout.readout.tokens import Window
 
@@ -111,16 +111,11 @@ class Signer:
         self._fallen_back: set[str] = set()  # kinds that replace residual channels of an unknown family
         parts = [part for number, channel in enumerate(settings.channels) for part in self._parts(number, channel)]
         fits = settings.final_width is not None and sum(part.flat for part in parts) <= settings.final_width
-        self.rank = None if fits else settings.rank
-        self.parts = parts if self.rank is not None else _share_width(parts, settings, self)
-        self.low_rank = LowRank(tuple((part.left.width, part.right.width) for part in parts))
-
-    @property
-    def width(self) -> int:
-        """Numbers per stored row."""
-        if self.rank is not None:
-            return self.low_rank.width(self.rank)
-        return sum(part.stored for part in self.parts)
+        rank, numbers = None if fits else settings.rank, NUMBERS[settings.storage]
+        self.parts = parts if rank is not None else _share_width(parts, settings, self)
+        self.codec: Codec = Flat(numbers, sum(part.stored for part in self.parts))
+        if rank is not None:
+            self.codec = Triples.of_rank(numbers, tuple((part.left.width, part.right.width) for part in parts), rank)
 
     def _parts(self, number: int, channel: Channel) -> list[Part]:
         if channel.kind == "residual":
@@ -285,20 +280,20 @@ class Signer:
 
         Rows of singular triples have their lengths only where settings ask for unit length.
         """
-        positions = self.positions(windows)
+        positions, codec = self.positions(windows), self.codec
+        spans = positions.spans
         vectors, square = [], torch.zeros(len(windows), dtype=self.dtype, device=self.readout.device)
         for part in self.parts:
             left, right = self.factors(positions, part)
-            if self.rank is not None:
+            if isinstance(codec, Triples):
                 if self.settings.unit_length:
-                    square += torch.stack([pairs(left[s], left[s], right[s], right[s]).sum() for s in positions.spans])
-                vectors.append(torch.stack([low_rank(left[s], right[s], self.rank) for s in positions.spans]))
+                    square += torch.stack([pairs(left[s], left[s], right[s], right[s]).sum() for s in spans])
+                vectors.append(torch.stack([low_rank(left[s], right[s], codec.rank) for s in spans]))
                 continue
             pieces = []
             group = max(1, PROJECT_NUMBERS // (part.hadamard.padded if part.hadamard else part.flat))
             for first in range(0, len(windows), group):
-                spans = positions.spans[first : first + group]
-                flat = torch.stack([(left[s].t() @ right[s]).flatten() for s in spans])
+                flat = torch.stack([(left[s].t() @ right[s]).flatten() for s in spans[first : first + group]])
                 square[first : first + group] += (flat * flat).sum(1)
                 pieces.append(part.hadamard(flat) if part.hadamard else flat)
             vectors.append(torch.cat(pieces))
@@ -310,31 +305,29 @@ class Signer:
 
         Windows run in batches of similar length; `advance(k)` is called when k more windows are done.
         """
-        unit, rank = self.settings.unit_length, self.rank
-        total = torch.zeros(n_rows, self.width, dtype=self.dtype, device=self.readout.device)
+        codec, unit = self.codec, self.settings.unit_length
+        total = torch.zeros(n_rows, codec.width, dtype=self.dtype, device=self.readout.device)
         n_windows = np.bincount([window.row for window in windows], minlength=n_rows)
         for batch in batches(windows, self.readout.batch_class):
             vectors, square = self.window_vectors(batch)
             if unit:
-                length = square.sqrt().clamp_min(1e-30)[:, None]
-                vectors = vectors / (length if rank is None else length.sqrt())  # both low-rank factors carry a root
+                vectors = codec.divided(vectors, square.sqrt().clamp_min(1e-30))
             owner = torch.tensor([window.row for window in batch], device=self.readout.device)
-            if rank is None:
-                total.index_add_(0, owner, vectors)
-            else:
+            if isinstance(codec, Triples):
                 for row, vector in zip(owner.tolist(), vectors, strict=True):
-                    total[row] = self.low_rank.add(total[row], vector, rank) if n_windows[row] > 1 else vector
+                    total[row] = codec.add(total[row], vector) if n_windows[row] > 1 else vector
+            else:
+                total.index_add_(0, owner, vectors)
             if advance is not None:
                 advance(len(batch))
         if unit:
-            norm = (total.norm(dim=1) if rank is None else self.low_rank.norm(total).sqrt())[:, None]
-            total = torch.where(norm == 0, 0.0, total / norm)
-        elif self.settings.length_power:
+            lengths = codec.lengths(total)
+            return torch.where(lengths[:, None] == 0, 0.0, codec.divided(total, lengths))
+        if self.settings.length_power:
             targets = np.bincount(
                 [window.row for window in windows], [len(window.positions) for window in windows], n_rows
             )
-            divisor = torch.from_numpy(targets.clip(1) ** self.settings.length_power)[:, None].to(total)
-            total /= divisor if rank is None else divisor.sqrt()
+            total = codec.divided(total, torch.from_numpy(targets.clip(1) ** self.settings.length_power).to(total))
         return total
 
 

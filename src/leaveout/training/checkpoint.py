@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from leaveout.errors import FormatError, MismatchError
-from leaveout.files import replacing
 from leaveout.jets import Jet
 
 VERSION = "1"
@@ -34,12 +34,15 @@ class Checkpoint:
         return time.monotonic() - self._last >= self.every
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Writes the file; a killed run leaves the old one or the new one."""
+        """Write under another name, sync, rename: a killed run leaves the old file or the new one."""
         plain = {k: torch.view_as_real(t) if t.is_complex() else t for k, t in tensors.items()}
         plain = {k: t.detach().contiguous().clone() for k, t in plain.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:
-            save_file(plain, temporary, metadata={"version": VERSION, "key": self.key, "step": str(step)})
+        temporary = self.path.with_suffix(".tmp")
+        save_file(plain, temporary, metadata={"version": VERSION, "key": self.key, "step": str(step)})
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, self.path)
         self._last = time.monotonic()
 
     def load(self) -> tuple[int, dict[str, Tensor]] | None:

@@ -1,0 +1,249 @@
+"""An opened index: its store, its model on first use, and what searching, explaining and selecting need of both.
+
+Conventions: scores are [query, train] in the order of `ids`; a positive score means that removing the row raises the
+query's loss (the row helps), in units that compare rows of one query, not queries or presets with each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leaveout.corpus import Corpus, Row
+from leaveout.corpus.tokens import NoTargetError
+from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_list
+from leaveout.models import ModelOptions, difference
+from leaveout.readout.codec import read_codec
+from leaveout.readout.model import Readout, load_readout
+from leaveout.readout.scan import Scanners, scan
+from leaveout.readout.settings import SignatureSettings
+from leaveout.readout.signature import Signer
+from leaveout.readout.tokens import TokenisedRow, check_ids, tokenise
+from leaveout.store import Record, Store
+
+KIND = "readout index"
+QUERY_RANK = 64  # singular triples of a query where rows are triples: all there are, up to 64 learned tokens
+
+QueryRow = str | Mapping[str, Any] | Row
+
+
+@dataclass(frozen=True)
+class EncodedQueries:
+    """Signatures of queries, made by `Index.encode`, with what they were made with.
+
+    Shapes: vectors [queries, width] float32; texts: what is asked, one of each query.
+    """
+
+    vectors: Tensor
+    texts: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+class OpenIndex:
+    """An index whose rows are read, and queries scored. Its model is loaded when a query first needs it."""
+
+    def __init__(self, store: Store, loading: Mapping[str, Any] | None = None) -> None:
+        """`loading`: fields of `ModelOptions` with which the model is loaded, beside those that the build was told."""
+        settings = store.settings
+        if settings.get("kind") != KIND:
+            raise MismatchError(f"{store.path} holds a {settings.get('kind', 'store')}, not an index: give an index.")
+        self.store = store
+        self.settings = SignatureSettings.from_dict(settings["signature"])
+        self.identity: dict[str, Any] = settings["model"]
+        self.codec = read_codec(settings["codec"])
+        self._loading = dict(loading or {})
+        self._readout: Readout | None = None
+        self._signer: Signer | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.store.path
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of all rows, in order. Memory: one string a row."""
+        return self.store.ids()
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digits that queries must share with the index: settings, model, tokenizer, and whitening statistics."""
+        statistics = self.store.state("statistics") or {}
+        parts = (self.settings.fingerprint(), *(self.identity[name] for name in ("weights", "config", "tokenizer")))
+        return "-".join([*parts, str(statistics.get("digest", "plain"))])
+
+    # ---------------------------------------------------------------- the model
+
+    @property
+    def readout(self) -> Readout:
+        """The model of the index, loaded on first use."""
+        if self._readout is None:
+            source = self.store.settings["source"]
+            if source is None:
+                raise MismatchError(
+                    "This index was built with a model in memory: give it with Index.open(path, model, tokenizer)."
+                )
+            try:
+                found = load_readout(source["name"], options=self.model_options())
+            except (UnsupportedError, OSError) as error:
+                raise MismatchError(
+                    f"The model of this index no longer loads from {source['name']} ({error}): "
+                    "say where it is now (--model, or Index.open(path, model))."
+                ) from error
+            self.take(found)
+        assert self._readout is not None
+        return self._readout
+
+    def model_options(self, elsewhere: bool = False) -> ModelOptions:
+        """How the model is loaded: in the dtype of the index, on the CPU, and but for what was given since as the build was
+        told; of a model `elsewhere`, the revision is another matter."""
+        source = self.store.settings["source"] or {}
+        told = {"dtype": source.get("dtype", self.identity["dtype"])}
+        if not elsewhere:
+            told |= {"revision": source["revision"], "trust_remote_code": source["trust_remote_code"]}
+        return ModelOptions(**{**told, **self._loading})
+
+    def take(self, readout: Readout) -> None:
+        """Answers with this model from now on. Raises: MismatchError if it is not that of the index."""
+        self._readout = self.checked(readout)
+
+    def checked(self, readout: Readout) -> Readout:
+        """The readout, if it is that of the index. Raises: MismatchError."""
+        if other := difference(self.identity, readout.identity()):
+            raise MismatchError(
+                f"The given model has {other} than the one that {self.path} was built with "
+                f"(a {self.identity['family']} in {self.identity['dtype']}): give that model, or build a new index."
+            )
+        return readout
+
+    def unchanged(self) -> Readout:
+        """The model, after a quick look that it is still that of the index (see `LanguageModel.refuse_changes`)."""
+        self.readout.refuse_changes()
+        return self.checked(self.readout)
+
+    @property
+    def signer(self) -> Signer:
+        """Computes signatures of queries: as rows are stored, but with more triples where those are triples."""
+        if self._signer is None:
+            triples = replace(self.settings, rank=QUERY_RANK, final_width=None)
+            self._signer = Signer(self.readout, self.settings if self.codec.form == "flat" else triples)
+            set_whitening(self._signer, self.store)
+        return self._signer
+
+    # ---------------------------------------------------------------- queries
+
+    def tokenised(self, queries: Sequence[QueryRow]) -> list[TokenisedRow]:
+        """Queries as rows with their windows. A text is learned as a whole; of a prompt and response, the response."""
+        rows = [query_row(row, number) for number, row in enumerate(queries)]
+        readout, signer = self.unchanged(), self.signer
+        tokens = []
+        for number, row in enumerate(rows):
+            try:
+                tokens.append(tokenise(row, number, readout.tokenizer, signer.settings, readout.context))
+            except NoTargetError:
+                raise FormatError(
+                    f"Query {number + 1} has no token that could be predicted: give more words, or a prompt before it."
+                ) from None
+        check_ids(tokens, readout.vocabulary)
+        return tokens
+
+    def encode(self, queries: Sequence[QueryRow] | EncodedQueries) -> EncodedQueries:
+        """Signatures of queries: texts, or rows in any form that a corpus has.
+
+        Raises: FormatError for a query without a token to learn, MismatchError for queries made with another index.
+        """
+        if isinstance(queries, EncodedQueries):
+            if queries.fingerprint != self.fingerprint:
+                raise MismatchError(
+                    "These queries were made with other settings, another model or other statistics than this index: "
+                    "encode them again with this index."
+                )
+            return queries
+        require_list("queries", queries, "queries")
+        if not queries:
+            raise ValueError("queries is empty: give at least one query.")
+        tokens = self.tokenised(queries)
+        vectors = self.signer.rows([window for row in tokens for window in row.windows], len(tokens))
+        if not bool(torch.isfinite(vectors).all()):
+            raise FormatError("A query has a signature that is not finite: run `leaveout doctor` on the model.")
+        return EncodedQueries(vectors.float().cpu(), tuple(row.text for row in tokens), self.fingerprint)
+
+    # ---------------------------------------------------------------- rows
+
+    def scan(
+        self, vectors: Tensor, wanted: np.ndarray | None = None, workers: int = 1, backend: Scanners = "threads"
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Row numbers [rows] and scores [rows, queries] with vectors [queries, width], segment by segment (see `scan.scan`)."""
+        return scan(self.store.segments(), self.codec.product(vectors), wanted, workers, backend)
+
+    def scores_of(
+        self, vectors: Tensor, numbers: np.ndarray, workers: int = 1, backend: Scanners = "threads"
+    ) -> np.ndarray:
+        """Scores [rows, queries] float32 of rows by number."""
+        order = np.unique(numbers)
+        found = [part for _, part in self.scan(vectors, order, workers, backend)]
+        return np.concatenate(found or [np.empty((0, len(vectors)), np.float32)])[np.searchsorted(order, numbers)]
+
+    def directions(self, numbers: np.ndarray) -> Tensor:
+        """Stored signatures [rows, width] of rows by number, of unit length; zero where a row is zero."""
+        order = np.sort(numbers)
+        parts = []
+        for segment in self.store.segments():
+            low, high = np.searchsorted(order, [segment.first, segment.first + segment.n_rows])
+            if low < high:
+                parts.append(self.codec.decode(segment.arrays(), order[low:high] - segment.first))
+        vectors = torch.cat(parts)[np.searchsorted(order, numbers)]
+        return self.codec.divided(vectors, self.codec.lengths(vectors).clamp_min(1e-30))
+
+    def numbers_where(self, where: str | None) -> np.ndarray | None:
+        """Row numbers, ascending, that satisfy an SQL expression; None for None. Raises: ValueError for a bad one."""
+        if where is not None and (not isinstance(where, str) or not where.strip()):
+            raise ValueError(f"where is {where!r}: give an SQL expression such as source = 'web', or leave it out.")
+        return None if where is None else np.sort(self.store.select(where))
+
+    def ids_where(self, where: str) -> list[str]:
+        """Ids of the rows that satisfy an SQL expression (see `Index.search`)."""
+        return [record.id for record in self.store.rows(self.store.select(where))]
+
+    def records(self, ids: Sequence[str]) -> list[Record]:
+        """Catalogue entries of rows by id. Raises: ValueError naming an id that is not in the index."""
+        return self.store.rows(self.store.numbers(ids))
+
+
+def query_row(query: QueryRow, number: int) -> Row:
+    """A query as a row. Raises: TypeError if it is neither a text nor a row."""
+    if isinstance(query, Row):
+        return query
+    if not isinstance(query, (str, Mapping)):
+        raise TypeError(f"Query {number + 1} is of type {type(query).__name__}: give a text, or a row as a dict.")
+    raw = {"text": query} if isinstance(query, str) else {key: value for key, value in query.items() if key != "id"}
+    rows = list(Corpus.open([raw]))
+    return replace(rows[0], id=f"query {number + 1}", number=number)
+
+
+def row_of(record: Record) -> Row:
+    """The row that a catalogue entry was made of; chats and instructions come back as they were rendered."""
+    extra = record.extra
+    spans = tuple((start, end) for start, end in extra["responses"])
+    return Row(
+        record.id, record.text, spans, None, record.unit, record.meta, record.content_hash, extra["number"],
+        rendered=extra["rendered"], kept=extra.get("kept"),
+    )  # fmt: skip
+
+
+def set_whitening(signer: Signer, store: Store) -> None:
+    """Gives the signer the whitening matrices of the store, if it has any."""
+    arrays = store.side("whitening") or {}
+    device = signer.readout.device
+    signer.whitening = {name: torch.tensor(np.array(value)).to(device, signer.dtype) for name, value in arrays.items()}

@@ -1,0 +1,177 @@
+"""Exact scans over stored signatures: all scores, and the k best rows of each query.
+
+One kernel, `scan`: stored numbers are widened into a reused float32 buffer of about 2 MB, which stays in cache, and multiplied
+with the queries. Memory per worker: the buffer, and one score per row of two segments and query.
+
+Ranks compare scores at a resolution, see `at_resolution`; rows that are equal there come in the order of their numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+
+from leaveout.executor import run_tasks
+from leaveout.readout.codec import ROWS, Product, multiple
+from leaveout.store import Segment
+
+BUFFER = 2 * 2**20  # bytes: small enough to stay in cache
+# Binary digits behind the leading one in which scores are compared. Rows of one text that were computed in other batches
+# have scores up to 3e-6 of their size apart (float32 sums in another order, stored numbers rounded to the other side), so
+# that a step of 1 / 8192 to 1 / 4096 holds nearly all of them. What storing loses is ten times a step (int8) or more.
+DIGITS = 12
+_DROPPED = 23 - DIGITS  # of the digits of a float32
+
+Scanners = Literal["threads", "ray"]
+
+
+def scan(
+    segments: Sequence[Segment],
+    product: Product,
+    wanted: np.ndarray | None = None,
+    workers: int = 1,
+    backend: Scanners = "threads",
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Per segment: numbers [rows] of its live (and wanted) rows and their scores [rows, queries] float32.
+
+    `wanted`: ascending global row numbers to restrict to; only blocks that hold one are read.
+    `workers`: threads, or actors of a Ray cluster that sees the same files, each at a segment of its own, so that scores
+    do not depend on their number.
+    """
+    return over_segments(functools.partial(_scanned, product, wanted), segments, workers, backend)
+
+
+def _scanned(product: Product, wanted: np.ndarray | None, segment: Segment) -> tuple[np.ndarray, np.ndarray] | None:
+    positions = positions_of(segment, wanted)
+    if positions is None:
+        return segment.first + np.arange(segment.n_rows), _segment_scores(segment.arrays(), product, None)
+    if not positions.size:
+        return None
+    if wanted is not None:
+        return segment.first + positions, _segment_scores(segment.arrays(), product, positions)
+    return segment.first + positions, _segment_scores(segment.arrays(), product, None)[positions]
+
+
+def positions_of(segment: Segment, wanted: np.ndarray | None) -> np.ndarray | None:
+    """Positions of the live and wanted rows of a segment; None for all of them."""
+    live = segment.live()
+    if wanted is None:
+        return None if live is None else np.flatnonzero(live)
+    low, high = np.searchsorted(wanted, [segment.first, segment.first + segment.n_rows])
+    positions = wanted[low:high] - segment.first
+    return positions if live is None else positions[live[positions]]
+
+
+Found = TypeVar("Found")
+
+
+def over_segments(
+    work: Callable[[Segment], Found | None],
+    segments: Iterable[Segment],
+    workers: int = 1,
+    backend: Scanners = "threads",
+) -> Iterator[Found]:
+    """What `work` finds in each segment, in order, where it finds something; at most 2 * workers results wait.
+
+    Raises: ValueError for workers < 1; for `ray` as `run_tasks`.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}: give 1 or more.")
+    if backend == "ray":
+        results = run_tasks(segments, _at_work, functools.partial(_hired, work), workers, "ray")
+    else:
+        results = map(work, segments) if workers == 1 else _threaded(work, segments, workers)
+    with contextlib.closing(results) if isinstance(results, Generator) else contextlib.nullcontext():
+        yield from (found for found in results if found is not None)
+
+
+def _threaded(
+    work: Callable[[Segment], Found | None], segments: Iterable[Segment], workers: int
+) -> Iterator[Found | None]:
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Found | None]] = deque()
+        for segment in segments:
+            waiting.append(pool.submit(work, segment))
+            if len(waiting) >= 2 * workers:
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
+
+
+def _hired(work: Callable[[Segment], Found | None]) -> Callable[[Segment], Found | None]:
+    return work
+
+
+def _at_work(work: Callable[[Segment], Found | None], segment: Segment) -> Found | None:
+    return work(segment)
+
+
+def _segment_scores(arrays: dict[str, np.ndarray], product: Product, positions: np.ndarray | None) -> np.ndarray:
+    scale, size = arrays["scale"], product.codec.buffer_width
+    count = len(scale) if positions is None else len(positions)
+    step = multiple(max(1, BUFFER // (4 * size)), ROWS)
+    buffer = torch.zeros(multiple(min(step, count), ROWS) * size)
+    scores = []
+    for start in range(0, count, step):
+        at = slice(start, start + step) if positions is None else positions[start : start + step]
+        rows = product.codec.widen(arrays, at, buffer)
+        more = buffer.view(-1, size)[: multiple(len(rows), ROWS), : rows.shape[1]]  # what is left of an earlier block
+        scores.append(product(more)[: len(rows)].numpy())
+    chosen = scale if positions is None else scale[positions]
+    return np.concatenate(scores) * (chosen**product.codec.degree)[:, None]
+
+
+def at_resolution(scores: np.ndarray) -> np.ndarray:
+    """Scores as ranks compare them, float32: rounded to 12 binary digits behind the leading one, halves away from zero.
+
+    A grid, and a function of the score alone: the order is a strict weak one and does not depend on which other rows
+    there are, nor on segments, batches and shards. Scores more than 1 / 4096 of their size apart never become equal.
+    """
+    bits = np.ascontiguousarray(scores, np.float32).view(np.int32)  # sign and magnitude: rounding moves the magnitude
+    return ((bits + np.int32(1 << (_DROPPED - 1))) & np.int32(-1 << _DROPPED)).view(np.float32)
+
+
+def ranking(scores: np.ndarray) -> np.ndarray:
+    """Positions of scores [rows], best first, of equal ones (at the resolution of ranks) the first."""
+    return np.argsort(-at_resolution(scores), kind="stable")
+
+
+class Best:
+    """The k best rows of each query so far, best first; equal scores (at the resolution of ranks) by row number.
+
+    Memory: k numbers and scores per query.
+    """
+
+    def __init__(self, n_queries: int, k: int) -> None:
+        self.k = k
+        self.numbers = [np.empty(0, np.int64) for _ in range(n_queries)]
+        self.scores = [np.empty(0, np.float32) for _ in range(n_queries)]
+
+    def add(self, numbers: np.ndarray, scores: np.ndarray) -> None:
+        """Considers rows `numbers` [rows] ascending, all above those before, with scores [rows, queries]."""
+        floors = at_resolution(np.array([held[-1] if len(held) == self.k else -np.inf for held in self.scores]))
+        above = scores > floors  # what rounds to the last one's score or below ranks behind it; what rounds up is here
+        for query, floor in enumerate(floors):
+            if floor == -np.inf:
+                self.add_one(query, numbers, scores[:, query])
+            elif len(rows := np.flatnonzero(above[:, query])):
+                self.add_one(query, numbers[rows], scores[rows, query])
+
+    def add_one(self, query: int, numbers: np.ndarray, scores: np.ndarray) -> None:
+        """Considers rows for one query, with scores [rows]."""
+        if len(scores) > self.k:
+            rounded = at_resolution(scores)
+            floor = np.partition(rounded, len(scores) - self.k)[len(scores) - self.k]
+            keep = np.flatnonzero(rounded >= floor)
+        else:
+            keep = np.arange(len(scores))
+        numbers_both = np.concatenate([self.numbers[query], numbers[keep]])
+        scores_both = np.concatenate([self.scores[query], scores[keep]])
+        order = ranking(scores_both)[: self.k]
+        self.numbers[query], self.scores[query] = numbers_both[order], scores_both[order]

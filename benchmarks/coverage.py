@@ -31,10 +31,10 @@ from leaveout.deletion.predict import Prediction
 from leaveout.deletion.run import MeasureSettings, TrainingRun
 from leaveout.deletion.verify import Verification, agreement
 from leaveout.metrics import bootstrap_interval
-from leaveout.training.provenance import provenance
 from leaveout.training.queries import Query
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from measuring import data, read_json
+from provenance import provenance
 
 RESERVED = 16
 GOOD = (0.90, 0.99)

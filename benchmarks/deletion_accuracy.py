@@ -34,8 +34,8 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.deletion.verify import agreement
-from leaveout.training.provenance import provenance
 from leaveout.training.recipe import Recipe
+from provenance import provenance
 
 BUDGETS = {"documents": (100, 368, 1103), "letters": (73, 370)}
 HELDOUT = 16

@@ -37,7 +37,6 @@ from leaveout.corpus import Corpus
 from leaveout.readout.settings import SignatureSettings
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import task_of
-from leaveout.training.train import own_parameters
 from measuring import RememberingReadout, alpaca, arguments, data, read_json, smollm2, tiny, untrained, write_result
 from ranking import (
     UNTRAINED,
@@ -213,7 +212,7 @@ def all_methods(
 ) -> dict[str, Callable[[], Ranked]]:
     recipe = Recipe("causal-lm", tuple(Corpus.open(task.rows)), model=lambda: loaded, max_tokens=512, seed=seed)
     own = task_of(recipe)
-    model = Model(own, {name: p.detach() for name, p in own_parameters(own).items()}, loaded[1])
+    model = Model(own, {name: p.detach() for name, p in own.parameters().items()}, loaded[1])
     gradients = gradient_methods(model, task, seed)
     wrapped = (lambda readout: readout) if subject.small else RememberingReadout.of
     trained = functools.cache(lambda: wrapped(model.readout))

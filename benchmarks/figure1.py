@@ -27,11 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from leaveout.deletion.directions import complex_uniform
-from leaveout.jets import roots
-from leaveout.training.complex_copies import train_roots
-from leaveout.training.provenance import provenance
+from leaveout.training.doctor import growth_scale
 from leaveout.training.recipe import Recipe
-from leaveout.training.stability import growth_scale
+from provenance import provenance
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from oracles import roots
 
 TAIL = 1e-9
 """Size of the last eighth of the coefficients at the circle, relative to degree 0, that shows a circle to be too wide."""
@@ -53,7 +54,7 @@ class Sizes:
 
 def sizes(recipe: Recipe, psi: Tensor, radius: float, degree: int, query: str) -> Sizes:
     points = 1 << (degree + 1).bit_length()
-    params, losses = train_roots(recipe, psi, roots.Circle(points, radius), [query])
+    params, losses = roots.train_recipe(recipe, psi, roots.Circle(points, radius), [query])
     theta = torch.cat([roots.coefficients(p, radius, points - 1).flatten(1) for p in params.values()], 1)
     norm = theta.abs().square().sum(1).sqrt()
     at_circle = norm * radius ** torch.arange(points, dtype=torch.float64)

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from leaveout.training.outputs import query_losses
-from leaveout.training.provenance import provenance
+from leaveout.training.loop import RunOptions
+from leaveout.training.queries import query_losses
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import JetSettings, RunOptions, train_jets, train_plain
+from leaveout.training.train import JetSettings, train_jets, train_plain
+from provenance import provenance
 
 DEGREE = 6
 PUBLISHED = {

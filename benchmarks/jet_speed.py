@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leaveout.jets import Jet, Space, install
+from leaveout.training.loop import PaperAdam
 from leaveout.training.memory import kept_memory
 from leaveout.training.microgpt import MicroGPT
-from leaveout.training.optimizers import PaperAdam
-from leaveout.training.provenance import provenance
+from provenance import provenance
 
 ALL = (
     *itertools.product(["microgpt"], ["complex64"], [1, 2, 3, 6], [64, 128, 256]),

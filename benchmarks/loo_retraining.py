@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from leaveout.training.outputs import query_losses
-from leaveout.training.provenance import provenance
+from leaveout.training.loop import RunOptions
+from leaveout.training.queries import query_losses
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import RunOptions, train_batch, train_plain
+from leaveout.training.train import train_batch, train_plain
+from provenance import provenance
 
 QUERIES = ["max", "zoe", "emma"]
 

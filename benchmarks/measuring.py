@@ -28,7 +28,7 @@ from leaveout.models import quiet_transformers
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.tokens import TokenisedRow, tokenise
-from leaveout.training.provenance import provenance
+from provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"

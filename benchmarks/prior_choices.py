@@ -29,7 +29,7 @@ from leaveout.deletion import posterior, stored
 from leaveout.deletion.measurements import Measurements
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.deletion.verify import agreement
-from leaveout.training.provenance import provenance
+from provenance import provenance
 
 DAMPINGS = (0.1, 1.0, 10.0, 100.0)
 SHARES = (0.0, 0.2, 0.4, 0.6, 1.0)

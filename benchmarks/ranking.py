@@ -38,8 +38,7 @@ from leaveout.metrics import (
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
-from leaveout.training.tasks import Task
-from leaveout.training.train import Parameters
+from leaveout.training.tasks import Parameters, Task
 from scale_speed import array_bytes
 
 Example = dict[str, str]

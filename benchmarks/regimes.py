@@ -33,8 +33,8 @@ from leaveout.deletion.posterior import Posterior
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.deletion.verify import agreement
-from leaveout.training.provenance import provenance
 from leaveout.training.queries import as_queries
+from provenance import provenance
 
 NOISE = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 SHARES = (0.02, 0.1, 0.3, 1.0)

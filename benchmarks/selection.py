@@ -38,8 +38,8 @@ from leaveout.readout.model import Readout, load_readout
 from leaveout.training.digest import digest_of
 from leaveout.training.queries import Query, query_function
 from leaveout.training.recipe import OptimizerSettings, Recipe
-from leaveout.training.tasks import Task, task_of
-from leaveout.training.train import Parameters, own_parameters, train_plain
+from leaveout.training.tasks import Parameters, Task, task_of
+from leaveout.training.train import train_plain
 from measuring import arguments, untrained, write_result
 from scratch_models import NEOX, SMALL_OLMO
 from selection_rows import KINDS, SMOKE, Sizes, Trial, base_model, draw_trial, numbered
@@ -81,7 +81,7 @@ class Valuer:
             return self.by_index(method)
         if method == "embedding":
             task = task_of(Recipe("causal-lm", tuple(self.trial.rows), model=str(self.place)))
-            embedding = EmbeddingCosine(task, own_parameters(task))
+            embedding = EmbeddingCosine(task, task.parameters())
             return self.by_scores(lambda wanted: embedding.score(wanted, self.trial.rows))
         if method == "BM25":
             return self.by_scores(lambda wanted: bm25.score(wanted, self.trial.pool))
@@ -149,7 +149,7 @@ def measured(place: Path, trial: Trial, sizes: Sizes, work: Path) -> dict[str, A
     """All that is found with one seed: for each wanted kind and method, the selection and the losses after it."""
     valuer = Valuer(place, trial, sizes.selected)
     base = task_of(recipe_of(trial.rows, place, sizes, trial.seed))
-    start = kept(work / "start.json", lambda: losses(base, own_parameters(base), trial))["value"]
+    start = kept(work / "start.json", lambda: losses(base, base.parameters(), trial))["value"]
     out: dict[str, Any] = {"start": start, "cpu_seconds": 0.0, "selection_cpu_seconds": {}, "wanted": {}}
     for method in METHODS:
         selection = kept(work / f"select {method}.json", lambda method=method: valuer.select(method))

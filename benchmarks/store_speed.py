@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from leaveout.store import Record, Store, segment
-from leaveout.training.provenance import provenance
 from measuring import arguments, cpu_seconds, interleaved, ratio, spread
+from provenance import provenance
 
 SEGMENT = 64 * 2**20  # bytes of vectors per segment, as an index is built
 READ = 100  # rows read at once

@@ -20,8 +20,7 @@ from torch import nn
 
 from leaveout.deletion.run import MeasureSettings, TrainingRun
 from leaveout.deletion.verify import Verification
-from leaveout.training.outputs import query_losses
-from leaveout.training.queries import Query
+from leaveout.training.queries import Query, query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 
 BLOCK = 25

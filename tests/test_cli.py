@@ -185,10 +185,10 @@ def test_doctor_of_a_recipe_tells_whether_its_series_stay_bounded(run, tmp_path,
 
 def test_doctor_of_a_recipe_tries_a_few_steps_and_no_growth(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "leaveout.training.stability.check_stability", lambda *_, **__: pytest.fail("growth was checked")
+        "leaveout.training.doctor.check_stability", lambda *_, **__: pytest.fail("growth was checked")
     )
     taken = []
-    monkeypatch.setattr("leaveout.training.train.Loop.run", _counted(taken))
+    monkeypatch.setattr("leaveout.training.loop.Loop.run", _counted(taken))
     (tmp_path / "names.txt").write_text("anna\nbert\ncleo\ndora\n")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("kind: microgpt\ndata: names.txt\nsteps: 30\n")
@@ -200,7 +200,7 @@ def test_doctor_of_a_recipe_tries_a_few_steps_and_no_growth(run, tmp_path, monke
 
 
 def _counted(taken):
-    from leaveout.training.train import Loop
+    from leaveout.training.loop import Loop
 
     def counted(self, *arguments, true=Loop.run):
         taken.append(len(self.recipe.batches()))

@@ -16,7 +16,7 @@ from leaveout import Recipe, TrainingRun, UnsupportedError, load_scores
 from leaveout.deletion.plan import Budget
 from leaveout.methods.gradient_dot import GradientDot
 from leaveout.report import blocks
-from leaveout.training.outputs import query_losses
+from leaveout.training.queries import query_losses
 from leaveout.training.tasks import task_of
 from leaveout.training.train import train_plain
 

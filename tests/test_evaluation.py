@@ -28,8 +28,7 @@ from leaveout.readout.build import record_of
 from leaveout.readout.opened import row_of
 from leaveout.readout.settings import PRESETS
 from leaveout.readout.tokens import tokenise
-from leaveout.training.outputs import query_losses
-from leaveout.training.queries import as_queries
+from leaveout.training.queries import as_queries, query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.train import train_plain
 from token_rows import make_tokenizer

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from leaveout.deletion.verify import agreement
 from leaveout.errors import UnsupportedError
-from leaveout.training.outputs import query_losses
+from leaveout.training.queries import query_losses
 from leaveout.training.recipe import Recipe
 from leaveout.training.train import train_plain
 from readout.tiny import make_tokenizer

@@ -12,13 +12,14 @@ from torch import nn
 
 from leaveout.corpus import Corpus
 from leaveout.errors import StabilityError, UnsupportedError
-from leaveout.training.flat_run import FlatRun
-from leaveout.training.metagradient import metagradient, plan_reverse, walk_back
-from leaveout.training.outputs import query_losses
+from leaveout.training.loop import RunOptions
+from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.reverse.flat_run import FlatRun
+from leaveout.training.reverse.metagradient import metagradient, plan_reverse, walk_back
+from leaveout.training.reverse.updates import Sketch, UnitVectors, influence, query_gradients, unit_vectors
 from leaveout.training.tasks import task_of
-from leaveout.training.train import JetSettings, RunOptions, train_batch, train_jets, train_plain
-from leaveout.training.updates import Sketch, UnitVectors, influence, query_gradients, unit_vectors
+from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
 from tolerances import TOLERANCES
 
 NAMES = ["anna", "bob", "eve", "kim", "lena", "max", "otto", "vera"]

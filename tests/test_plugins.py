@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from leaveout import plugins
 from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.jets import Space, tensor
 
 
 @pytest.fixture
@@ -53,3 +55,20 @@ def test_package_that_does_not_import_is_named(package):
     package("broken", {"method.of-mine": "broken:score"}, "import a_package_that_is_not_there\n")
     with pytest.raises(UnsupportedError, match=r"'method.of-mine' \(broken:score\) does not import \(ModuleNotFound"):
         plugins.load(plugins.found("method")["of-mine"])
+
+
+SINC = """
+import math
+from leaveout.jets import series as S
+from leaveout.jets.table import of_one
+
+sinc = of_one(lambda x: S.divide(S.sin(S.multiply(x, math.pi)), S.multiply(x, math.pi)))
+"""
+
+
+def test_rule_of_another_package_is_used_by_jets(package, monkeypatch):
+    package("outside", {"rule.aten.sinc.default": "outside:sinc"}, SINC)
+    monkeypatch.setattr(tensor, "TABLE", dict(tensor.TABLE))
+    x = Space(2, 1).jet(torch.tensor([0.4, -1.2], dtype=torch.float64), torch.ones(2, 1, 2))
+    found, wanted = torch.sinc(x), (x * torch.pi).sin() / (x * torch.pi)
+    assert torch.allclose(found.h, wanted.h) and torch.allclose(found.c, torch.sinc(x.c))

@@ -16,7 +16,7 @@ from leaveout.corpus.tokens import in_order, tokens_of
 from leaveout.errors import FormatError
 from leaveout.readout.settings import PRESETS
 from leaveout.readout.tokens import tokenise
-from leaveout.training.encoding import IGNORED
+from leaveout.training.examples import IGNORED
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import task_of
 from token_rows import characters, make_rows, make_tokenizer

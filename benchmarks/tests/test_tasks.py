@@ -14,7 +14,6 @@ from leaveout.methods.rapidin import RapidIn
 from leaveout.readout.index import Index
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import task_of
-from leaveout.training.train import own_parameters
 
 from .conftest import BENCHMARKS
 
@@ -181,7 +180,7 @@ def model_of(ranking, readout, rows):
     recipe = Recipe("causal-lm", tuple(Corpus.open(rows)), model=lambda: (readout.lm, readout.tokenizer))
     task = task_of(recipe)
     return ranking.Model(
-        task, {name: p.detach().clone() for name, p in own_parameters(task).items()}, readout.tokenizer
+        task, {name: p.detach().clone() for name, p in task.parameters().items()}, readout.tokenizer
     )
 
 

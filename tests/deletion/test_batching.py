@@ -12,13 +12,14 @@ from leaveout.corpus import Corpus
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import UnsupportedError
 from leaveout.training.batching import batching_problem
-from leaveout.training.flat_run import FlatRun
-from leaveout.training.metagradient import metagradient
-from leaveout.training.outputs import query_losses
+from leaveout.training.loop import Loop
+from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.reverse.flat_run import FlatRun
+from leaveout.training.reverse.metagradient import metagradient
+from leaveout.training.reverse.updates import unit_vectors
 from leaveout.training.tasks import task_of
-from leaveout.training.train import JetSettings, Loop, train_batch, train_jets, train_plain
-from leaveout.training.updates import unit_vectors
+from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
 from readout.tiny import make_model, make_tokenizer
 
 WEIGHTS = torch.ones(3, 6, dtype=torch.float64) - torch.eye(3, 6, dtype=torch.float64)

@@ -23,11 +23,11 @@ from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
 from leaveout.store import Store
-from leaveout.training.outputs import query_losses
-from leaveout.training.queries import Query, as_queries
+from leaveout.training.loop import Loop
+from leaveout.training.queries import Query, as_queries, query_losses
 from leaveout.training.queries import margin as margin_of
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import Loop, train_batch, train_plain
+from leaveout.training.train import train_batch, train_plain
 
 from .conftest import FAST, NAMES, QUERIES
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_recipe import points
 from torch import nn
 
 import leaveout
@@ -25,6 +24,8 @@ from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.training.digest import _installed, digest_of
 from leaveout.training.queries import Query
 from leaveout.training.recipe import DIGEST, OptimizerSettings, Recipe
+
+from .test_recipe import points
 
 SCALE = 2.0
 
@@ -211,14 +212,14 @@ def test_a_function_does_not_depend_on_where_it_stands(tmp_path):
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_digest import VALUES, digest_of
+from jets.test_digest import VALUES, digest_of
 print([digest_of(make(), "x") for name in sorted(VALUES) for make in VALUES[name]])
 """
 
 
 def test_digests_are_equal_in_another_process():
     """Also where texts hash otherwise, so that sets come in another order."""
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parents[1])]
     runs = [
         subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
         for seed in ("1", "2")

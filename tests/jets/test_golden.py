@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import TOLERANCES
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from leaveout.jets import Space, install, restore
+from leaveout.training.loop import PaperAdam
 from leaveout.training.microgpt import MicroGPT
-from leaveout.training.optimizers import PaperAdam
+from oracles.agreement import TOLERANCES
 
 GOLDEN = {name: torch.from_numpy(a) for name, a in np.load(Path(__file__).parents[1] / "golden" / "microgpt.npz").items()}
 ROWS = [row[row >= 0].long() for row in GOLDEN["tokens"]]

@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_recipe import points
 from torch import nn
 from typer.testing import CliRunner
 
 from leaveout.cli import app
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError
-from leaveout.training.labelled import read_arrays
-from leaveout.training.outputs import query_losses
-from leaveout.training.queries import Query, query_function
+from leaveout.training.examples import read_arrays
+from leaveout.training.queries import Query, query_function, query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
 from leaveout.training.train import train_plain
+
+from .test_recipe import points
 
 X = np.arange(24, dtype="float32").reshape(6, 4) / 24
 Y = np.array([0, 1, 2, 0, 1, 2])

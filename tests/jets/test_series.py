@@ -6,12 +6,12 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from agreement import assert_close, taylor_by_fit
 from hypothesis import given, settings
 
 from leaveout.jets import Series
 from leaveout.jets import series as S
 from leaveout.jets.products import matmul
+from oracles.agreement import assert_close, taylor_by_fit
 
 degrees = st.integers(1, 6)
 shapes = st.sampled_from([(), (1,), (3,), (2, 3), (0,), (2, 0)])
@@ -82,7 +82,7 @@ BROADCASTS = [((3,), (2, 3)), ((2, 1), (2, 3)), ((), (2, 3)), ((1, 3), (2, 1)), 
 def test_binary_operations_broadcast_like_torch(shapes):
     a, b = random_series(shapes[0], 3, seed=1), random_series(shapes[1], 3, seed=2)
     shape = torch.broadcast_shapes(*shapes)
-    wide = [Series(s.c.expand(shape), S._aligned(s.h, len(shape)).expand(3, 2, *shape).contiguous()) for s in (a, b)]
+    wide = [Series(s.c.expand(shape), S.aligned(s.h, len(shape)).expand(3, 2, *shape).contiguous()) for s in (a, b)]
     for operation in (S.multiply, S.divide, S.add):
         same(operation(a, b), operation(*wide))
         same(operation(a, b.c), operation(wide[0], b.c.expand(shape)))

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import assert_close
-from test_recipe import ROWS, points
 from torch import nn
 
 from leaveout.corpus import Corpus
@@ -19,6 +17,9 @@ from leaveout.training.notes import notes_on
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
+from oracles.agreement import assert_close
+
+from .test_recipe import ROWS, points
 
 SGD = OptimizerSettings("sgd", 0.3)
 

@@ -5,23 +5,23 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from agreement import assert_close
-from test_recipe import NAMES, points, tiny_gpt2
-from test_train import OPTIMIZERS
 from torch import nn
 
 from leaveout.corpus import Corpus
-from leaveout.jets import roots
 from leaveout.methods.snapshots import take_snapshots
-from leaveout.training.complex_copies import train_roots
-from leaveout.training.flat_run import FlatRun
-from leaveout.training.metagradient import metagradient
-from leaveout.training.outputs import query_losses
+from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.reverse.flat_run import FlatRun
+from leaveout.training.reverse.metagradient import metagradient
+from leaveout.training.reverse.updates import unit_vectors
 from leaveout.training.steps import Steps, micro_batches
 from leaveout.training.tasks import IGNORED, task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
-from leaveout.training.updates import unit_vectors
+from oracles import roots
+from oracles.agreement import assert_close
+
+from .test_recipe import NAMES, points, tiny_gpt2
+from .test_train import OPTIMIZERS
 
 UNEVEN = [{"prompt": "say: ", "completion": "ab " * n + "z", "unit": str(n % 3)} for n in (1, 7, 2, 5, 1, 3, 6)]
 SGD = OptimizerSettings("sgd", 0.2)
@@ -101,7 +101,7 @@ def test_jets_reverse_mode_and_copies_have_the_slopes_of_that_loop(per, accumula
     assert jets is not None
     assert_close(torch.from_numpy(metagradient(recipe, queries).effects), jets.h[0].T, "exact")
     circle = roots.Circle(8, 1e-2)
-    _, values = train_roots(recipe, psi[1], circle, queries)
+    _, values = roots.train_recipe(recipe, psi[1], circle, queries)
     assert_close(roots.coefficients(values, circle.radius, 1)[1].real, jets.h[0, 1], "roots")
 
 
@@ -124,7 +124,7 @@ def test_batches_of_different_sizes_divide_by_their_own(optimizer):
         "classifier", points(8), optimizer=OPTIMIZERS[optimizer], order=order, batch_size=2, dtype="float64"
     )
     task = task_of(recipe)
-    from leaveout.training.train import make_optimizer
+    from leaveout.training.loop import make_optimizer
 
     mine = make_optimizer(recipe, list(task.model.parameters()))
     for batch in order:

@@ -8,30 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import assert_close
-from test_recipe import NAMES, ROWS, lm_directory, points  # noqa: F401  (a fixture)
 from torch import nn
 
 from leaveout.corpus import Corpus
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
-from leaveout.jets import roots
-from leaveout.training import stability
-from leaveout.training import train as training
-from leaveout.training.complex_copies import train_roots
+from leaveout.training import doctor
+from leaveout.training.doctor import Stability, check_stability, growth_scale, random_directions
+from leaveout.training.loop import RunOptions, make_optimizer
 from leaveout.training.memory import available_memory, plan_memory, runs_together
-from leaveout.training.outputs import query_losses
+from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
-from leaveout.training.stability import Stability, check_stability, growth_scale, random_directions
-from leaveout.training.steps import micro_batches
+from leaveout.training.steps import Steps, micro_batches
 from leaveout.training.tasks import task_of
-from leaveout.training.train import (
-    JetSettings,
-    RunOptions,
-    encoded,
-    train_batch,
-    train_jets,
-    train_plain,
-)
+from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
+from oracles import roots
+from oracles.agreement import assert_close
+
+from .test_recipe import NAMES, ROWS, lm_directory, points  # noqa: F401  (a fixture)
 
 OPTIMIZERS = {
     "sgd": OptimizerSettings("sgd", 0.1, weight_decay=0.01), "momentum": OptimizerSettings("sgd", 0.05, 0.9, True),
@@ -50,7 +43,7 @@ def ordinary_loop(recipe):
     """What a user would write."""
     task = task_of(recipe)
     params = [p for p in task.model.parameters() if p.requires_grad]
-    optimizer = training.make_optimizer(recipe, params)
+    optimizer = make_optimizer(recipe, params)
     batches = recipe.batches()
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
@@ -125,11 +118,12 @@ def test_examples_that_no_run_keeps_are_not_computed(name, lm_directory, monkeyp
     alone = [train_plain(recipe, row) for row in weights]
     seen = []
 
-    def watched(recipe, task, numbers):
+    def watched(steps, numbers):
         seen.append(tuple(numbers))
-        return encoded(recipe, task, numbers)
+        return encoded(steps, numbers)
 
-    monkeypatch.setattr("leaveout.training.train.encoded", watched)
+    encoded = Steps.encoded
+    monkeypatch.setattr(Steps, "encoded", watched)
     together = train_batch(recipe, weights)
     for run in range(2):
         for key, p in alone[run].items():
@@ -200,7 +194,7 @@ def test_jets_agree_with_complex_copies():
     recipe = Recipe.microgpt(NAMES, n=5, dtype="float64")
     psi = torch.randn(1, 5, dtype=torch.complex128)
     run = train_jets(recipe, psi, JetSettings(3), ["anna"])
-    params, losses = train_roots(recipe, psi[0], roots.Circle(16, 0.05), ["anna"])
+    params, losses = roots.train_recipe(recipe, psi[0], roots.Circle(16, 0.05), ["anna"])
     for name, h in run.coefficients.items():
         assert_close(h[:, 0], roots.coefficients(params[name], 0.05, 3)[1:], "roots")
     assert_close(run.losses.h[:, 0], roots.coefficients(losses, 0.05, 3)[1:], "roots")
@@ -369,7 +363,7 @@ def test_momentum_is_blamed_where_it_is_at_fault():
 def test_growth_is_measured_by_real_retrainings():
     """Oracle of the table's degree 1: a central difference of ordinary runs."""
     recipe = classifier(optimizer=OptimizerSettings("sgd", 0.05))
-    found = stability._measure(recipe, None)
+    found = doctor._measure(recipe, None)
     psi = random_directions(4, 4, recipe.seed)
     step, sizes = 1e-4, []
     for row in psi:
@@ -382,7 +376,7 @@ def test_overflow_in_the_check_is_a_verdict_not_an_error(monkeypatch):
     def overflow(*args, **kwargs):
         raise StabilityError("overflowed")
 
-    monkeypatch.setattr(stability, "train_jets", overflow)
+    monkeypatch.setattr(doctor, "train_jets", overflow)
     found = check_stability(classifier())
     assert found.verdict == "unstable" and found.ratio == math.inf and "No single change" in found.advice[-1]
 

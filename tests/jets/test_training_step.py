@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from agreement import TOLERANCES, assert_close
 from torch import nn
 
-from leaveout.jets import Space, install, restore, roots
-from leaveout.training.optimizers import PaperAdam
+from leaveout.jets import Space, install, restore
+from leaveout.training.loop import PaperAdam
+from oracles import roots
+from oracles.agreement import TOLERANCES, assert_close
 
 STEPS, EXAMPLES, DEGREE, RADIUS = 4, 3, 3, 0.08
 

@@ -15,7 +15,7 @@ from leaveout.methods.rapidin import RapidIn
 from leaveout.methods.snapshots import take_snapshots
 from leaveout.methods.tracin import TracIn
 from leaveout.methods.z0_inf import Z0Inf
-from leaveout.training.outputs import query_losses
+from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
 from leaveout.training.train import train_batch, train_plain

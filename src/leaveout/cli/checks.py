@@ -110,10 +110,9 @@ def _run_facts(path: Path) -> dict[str, Any]:
 
 
 def _diagnose_recipe(path: Path, degree: int | None, json_: bool) -> None:
-    from leaveout.training.probes import growth_seconds, probe_recipe
+    from leaveout.training.doctor import check_stability, growth_seconds, probe_recipe
+    from leaveout.training.loop import RunOptions
     from leaveout.training.recipe import Recipe
-    from leaveout.training.stability import check_stability
-    from leaveout.training.train import RunOptions
 
     recipe = Recipe.from_yaml(path)
     if degree is None:

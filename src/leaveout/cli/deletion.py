@@ -287,7 +287,7 @@ def _settings(
     numbers = tuple(int(part) for part in parts)
     try:
         return MeasureSettings(
-            workers, cast(Any, backend), limit, seed=seed, sizes=numbers, dtype=dtype, real=real, progress=True
+            workers, cast(Any, backend), memory=limit, seed=seed, sizes=numbers, dtype=dtype, real=real, progress=True
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

@@ -53,7 +53,7 @@ def read_queries(
     if file is not None and query is None and prompt is None and form is None:
         if file.suffix != ".npz":
             return as_queries(file)
-        from leaveout.training.labelled import read_arrays
+        from leaveout.training.examples import read_arrays
 
         return [Query(row, source=f"{file}, example {i}") for i, row in enumerate(read_arrays(file)[0])]
     rows = query_rows(query, prompt, file, form, run.recipe)

@@ -28,11 +28,10 @@ from leaveout.deletion.sets import deletion_sets
 from leaveout.deletion.stored import Stored, as_real, digest_of, live_rows
 from leaveout.errors import FormatError, MismatchError, choices, refuse_other_names
 from leaveout.store import Record, Store
-from leaveout.training.outputs import query_losses
-from leaveout.training.queries import Query, as_queries, query_function
+from leaveout.training.queries import Query, as_queries, query_function, query_losses
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import Parameters
-from leaveout.training.updates import UnitVectors
+from leaveout.training.reverse.updates import UnitVectors
+from leaveout.training.tasks import Parameters
 
 ESTIMATORS = ("posterior", *SIMPLE)
 ROUNDING = 1e-6

@@ -20,13 +20,14 @@ from leaveout.deletion.sets import DeletionSets, deletion_sets
 from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
 from leaveout.errors import LeaveoutError, UnsupportedError
 from leaveout.training.batching import batching_problem
+from leaveout.training.doctor import Stability, check_stability
+from leaveout.training.loop import RunOptions
 from leaveout.training.memory import runs_together
-from leaveout.training.metagradient import metagradient
 from leaveout.training.queries import Query, as_queries, query_function
 from leaveout.training.recipe import Recipe
-from leaveout.training.stability import Stability, check_stability
+from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.tasks import task_of
-from leaveout.training.train import JetSettings, RunOptions, train_batch, train_jets
+from leaveout.training.train import JetSettings, train_batch, train_jets
 
 if TYPE_CHECKING:
     from leaveout.deletion.run import TrainingRun

@@ -36,18 +36,17 @@ from leaveout.errors import FormatError, MismatchError, UnsupportedError, choice
 from leaveout.executor import run_tasks
 from leaveout.store import Record, Store
 from leaveout.store.catalogue import CATALOGUE
-from leaveout.training.batching import Parameters, batching_problem
-from leaveout.training.cuts import cut_notes
+from leaveout.training.batching import batching_problem
+from leaveout.training.doctor import check_stability
+from leaveout.training.loop import RunOptions
 from leaveout.training.memory import runs_together
-from leaveout.training.metagradient import metagradient
-from leaveout.training.notes import notes_on
-from leaveout.training.outputs import query_losses
-from leaveout.training.queries import Query, as_queries, query_function
+from leaveout.training.notes import cut_notes, notes_on
+from leaveout.training.queries import Query, as_queries, query_function, query_losses
 from leaveout.training.recipe import Recipe
-from leaveout.training.stability import check_stability
-from leaveout.training.tasks import task_of
-from leaveout.training.train import JetSettings, RunOptions, train_batch, train_jets, train_plain
-from leaveout.training.updates import unit_vectors
+from leaveout.training.reverse.metagradient import metagradient
+from leaveout.training.reverse.updates import unit_vectors
+from leaveout.training.tasks import Parameters, task_of
+from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
 
 PYTHON = ".".join(platform.python_version_tuple()[:2])
 """Whose bytecode the functions of a recipe are hashed by."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from leaveout.errors import require_whole
-from leaveout.executor import Backend, refuse_crew
+from leaveout.executor import Crew
 
 JETS_TOGETHER, RUNS_TOGETHER = 128, 256
 """Directions and retrainings of one task, at most: what a kill can lose, and what one transaction holds."""
 
 
 @dataclass(frozen=True)
-class MeasureSettings:
-    """How measurements are made.
+class MeasureSettings(Crew):
+    """How measurements are made, and by whom (`Crew`).
 
-    workers   processes, one torch thread each; backend: `processes` of this machine or actors of a `ray` cluster
     memory    bytes for all of them together (default half of what is free where each one runs)
     seed      of random designs; sizes: sizes of random sets, in turn (default: log-uniform up to 30 % of the units)
     dtype     of jets: complex64 or complex128 (default: the recipe's precision)
@@ -23,18 +22,15 @@ class MeasureSettings:
     check     refuse a recipe whose power series grow (see `leaveout doctor`) before jets are bought
     """
 
-    workers: int = 1
-    backend: Backend = "processes"
     memory: int | None = None
     seed: int = 0
     sizes: tuple[int, ...] = ()
     dtype: str | None = None
     real: bool = False
     check: bool = True
-    progress: bool = False
 
     def __post_init__(self) -> None:
-        refuse_crew(self.workers, self.backend)
+        super().__post_init__()
         require_whole("seed", self.seed, 0)
         if self.memory is not None:
             require_whole("memory", self.memory, 1)

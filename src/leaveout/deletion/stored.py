@@ -17,12 +17,10 @@ import xxhash
 
 from leaveout.errors import MismatchError
 from leaveout.store import Record, Segment, Store
-from leaveout.training.outputs import jet_values, query_losses
-from leaveout.training.queries import Query, query_function
+from leaveout.training.queries import Query, jet_values, query_function, query_losses
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Task, task_of
-from leaveout.training.train import Parameters
-from leaveout.training.updates import UnitVectors, influence, query_gradients
+from leaveout.training.reverse.updates import UnitVectors, influence, query_gradients
+from leaveout.training.tasks import Parameters, Task, task_of
 
 DAMPING = 10.0
 """Of the influence scores, in mean diagonals of the Fisher matrix (docs/how-to/deletion.md)."""

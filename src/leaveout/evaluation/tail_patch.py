@@ -21,12 +21,11 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.evaluation.answers import answer_loss, of_answers
 from leaveout.methods.registry import Scored
 from leaveout.metrics import tail_patch, top_rows
-from leaveout.training.checkpoint import restore_state, state_of
+from leaveout.training.loop import Loop, RunOptions, restore_state, state_of
 from leaveout.training.queries import Query, query_function
 from leaveout.training.recipe import Recipe
 from leaveout.training.steps import Part, Steps
 from leaveout.training.tasks import Task, task_of
-from leaveout.training.train import Loop, RunOptions, clipper, encoded, make_optimizer, own_parameters
 
 
 def tail_patches(
@@ -73,25 +72,21 @@ def _value(ask: Callable[[torch.nn.Module], Tensor], task: Task) -> float:
 
 def _last_step(recipe: Recipe, task: Task, progress: bool) -> Callable[[Sequence[int], float], None]:
     """Trains the task's model; then a function that puts it where it is one step later, on the weighted mean of some rows."""
-    params = own_parameters(task)
-    optimizer, clip = make_optimizer(recipe, list(params.values())), clipper(recipe, params)
-    steps = Steps(recipe, task)
+    params, steps, scale = task.parameters(), Steps(recipe, task), 1.0
 
     def backward(part: Part) -> None:
-        part.loss(task.loss(task.model, encoded(recipe, task, part.numbers))).backward()
+        (steps.loss(part) * scale).backward()
 
-    Loop(recipe, task, params, optimizer, backward, clip).run(None, "train", RunOptions(progress=progress))
-    trained = {name: value.detach().clone() for name, value in state_of(params, optimizer).items()}
-    for group in optimizer.param_groups:
+    loop = Loop(steps, params, backward)
+    loop.run(None, "train", RunOptions(progress=progress))
+    trained = {name: value.detach().clone() for name, value in state_of(params, loop.optimizer).items()}
+    for group in loop.optimizer.param_groups:
         group["lr"] = recipe.optimizer.lr
 
     def step(rows: Sequence[int], weight: float) -> None:
-        restore_state(params, optimizer, trained)
-        optimizer.zero_grad()
-        for part in steps.parts_of(rows, len(rows)):  # one at a time: a unit may hold any number of them
-            loss = part.loss(task.loss(task.model, encoded(recipe, task, part.numbers)))
-            (loss * weight).backward()
-        clip()
-        optimizer.step()
+        nonlocal scale
+        restore_state(params, loop.optimizer, trained)
+        scale = weight
+        loop.step(steps.parts_of(rows, len(rows)))  # one at a time: a unit may hold any number of them
 
     return step

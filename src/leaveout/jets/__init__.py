@@ -1,6 +1,6 @@
 """Truncated power series as tensors: ordinary torch code runs on them, derivatives come out."""
 
-from leaveout.jets import rules  # noqa: F401  (fills the table)
+from leaveout.jets import rules, rules_analytic, rules_nn, rules_optim  # noqa: F401  (they fill the table)
 from leaveout.jets.series import Series
 from leaveout.jets.tensor import Jet, Space, install, restore
 

@@ -1,17 +1,9 @@
-"""What each ATen operation does to a power series: one table, operation -> rule.
-
-A rule has the signature rule(func, args, kwargs) -> result, and sees jets, plain tensors (constants) and numbers.
-The direction and coefficient axes come first in `Jet.h`, so an axis counted from the end is the same for c and h, and
-an axis counted from the front moves by two. This file holds the table and the rules for moving, adding and multiplying;
-`rules_nn` holds neural-network layers and losses, `rules_optim` the fused optimizer steps.
-
-Adding an operation: one function, one row, one line in tests/jets/test_rules.py.
-"""
+"""Rules for moving, adding and multiplying, and for writing in place."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,76 +12,25 @@ from torch import Tensor
 from leaveout.jets import series as S
 from leaveout.jets.products import matmul
 from leaveout.jets.series import Series
-from leaveout.jets.tensor import TABLE, Jet, Space, unsupported
-
-aten = torch.ops.aten
-Rule = Callable[[Any, Any, dict], Any]
-
-
-def rule(*ops: Any) -> Callable[[Rule], Rule]:
-    """Enter a rule into the table for these operations."""
-
-    def enter(function: Rule) -> Rule:
-        for op in ops:
-            TABLE[op] = function
-        return function
-
-    return enter
-
-
-def space_of(args: Iterable[Any]) -> Space:
-    """The space of the first jet among arguments (also inside lists)."""
-    for a in args:
-        if isinstance(a, Jet):
-            return a.space
-        if isinstance(a, (list, tuple)) and any(isinstance(x, Jet) for x in a):
-            return space_of(a)
-    raise AssertionError("no jet among the arguments")
-
-
-def operand(a: Any) -> Any:
-    """A jet as its Series, anything else as it is."""
-    return Series(a.c, a.h) if isinstance(a, Jet) else a
-
-
-def constant(a: Any) -> Any:
-    """A jet's constant term, anything else as it is."""
-    return a.c if isinstance(a, Jet) else a
-
-
-def wrap(s: Series, space: Space) -> Jet:
-    """A Series as a jet. A run has one precision: results of mixed precision return to it."""
-    c = s.c if s.c.dtype == space.real_dtype else s.c.to(space.real_dtype)
-    return Jet(c, s.h, space)
-
-
-def padded(args: Any, *defaults: Any) -> Any:
-    """The first argument and as many more as there are defaults, which stand for those that are missing."""
-    return (*args, *defaults[len(args) - 1 :])
-
-
-def note_nonsmooth(func: Any, space: Space) -> None:
-    name = func.name().removeprefix("aten::")
-    space.nonsmooth[name] = space.nonsmooth.get(name, 0) + 1
-
-
-def from_end(dim: int, rank: int) -> int:
-    """An axis counted from the end, the same for c and h."""
-    return dim if dim < 0 else dim - max(rank, 1)
-
-
-def all_from_end(dims: Any, rank: int) -> list[int]:
-    """Axes of a reduction counted from the end; none given means all."""
-    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
-        return list(range(-rank, 0))
-    return [from_end(d, rank) for d in ([dims] if isinstance(dims, int) else dims)]
-
+from leaveout.jets.table import (
+    TABLE,
+    Rule,
+    all_from_end,
+    as_jet,
+    aten,
+    constant,
+    from_end,
+    note_nonsmooth,
+    operand,
+    padded,
+    rule,
+    space_of,
+    wrap,
+    write,
+)
+from leaveout.jets.tensor import Jet, Space, unsupported
 
 # --- views -------------------------------------------------------------------------------------------------------
-
-
-def _view_of(x: Jet, c: Tensor, h: Tensor) -> Jet:
-    return Jet(c, h, x.space)
 
 
 def _same_shape(h: Tensor, shape: Iterable[int]) -> list[int]:
@@ -103,7 +44,7 @@ def _view(func: Any, args: Any, kwargs: dict) -> Jet:
     shape = _same_shape(x.h, c.shape)
     if x.h.is_contiguous():
         return Jet(c, x.h.view(shape), x.space)
-    out = _view_of(x, c, x.h.reshape(shape))
+    out = Jet(c, x.h.reshape(shape), x.space)
     if func is aten.view.default and out.h.untyped_storage().data_ptr() != x.h.untyped_storage().data_ptr():
         out.partly_copied = x.partly_copied = True
     return out
@@ -113,37 +54,37 @@ def _view(func: Any, args: Any, kwargs: dict) -> Jet:
 def _expand(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     c = func(x.c, *args[1:], **kwargs)
-    return _view_of(x, c, S._aligned(x.h, c.dim()).expand(_same_shape(x.h, c.shape)))
+    return Jet(c, S.aligned(x.h, c.dim()).expand(_same_shape(x.h, c.shape)), x.space)
 
 
 @rule(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 def _alias(func: Any, args: Any, kwargs: dict) -> Jet:
-    return _view_of(args[0], args[0].c.detach(), args[0].h)
+    return Jet(args[0].c.detach(), args[0].h, args[0].space)
 
 
 @rule(aten.t.default)
 def _t(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
-    return _view_of(x, x.c.t(), x.h.mT if x.c.dim() == 2 else x.h)
+    return Jet(x.c.t(), x.h.mT if x.c.dim() == 2 else x.h, x.space)
 
 
 @rule(aten.transpose.int)
 def _transpose(func: Any, args: Any, kwargs: dict) -> Jet:
     x, a, b = args
     rank = x.c.dim()
-    return _view_of(x, x.c.transpose(a, b), x.h.transpose(from_end(a, rank), from_end(b, rank)))
+    return Jet(x.c.transpose(a, b), x.h.transpose(from_end(a, rank), from_end(b, rank)), x.space)
 
 
 @rule(aten.permute.default)
 def _permute(func: Any, args: Any, kwargs: dict) -> Jet:
     x, dims = args
-    return _view_of(x, x.c.permute(dims), x.h.permute(0, 1, *(d % x.c.dim() + 2 for d in dims)))
+    return Jet(x.c.permute(dims), x.h.permute(0, 1, *(d % x.c.dim() + 2 for d in dims)), x.space)
 
 
 @rule(aten.unsqueeze.default)
 def _unsqueeze(func: Any, args: Any, kwargs: dict) -> Jet:
     x, dim = args
-    return _view_of(x, x.c.unsqueeze(dim), x.h.unsqueeze(dim if dim < 0 else dim + 2))
+    return Jet(x.c.unsqueeze(dim), x.h.unsqueeze(dim if dim < 0 else dim + 2), x.space)
 
 
 @rule(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
@@ -151,7 +92,7 @@ def _squeeze(func: Any, args: Any, kwargs: dict) -> Jet:
     x = args[0]
     dims = all_from_end(args[1] if len(args) > 1 else None, x.c.dim())
     gone = [d for d in dims if x.c.shape[d] == 1]
-    return _view_of(x, func(*(constant(a) for a in args)), x.h.squeeze(gone) if gone else x.h)
+    return Jet(func(*(constant(a) for a in args)), x.h.squeeze(gone) if gone else x.h, x.space)
 
 
 def _along(dim_position: int, default: int) -> Rule:
@@ -166,8 +107,8 @@ def _along(dim_position: int, default: int) -> Rule:
         c = func(x.c, *args[1:], **kwargs)
         h = func(x.h, *args[1:dim_position], dim, *args[dim_position + 1 :], **kwargs)
         if isinstance(c, (list, tuple)):
-            return [_view_of(x, *part) for part in zip(c, h, strict=True)]
-        return _view_of(x, c, h)
+            return [Jet(*part, x.space) for part in zip(c, h, strict=True)]
+        return Jet(c, h, x.space)
 
     return apply
 
@@ -182,7 +123,7 @@ def _diagonal(func: Any, args: Any, kwargs: dict) -> Jet:
     x, offset, a, b = padded(args, 0, 0, 1)
     rank = x.c.dim()
     h = x.h.diagonal(offset, from_end(a, rank), from_end(b, rank))
-    return _view_of(x, x.c.diagonal(offset, a, b), h)
+    return Jet(x.c.diagonal(offset, a, b), h, x.space)
 
 
 # --- maps that are linear in one argument ------------------------------------------------------------------------
@@ -358,7 +299,7 @@ def _filled(keys: tuple, target: Tensor) -> Any:
 def _masked_fill(func: Any, args: Any, kwargs: dict) -> Jet:
     x, mask, value = args
     c = torch.where(mask, value, x.c)
-    h = torch.where(mask, torch.zeros((), dtype=x.h.dtype), S._aligned(x.h, c.dim()))
+    h = torch.where(mask, torch.zeros((), dtype=x.h.dtype), S.aligned(x.h, c.dim()))
     result = Series(c.to(x.c.dtype), h)
     return write(x, result, func) if func._schema.is_mutable else wrap(result, x.space)
 
@@ -371,7 +312,7 @@ def _where(func: Any, args: Any, kwargs: dict) -> Jet:
     space = space_of(args)
     c = torch.where(condition, constant(a), constant(b))
     zero = torch.zeros((), dtype=space.dtype)
-    parts = [S._aligned(t.h, c.dim()) if isinstance(t, Jet) else zero for t in (a, b)]
+    parts = [S.aligned(t.h, c.dim()) if isinstance(t, Jet) else zero for t in (a, b)]
     return wrap(Series(c, torch.where(condition, *parts)), space)
 
 
@@ -441,11 +382,6 @@ def _div(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.divide(operand(args[0]), operand(args[1])), space_of(args))
 
 
-@rule(aten.reciprocal.default)
-def _reciprocal(func: Any, args: Any, kwargs: dict) -> Jet:
-    return wrap(S.power(args[0].series, -1.0), args[0].space)
-
-
 @rule(aten.mm.default, aten.bmm.default)
 def _matmul(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(matmul(operand(args[0]), operand(args[1])), space_of(args))
@@ -472,7 +408,7 @@ def _addmm(func: Any, args: Any, kwargs: dict) -> Jet:
     product = matmul(a, b)
     if isinstance(bias, Series) and alpha == 1:
         c = torch.add(product.c, bias.c, alpha=beta)
-        return wrap(Series(c, product.h.add_(S._aligned(bias.h, c.dim()), alpha=beta)), space_of(args))
+        return wrap(Series(c, product.h.add_(S.aligned(bias.h, c.dim()), alpha=beta)), space_of(args))
     product = product if alpha == 1 else S.multiply(product, alpha)
     return wrap(S.add(product, bias, beta), space_of(args))
 
@@ -499,23 +435,6 @@ def _lerp(func: Any, args: Any, kwargs: dict) -> Jet:
 
 
 # --- writing in place --------------------------------------------------------------------------------------------
-
-
-def as_jet(x: Any, func: Any) -> Jet:
-    """x as a jet that may be written into."""
-    if not isinstance(x, Jet):
-        raise unsupported(func, "would write a series into an ordinary tensor, which cannot hold one")
-    if x.partly_copied:
-        raise unsupported(func, "writes into a view that does not share its coefficients with its base")
-    return x
-
-
-def write(x: Any, result: Series, func: Any) -> Jet:
-    """Put a result into an existing jet, through all its views."""
-    target = as_jet(x, func)
-    target.c.copy_(result.c)
-    target.h.copy_(result.h)
-    return target
 
 
 IN_PLACE = {
@@ -549,7 +468,7 @@ def _add_in_place(func: Any, args: Any, kwargs: dict) -> Jet:
     x, y, alpha = as_jet(args[0], func), args[1], kwargs.get("alpha", 1)
     x.c.add_(constant(y), alpha=alpha)
     if isinstance(y, Jet):
-        x.h.add_(S._aligned(y.h, x.c.dim()), alpha=alpha)
+        x.h.add_(S.aligned(y.h, x.c.dim()), alpha=alpha)
     return x
 
 
@@ -583,7 +502,7 @@ def _copy_in_place(func: Any, args: Any, kwargs: dict) -> Jet:
     x, y = as_jet(args[0], func), args[1]
     x.c.copy_(constant(y))
     if isinstance(y, Jet):
-        x.h.copy_(S._aligned(y.h, x.c.dim()))
+        x.h.copy_(S.aligned(y.h, x.c.dim()))
     else:
         x.h.zero_()
     return x
@@ -614,7 +533,3 @@ def _foreach_mul(func: Any, args: Any, kwargs: dict) -> None:
 def _foreach_norm(func: Any, args: Any, kwargs: dict) -> list[Tensor]:
     order = args[1] if len(args) > 1 else 2
     return [torch.linalg.vector_norm(x, order) for x in args[0]]
-
-
-# The rest of the table.
-from leaveout.jets import rules_analytic, rules_nn, rules_optim  # noqa: E402, F401

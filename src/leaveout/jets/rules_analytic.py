@@ -10,21 +10,28 @@ import torch
 from torch import Tensor
 
 from leaveout.jets import series as S
-from leaveout.jets.rules import all_from_end, aten, constant, note_nonsmooth, operand, padded, rule, space_of, wrap
 from leaveout.jets.series import Series
+from leaveout.jets.table import (
+    all_from_end,
+    aten,
+    constant,
+    note_nonsmooth,
+    of_one,
+    operand,
+    padded,
+    rule,
+    space_of,
+    wrap,
+)
 from leaveout.jets.tensor import Jet, unsupported
 
 Taylor = Callable[[Tensor, int], list[Tensor]]
 
-
-@rule(aten.exp.default)
-def _exp(func: Any, args: Any, kwargs: dict) -> Jet:
-    return wrap(S.exp(args[0].series), args[0].space)
-
-
-@rule(aten.log.default)
-def _log(func: Any, args: Any, kwargs: dict) -> Jet:
-    return wrap(S.log(args[0].series), args[0].space)
+rule(aten.exp.default)(of_one(S.exp))
+rule(aten.log.default)(of_one(S.log))
+rule(aten.sqrt.default)(of_one(S.sqrt))
+rule(aten.rsqrt.default)(of_one(S.rsqrt))
+rule(aten.reciprocal.default)(of_one(lambda x: S.power(x, -1.0)))
 
 
 @rule(aten.log1p.default)
@@ -45,16 +52,6 @@ def _pow(func: Any, args: Any, kwargs: dict) -> Jet:
     if exponent == 0:
         return x.space.constant(torch.ones_like(x.c))
     return wrap(S.power(x.series, float(exponent)), x.space)
-
-
-@rule(aten.sqrt.default)
-def _sqrt(func: Any, args: Any, kwargs: dict) -> Jet:
-    return wrap(S.sqrt(args[0].series), args[0].space)
-
-
-@rule(aten.rsqrt.default)
-def _rsqrt(func: Any, args: Any, kwargs: dict) -> Jet:
-    return wrap(S.rsqrt(args[0].series), args[0].space)
 
 
 @rule(aten.linalg_vector_norm.default)
@@ -245,7 +242,7 @@ def _maximum(func: Any, args: Any, kwargs: dict) -> Jet:
     first = constant(a) >= constant(b) if func is aten.maximum.default else constant(a) <= constant(b)
     c = func(constant(a), constant(b))
     zero = torch.zeros((), dtype=space.dtype)
-    parts = [S._aligned(t.h, c.dim()) if isinstance(t, Jet) else zero for t in (a, b)]
+    parts = [S.aligned(t.h, c.dim()) if isinstance(t, Jet) else zero for t in (a, b)]
     return wrap(Series(c, torch.where(first, *parts)), space)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from leaveout.jets import series as S
 from leaveout.jets.products import matmul
-from leaveout.jets.rules import aten, constant, from_end, note_nonsmooth, operand, rule, space_of, wrap
 from leaveout.jets.series import Series
+from leaveout.jets.table import aten, constant, from_end, note_nonsmooth, operand, rule, space_of, wrap
 from leaveout.jets.tensor import Jet, unsupported
 
 # --- embedding, softmax ------------------------------------------------------------------------------------------

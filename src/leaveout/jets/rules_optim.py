@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from leaveout.jets import series as S
-from leaveout.jets.rules import aten, rule
 from leaveout.jets.series import Series
+from leaveout.jets.table import aten, rule
 from leaveout.jets.tensor import Jet, unsupported
 
 BLOCK = 16384

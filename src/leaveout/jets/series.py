@@ -70,7 +70,7 @@ def _twice(c: Tensor, h: Tensor) -> Tensor:
     return torch.stack((c, c), -1)
 
 
-def _aligned(h: Tensor, rank: int) -> Tensor:
+def aligned(h: Tensor, rank: int) -> Tensor:
     """h with its shape padded in front to `rank` axes, so that it broadcasts as its constant term does."""
     missing = rank + 2 - h.dim()
     return h if missing <= 0 else h.reshape(*h.shape[:2], *[1] * missing, *h.shape[2:])
@@ -82,14 +82,14 @@ def scaled(h: Tensor, c: Tensor | float) -> Tensor:
         return h * c
     if c.dim() == 0 and not c.requires_grad:
         return h * c.item()
-    h = _aligned(h, c.dim())
+    h = aligned(h, c.dim())
     product = _real(h) * _twice(c, h)
     return torch.view_as_complex(product) if h.is_complex() else product
 
 
 def add_scaled_(out: Tensor, h: Tensor, c: Tensor, value: float = 1.0) -> Tensor:
     """out += value * h * c in place, for a shared real tensor c."""
-    _real(out).addcmul_(_real(_aligned(h, out.dim() - 2)), _twice(c, h), value=value)
+    _real(out).addcmul_(_real(aligned(h, out.dim() - 2)), _twice(c, h), value=value)
     return out
 
 
@@ -102,12 +102,12 @@ def add(a: Operand, b: Operand, alpha: float = 1.0) -> Series:
     c = torch.add(ca, cb, alpha=alpha) if isinstance(ca, Tensor) else torch.add(alpha * cb, ca)
     rank = c.dim()
     if isinstance(a, Series) and isinstance(b, Series):
-        return Series(c, torch.add(_aligned(a.h, rank), _aligned(b.h, rank), alpha=alpha))
+        return Series(c, torch.add(aligned(a.h, rank), aligned(b.h, rank), alpha=alpha))
     if isinstance(a, Series):
-        h = _aligned(a.h, rank)
+        h = aligned(a.h, rank)
     else:
         assert isinstance(b, Series)
-        h = _aligned(b.h, rank)
+        h = aligned(b.h, rank)
         h = h if alpha == 1 else h * alpha
     return Series(c, h.expand(*h.shape[:2], *c.shape))
 
@@ -133,7 +133,7 @@ def multiply(a: Operand, b: Operand) -> Series:
         return square(a)
     c = a.c * b.c
     rank = c.dim()
-    left, right = _aligned(a.h, rank), _aligned(b.h, rank)
+    left, right = aligned(a.h, rank), aligned(b.h, rank)
     if b.c.shape == c.shape:
         left, right, a, b = right, left, b, a
     if a.c.shape == c.shape:
@@ -165,8 +165,8 @@ def divide(a: Operand, b: Operand) -> Series:
     inverse, rank = 1 / b.c, c.dim()
     q = b.h.new_zeros(*b.h.shape[:2], *c.shape)
     if isinstance(a, Series):
-        add_scaled_(q, _aligned(a.h, rank), inverse)
-    ratio = _aligned(scaled(b.h, inverse), rank)
+        add_scaled_(q, aligned(a.h, rank), inverse)
+    ratio = aligned(scaled(b.h, inverse), rank)
     add_scaled_(q, ratio, c, value=-1)
     for k in range(2, b.degree + 1):
         for i in range(1, k):

@@ -2,25 +2,27 @@
 
 `__torch_dispatch__` runs below autograd. Autograd therefore records the ordinary graph of an ordinary real tensor, and
 its backward pass, like the forward pass and the optimizer, runs in series arithmetic: every ATen operation is looked up
-in one table of rules (`rules.TABLE`). Views share memory in both parts, so in-place operations mean what they mean
+in one table of rules (see `table`). Views share memory in both parts, so in-place operations mean what they mean
 in torch. Shape, dtype and strides that the model sees are those of the constant term.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from leaveout import plugins
 from leaveout.errors import UnsupportedError
 from leaveout.jets.series import Series
 
-TABLE: dict[Any, Any] = {}
-"""ATen operation -> rule; the modules of rules fill it."""
+Rule = Callable[[Any, Any, dict], Any]
+TABLE: dict[Any, Rule] = {}
+"""ATen operation -> rule; the modules of rules fill it, and plug-ins add to it."""
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Jet(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        rule = TABLE.get(func)
+        rule = TABLE.get(func) or _added(func)
         if rule is not None:
             return rule(func, args, kwargs or {})
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
@@ -102,11 +104,19 @@ class Jet(Tensor):
         raise unsupported(func)
 
 
+def _added(func: Any) -> Rule | None:
+    """The rule that another package gives for an operation; it stays in the table."""
+    entry = plugins.found("rule").get(str(func))
+    if entry is not None:
+        TABLE[func] = plugins.load(entry)
+    return TABLE.get(func)
+
+
 def unsupported(func: Any, why: str = "has no rule for power series") -> UnsupportedError:
     """The error for an operation that a jet cannot do, with the place it was called from."""
     return UnsupportedError(
         f"{func} {why} ({_caller()}): write this part of the model with supported operations "
-        "(docs/explanation/jets.md lists them), or add one row to leaveout.jets.rules.TABLE."
+        "(docs/explanation/jets.md lists them), or add one row to leaveout.jets.table.TABLE by a rule of your own."
     )
 
 
@@ -150,10 +160,3 @@ def _swap(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
         for key, value in module._parameters.items():
             if value is old:
                 module._parameters[key] = new
-
-
-def jets_of(model: nn.Module) -> Iterator[tuple[str, Jet]]:
-    """The parameters of a model that are jets, by name."""
-    for name, p in model.named_parameters():
-        if isinstance(p, Jet):
-            yield name, p

@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
-from leaveout.training.encoding import asked
-from leaveout.training.tasks import IGNORED, Batch, Task
-from leaveout.training.train import Parameters
+from leaveout.training.examples import asked
+from leaveout.training.tasks import IGNORED, Batch, Parameters, Task
 
 WIDEST = 8192
 """Largest side of a factor: its covariance and eigenvectors take 256 MB each, the eigendecomposition minutes."""

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
 from leaveout.methods.gradients import example_losses, unit_rows
-from leaveout.training.encoding import asked
-from leaveout.training.tasks import Task
-from leaveout.training.train import Parameters
+from leaveout.training.examples import asked
+from leaveout.training.tasks import Parameters, Task
 
 
 @dataclass(frozen=True)

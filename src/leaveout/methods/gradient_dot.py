@@ -15,9 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from leaveout.methods.gradients import MEMORY, example_gradients, gathered, products, rows_within, unit_rows
-from leaveout.training.encoding import asked
-from leaveout.training.tasks import Task
-from leaveout.training.train import Parameters
+from leaveout.training.examples import asked
+from leaveout.training.tasks import Parameters, Task
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ Each example is taken in a batch of its own, so that its loss is the mean over i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leaveout.errors import MismatchError
-from leaveout.training.tasks import Task
-from leaveout.training.train import Parameters
+from leaveout.training.tasks import Parameters, Task, example_loss
 
 TOGETHER = 32
 """Examples in one vectorised pass at most: more gain nothing on a CPU and hold the activations of all."""
@@ -23,23 +22,12 @@ SUMMED = 8192
 """Products that are summed in the gradients' own precision; such sums are added up in float64."""
 
 
-class _ExampleLoss(nn.Module):
-    """The loss of one example as a module, so that parameters can be given by name."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.model, self.loss = task.model, task.loss
-
-    def forward(self, *example: Tensor) -> Tensor:
-        return self.loss(self.model, tuple(t.unsqueeze(0) for t in example)).squeeze(0)
-
-
 def example_losses(task: Task, parameters: Parameters, rows: Sequence[Any]) -> Tensor:
     """Losses [rows] in nats, each in a batch of its own, so that no number depends on the other rows.
 
     Cost: one forward pass a row.
     """
-    one = loss_function(task)
+    one = example_loss(task).under
     values = checked(task, parameters)
     with torch.no_grad():
         losses = [one(values, *(t[0] for t in task.encode([row]))) for row in rows]
@@ -56,10 +44,12 @@ def example_gradients(
     Cost:   one forward and one backward pass a row.
     """
     values = checked(task, parameters)
-    gradients = torch.vmap(torch.func.grad(loss_function(task)), in_dims=(None,) + (0,) * len(task.encode(rows[:1])))
+    gradients = torch.vmap(
+        torch.func.grad(example_loss(task).under), in_dims=(None,) + (0,) * len(task.encode(rows[:1]))
+    )
     for part in _parts(rows, min(TOGETHER, rows_within(memory // 8, values))):
         found = gradients(values, *task.encode(part))
-        yield torch.cat([found[f"model.{name}"].detach().flatten(1) for name in task.trained], 1)
+        yield torch.cat([found[name].detach().flatten(1) for name in task.trained], 1)
 
 
 def rows_within(memory: int, parameters: Parameters) -> int:
@@ -103,21 +93,15 @@ def _stretches(x: Tensor) -> Iterator[slice]:
     return (slice(start, start + SUMMED) for start in range(0, x.shape[1], SUMMED))
 
 
-def loss_function(task: Task) -> Callable[..., Tensor]:
-    """The loss of one example (without its batch axis) as a function of parameters as `checked` names them, and the example."""
-    module = _ExampleLoss(task)
-    return lambda values, *example: torch.func.functional_call(module, values, example)
-
-
 def checked(task: Task, parameters: Parameters) -> Parameters:
-    """The parameters under the names that `_ExampleLoss` gives them."""
+    """The parameters that the task trains. Raises: MismatchError if they are not of this task."""
     own = dict(task.model.named_parameters())
     for name in task.trained:
         if name not in parameters or parameters[name].shape != own[name].shape:
             raise MismatchError(
                 f"The parameters have no {name} of shape {tuple(own[name].shape)}: give this task's own."
             )
-    return {f"model.{name}": parameters[name].detach() for name in task.trained}
+    return {name: parameters[name].detach() for name in task.trained}
 
 
 def _parts(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from leaveout.methods.gradients import MEMORY, example_gradients, products, unit_rows
 from leaveout.readout.projection import random_bits, random_signs
-from leaveout.training.encoding import asked
-from leaveout.training.tasks import Task
-from leaveout.training.train import Parameters
+from leaveout.training.examples import asked
+from leaveout.training.tasks import Parameters, Task
 
 
 @dataclass(frozen=True)

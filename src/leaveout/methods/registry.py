@@ -40,8 +40,7 @@ from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import PRESETS, SignatureSettings
 from leaveout.training.queries import Query, as_queries
-from leaveout.training.tasks import Task, task_of
-from leaveout.training.train import Parameters
+from leaveout.training.tasks import Parameters, Task, task_of
 
 CHECKPOINTS = ("start", "third", "final")
 SNAPSHOTS = 4  # of TracIn and Z0-Inf, evenly along the run

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from leaveout.training.loop import Loop, RunOptions
 from leaveout.training.recipe import Recipe
-from leaveout.training.steps import Part
-from leaveout.training.tasks import task_of
-from leaveout.training.train import Loop, Parameters, RunOptions, clipper, encoded, make_optimizer, own_parameters
+from leaveout.training.steps import Steps
+from leaveout.training.tasks import Parameters, task_of
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,17 @@ def take_snapshots(recipe: Recipe, steps: Sequence[int], progress: bool = False)
     n_steps = len(recipe.batches())
     if not steps or steps[0] < 0 or steps[-1] > n_steps or any(a >= b for a, b in itertools.pairwise(steps)):
         raise ValueError(f"snapshots need ascending steps within 0 ... {n_steps}, not {list(steps)}.")
-    task = task_of(recipe)
-    params = own_parameters(task)
+    at_steps = Steps(recipe, task_of(recipe))
+    params = at_steps.task.parameters()
     kept: list[Parameters] = []
 
     def keep(step: int) -> None:
         if step in steps:
             kept.append({name: p.detach().clone() for name, p in params.items()})
 
-    def backward(part: Part) -> None:
-        part.loss(task.loss(task.model, encoded(recipe, task, part.numbers))).backward()
-
     keep(0)
-    Loop(
-        recipe, task, params, make_optimizer(recipe, list(params.values())), backward, clipper(recipe, params), keep
-    ).run(None, "snapshots", RunOptions(progress=progress))
+    loop = Loop(at_steps, params, lambda part: at_steps.loss(part).backward(), after=keep)
+    loop.run(None, "snapshots", RunOptions(progress=progress))
     rates = [recipe.rate(i, n_steps) for i in range(n_steps)]
     befores = [0, *steps[:-1]]
     return [

@@ -24,9 +24,8 @@ import numpy as np
 
 from leaveout.errors import UnsupportedError
 from leaveout.methods.gradients import checked
-from leaveout.training.encoding import asked
-from leaveout.training.tasks import Task
-from leaveout.training.train import Parameters
+from leaveout.training.examples import asked
+from leaveout.training.tasks import Parameters, Task
 
 
 @dataclass(frozen=True)

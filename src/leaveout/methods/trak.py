@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from leaveout.errors import UnsupportedError
-from leaveout.methods.gradients import MEMORY, TOGETHER, checked, loss_function, rows_within
-from leaveout.training.encoding import asked
-from leaveout.training.tasks import Task
-from leaveout.training.train import Parameters
+from leaveout.methods.gradients import MEMORY, TOGETHER, checked, rows_within
+from leaveout.training.examples import asked
+from leaveout.training.tasks import Parameters, Task, example_loss
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Trak:
         values = checked(self.task, self.parameters)
         parts = named["all"].split([value.numel() for value in values.values()])
         shaped = {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
-        return loss_function(self.task)(shaped, *example)
+        return example_loss(self.task).under(shaped, *example)
 
     def _mean_eigenvalue(self, outputs: Any, corpus: Sequence[Any]) -> float:
         """Mean eigenvalue of the Gram matrix: in expectation, projections keep lengths, which dattri divides by sqrt(size)."""

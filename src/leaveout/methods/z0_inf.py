@@ -21,7 +21,7 @@ import torch
 
 from leaveout.methods.gradients import example_losses
 from leaveout.methods.snapshots import Snapshot
-from leaveout.training.encoding import asked
+from leaveout.training.examples import asked
 from leaveout.training.tasks import Task
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from leaveout.corpus import Corpus, Row
 from leaveout.corpus.rows import row_json
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
-from leaveout.executor import Backend, refuse_crew, run_tasks
+from leaveout.executor import Crew, run_tasks
 from leaveout.models import ModelOptions, difference
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.opened import KIND, set_whitening
@@ -58,17 +58,11 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class BuildOptions:
+class BuildOptions(Crew):
     """How rows are read and work is done, as `Index.build` says; none of it changes a signature."""
 
     skip_bad: bool = False
-    workers: int = 1
-    backend: Backend = "processes"
-    progress: bool = False
     pace: Pace = Pace()
-
-    def __post_init__(self) -> None:
-        refuse_crew(self.workers, self.backend)  # here, as the statistics pass comes before the first task
 
 
 @dataclass

@@ -108,7 +108,7 @@ class Index(OpenIndex):
         Raises: MismatchError if the directory holds an index with other settings (naming the one that differs).
                 FormatError at a bad row, with its place and reason. UnsupportedError for a model without a readout.
         """
-        part, options = shard_of(shard), BuildOptions(skip_bad, workers, backend, progress, pace)
+        part, options = shard_of(shard), BuildOptions(workers, backend, progress, skip_bad, pace)
         path = part.place(path)
         changes = {"targets": targets, "temperature": temperature, "template": template}
         settings = resolve_settings(preset, **{name: value for name, value in changes.items() if value is not None})
@@ -302,7 +302,7 @@ class Index(OpenIndex):
         units   field whose value says which rows belong together; None: as the build was told. The others as in `build`
         Raises: FormatError for a bad row, or an id that another row has. What was committed before stays.
         """
-        options = BuildOptions(skip_bad, workers, backend, progress, pace)
+        options = BuildOptions(workers, backend, progress, skip_bad, pace)
         corpus = Corpus.open(rows, units=units or self.store.settings["units"], skip_bad=skip_bad)
         readout = self.unchanged()
         readout.identity(anew=True)  # in full, as rows are written

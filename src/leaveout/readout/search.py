@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from leaveout.errors import choices, require_whole
-from leaveout.executor import refuse_crew
+from leaveout.executor import Crew
 from leaveout.readout.approximate import Approximation, shortlists
 from leaveout.readout.codec import Product
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
@@ -80,7 +80,7 @@ def refuse(index: OpenIndex, k: int, where: str | None, options: SearchOptions) 
     """
     require_whole("k", k, 1)
     _groups(index, options)
-    refuse_crew(options.workers, "ray" if options.backend == "ray" else "processes")
+    Crew(options.workers, "ray" if options.backend == "ray" else "processes")
     if options.approximate is not None:
         shortlists(options.approximate, index.store, index.codec, index.settings.seed).refuse_unprepared()
     return index.numbers_where(where)

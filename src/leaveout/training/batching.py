@@ -10,36 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Batch, Task, text_length
+from leaveout.training.tasks import Parameters, Task, losses_on, text_length
 
-Parameters = dict[str, Tensor]
 OneRun = Callable[[Parameters], Any]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """What a batched product may change of the largest numbers; rounding is a hundredth of it, a wrong rule far more."""
 FEW_EXAMPLES = 8  # of a recipe without texts, in the probe
-
-
-class Bound(nn.Module):
-    """What a function gives for a task's model, as a module, so that parameters can be given by name."""
-
-    def __init__(self, task: Task, values: Callable[[nn.Module], Tensor]) -> None:
-        super().__init__()
-        self.model, self.values = task.model, values
-
-    def forward(self) -> Tensor:
-        return self.values(self.model)
-
-    def under(self, parameters: Parameters) -> Tensor:
-        """The values under these parameters."""
-        return torch.func.functional_call(self, {f"model.{name}": p for name, p in parameters.items()}, ())
-
-
-def losses_on(task: Task, batch: Batch) -> Bound:
-    """The losses [examples] of a batch."""
-    return Bound(task, lambda model: task.loss(model, batch))
 
 
 def run_count(runs: Parameters) -> int:

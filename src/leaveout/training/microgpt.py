@@ -86,7 +86,3 @@ def load_flat(model: MicroGPT, flat: Tensor) -> None:
             p.copy_(flat[start : start + p.numel()].view_as(p))
             start += p.numel()
 
-
-def flat(model: MicroGPT) -> Tensor:
-    """All parameters as one vector [parameters]."""
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])

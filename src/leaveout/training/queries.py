@@ -5,7 +5,7 @@ The same function runs on an ordinary model, on a stack of retrained ones, in je
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from leaveout.corpus import Corpus, Row
 from leaveout.errors import FormatError, UnsupportedError, choices
+from leaveout.jets import Jet, Series, Space, install, restore
+from leaveout.training.batching import checked_of_runs, of_runs, one_by_one, run_count
 from leaveout.training.digest import digest_of
-from leaveout.training.encoding import IGNORED, as_row
-from leaveout.training.tasks import Task, token_losses
+from leaveout.training.examples import IGNORED, as_row
+from leaveout.training.recipe import Recipe
+from leaveout.training.tasks import Bound, Parameters, Task, task_of, token_losses
 
 TOGETHER = 8
 """Queries that share one forward pass."""
@@ -176,3 +179,67 @@ def _value(query: Query, i: int, logits: Tensor, targets: Tensor, losses: Tensor
     learned = (targets[i] != IGNORED).nonzero().squeeze(1)
     measure = MEASURES[query.measure] if isinstance(query.measure, str) else query.measure
     return measure(logits[i].index_select(0, learned), targets[i].index_select(0, learned)).reshape(())
+
+
+# --- values under what a run trained: one model, a stack of retrained ones, or the jets that were kept ------------------
+
+
+Queries = Sequence[Any] | Callable[[nn.Module], Tensor]
+"""Rows in the form of the recipe's examples, or a function of the trained model that gives a vector."""
+
+
+def query_losses(recipe: Recipe, params: Parameters, queries: Queries) -> Tensor:
+    """Losses of queries under trained parameters [*shape] or [runs, *shape]: [queries] or [runs, queries], nats."""
+    task = task_of(recipe)
+    own = task.parameters()
+    stacked = all(params[name].dim() == p.dim() + 1 for name, p in own.items())
+    runs = params if stacked else {name: p.unsqueeze(0) for name, p in params.items()}
+    values = queries if callable(queries) else _losses_of(task, queries)
+    with torch.no_grad():
+        out = _values_of_runs(Bound(task, values), runs)
+    return out if stacked else out[0]
+
+
+def _losses_of(task: Task, rows: Sequence[Any]) -> Callable[[nn.Module], Tensor]:
+    batches = [task.encode_queries([row]) for row in rows]
+    return lambda model: torch.cat([task.loss(model, batch) for batch in batches])
+
+
+def _values_of_runs(asked: Bound, runs: Parameters) -> Tensor:
+    """Values [runs, queries]; one run after the other where a batch of the first ones gives other numbers, or none."""
+    out, batched = [], None
+    for part in _chunks_of_runs(runs):
+        if batched is None:
+            values, batched = checked_of_runs(asked.under, part)
+        else:
+            values = (of_runs if batched else one_by_one)(asked.under, part)
+        out.append(values)
+    return torch.cat(out)
+
+
+def _chunks_of_runs(runs: Parameters, size: int = 64) -> Iterator[Parameters]:
+    return ({name: p[i : i + size] for name, p in runs.items()} for i in range(0, run_count(runs), size))
+
+
+def jet_values(recipe: Recipe, constants: Parameters, coefficients: Parameters, queries: Queries) -> Series:
+    """Series of queries [queries] from what a jet run kept: its `constants` and `coefficients`."""
+    task = task_of(recipe)
+    first = next(iter(coefficients.values()))
+    space = Space(first.shape[0], first.shape[1], first.dtype)
+    replaced = install(task.model, {n: space.jet(constants[n], h) for n, h in coefficients.items()})
+    try:
+        return query_series(task, space, queries)
+    finally:
+        restore(task.model, replaced)
+
+
+def query_series(task: Task, space: Space, queries: Queries) -> Series:
+    """Series of queries [queries] under the jets that the task's model holds."""
+    with torch.no_grad():
+        if callable(queries):
+            values = [queries(task.model)]
+        else:
+            groups = (queries[i : i + TOGETHER] for i in range(0, len(queries), TOGETHER))
+            values = [task.loss(task.model, task.encode_queries(list(group))) for group in groups]
+    jets = [v if isinstance(v, Jet) else space.constant(v) for v in values]
+    return Series(torch.cat([j.c for j in jets]), torch.cat([j.h for j in jets], -1))

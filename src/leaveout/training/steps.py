@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Task
+from leaveout.training.tasks import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,14 @@ class Steps:
             Part(part, torch.tensor([self._size(i) for i in part], dtype=dtype), divisor)
             for part in micro_batches(numbers, n)
         ]
+
+    def encoded(self, numbers: Sequence[int]) -> Batch:
+        """The batch of these examples."""
+        return self.task.encode([self.recipe.examples[i] for i in numbers])
+
+    def loss(self, part: Part, weights: Any = None) -> Any:
+        """What a part adds to the loss of its step, under the model's present parameters."""
+        return part.loss(self.task.loss(self.task.model, self.encoded(part.numbers)), weights)
 
     def _size(self, number: int) -> int:
         if number not in self._sizes:

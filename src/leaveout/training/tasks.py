@@ -28,12 +28,23 @@ from leaveout.models import (
     refuse_look_ahead,
 )
 from leaveout.training import microgpt
-from leaveout.training.encoding import IGNORED, Asked, RowEncoder, as_row, asked, too_long, unmarked
-from leaveout.training.labelled import check_features, class_of, pair
+from leaveout.training.examples import (
+    IGNORED,
+    Asked,
+    RowEncoder,
+    as_row,
+    asked,
+    check_features,
+    class_of,
+    pair,
+    too_long,
+    unmarked,
+)
 from leaveout.training.recipe import Recipe
 from leaveout.training.start import made_by, module_of, pair_of, refuse_another_start, tried_numbers, try_loss
 
 Batch = tuple[Tensor, ...]
+Parameters = dict[str, Tensor]
 
 
 @dataclass
@@ -63,9 +74,39 @@ class Task:
     given: bool = False
     cut: Callable[[Any], int] | None = None
 
+    def parameters(self) -> dict[str, Any]:
+        """The trained parameters by name, in the order of `trained`."""
+        own = dict(self.model.named_parameters())
+        return {name: own[name] for name in self.trained}
+
     def encode_queries(self, rows: Sequence[Any]) -> Batch:
         """Queries, in the form of the examples, as a batch; they are never cut."""
         return self.encode(asked(rows))
+
+
+class Bound(nn.Module):
+    """A function of a task's model (and other tensors) as a module, so that parameters can be given by name."""
+
+    def __init__(self, task: Task, values: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.values = task.model, values
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.values(self.model, *inputs)
+
+    def under(self, parameters: Parameters, *inputs: Tensor) -> Tensor:
+        """The values under these parameters."""
+        return torch.func.functional_call(self, {f"model.{name}": p for name, p in parameters.items()}, inputs)
+
+
+def losses_on(task: Task, batch: Batch) -> Bound:
+    """The losses [examples] of a batch."""
+    return Bound(task, lambda model: task.loss(model, batch))
+
+
+def example_loss(task: Task) -> Bound:
+    """The loss of one example, which is given as tensors without their batch axis."""
+    return Bound(task, lambda model, *example: task.loss(model, tuple(t[None] for t in example)).squeeze(0))
 
 
 def task_of(recipe: Recipe) -> Task:

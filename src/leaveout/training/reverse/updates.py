@@ -16,13 +16,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from leaveout.training.adjoints import AdamForm, clip_adjoint
-from leaveout.training.batching import Parameters, agree, losses_on, tried
-from leaveout.training.flat_run import FlatRun
+from leaveout.training.batching import agree, tried
+from leaveout.training.loop import RunOptions
 from leaveout.training.memory import available_memory, kept_bytes, kept_memory
+from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
+from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint
+from leaveout.training.reverse.flat_run import FlatRun
 from leaveout.training.steps import Part
-from leaveout.training.train import Queries, RunOptions, flushed_denormals, own_parameters
+from leaveout.training.tasks import Parameters, example_loss
+from leaveout.training.train import flushed_denormals
 
 SEED = 2604
 ROUND = 64
@@ -105,7 +108,7 @@ def query_gradients(recipe: Recipe, params: Parameters, queries: Queries, width:
     with sdpa_kernel(SDPBackend.MATH):
         run = FlatRun(recipe)
         with torch.no_grad():
-            for name, p in own_parameters(run.task).items():
+            for name, p in run.task.parameters().items():
                 p.copy_(params[name])
         sketch = Sketch.of(sum(run.sizes), width)
         out = torch.zeros(run.count(queries), sketch.width)
@@ -177,12 +180,8 @@ def _alone(run: FlatRun, rows: Sequence[Any]) -> Tensor:
 
 def _batched(run: FlatRun, rows: Sequence[Any]) -> Tensor:
     values = {name: p.detach() for name, p in zip(run.names, run.params, strict=True)}
-
-    def loss(params: Parameters, *example: Tensor) -> Tensor:
-        return losses_on(run.task, tuple(t.unsqueeze(0) for t in example)).under(params).squeeze(0)
-
     batch = run.task.encode(rows)
-    each = torch.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(batch)))(values, *batch)
+    each = torch.vmap(torch.func.grad(example_loss(run.task).under), in_dims=(None, *[0] * len(batch)))(values, *batch)
     return torch.cat([each[name].reshape(len(rows), -1) for name in values], 1)
 
 

@@ -25,11 +25,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from leaveout.errors import StabilityError, UnsupportedError
-from leaveout.training.adjoints import AdamForm, clip_adjoint, sgd_adjoint
-from leaveout.training.flat_run import FlatRun
+from leaveout.training.loop import RunOptions
 from leaveout.training.memory import COPIES, available_memory, kept_bytes, kept_memory
+from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import Queries, RunOptions, flushed_denormals
+from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint, sgd_adjoint
+from leaveout.training.reverse.flat_run import FlatRun
+from leaveout.training.train import flushed_denormals
 
 
 @dataclass(frozen=True)

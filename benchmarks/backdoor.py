@@ -31,17 +31,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from corpora import data
 from leaveout.corpus import Corpus
 from leaveout.methods import bm25
 from leaveout.methods.gradients import example_losses
-from leaveout.methods.snapshots import Snapshot, take_snapshots
+from leaveout.methods.scorer import Snapshot, take_snapshots
 from leaveout.methods.tracin import TracIn
 from leaveout.metrics import bootstrap_interval, difference_interval
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import PRESETS, SignatureSettings
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
-from measuring import alpaca, arguments, data, made_rows, tiny, untrained, write_result
+from measuring import alpaca, arguments, made_rows, tiny, untrained, write_result
 from ranking import (
     BEFORE,
     QUARTER,

@@ -5,7 +5,7 @@
 A case is a recipe, its queries and deletion sets of several kinds. Sixteen sets, spread over the kinds, are reserved:
 they calibrate the standard deviations. All other sets are the test, retrained and used for nothing else. Measured
 twice, with retrainings alone and then with the exact first order too. An interval is good when 90 to 99 % of the test
-lie inside. `names` and `lm` read public data (LEAVEOUT_DATA, see measuring.py); `digits` comes with scikit-learn.
+lie inside. `names` and `lm` read public data (see corpora.py); `digits` comes with scikit-learn.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from corpora import data, read_json
 from leaveout.corpus import Corpus
 from leaveout.deletion.predict import Prediction
 from leaveout.deletion.run import MeasureSettings, TrainingRun
@@ -33,7 +34,6 @@ from leaveout.deletion.verify import Verification, agreement
 from leaveout.metrics import bootstrap_interval
 from leaveout.training.queries import Query
 from leaveout.training.recipe import OptimizerSettings, Recipe
-from measuring import data, read_json
 from provenance import provenance
 
 RESERVED = 16

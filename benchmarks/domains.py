@@ -33,11 +33,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from corpora import data, read_json
 from leaveout.corpus import Corpus
 from leaveout.readout.settings import SignatureSettings
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import task_of
-from measuring import RememberingReadout, alpaca, arguments, data, read_json, smollm2, tiny, untrained, write_result
+from measuring import RememberingReadout, alpaca, arguments, smollm2, tiny, untrained, write_result
 from ranking import (
     UNTRAINED,
     UNWHITENED,

@@ -32,7 +32,9 @@ from leaveout.evaluation.judge import EvaluationSettings, judge, removal_queries
 from leaveout.evaluation.report import Judged, Report
 from leaveout.evaluation.truth import Truth, second_order, subset_truth
 from leaveout.methods.gradients import example_gradients
-from leaveout.methods.registry import METHODS, Scored, Scorer, parse
+from leaveout.methods.registry import Scored, load, parse
+from leaveout.methods.scorer import Scorer
+from leaveout.methods.signatures import readout_of, signature_scores
 from leaveout.metrics import bootstrap_interval, lds
 from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
 from leaveout.readout.signature import Signer
@@ -153,7 +155,7 @@ def scored(name: str, scorer: Scorer, place: Path) -> Scored:
             return Scored(kept["scores"], float(kept["seconds"]))
     scorer.parameters(at)  # training up to a checkpoint is no cost of the first method that looks there
     began = time.process_time()
-    scores = METHODS[method](scorer, at) if name not in changed else scorer.signatures(*changed[name])
+    scores = load(method)(scorer, at) if name not in changed else signature_scores(scorer, at, changed[name][0])
     made = Scored(np.asarray(scores, np.float64), time.process_time() - began)
     place.mkdir(parents=True, exist_ok=True)
     np.savez(file, scores=made.scores, seconds=np.array(made.cpu_seconds))
@@ -163,7 +165,7 @@ def scored(name: str, scorer: Scorer, place: Path) -> Scored:
 
 def accuracy_by_bytes(scorer: Scorer, truth: Truth, place: Path, seed: int) -> list[dict[str, Any]]:
     """Bytes a row and LDS of every stored form."""
-    readout = scorer.readout("third")
+    readout = readout_of(scorer, "third")
     out = []
     for name, (settings, _) in forms().items():
         found = lds(scored(name, scorer, place).scores, truth.removed, truth.values)

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from corpora import data
 from leaveout.corpus import Row
 from leaveout.training.recipe import OptimizerSettings, Recipe
-from measuring import data, tiny
+from measuring import tiny
 from public_rows import LONGEST, Tokens, groups, made_groups, split_rows
 from scratch_models import GEMMA, NEOX, OLMO, QWEN, Shape, pretrained, untrained_model
 

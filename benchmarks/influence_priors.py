@@ -29,7 +29,8 @@ from leaveout.deletion.measurements import Measurements, Retrainings
 from leaveout.deletion.posterior import Posterior
 from leaveout.deletion.run import TrainingRun
 from leaveout.evaluation.truth import Truth, second_order, subset_truth, values_without
-from leaveout.methods.registry import Scorer
+from leaveout.methods.scorer import Scorer
+from leaveout.methods.signatures import signature_scores
 from leaveout.metrics import bootstrap_interval, difference_interval, lds, spearman
 from leaveout.training.queries import Query
 from measuring import RESULTS, arguments, write_result
@@ -41,7 +42,7 @@ AT = "third"
 
 def similarity(run: TrainingRun, preset: str) -> np.ndarray:
     """Features [row, row] whose products are those of the rows' stored signatures."""
-    products = Scorer(run, [Query(row) for row in run.recipe.examples]).signatures(preset, AT)
+    products = signature_scores(Scorer(run, [Query(row) for row in run.recipe.examples]), AT, preset)
     sizes, vectors = np.linalg.eigh((products + products.T) / 2)
     return vectors * np.sqrt(np.maximum(sizes, 0))
 
@@ -52,7 +53,7 @@ def priors(run: TrainingRun, asked: list[Query]) -> dict[str, dict[str, np.ndarr
     updates, scorer = run.bank.features(), Scorer(run, asked)
     presets = ("default", "residual")
     like = {preset: similarity(run, preset) for preset in presets}
-    scores = {preset: scorer.signatures(preset, AT) for preset in presets}
+    scores = {preset: signature_scores(scorer, AT, preset) for preset in presets}
     none = {"features": None, "scores": None}
     own = run.bank.measurements(asked).scores
     made = {

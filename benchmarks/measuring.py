@@ -1,7 +1,6 @@
 """What the benchmarks of the readout engine share: rows, models, clocks, and the form of a result file.
 
-Public data is read from the directory that the environment variable LEAVEOUT_DATA names, `../shared/data` beside the
-repository by default; its README says what is there. Times are CPU seconds of this process, with one thread.
+Times are CPU seconds of this process, with one thread.
 """
 
 from __future__ import annotations
@@ -9,10 +8,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import gzip
 import importlib.util
 import json
-import os
 import random
 import statistics
 import time
@@ -23,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corpora import data, read_json
 from leaveout.corpus import Corpus
 from leaveout.models import quiet_transformers
 from leaveout.readout.model import Readout, load_readout
@@ -35,19 +33,6 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 # ---------------------------------------------------------------- rows
-
-
-def data(name: str) -> Path:
-    """A file of the public data. Raises: FileNotFoundError saying where it was looked for."""
-    root = Path(os.environ.get("LEAVEOUT_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-    if not (root / name).exists():
-        raise FileNotFoundError(f"There is no {name} in {root}: set LEAVEOUT_DATA to the directory of the public data.")
-    return root / name
-
-
-def read_json(name: str) -> Any:
-    with gzip.open(data(name), "rt", encoding="utf-8") as file:
-        return json.load(file)
 
 
 def alpaca(seed: int) -> list[dict[str, str]]:

@@ -12,8 +12,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from corpora import data, read_json
 from leaveout.corpus import Corpus
-from measuring import data, made_rows, read_json
+from measuring import made_rows
 
 LONGEST, LONGEST_PROMPT = 72, 28  # tokens
 Pair = tuple[str, str]

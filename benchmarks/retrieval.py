@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from corpora import read_json
 from leaveout.methods import bm25
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import PRESETS
@@ -35,7 +36,6 @@ from measuring import (
     alpaca,
     arguments,
     made_rows,
-    read_json,
     smollm2,
     tiny,
     tokenised,

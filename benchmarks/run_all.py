@@ -5,7 +5,7 @@
 Steps that measure a rate run alone, then the others on --jobs cores, one thread each, the longest first. A step that has
 finished leaves a mark in --work, with the seconds it took, and is not run again; a step that was killed goes on from what it
 kept there (and its seconds are those of the last go). Remove --work to start anew. Seconds are written to
-results/bench_steps.json. Needs the corpora in ../shared/data. A failed step does not stop the others: its log is named at
+results/bench_steps.json. Needs the corpora: see corpora.py. A failed step does not stop the others: its log is named at
 the end, and exit is 1.
 """
 
@@ -22,8 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from corpora import folder
+
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = "../shared/data/names/names.txt"
+NAMES = os.path.relpath(folder() / "names" / "names.txt", ROOT)  # no result names a directory of this machine
 RESULTS = "benchmarks/results"
 
 

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 
+from corpora import data
 from leaveout.readout.build import Pace
 from leaveout.readout.index import Index
 from leaveout.readout.opened import EncodedQueries
-from measuring import alpaca, arguments, data, made_rows, spread, tiny, write_result
+from measuring import alpaca, arguments, made_rows, spread, tiny, write_result
 
 FEW = 8
 

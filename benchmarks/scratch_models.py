@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
+from corpora import data
 from leaveout.corpus import Corpus, Row
 from leaveout.readout.model import load_readout
 from leaveout.training.loop import RunOptions
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.train import train_plain
-from measuring import data
 from public_rows import LONGEST, groups, split_rows
 
 

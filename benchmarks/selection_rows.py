@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from corpora import data
 from leaveout.corpus import Corpus, Row
-from measuring import data, tiny
+from measuring import tiny
 from public_rows import groups
 from scratch_models import NEOX, Shape, pretrained
 

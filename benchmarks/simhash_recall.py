@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from corpora import data, read_json
 from leaveout.metrics import bootstrap_interval
 from leaveout.readout.approximate import SHARE, SimHash
 from leaveout.readout.codec import NUMBERS, Flat, Product
@@ -31,7 +32,7 @@ from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.scan import Best, scan
 from leaveout.store import Record, Store
-from measuring import arguments, data, interleaved, made_rows, ratio, read_json, spread, tiny, write_result
+from measuring import arguments, interleaved, made_rows, ratio, spread, tiny, write_result
 
 K = 10
 GOALS = {"times faster": 4.0, "times smaller": 20.0, "precision lost": 0.03}

@@ -22,8 +22,10 @@ from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
 from leaveout.evaluation.truth import second_order, single_effects, subset_truth
 from leaveout.methods.ekfac import EkFac
-from leaveout.methods.registry import METHODS, Scorer, score_methods, trained_part
+from leaveout.methods.registry import METHODS, load, score_methods
+from leaveout.methods.scorer import Scorer
 from leaveout.methods.scores import load_scores
+from leaveout.methods.signatures import readout_of, trained_part
 from leaveout.readout.build import record_of
 from leaveout.readout.opened import row_of
 from leaveout.readout.settings import PRESETS
@@ -180,7 +182,7 @@ def test_wrong_calls_are_refused_before_anything_is_trained(run, monkeypatch):
         (lambda: evaluate(run, QUERIES, ["random"], {"random": good}), ValueError, "stands twice"),
         (lambda: evaluate(run, QUERIES, scores={"x": good[:2]}), MismatchError, r"\[3, 24\]"),
         (lambda: evaluate(run, QUERIES, scores={"x": good * np.nan}), FormatError, "not finite"),
-        (lambda: evaluate(run, QUERIES, ["default"]), UnsupportedError, "no language model"),
+        (lambda: evaluate(run, QUERIES, ["default"]), UnsupportedError, "default takes no microgpt recipe, only causal-lm"),
         (lambda: subset_truth(run, as_queries(QUERIES), 1), ValueError, "at least 2"),
         (lambda: subset_truth(run, as_queries(QUERIES), 4, 1.0), ValueError, "between 0 and 1"),
     ):
@@ -254,19 +256,19 @@ def test_every_method_scores_a_language_model(tuned):
 
 def test_ek_fac_of_the_blocks_leaves_the_head_out(tuned):
     scorer = Scorer(tuned, as_queries(ASKED))
-    found = METHODS["ek-fac blocks"](scorer, "final")
+    found = load("ek-fac blocks")(scorer, "final")
     linear = [name for name, module in scorer.task.model.named_modules() if isinstance(module, torch.nn.Linear)]
     assert "lm_head" in linear and len(linear) > 1
     below = tuple(name for name in linear if name != "lm_head")
     wanted = EkFac(scorer.task, tuned.parameters, below).score(scorer.query_rows, scorer.rows)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
-    assert not np.allclose(found, METHODS["ek-fac"](scorer, "final"), rtol=0.05)
+    assert not np.allclose(found, load("ek-fac")(scorer, "final"), rtol=0.05)
 
 
 def test_the_readout_of_a_run_has_the_trained_parameters(tuned):
     scorer = Scorer(tuned, as_queries(ASKED))
     for at, wanted in (("final", tuned.parameters), ("start", dict(language_model()[0].named_parameters()))):
-        model = scorer.readout(at).lm
+        model = readout_of(scorer, at).lm
         assert all(torch.equal(p, wanted[name]) for name, p in model.named_parameters())
 
 

@@ -31,7 +31,7 @@ def test_every_method_is_judged_and_nothing_is_trained_twice(influence, script, 
     assert {"metagradient", "default@third"} <= {line["method"] for line in influence["on_few_queries"]["lines"]}
     assert len(influence["stored_forms"]) == len(script("influence").forms())
     assert all(math.isfinite(number) for number in numbers(influence))
-    monkeypatch.setattr(script("influence").Scorer, "signatures", None)
+    monkeypatch.setattr(script("influence"), "signature_scores", None)
     assert script("influence").main(["--smoke", "--work", str(work), "--out", str(work)]) == 0
     again = json.loads((work / "readout_influence_stories.json").read_text())
     assert again["lds"] == influence["lds"] and again["cpu_seconds"] == influence["cpu_seconds"]

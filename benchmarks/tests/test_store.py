@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from leaveout.store import reader
+from leaveout.store import snapshot
 
 
 def test_speed_benchmark_runs(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "_PAGE", 2_000)
+    monkeypatch.setattr(snapshot, "_PAGE", 2_000)
     assert script("store_speed").main(["--smoke", "--json", str(tmp_path / "speed.json")]) == 0
     result = json.loads((tmp_path / "speed.json").read_text())
     assert result["question"].endswith("?") and result["smoke"] is True and result["repeats"] == 2

@@ -15,7 +15,8 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
-from leaveout.methods.registry import METHODS, attribute
+from leaveout.methods.registry import attribute
+from leaveout.methods.scorer import Method
 from leaveout.training.recipe import OptimizerSettings, Recipe
 
 from .conftest import NAMES, QUERIES
@@ -32,8 +33,7 @@ def idle(small, monkeypatch):
     """The same, and whatever trains or scores is an error."""
     for name in ("train_batch", "train_jets", "metagradient", "unit_vectors", "check_stability"):
         monkeypatch.setattr(run_module, name, lambda *_, **__: pytest.fail("work was begun"))
-    for name in METHODS:
-        monkeypatch.setitem(METHODS, name, lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(Method, "__call__", lambda *_: pytest.fail("work was begun"))
     monkeypatch.setattr("leaveout.evaluation.judge.second_order", lambda *_: pytest.fail("work was begun"))
     return small
 
@@ -63,7 +63,7 @@ def test_measuring_refuses_before_it_begins(arguments, error, sentence, idle):
         (["random"], {"subsets": 1}, ValueError, "at least 2"),
         (["random"], {"removed": 1.0}, ValueError, "between 0 and 1"),
         (["random", "defualt"], {"second_order": False}, ValueError, "no method 'defualt'"),
-        (["random", "default"], {"second_order": False}, UnsupportedError, "no language model to index"),
+        (["random", "default"], {"second_order": False}, UnsupportedError, "takes no microgpt recipe"),
         (["random", "bm25"], {"second_order": False}, UnsupportedError, r"needs the package bm25s"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from leaveout.corpus import Corpus
-from leaveout.methods.snapshots import take_snapshots
+from leaveout.methods.scorer import take_snapshots
 from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.reverse.flat_run import FlatRun

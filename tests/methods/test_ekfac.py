@@ -144,7 +144,7 @@ def test_ekfac_refusals(monkeypatch):
         EkFac(task, parameters).score(rows, rows)
     monkeypatch.setitem(sys.modules, "kronfluence", None)
     with pytest.raises(
-        UnsupportedError, match=r"pip install 'leaveout\[bench\]', then pip install --no-deps kronfluence"
+        UnsupportedError, match=r"pip install 'leaveout\[methods\]', then pip install --no-deps kronfluence"
     ):
         EkFac(task, parameters).score(rows, rows)
 

@@ -12,7 +12,7 @@ from leaveout.methods import gradients
 from leaveout.methods.embedding import EmbeddingCosine
 from leaveout.methods.gradient_dot import GradientDot
 from leaveout.methods.rapidin import RapidIn
-from leaveout.methods.snapshots import take_snapshots
+from leaveout.methods.scorer import take_snapshots
 from leaveout.methods.tracin import TracIn
 from leaveout.methods.z0_inf import Z0Inf
 from leaveout.training.queries import query_losses

@@ -1,7 +1,7 @@
 """TRAK through dattri, TrackStar through bergson, Z0-Inf by name: against formulas written out from slow gradients.
 
-Without the packages, stand-ins of a few lines take their places, so that what goes into them and comes out of them is
-checked everywhere; with the packages, their own numbers are.
+In the tests marked `peers` the packages themselves run (`make peers-check`). In the others stand-ins of a few lines take
+their places, so that what goes into them and comes out of them is checked everywhere.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from leaveout.corpus import Corpus
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
-from leaveout.methods import snapshots, trackstar, trak
+from leaveout.methods import trackstar, trak
 from leaveout.methods.gradient_dot import GradientDot
 from leaveout.methods.registry import score_methods
+from leaveout.methods.scorer import take_snapshots
 from leaveout.methods.trackstar import TrackStar
 from leaveout.methods.trak import Trak
 from leaveout.methods.z0_inf import Z0Inf
@@ -123,10 +124,10 @@ def test_trak_hands_over_log_odds_probabilities_and_damping(name, setting, monke
     assert found.argmax(1).tolist() == [0, 1] and (np.diag(found) > 0).all()
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when dattri opens its compiler
 @pytest.mark.parametrize("name", RECIPES)
 def test_trak_is_its_formula_with_the_projection_of_dattri(name, setting):
-    pytest.importorskip("dattri")
     from dattri.func.projection import random_project
 
     task, parameters = setting[name]
@@ -143,10 +144,10 @@ def test_trak_is_its_formula_with_the_projection_of_dattri(name, setting):
     assert_close(score(memory=1), found)
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_gradient_dot_is_that_of_dattri(setting):
     """An implementation by others: its TracIn with the rate 1 and no projection."""
-    pytest.importorskip("dattri")
     from dattri.algorithm.tracin import TracInAttributor
     from dattri.task import AttributionTask
 
@@ -283,10 +284,10 @@ def test_trackstar_refuses_what_bergson_cannot_open(unprojected, setting):
         TrackStar(task, parameters).score(LM.examples, LM.examples)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("unit_length", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_trackstar_is_its_formula_with_the_projections_of_bergson(unit_length, setting):
-    pytest.importorskip("bergson")
     from bergson.collector.collector import create_module_projection_matrix
 
     (task, parameters), rows, width = setting["causal-lm"], LM.examples, 3
@@ -314,9 +315,9 @@ def test_trackstar_is_its_formula_with_the_projections_of_bergson(unit_length, s
     assert_close(found, (whitened[:2] @ whitened.T).numpy(), 1e-3)
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_bergson_leaves_the_log_alone():
-    pytest.importorskip("bergson")
     for name in [name for name in sys.modules if name.partition(".")[0] == "bergson"]:
         del sys.modules[name]
     root, mine = logging.getLogger(), logging.NullHandler()
@@ -370,13 +371,13 @@ def run(tmp_path):
 def test_z0_inf_by_name_shares_the_snapshots_of_tracin(run, monkeypatch):
     taken = []
     monkeypatch.setattr(
-        "leaveout.methods.registry.take_snapshots",
-        lambda recipe, steps: taken.append(steps) or snapshots.take_snapshots(recipe, steps),
+        "leaveout.methods.scorer.take_snapshots",
+        lambda recipe, steps: taken.append(steps) or take_snapshots(recipe, steps),
     )
     found = score_methods(run, as_queries(["anna", "kim"]), ["tracin", "z0-inf"])
     n_steps = len(run.recipe.batches())
     assert taken == [[round(n_steps * part / 4 + 0.49) for part in (1, 2, 3, 4)]]
-    made = snapshots.take_snapshots(run.recipe, taken[0])
+    made = take_snapshots(run.recipe, taken[0])
     wanted = Z0Inf(task_of(run.recipe), made).score(["anna", "kim"], run.recipe.examples)
     np.testing.assert_array_equal(found["z0-inf"].scores, wanted)
 
@@ -387,10 +388,10 @@ def test_z0_inf_is_judged(run):
     assert line["method"] == "z0-inf" and -1 <= line["lds"]["mean"] <= 1
 
 
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name, package", [("trak", "dattri"), ("trackstar", "bergson")])
-def test_peers_by_name(name, package, tmp_path):
-    pytest.importorskip(package)
+@pytest.mark.parametrize("name", ["trak", "trackstar"])
+def test_peers_by_name(name, tmp_path):
     recipe = LM.with_(examples=tuple(Corpus.open(PROMPTED)), units=(), optimizer=SGD)
     run = TrainingRun.train(recipe, tmp_path / "run")
     asked = as_queries(PROMPTED)

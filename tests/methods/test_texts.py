@@ -59,7 +59,7 @@ def test_bm25_of_no_queries_and_of_no_words():
 
 def test_bm25_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(UnsupportedError, match=r"pip install 'leaveout\[bench\]'"):
+    with pytest.raises(UnsupportedError, match=r"pip install 'leaveout\[methods\]'"):
         bm25.score(["a"], ["a"])
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from leaveout.store import Store, catalogue
-from leaveout.store import reader as reader_module
+from leaveout.store import Store, catalogue, snapshot
 
 from .stores import put
 
@@ -22,8 +21,8 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_and_unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pages, so that a few rows fill several; no waiting for the disk, as nothing here cuts the power."""
-    monkeypatch.setattr(reader_module, "_PAGE", 2)
-    monkeypatch.setattr(reader_module, "_BATCH", 2)
+    monkeypatch.setattr(snapshot, "_PAGE", 2)
+    monkeypatch.setattr(snapshot, "_BATCH", 2)
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     monkeypatch.setattr(catalogue, "SYNCHRONOUS", "OFF")
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
-from leaveout.store import Store, catalogue, segment
-from leaveout.store import reader as reader_module
+from leaveout.store import Store, catalogue, segment, snapshot
 
 from .stores import edit, entry, flip, overwritten, put, record, sql
 
@@ -97,8 +96,8 @@ def test_every_flipped_bit_is_reported_or_changes_nothing(
     filled: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1,000 bits, one at a time: in free space a flip is harmless, anywhere else `check` and `verify` must see it."""
-    monkeypatch.setattr(reader_module, "_PAGE", 100)
-    monkeypatch.setattr(reader_module, "_BATCH", 100)
+    monkeypatch.setattr(snapshot, "_PAGE", 100)
+    monkeypatch.setattr(snapshot, "_BATCH", 100)
     put(filled, *(f"row {n}" for n in range(150)), year=2001)
     filled.delete([f"row {n}" for n in range(0, 150, 7)])
     filled.purge()

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from leaveout.errors import FormatError
-from leaveout.store import Record, Store, catalogue
-from leaveout.store import reader as reader_module
+from leaveout.store import Record, Store, catalogue, purge, snapshot
 
 from .stores import Killed, bytes_of, contents, expected, put, vectors
 
@@ -71,15 +70,14 @@ class AgainstDict(RuleBasedStateMachine):
             assert f"text of {id}".encode() not in data and vectors([id])["vector"].tobytes() not in data
 
     @rule(ids=names, gone=names)
-    def merge(self, ids: list[str], gone: list[str]) -> None:
+    def take(self, ids: list[str], gone: list[str]) -> None:
         other = PLACE[0] / f"other {next(NUMBERS)}"
         with Store.create(other, {}) as store:
             put(store, *ids)
             store.delete(gone)
-        live = [id for id in ids if id not in gone]
-        fresh = [id for id in live if id not in self.model]
-        counts = self.store.merge(other)
-        assert (counts["rows"], counts["skipped"]) == (len(fresh), len(live) - len(fresh))
+        fresh = [id for id in ids if id not in gone and id not in self.model]
+        theirs = Store.open(other)
+        assert [self.store.take(theirs, part) for part in theirs.segments()] == [len(fresh)]
         self.model = self.model | expected(*fresh)
         shutil.rmtree(other)
 
@@ -120,7 +118,7 @@ class AgainstDict(RuleBasedStateMachine):
         assert not list(self.directory.glob("*.tmp"))
 
     @precondition(lambda self: len(self.store) < self.store.n_rows)
-    @rule(moment=st.sampled_from(["_replace", "vacuum", "raw"]))
+    @rule(moment=st.sampled_from(["put_in_place", "vacuum", "raw"]))
     def die_in_purge(self, moment: str) -> None:
         """Before the commit nothing has happened; after it the next open finishes the purge and its proof."""
         with pytest.MonkeyPatch.context() as patch:
@@ -128,12 +126,11 @@ class AgainstDict(RuleBasedStateMachine):
             def dying(*values: object) -> None:
                 raise Killed
 
-            owner = Store if moment == "_replace" else catalogue
-            patch.setattr(owner, "_rewrite" if moment == "_replace" else moment, dying)
+            patch.setattr(purge if moment == "put_in_place" else catalogue, moment, dying)
             with suppress(Killed):
                 self.store.purge()
         self.reopen(verify=False)
-        if moment != "_replace":
+        if moment != "put_in_place":
             self.refresh()
             self.look_for_purged_bytes()
             assert self.store.state("purge")["problem"] is None
@@ -149,8 +146,8 @@ class AgainstDict(RuleBasedStateMachine):
 
 def run_steps(place: Path, monkeypatch: pytest.MonkeyPatch, examples: int, steps: int) -> int:
     """Number of steps that were run."""
-    monkeypatch.setattr(reader_module, "_PAGE", 8)
-    monkeypatch.setattr(reader_module, "_BATCH", 8)
+    monkeypatch.setattr(snapshot, "_PAGE", 8)
+    monkeypatch.setattr(snapshot, "_BATCH", 8)
     PLACE[:], STEPS[:] = [place], []
     health = [HealthCheck.too_slow, HealthCheck.data_too_large]
     options = settings(

@@ -57,7 +57,7 @@ def attribute(
     facts = {"method": method, "queries": len(asked), "rows": len(names), "cpu_seconds": found.cpu_seconds}
     if sets is not None:
         from leaveout.deletion.sets import save_sets
-        from leaveout.evaluation.judge import by_unit
+        from leaveout.methods.scores import by_unit
         from leaveout.metrics import top_rows
 
         best = top_rows(by_unit(opened.recipe, found.scores, len(asked)), top)

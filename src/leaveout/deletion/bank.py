@@ -25,7 +25,7 @@ from leaveout.deletion.measurements import JetBlock, Measurements, distinct, gat
 from leaveout.deletion.posterior import Posterior, calibration
 from leaveout.deletion.predict import Curve, Prediction
 from leaveout.deletion.sets import deletion_sets
-from leaveout.deletion.stored import Stored, as_real, digest_of, live_rows
+from leaveout.deletion.stored import Stored, as_real, digest_of
 from leaveout.errors import FormatError, MismatchError, choices, refuse_other_names
 from leaveout.store import Record, Store
 from leaveout.training.queries import Query, as_queries, query_function, query_losses
@@ -140,29 +140,22 @@ class Bank:
     def merge(self, other: str | os.PathLike[str]) -> int:
         """Adds the measurements of another bank of the same recipe; how many were new. A killed merge can be repeated.
 
-        The same measurement of two machines may differ by rounding, which `Store.merge` would refuse: ours is kept.
+        The same measurement of two machines may differ by rounding: ours is kept.
         """
-        before = len(self)
         if not Path(other).is_dir():
             raise FormatError(f"{other} is not a bank: give the directory `bank` of another run.")
         theirs = Bank(self.recipe, Path(other), self.constants).store
         with Store.open(self.path, write=True) as store:
-            for part in theirs.segments():
-                records, positions = live_rows(theirs, part)
-                for digest in {str(r.meta["queries"]) for r in records} - {""}:
-                    if store.state(f"queries/{digest}") is None:
-                        store.set_state(f"queries/{digest}", theirs.state(f"queries/{digest}"))
-                there = store.has([r.id for r in records])
-                new = [i for i, r in enumerate(records) if r.id not in there]
-                if new:
-                    arrays = {name: np.asarray(a[positions[new]]) for name, a in part.arrays().items()}
-                    store.put([records[i] for i in new], arrays)
+            for digest in {str(record.meta["queries"]) for record in theirs.iter_rows()} - {""}:
+                if store.state(f"queries/{digest}") is None:
+                    store.set_state(f"queries/{digest}", theirs.state(f"queries/{digest}"))
+            added = sum(store.take(theirs, part) for part in theirs.segments())
             if store.side("vectors") is None and (side := theirs.side("vectors")) is not None:
                 store.put_side("vectors", side)
                 store.set_state("vectors cpu_seconds", theirs.state("vectors cpu_seconds"))
         self.store.refresh()
         self._fits.clear()
-        return len(self) - before
+        return added
 
     # --- reading -------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from leaveout.errors import FormatError, choices
+from leaveout.files import replacing
 from leaveout.training.recipe import Recipe
 
 SHOWN = 4  # ids in the label of a set
@@ -75,10 +76,9 @@ def save_sets(path: Path, sets: Mapping[str, Collection[str]]) -> None:
 
     A file that is there is replaced by a whole one.
     """
-    part = path.with_name(path.name + ".part")
     lines = (json.dumps({"name": name, "without": list(ids)}) + "\n" for name, ids in sets.items())
-    part.write_text("".join(lines), encoding="utf-8")
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text("".join(lines), encoding="utf-8")
 
 
 def label(entry: Collection[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from leaveout.errors import MismatchError
-from leaveout.store import Record, Segment, Store
+from leaveout.store import Segment, Store
 from leaveout.training.queries import Query, jet_values, query_function, query_losses
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.updates import UnitVectors, influence, query_gradients
@@ -42,7 +42,7 @@ class Stored:
         """(role, x, y) of retrainings and ("jets", psi, c, real) of each segment that knows the queries."""
         self.store.refresh()
         for part in self.store.segments():
-            records, positions = live_rows(self.store, part)
+            records, positions = self.store.live_rows(part)
             if not records or records[0].meta["kind"] == "gradient":
                 continue
             meta, arrays = records[0].meta, part.arrays()
@@ -101,7 +101,7 @@ class Stored:
         """Exact first-order effects [queries, units], None unless those of all queries were measured."""
         found: dict[str, np.ndarray] = {}
         for part in self.store.segments():
-            records, positions = live_rows(self.store, part)
+            records, positions = self.store.live_rows(part)
             if records and records[0].meta["kind"] == "gradient":
                 rows = np.asarray(part.arrays()["x"])[positions]
                 found |= {r.id.removeprefix("gradient:"): row for r, row in zip(records, rows, strict=True)}
@@ -136,9 +136,3 @@ def _split(flat: np.ndarray, like: Parameters) -> dict[str, np.ndarray]:
     ends = np.cumsum([p.numel() for p in like.values()])
     parts = np.split(flat, ends[:-1], axis=-1)
     return {n: part.reshape(*flat.shape[:-1], *p.shape) for (n, p), part in zip(like.items(), parts, strict=True)}
-
-
-def live_rows(store: Store, part: Segment) -> tuple[list[Record], np.ndarray]:
-    live = part.live()
-    positions = np.arange(part.n_rows) if live is None else np.flatnonzero(live)
-    return store.rows(part.first + positions), positions

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from leaveout.deletion.run import TrainingRun
-from leaveout.errors import FormatError, MismatchError, require_list
+from leaveout.errors import require_list
 from leaveout.evaluation.answers import answer_loss, of_answers
 from leaveout.evaluation.removals import answer_changes, loss_differences, removal_queries, removed_units
 from leaveout.evaluation.report import Judged, Report
@@ -30,9 +30,9 @@ from leaveout.evaluation.truth import (
     subset_truth,
 )
 from leaveout.methods.registry import Scored, refuse_methods, score_methods
+from leaveout.methods.scores import by_unit
 from leaveout.metrics import lds, leave_one_out_correlation
 from leaveout.training.queries import Query, as_queries
-from leaveout.training.recipe import Recipe
 
 
 def evaluate(
@@ -153,24 +153,3 @@ def judge(
         top=top,
         brittleness=changes,
     )
-
-
-def by_unit(recipe: Recipe, scores: ArrayLike, n_queries: int, what: str = "scores") -> np.ndarray:
-    """Scores [query, unit] from those of units, or of examples, which are summed over each unit.
-
-    Raises: MismatchError for another shape; FormatError for a score that is not finite.
-    """
-    values = np.asarray(scores, np.float64)
-    examples, units = len(recipe.examples), len(recipe.unit_names)
-    if values.ndim != 2 or len(values) != n_queries or values.shape[1] not in (examples, units):
-        raise MismatchError(
-            f"The {what} have the shape {values.shape}: give [query, example], here [{n_queries}, {examples}]"
-            + (f", or [query, unit], here [{n_queries}, {units}]." if units != examples else ".")
-        )
-    if not np.isfinite(values).all():
-        raise FormatError(f"The {what} hold a number that is not finite: give one for every query and row.")
-    if values.shape[1] == units:
-        return values
-    out = np.zeros((n_queries, units))
-    np.add.at(out.T, recipe.unit_of.numpy(), values.T)
-    return out

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from leaveout.errors import UnsupportedError
+from leaveout.methods.scorer import Scorer, method
 
 K1, B = 1.5, 0.75
 WORD = re.compile(r"\w+")
@@ -47,5 +48,11 @@ def package() -> Any:
     try:
         import bm25s
     except ImportError as error:
-        raise UnsupportedError("BM25 needs the package bm25s: pip install 'leaveout[bench]'.") from error
+        raise UnsupportedError("BM25 needs the package bm25s: pip install 'leaveout[methods]'.") from error
     return bm25s
+
+
+@method(package=package, text=True)
+def bm25(scorer: Scorer, at: str) -> np.ndarray:
+    """On responses only; the same at every checkpoint."""
+    return score(scorer.texts(scorer.query_rows), scorer.texts(scorer.rows))

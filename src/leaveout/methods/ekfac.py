@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
+from leaveout.methods.scorer import NAMED_KINDS, Scorer, method
 from leaveout.training.examples import asked
 from leaveout.training.tasks import IGNORED, Batch, Parameters, Task
 
@@ -160,7 +161,7 @@ def package() -> Any:
         from kronfluence.utils import dataset
     except ImportError as error:
         raise UnsupportedError(
-            "EK-FAC needs kronfluence: pip install 'leaveout[bench]', then pip install --no-deps kronfluence==1.0.1."
+            "EK-FAC needs kronfluence: pip install 'leaveout[methods]', then pip install --no-deps kronfluence==1.0.1."
         ) from error
 
     class Names:
@@ -169,3 +170,16 @@ def package() -> Any:
         DataLoaderKwargs, Task = dataset.DataLoaderKwargs, task.Task
 
     return Names
+
+
+@method(package=package, kinds=NAMED_KINDS)
+def ek_fac(scorer: Scorer, at: str) -> np.ndarray:
+    """With all trained linear layers."""
+    return EkFac(scorer.task, scorer.parameters(at), seed=scorer.seed).score(scorer.query_rows, scorer.rows)
+
+
+@method(package=package, kinds=NAMED_KINDS)
+def ek_fac_blocks(scorer: Scorer, at: str) -> np.ndarray:
+    """With the layers below the head, which is as wide as the vocabulary."""
+    below = (f"{getattr(scorer.task.model, 'base_model_prefix', '')}.*",)
+    return EkFac(scorer.task, scorer.parameters(at), below, seed=scorer.seed).score(scorer.query_rows, scorer.rows)

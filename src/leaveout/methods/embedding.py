@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
 from leaveout.methods.gradients import example_losses, unit_rows
+from leaveout.methods.scorer import Scorer, method
 from leaveout.training.examples import asked
 from leaveout.training.tasks import Parameters, Task
 
@@ -59,3 +60,9 @@ class EmbeddingCosine:
             for hook in hooks:
                 hook.remove()
         return torch.stack(found)
+
+
+@method()
+def embedding(scorer: Scorer, at: str) -> np.ndarray:
+    """At the parameters of a checkpoint."""
+    return EmbeddingCosine(scorer.task, scorer.parameters(at)).score(scorer.query_rows, scorer.rows)

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from leaveout.methods.gradients import MEMORY, example_gradients, gathered, products, rows_within, unit_rows
+from leaveout.methods.scorer import Scorer, method
 from leaveout.training.examples import asked
 from leaveout.training.tasks import Parameters, Task
 
@@ -53,3 +54,15 @@ class GradientDot:
     def _gradients(self, rows: Sequence[Any]) -> Iterator[Tensor]:
         found = example_gradients(self.task, self.parameters, rows, self.memory)
         return map(unit_rows, found) if self.cosine else found
+
+
+@method()
+def gradient_dot(scorer: Scorer, at: str) -> np.ndarray:
+    """Inner products at a checkpoint."""
+    return GradientDot(scorer.task, scorer.parameters(at)).score(scorer.query_rows, scorer.rows)
+
+
+@method()
+def gradient_cosine(scorer: Scorer, at: str) -> np.ndarray:
+    """Cosines at a checkpoint."""
+    return GradientDot(scorer.task, scorer.parameters(at), cosine=True).score(scorer.query_rows, scorer.rows)

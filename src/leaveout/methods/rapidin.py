@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from leaveout.methods.gradients import MEMORY, example_gradients, products, unit_rows
+from leaveout.methods.scorer import Scorer, method
 from leaveout.readout.projection import random_bits, random_signs
 from leaveout.training.examples import asked
 from leaveout.training.tasks import Parameters, Task
@@ -81,3 +82,9 @@ class RapidIn:
             result[:, column : column + len(right)] = products(left, right.float()).numpy()
             column += len(right)
         return result
+
+
+@method()
+def rapidin(scorer: Scorer, at: str) -> np.ndarray:
+    """At the parameters of a checkpoint."""
+    return RapidIn(scorer.task, scorer.parameters(at), seed=scorer.seed).score(scorer.query_rows, scorer.rows)

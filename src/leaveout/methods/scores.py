@@ -1,4 +1,4 @@
-"""Scores in files: those of another tool, read and put in the order of our rows, and our own, written in the same forms.
+"""Scores of rows and of units, and their files: those of another tool, read and put in the order of our rows, and our own.
 
 .npy    an array [query, train]; it has no ids, so that its shape is all that can be checked
 .csv    a header with the columns query, id and score; one line for each pair
@@ -19,8 +19,42 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.files import replacing
+from leaveout.training.recipe import Recipe
 
 FIELDS = ("query", "id", "score")
+
+
+def checked_scores(recipe: Recipe, scores: ArrayLike, n_queries: int, what: str = "scores") -> np.ndarray:
+    """Scores [query, example] or [query, unit] as an array.
+
+    Raises: MismatchError for another shape; FormatError for a score that is not finite.
+    """
+    values = np.asarray(scores)
+    examples, units = len(recipe.examples), len(recipe.unit_names)
+    if values.ndim != 2 or len(values) != n_queries or values.shape[1] not in (examples, units):
+        raise MismatchError(
+            f"The {what} have the shape {values.shape}: give [query, example], here [{n_queries}, {examples}]"
+            + (f", or [query, unit], here [{n_queries}, {units}]." if units != examples else ".")
+        )
+    if values.dtype.kind not in "biuf":
+        raise FormatError(f"The {what} are {values.dtype}, not numbers: give one for every query and row.")
+    if not np.isfinite(values).all():
+        raise FormatError(f"The {what} hold a number that is not finite: give one for every query and row.")
+    return values
+
+
+def by_unit(recipe: Recipe, scores: ArrayLike, n_queries: int, what: str = "scores") -> np.ndarray:
+    """Scores [query, unit] float64 from those of units, or of examples, which are summed over each unit.
+
+    Raises: as `checked_scores`.
+    """
+    values = checked_scores(recipe, scores, n_queries, what).astype(np.float64)
+    if values.shape[1] == len(recipe.unit_names):
+        return values
+    out = np.zeros((n_queries, len(recipe.unit_names)))
+    np.add.at(out.T, recipe.unit_of.numpy(), values.T)
+    return out
 
 
 def load_scores(path: str | Path, query_ids: Sequence[str], train_ids: Sequence[str]) -> np.ndarray:
@@ -75,12 +109,8 @@ def save_scores(path: str | Path, scores: ArrayLike, query_ids: Sequence[str], t
         raise MismatchError(f"The scores have the shape {values.shape}, wanted {(len(query_ids), len(train_ids))}.")
     if not (np.abs(values) <= np.finfo(np.float32).max).all():
         raise FormatError("A score is not finite in float32, so that no reader could rank it.")
-    part = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as part:
         _write(part, path.suffix, values.astype(np.float32), query_ids, train_ids)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from leaveout.methods.gradient_dot import GradientDot
 from leaveout.methods.gradients import MEMORY
-from leaveout.methods.snapshots import Snapshot
+from leaveout.methods.scorer import Scorer, Snapshot, method
 from leaveout.training.tasks import Task
 
 
@@ -40,3 +40,9 @@ class TracIn:
                 queries, corpus
             )
         return total.astype(np.float32)
+
+
+@method()
+def tracin(scorer: Scorer, at: str) -> np.ndarray:
+    """Over the scorer's snapshots, whatever the checkpoint."""
+    return TracIn(scorer.task, scorer.snapshots).score(scorer.query_rows, scorer.rows)

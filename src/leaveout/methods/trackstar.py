@@ -24,6 +24,7 @@ import numpy as np
 
 from leaveout.errors import UnsupportedError
 from leaveout.methods.gradients import checked
+from leaveout.methods.scorer import Scorer, method
 from leaveout.training.examples import asked
 from leaveout.training.tasks import Parameters, Task
 
@@ -141,3 +142,9 @@ def package() -> Any:
         root.handlers = handlers
         root.setLevel(level)
     return SimpleNamespace(**vars(config), Trackstar=Trackstar, load_scores=load_scores, LayerAdapter=LayerAdapter)
+
+
+@method(package=package, kinds=("causal-lm",))
+def trackstar(scorer: Scorer, at: str) -> np.ndarray:
+    """At the parameters of a checkpoint."""
+    return TrackStar(scorer.task, scorer.parameters(at)).score(scorer.query_rows, scorer.rows)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from leaveout.errors import UnsupportedError
 from leaveout.methods.gradients import MEMORY, TOGETHER, checked, rows_within
+from leaveout.methods.scorer import NAMED_KINDS, Scorer, method
 from leaveout.training.examples import asked
 from leaveout.training.tasks import Parameters, Task, example_loss
 
@@ -124,3 +125,9 @@ def package() -> Any:
         Attributor, Task = TRAKAttributor, AttributionTask
 
     return Names
+
+
+@method(package=package, kinds=NAMED_KINDS)
+def trak(scorer: Scorer, at: str) -> np.ndarray:
+    """At the parameters of a checkpoint."""
+    return Trak(scorer.task, scorer.parameters(at), seed=scorer.seed).score(scorer.query_rows, scorer.rows)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from leaveout.methods.gradients import example_losses
-from leaveout.methods.snapshots import Snapshot
+from leaveout.methods.scorer import Scorer, Snapshot, method
 from leaveout.training.examples import asked
 from leaveout.training.tasks import Task
 
@@ -61,3 +61,9 @@ class Z0Inf:
 def _squared_distance(first: Snapshot, second: Snapshot) -> float:
     parts = [(second.parameters[name] - p).double().square().sum() for name, p in first.parameters.items()]
     return float(torch.stack(parts).sum())
+
+
+@method()
+def z0_inf(scorer: Scorer, at: str) -> np.ndarray:
+    """Over the scorer's snapshots, whatever the checkpoint."""
+    return Z0Inf(scorer.task, scorer.snapshots).score(scorer.query_rows, scorer.rows)

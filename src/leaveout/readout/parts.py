@@ -17,12 +17,12 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 from tqdm import tqdm
 
@@ -31,7 +31,7 @@ from leaveout.readout.build import BuildReport, open_or_create
 from leaveout.readout.opened import KIND
 from leaveout.readout.signature import Signer
 from leaveout.readout.whitening import whitening_digest
-from leaveout.store import Record, Segment, Store
+from leaveout.store import Record, Store
 from leaveout.store.catalogue import CATALOGUE
 
 RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))  # torchrun first: it runs inside Slurm, too
@@ -166,8 +166,10 @@ def merge_indexes(parts: Places, path: str | Path, progress: bool = False) -> Bu
         total = sum(len(part) for part in stores)
         with tqdm(total=total, desc="merge", unit="row", file=sys.stderr, disable=not progress, leave=False) as bar:
             for part in stores:
+                choose = partial(_named, store, done) if sharded else partial(_fresh, store, part)
                 for segment in part.segments():
-                    bar.update(_add(store, part, segment, done if sharded else None))
+                    store.take(part, segment, choose)
+                    bar.update(segment.n_rows - segment.tombstones.size)
         store.set_state("complete", True)
         return BuildReport(len(store) - first, repeated=total - len(store), seconds=time.monotonic() - began)
 
@@ -279,27 +281,8 @@ def _last_number(store: Store) -> int:
     return last
 
 
-def _add(store: Store, part: Store, segment: Segment, done: int | None) -> int:
-    """Puts the live rows of a segment that are not there yet; how many live rows it has.
-
-    `done`: of shards, the last source row that is there.
-    """
-    live = segment.live()
-    positions = np.arange(segment.n_rows) if live is None else np.flatnonzero(live)
-    records = part.rows(segment.first + positions)
-    if done is None:
-        kept = _fresh(store, part, records)
-        named = [records[at] for at in kept]
-    else:
-        kept = [at for at, record in enumerate(records) if record.extra["number"] > done]
-        named = list(_named(store, [records[at] for at in kept]))
-    if kept:
-        store.put(named, {name: values[positions[kept]] for name, values in segment.arrays().items()})
-    return len(records)
-
-
-def _fresh(store: Store, part: Store, records: list[Record]) -> list[int]:
-    """Positions of the records whose ids no row has; those that are there must have the same content."""
+def _fresh(store: Store, part: Store, records: list[Record]) -> list[Record | None]:
+    """The records whose ids no row has, None for the others, which must have the same content."""
     there = sorted(store.has([record.id for record in records]))
     known = {record.id: record.content_hash for record in store.rows(store.numbers(there))}
     for record in records:
@@ -307,13 +290,17 @@ def _fresh(store: Store, part: Store, records: list[Record]) -> list[int]:
             raise FormatError(
                 f"The id {record.id!r} in {part.path} is that of another row of an earlier part: give every row its own id."
             )
-    return [at for at, record in enumerate(records) if record.id not in known]
+    return [None if record.id in known else record for record in records]
 
 
-def _named(store: Store, records: list[Record]) -> Iterator[Record]:
-    """The records with ids of their own, as a build in one process would have named them."""
+def _named(store: Store, done: int, records: list[Record]) -> list[Record | None]:
+    """The records with ids of their own, as a build in one process would have named them; None for those up to `done`."""
     taken: set[str] = set()
+    named: list[Record | None] = []
     for record in records:
+        if record.extra["number"] <= done:
+            named.append(None)
+            continue
         own = record.content_hash[:16]
         if record.id == own or re.fullmatch(rf"{own}-\d+", record.id):
             names = itertools.chain([own], (f"{own}-{count}" for count in itertools.count(2)))
@@ -325,4 +312,5 @@ def _named(store: Store, records: list[Record]) -> Iterator[Record]:
                 f"The id {record.id!r} of row {number} is that of an earlier row of another shard: give every row its own id."
             )
         taken.add(record.id)
-        yield record
+        named.append(record)
+    return named

@@ -14,6 +14,7 @@ import sqlite3
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ import numpy as np
 import xxhash
 
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
-from leaveout.store.segment import TEMPORARY, sync_directory
+from leaveout.files import replacing
 
 FORMAT = 3
 CATALOGUE = "catalogue.sqlite"
@@ -41,34 +42,98 @@ SCHEMA = (
 MAX_ROWS = 1 << 31  # of one segment, and versions of one store
 MAX_FIELDS = 256  # different metadata fields of one store
 SHIFT = 32  # key of a row = number of its segment << 32 | position in it
+PROOF = "state.purge"  # the entry that holds the result of the last purge
+COLUMNS = "rows.id, rows.unit, contents.text, rows.meta, contents.content_hash, contents.extra, contents.raw, contents.checksum"
+SOURCE = "rows JOIN contents ON contents.key = rows.key"
 
 _APPLICATION = int.from_bytes(b"lvot", "big")
 _BUSY_SECONDS = 30
 _CACHE_KB = 32_768  # of pages while writing: ids come in any order, and their index must stay in memory
 _LINES = 64  # of one INSERT
 _SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # ends a journal that names another file, which SQLite may delete
+_SCALARS = (str, int, float, type(None))
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_C_JSON = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+    None, _JSON.default, json.encoder.encode_basestring, None, ": ", ", ", False, False, False
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row's entry in the catalogue. meta: field -> string, number, bool or None. extra: a small JSON object. raw: the
+    row as it came, a JSON object as text; "" where there was none.
+    """
+
+    id: str
+    text: str
+    unit: str
+    meta: dict[str, Any] = field(default_factory=dict)
+    content_hash: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+    raw: str = ""
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The row as it came, with all its fields; types that JSON lacks in ISO form."""
+        return json.loads(self.raw) if self.raw else {}
+
+
+def serialized(record: Record) -> tuple[str, str, str, str, str, str, str, bytes]:
+    """A record as the catalogue's strings: id, unit, text, meta, content hash, extra, raw; and their checksum.
+
+    Raises: FormatError if it is not valid Unicode and JSON.
+    """
+    for name, value in record.meta.items():
+        if not isinstance(name, str) or "\0" in name or not isinstance(value, _SCALARS):
+            text = f"row {record.id!r}: metadata field {name!r} is {type(value).__name__}"
+            raise FormatError(f"{text}; fields have plain names, and are strings, numbers, bools or None")
+    try:
+        meta, extra = _encoded(record.meta), _encoded(record.extra)
+        strings = (record.id, record.unit, record.text, meta, record.content_hash, extra, record.raw)
+        return *strings, checksum(*strings)
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise FormatError(f"row {record.id!r} cannot be stored: {error}") from None
+
+
+def _encoded(value: dict[str, Any]) -> str:
+    """JSON; `_JSON.encode` makes a new encoder at every call, which doubles its cost."""
+    return "".join(_C_JSON(value, 0)) if _C_JSON else _JSON.encode(value)
+
+
+def deserialized(strings: Sequence[Any]) -> Record:
+    """A record from the columns COLUMNS and the checksum.
+
+    Raises: FormatError if the checksum is not that of the strings, or they are not JSON.
+    """
+    id, unit, text, meta, content_hash, extra, raw, digest = strings
+    if not all(isinstance(part, str) for part in strings[:-1]) or checksum(*strings[:-1]) != digest:
+        raise FormatError(f"the catalogue's entry of row {id!r} is damaged; restore {CATALOGUE} from a copy")
+    try:
+        found = Record(id, text, unit, json.loads(meta), content_hash, json.loads(extra), raw)
+    except (ValueError, RecursionError):
+        found = None
+    if found is None or not isinstance(found.meta, dict) or not isinstance(found.extra, dict):
+        raise FormatError(f"the catalogue's entry of row {id!r} is not JSON; restore {CATALOGUE} from a copy")
+    return found
 
 
 def create(directory: Path, entries: dict[str, Any]) -> None:
     """Writes a new catalogue; the name appears only once it is complete."""
-    temporary = directory / (CATALOGUE + TEMPORARY)
-    for leftover in (temporary, temporary.with_name(temporary.name + "-journal")):
-        leftover.unlink(missing_ok=True)
-    open(temporary, "xb").close()  # SQLite would not give it the user's umask
-    with _explained(directory), closing(_connect(temporary, "rw")) as db:
-        db.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")
-        db.execute(f"PRAGMA application_id = {_APPLICATION}")
-        db.execute(f"PRAGMA user_version = {FORMAT}")
-        db.execute("BEGIN")
-        for statement in SCHEMA:
-            db.execute(statement)
-        for key, value in entries.items():
-            set_entry(db, key, value)
-        set_entry(db, "digests", {"rows": 0, "tombstones": 0})
-        _seal(db)
-        db.execute("COMMIT")
-    os.replace(temporary, directory / CATALOGUE)
-    sync_directory(directory)
+    with _explained(directory), replacing(directory / CATALOGUE) as temporary:
+        temporary.with_name(temporary.name + "-journal").unlink(missing_ok=True)  # of a creation that was killed
+        open(temporary, "xb").close()  # SQLite would not give it the user's umask
+        with closing(_connect(temporary, "rw")) as db:
+            db.execute(f"PRAGMA synchronous = {SYNCHRONOUS}")
+            db.execute(f"PRAGMA application_id = {_APPLICATION}")
+            db.execute(f"PRAGMA user_version = {FORMAT}")
+            db.execute("BEGIN")
+            for statement in SCHEMA:
+                db.execute(statement)
+            for key, value in entries.items():
+                set_entry(db, key, value)
+            set_entry(db, "digests", {"rows": 0, "tombstones": 0})
+            _seal(db)
+            db.execute("COMMIT")
 
 
 def inspect(directory: Path) -> None:

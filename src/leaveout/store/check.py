@@ -1,38 +1,52 @@
-"""What is wrong with a catalogue: anything that is not what the last transaction committed."""
+"""What is wrong with a store: anything that is not what the last transaction committed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from sqlite3 import Connection
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
-from leaveout.errors import FormatError
+from leaveout.errors import FormatError, LeaveoutError
 from leaveout.store import catalogue
-from leaveout.store.catalogue import CATALOGUE, SHIFT
-from leaveout.store.record import COLUMNS, SOURCE, deserialized
+from leaveout.store.catalogue import CATALOGUE, COLUMNS, PROOF, SHIFT, SOURCE, deserialized
+from leaveout.store.snapshot import POSITION, Snapshot
 
-if TYPE_CHECKING:
-    from leaveout.store.reader import Reader, Snapshot
-
-_POSITION = (1 << SHIFT) - 1
 _BATCH = 10_000  # checksums that are put into the digest at once
 
 
-def catalogue_problems(opened: Reader) -> Iterator[str]:
-    """What is wrong with the catalogue of an open store, at its version; a writer may be at work.
+def problems(path: Path) -> list[str]:
+    """Everything that is wrong with the newest version of the store in a directory; [] if nothing is."""
+    try:
+        newest = Snapshot.load(path)
+        found = list(catalogue_problems(newest))
+        if newest.entries["purging"] is not False:
+            problem = (newest.entries.get(PROOF) or {}).get("problem")
+            text = "the last purge is not proved" if problem else "a purge was stopped before its end"
+            found.append(f"{text}; open the store for writing once" + (f": {problem}" if problem else ""))
+        found += [problem for part in newest.files for problem in part.problems()]
+        strays = newest.strays()
+    except (LeaveoutError, OSError) as error:
+        return [str(error)]
+    return found + [f"{file.name} belongs to no version; open the store for writing once" for file in strays]
+
+
+def catalogue_problems(snapshot: Snapshot) -> Iterator[str]:
+    """What is wrong with the catalogue at a version; a writer may be at work.
 
     Cost: reads the whole catalogue, a page of rows at a time.
     """
-    snapshot = opened._snapshot
-    with opened._reading() as db:
-        catalogue.inspect_tables(opened.path, db)
+    with snapshot.reading() as db:
+        catalogue.inspect_tables(snapshot.path, db)
         found = [f"{CATALOGUE}: {text}" for (text,) in db.execute("PRAGMA integrity_check") if text != "ok"]
         found += _count_problems(db, snapshot) + _tombstone_problems(db)
     yield from found
-    keys, checksums, digest = [], [], 0
-    for key, *strings in opened._stream(COLUMNS, SOURCE, f"rows.key < {(snapshot.version + 1) << SHIFT}"):
+    keys: list[int] = []
+    checksums: list[bytes] = []
+    digest = 0
+    for key, *strings in snapshot.stream(COLUMNS, SOURCE, f"rows.key < {(snapshot.version + 1) << SHIFT}"):
         try:
             deserialized(strings)
         except FormatError as error:
@@ -63,11 +77,11 @@ def _tombstone_problems(db: Connection) -> list[str]:
 
 def _count_problems(db: Connection, snapshot: Snapshot) -> list[str]:
     """Rows that no segment has, segments without their rows, rows without contents."""
-    counts = f"SELECT key >> {SHIFT}, count(*), min(key & {_POSITION}), max(key & {_POSITION}) FROM rows"
+    counts = f"SELECT key >> {SHIFT}, count(*), min(key & {POSITION}), max(key & {POSITION}) FROM rows"
     counts += f" WHERE key < {(snapshot.version + 1) << SHIFT} GROUP BY 1"
-    found = {number: rest for number, *rest in db.execute(counts)}
-    wanted = {part.id: [part.n_rows, 0, part.n_rows - 1] for part in snapshot.segments}
-    problems = [
+    found: dict[int, list[Any]] = {number: rest for number, *rest in db.execute(counts)}
+    wanted: dict[int, list[Any]] = {part.id: [part.n_rows, 0, part.n_rows - 1] for part in snapshot.segments}
+    wrong = [
         f"segment {number} has {wanted.get(number, [0])[0]} rows but the catalogue lists {found.get(number, [0])[0]}"
         for number in sorted(found.keys() | wanted.keys())
         if found.get(number) != wanted.get(number)
@@ -75,5 +89,5 @@ def _count_problems(db: Connection, snapshot: Snapshot) -> list[str]:
     for one, other in (("rows", "contents"), ("contents", "rows")):
         query = f"SELECT count(*) FROM {one} WHERE key NOT IN (SELECT key FROM {other})"
         if count := db.execute(query).fetchone()[0]:
-            problems.append(f"{count} rows of table {one} are not in table {other}")
-    return problems
+            wrong.append(f"{count} rows of table {one} are not in table {other}")
+    return wrong

@@ -1,4 +1,4 @@
-"""The proof of a purge: that no file of the store still holds bytes of the purged rows.
+"""A purge: segments written anew, and the proof that no file of the store still holds bytes of the purged rows.
 
 Two parts. A rewritten segment must equal, byte for byte, the rows of the old one that are live; the others never held a
 purged row. All other files, the catalogue included, are scanned at every byte for pieces of the purged rows' texts and
@@ -11,15 +11,19 @@ import os
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from sqlite3 import Connection
 from typing import BinaryIO
 
 import numpy as np
 import xxhash
 
 from leaveout.errors import FormatError
-from leaveout.store import catalogue
+from leaveout.store import catalogue, segment
+from leaveout.store.catalogue import COLUMNS, SHIFT, SOURCE
 from leaveout.store.segment import BLOCK, Segment
+from leaveout.store.snapshot import Snapshot
 
 PIECE = 128  # bytes; one piece in 32 straddles two pages of the catalogue and cannot be seen there, four never all do
 SHORTEST = 16  # bytes; a shorter text or vector is found by chance
@@ -114,19 +118,43 @@ def _slot(words: np.ndarray) -> np.ndarray:
     return (words * _MIX) >> np.uint64(64 - _SLOT_BITS)
 
 
-def add_vectors(traces: Traces, segment: Segment) -> None:
-    """Adds the bytes of every tombstoned row of every array."""
-    for values in segment.arrays().values():
-        for position in segment.tombstones:
-            traces.add(values[position].tobytes(), variety=8)  # sparse vectors look like the empty parts of any file
+def traces_of(snapshot: Snapshot, holed: list[Segment]) -> Traces:
+    """Pieces of the texts, raw rows and vectors of the deleted rows of some segments.
+
+    Raises: FormatError if one of the segments is damaged.
+    """
+    traces = Traces()
+    if snapshot.traces:  # of an earlier purge that is not proved yet
+        traces.add_arrays(snapshot.traces.arrays())
+    for part in holed:
+        if problems := part.problems():
+            raise FormatError(f"{problems[0]}; nothing was purged")
+        for values in part.arrays().values():
+            for position in part.tombstones:
+                traces.add(
+                    values[position].tobytes(), variety=8
+                )  # sparse vectors look like the empty parts of any file
+        keys = [(part.id << SHIFT) + position for position in part.tombstones.tolist()]
+        for texts in snapshot.fetch("contents.text, contents.raw", keys, "TRUE"):
+            for text in texts:
+                traces.add(text.encode(), variety=2)
+    return traces
 
 
-def add_texts(traces: Traces, texts: Iterable[str]) -> None:
-    for text in texts:
-        traces.add(text.encode(), variety=2)
+def rewritten(old: Segment, version: int) -> Segment | None:
+    """The segment without its deleted rows, written by a version and proved to be that; None if no row is left."""
+    live = old.live()
+    if live is None or not live.any():
+        return None
+    file = old.path.with_name(segment.file_name(old.id, version))
+    n_bytes, hashes = segment.write(file, old.arrays(), live)
+    n_rows, none = int(live.sum()), old.tombstones[:0]
+    rest = replace(old, path=file, n_rows=n_rows, n_bytes=n_bytes, hashes=hashes, tombstones=none)
+    _prove_rewritten(old, rest)
+    return rest
 
 
-def prove_rewritten(old: Segment, new: Segment) -> None:
+def _prove_rewritten(old: Segment, new: Segment) -> None:
     """Refuses a new segment that is not exactly the live rows of the old one."""
     live, before, after = old.live(), old.arrays(), new.arrays()
     kept = np.arange(old.n_rows) if live is None else np.flatnonzero(live)
@@ -139,30 +167,62 @@ def prove_rewritten(old: Segment, new: Segment) -> None:
         raise FormatError(f"{new.name} is not the live rows of {old.name}; nothing was purged, check the disk")
 
 
-def prove_absent(directory: Path, traces: Traces, segments: list[Segment], live: Iterator[bytes]) -> int:
-    """Scans every file but the catalogued segments; how many were scanned.
+def put_in_place(db: Connection, old: Segment, new: Segment | None) -> None:
+    """Lists a rewritten segment in the place of the old one, and moves its rows together."""
+    base, live = old.id << SHIFT, old.live()
+    before = catalogue.digest_of_rows(db, base, base + (1 << SHIFT))
+    dead = [(base + position,) for position in old.tombstones.tolist()]
+    kept = [] if live is None else np.flatnonzero(live).tolist()
+    moved = [(base + to, base + at) for to, at in enumerate(kept) if to != at]
+    for table in ("rows", "contents"):
+        db.executemany(f"DELETE FROM {table} WHERE key = ?", dead)
+        db.executemany(f"UPDATE {table} SET key = ? WHERE key = ?", moved)
+    if new is None:
+        db.execute("DELETE FROM segments WHERE segment = ?", (old.id,))
+    else:
+        values = (new.name, new.n_rows, new.n_bytes, new.hashes, new.id)
+        db.execute("UPDATE segments SET name = ?, n_rows = ?, n_bytes = ?, hashes = ? WHERE segment = ?", values)
+    after = catalogue.digest_of_rows(db, base, base + (1 << SHIFT))
+    catalogue.shift_digests(db, rows=after - before)
 
-    live: the catalogue's bytes of the live rows.
+
+def prove_absent(snapshot: Snapshot) -> int:
+    """Scans every file but the segments for the traces of an unfinished purge; how many were scanned.
+
     Raises: FormatError that names a file with bytes of a purged row that no live row has.
     """
-    listed = {segment.path for segment in segments}
-    hits = {}
-    files = [file for file in _files(directory) if file not in listed]
+    traces = Traces()
+    if snapshot.traces:
+        traces.add_arrays(snapshot.traces.arrays())
+    listed = {part.path for part in snapshot.files}
+    hits: dict[Path, set[int]] = {}
+    files = [file for file in _files(snapshot.path) if file not in listed]
     for file in files:
-        is_catalogue = file == directory / catalogue.CATALOGUE
-        with catalogue.raw(directory) if is_catalogue else open(file, "rb") as opened:
+        is_catalogue = file == snapshot.path / catalogue.CATALOGUE
+        with catalogue.raw(snapshot.path) if is_catalogue else open(file, "rb") as opened:
             hits[file] = traces.found(_chunks(opened))
-    remaining = set().union(*hits.values())
+    remaining = set[int]().union(*hits.values())
     if remaining:
-        remaining -= traces.found(live)
-    for segment in segments if remaining else ():
-        with open(segment.path, "rb") as opened:
+        remaining -= traces.found(_live_bytes(snapshot))
+    for part in snapshot.files if remaining else ():
+        with open(part.path, "rb") as opened:
             remaining -= traces.found(_chunks(opened))
     for file, found in hits.items():
         if found & remaining:
             text = f"the rows are purged from the store, but {file} still holds bytes of them"
             raise FormatError(f"{text}; remove this file if it is not part of the store, else report this")
     return len(files)
+
+
+def _live_bytes(snapshot: Snapshot) -> Iterator[bytes]:
+    """What the catalogue holds of live rows; the byte 255 between strings, so that none is found across two."""
+    found = bytearray()
+    for _, *strings in snapshot.stream(COLUMNS, SOURCE, catalogue.visible(snapshot.version)):
+        found += b"".join(string.encode() + b"\xff" for string in strings[:-1])
+        if len(found) > BLOCK:
+            yield bytes(found)
+            found.clear()
+    yield bytes(found)
 
 
 def _files(directory: Path) -> Iterator[Path]:

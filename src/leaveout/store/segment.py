@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from leaveout.errors import FormatError, MismatchError
+from leaveout.files import replacing
 
 BLOCK = 4 << 20  # bytes under one xxh3-64 hash
 HASH = 8  # bytes of one hash
@@ -30,7 +31,6 @@ DTYPES = {
     for code in ("F16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 }
 NAME = re.compile(r"(\d{8,10})-(\d{8,10})\.safetensors")  # of a file: number of the segment, version that wrote it
-TEMPORARY = ".tmp"
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ARRAY_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}")
@@ -99,7 +99,7 @@ class Segment:
         """
         found = []
         try:
-            found += self.damaged_blocks()
+            found += self._damaged_blocks()
             with self._opened() as fd:
                 self._layout(fd)
         except (FormatError, MismatchError) as error:
@@ -109,12 +109,12 @@ class Segment:
     def _verify(self) -> None:
         """Compares the hashes of the file, once after the store was opened with `verify`."""
         if self.verified is not None and self.name not in self.verified:
-            for problem in self.damaged_blocks():
+            for problem in self._damaged_blocks():
                 raise FormatError(f"{problem}; restore the file from a copy")
             self.verified.add(self.name)
 
-    def damaged_blocks(self) -> Iterator[str]:
-        """The blocks whose hash differs; for a file of any content."""
+    def _damaged_blocks(self) -> Iterator[str]:
+        """The blocks whose hash differs."""
         with self._opened() as fd:
             for number, digest in enumerate(_block_hashes(fd)):
                 if digest != self.hashes[number * HASH : (number + 1) * HASH]:
@@ -122,12 +122,23 @@ class Segment:
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        """A descriptor of the file, once it is known to be a plain file of the right size."""
-        with opened_plainly(self.path) as fd:
+        """A descriptor of the file, once it is known to be a plain file, no link, pipe or device, of the right size."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            text = f"{self.name} is not there: purged or replaced since the store was opened (call refresh), or lost"
+            raise MismatchError(f"{text} (run check)") from None
+        except OSError as error:
+            raise FormatError(f"{self.name} cannot be read as a plain file ({error.strerror})") from None
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise FormatError(f"{self.name} is not a plain file")
             if (n_bytes := os.fstat(fd).st_size) != self.n_bytes:
                 text = f"{self.name} has {n_bytes} bytes but the catalogue says {self.n_bytes}"
                 raise FormatError(f"{text}; restore the file from a copy")
             yield fd
+        finally:
+            os.close(fd)
 
     def _layout(self, fd: int) -> Layout:
         try:
@@ -139,27 +150,6 @@ class Segment:
                 text = f"{self.name}: array {name!r} has shape {list(shape)}"
                 raise FormatError(f"{text} but the catalogue says {self.n_rows} rows")
         return layout
-
-
-@contextmanager
-def opened_plainly(path: Path) -> Iterator[int]:
-    """A descriptor of a file that is no link, pipe or device.
-
-    Raises: MismatchError if it is not there, FormatError if it is not a plain file.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        text = f"{path.name} is not there: purged or replaced since the store was opened (call refresh), or lost"
-        raise MismatchError(f"{text} (run check)") from None
-    except OSError as error:
-        raise FormatError(f"{path.name} cannot be read as a plain file ({error.strerror})") from None
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise FormatError(f"{path.name} is not a plain file")
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def file_name(segment: int, version: int) -> str:
@@ -177,34 +167,10 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], keep: np.ndarray | None 
     n_kept = None if keep is None else int(np.count_nonzero(keep))
     shapes = {n: a.shape if n_kept is None else (n_kept, *a.shape[1:]) for n, a in arrays.items()}
     header = _header({name: (arrays[name].dtype, shape) for name, shape in shapes.items()})
-    return write_pieces(path, _bytes_of(header, arrays, keep))
-
-
-def write_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[int, bytes]:
-    """Writes a file from its pieces; its size in bytes and block hashes. The name appears once all is on disk."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    temporary.unlink(missing_ok=True)
-    try:
-        with open(temporary, "xb") as file:  # not mkstemp: the file gets the user's umask
-            hashes = _write_hashed(file, pieces)
-            file.flush()
-            os.fsync(file.fileno())
-            n_bytes = file.tell()
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+    with replacing(path) as temporary, open(temporary, "xb") as file:  # not mkstemp: the file gets the user's umask
+        hashes = _write_hashed(file, _bytes_of(header, arrays, keep))
+        n_bytes = file.tell()
     return n_bytes, hashes
-
-
-def sync_directory(path: Path) -> None:
-    """Makes renames and removals in a directory durable."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _in_order(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,26 @@
+"""The deletion engine as methods: the predicted effect of leaving out each unit alone, in nats."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from leaveout.deletion.sets import DeletionSets
+from leaveout.methods.scorer import Scorer, method
+
+
+@method(any_query=True)
+def metagradient(scorer: Scorer, at: str) -> np.ndarray:
+    """The exact first order, which is measured into the run's bank."""
+    scorer.run.measure(gradient=True, queries=scorer.queries, settings=scorer.settings)
+    return _effects(scorer, "first_order")
+
+
+@method(any_query=True)
+def posterior(scorer: Scorer, at: str) -> np.ndarray:
+    """What the bank has, by its posterior; nothing is measured."""
+    return _effects(scorer, "posterior")
+
+
+def _effects(scorer: Scorer, estimator: str) -> np.ndarray:
+    names = scorer.run.recipe.unit_names
+    return scorer.run.bank.predict(scorer.queries, DeletionSets(np.eye(len(names)), names), estimator).effect

@@ -1,0 +1,60 @@
+"""The presets of the readout engine as methods: a run's rows, indexed in a temporary directory and scored."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leaveout.corpus import Row
+from leaveout.corpus.chat import Template, chosen_template
+from leaveout.corpus.tokens import tokens_of
+from leaveout.deletion.run import TrainingRun
+from leaveout.methods.scorer import Method, Scorer, as_row
+from leaveout.models import load_tokenizer
+from leaveout.readout.index import Index
+from leaveout.readout.model import Readout, load_readout
+from leaveout.readout.settings import SignatureSettings
+
+
+def signature_scores(scorer: Scorer, at: str, preset: str | SignatureSettings) -> np.ndarray:
+    """Scores of the readout engine [query, example], from an index of the rows as the run was trained on them."""
+    asked, readout = scorer.query_rows, readout_of(scorer, at)
+    template = chosen_template(scorer.run.recipe.template, readout.tokenizer)
+    rows = [
+        replace(trained_part(row, readout.tokenizer, template, scorer.run.recipe.max_tokens), id=str(i), unit=str(i))
+        for i, row in enumerate(map(as_row, scorer.rows))
+    ]
+    with tempfile.TemporaryDirectory() as place:
+        index = Index.build(readout, rows, Path(place) / "index", preset, template=template)
+        return index.score([as_row(row) for row in asked])
+
+
+def readout_of(scorer: Scorer, at: str) -> Readout:
+    """The language model of the run at a checkpoint."""
+    return load_readout(scorer.model(at), tokenizer_of(scorer.run))
+
+
+def trained_part(row: Row, tokenizer: Any, template: Template, limit: int) -> Row:
+    """A row as it was trained on, of which the tokens count that the recipe takes.
+
+    Its text stays whole: a text that ends within a word or a sign has other tokens.
+    """
+    tokens = tokens_of(row, tokenizer, template, limit)
+    return replace(tokens.row, kept=limit) if tokens.cut else tokens.row
+
+
+def tokenizer_of(run: TrainingRun) -> Any:
+    """The tokenizer of a causal-lm recipe."""
+    source: Any = run.recipe.model() if callable(run.recipe.model) else run.recipe.model
+    return source[1] if isinstance(source, tuple) else load_tokenizer(str(source))
+
+
+def _preset(name: str) -> Method:
+    return Method(lambda scorer, at: signature_scores(scorer, at, name), kinds=("causal-lm",), text=True)
+
+
+default, residual, similarity, paper = map(_preset, ("default", "residual", "similarity", "paper"))

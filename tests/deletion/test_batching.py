@@ -67,28 +67,8 @@ class Forgetful(torch.autograd.Function):
         return ctx.saved_tensors[0] * grad
 
 
-class WrongRule(torch.autograd.Function):
-    """A square whose rule for batches gives all runs what the first one gets, without a word."""
-
-    @staticmethod
-    def forward(x):
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * WrongProduct.apply(ctx.saved_tensors[0], grad)
-
-    @staticmethod
-    def vmap(info, in_dims, x):
-        return (x[:1] * x[:1]).expand_as(x), 0
-
-
 class WrongProduct(torch.autograd.Function):
-    """A product; as a batch, all get what the first one gets."""
+    """A product whose rule for batches gives all runs what the first one gets, without a word."""
 
     @staticmethod
     def forward(x, y):
@@ -101,7 +81,7 @@ class WrongProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, y = ctx.saved_tensors
-        return grad * y, grad * x
+        return WrongProduct.apply(grad, y), WrongProduct.apply(grad, x)
 
     @staticmethod
     def vmap(info, in_dims, x, y):
@@ -109,12 +89,16 @@ class WrongProduct(torch.autograd.Function):
         return found.expand(info.batch_size, *found.shape), 0
 
 
+def wrong_rule(x):
+    return WrongProduct.apply(x, x)
+
+
 def by_values(x):
     """A square whose course depends on its values."""
     return torch.zeros_like(x).index_put(tuple(x.nonzero().T), x[x != 0] * x[x != 0])
 
 
-SQUARES = {"no rule": NoRule.apply, "by values": by_values, "wrong rule": WrongRule.apply, "plain": torch.square}
+SQUARES = {"no rule": NoRule.apply, "by values": by_values, "wrong rule": wrong_rule, "plain": torch.square}
 
 
 class Net(nn.Module):

@@ -151,25 +151,16 @@ def _chain(g: Any, x: Any, taylor: Taylor) -> Series:
     return S.multiply(g, S.compose(S.derivative(taylor(x.c, x.degree + 1)), x))
 
 
-@rule(aten.gelu_backward.default)
-def _gelu_backward(func: Any, args: Any, kwargs: dict) -> Jet:
-    return wrap(_chain(operand(args[0]), operand(args[1]), _gelu_taylor(kwargs)), space_of(args))
-
-
-@rule(aten.silu_backward.default)
-def _silu_backward(func: Any, args: Any, kwargs: dict) -> Jet:
-    return wrap(_chain(operand(args[0]), operand(args[1]), taylor_silu), space_of(args))
+@rule(aten.silu_backward.default, aten.log_sigmoid_backward.default, aten.gelu_backward.default)
+def _composed_backward(func: Any, args: Any, kwargs: dict) -> Jet:
+    plain = {aten.silu_backward.default: taylor_silu, aten.log_sigmoid_backward.default: taylor_logsigmoid}
+    return wrap(_chain(operand(args[0]), operand(args[1]), plain.get(func, _gelu_taylor(kwargs))), space_of(args))
 
 
 @rule(aten.softplus_backward.default)
 def _softplus_backward(func: Any, args: Any, kwargs: dict) -> Jet:
     _only_default_softplus(func, args[2:])
     return wrap(_chain(operand(args[0]), operand(args[1]), taylor_softplus), space_of(args))
-
-
-@rule(aten.log_sigmoid_backward.default)
-def _logsigmoid_backward(func: Any, args: Any, kwargs: dict) -> Jet:
-    return wrap(_chain(operand(args[0]), operand(args[1]), taylor_logsigmoid), space_of(args))
 
 
 @rule(aten.tanh_backward.default)

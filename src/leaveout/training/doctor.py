@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -211,12 +211,7 @@ def _changes(recipe: Recipe) -> list[tuple[str, Recipe]]:
         eps = s.eps or 1e-3
         out.append((f"Epsilon {eps * 10:.2g} instead of {eps:.2g}", recipe.with_(eps=eps * 10)))
     if s.name in ("adam", "adamw"):
-        eps = s.eps or 1e-8
+        eps, paper = s.eps or 1e-8, replace(s, name="paper-adam", eps=1e-3, weight_decay=0.0)
         out.append((f"Epsilon {eps * 1e3:.2g} instead of {eps:.2g}", recipe.with_(eps=eps * 1e3)))
-        out.append(("`paper-adam` with epsilon 1e-3 inside the root", _paper(recipe)))
+        out.append(("`paper-adam` with epsilon 1e-3 inside the root", recipe.with_(optimizer=paper)))
     return out
-
-
-def _paper(recipe: Recipe) -> Recipe:
-    settings: dict[str, Any] = {"name": "paper-adam", "eps": 1e-3, "weight_decay": 0.0}
-    return recipe.with_(optimizer=type(recipe.optimizer)(**{**vars(recipe.optimizer), **settings}))

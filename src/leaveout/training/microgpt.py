@@ -85,4 +85,3 @@ def load_flat(model: MicroGPT, flat: Tensor) -> None:
         for p in model.parameters():
             p.copy_(flat[start : start + p.numel()].view_as(p))
             start += p.numel()
-

@@ -194,14 +194,16 @@ def query_losses(recipe: Recipe, params: Parameters, queries: Queries) -> Tensor
     own = task.parameters()
     stacked = all(params[name].dim() == p.dim() + 1 for name, p in own.items())
     runs = params if stacked else {name: p.unsqueeze(0) for name, p in params.items()}
-    values = queries if callable(queries) else _losses_of(task, queries)
     with torch.no_grad():
-        out = _values_of_runs(Bound(task, values), runs)
+        out = _values_of_runs(Bound(task, _function(task, queries, 1)), runs)
     return out if stacked else out[0]
 
 
-def _losses_of(task: Task, rows: Sequence[Any]) -> Callable[[nn.Module], Tensor]:
-    batches = [task.encode_queries([row]) for row in rows]
+def _function(task: Task, queries: Queries, together: int) -> Callable[[nn.Module], Tensor]:
+    """The function model -> values [queries]; of rows their losses, so many in a batch."""
+    if callable(queries):
+        return queries
+    batches = [task.encode_queries(queries[i : i + together]) for i in range(0, len(queries), together)]
     return lambda model: torch.cat([task.loss(model, batch) for batch in batches])
 
 
@@ -236,10 +238,5 @@ def jet_values(recipe: Recipe, constants: Parameters, coefficients: Parameters, 
 def query_series(task: Task, space: Space, queries: Queries) -> Series:
     """Series of queries [queries] under the jets that the task's model holds."""
     with torch.no_grad():
-        if callable(queries):
-            values = [queries(task.model)]
-        else:
-            groups = (queries[i : i + TOGETHER] for i in range(0, len(queries), TOGETHER))
-            values = [task.loss(task.model, task.encode_queries(list(group))) for group in groups]
-    jets = [v if isinstance(v, Jet) else space.constant(v) for v in values]
-    return Series(torch.cat([j.c for j in jets]), torch.cat([j.h for j in jets], -1))
+        values = _function(task, queries, TOGETHER)(task.model)
+    return values.series if isinstance(values, Jet) else space.constant(values).series

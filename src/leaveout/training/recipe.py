@@ -453,14 +453,15 @@ def _model_facts(model: Any) -> Any:
 # --- the file of a recipe: numbers as numbers, paths relative to its own directory -------------------------------------
 
 
-WHOLE = ("n", "steps", "epochs", "batch_size", "accumulate", "warmup", "seed", "max_tokens")
-REAL_OF_OPTIMIZER = ("lr", "momentum", "eps", "weight_decay")
+NUMBERS: dict[str, type] = {
+    **dict.fromkeys(("n", *LEAST), int), **dict.fromkeys(("clip_norm", "lr", "momentum", "eps", "weight_decay"), float)
+}  # fmt: skip
 
 
 def read_fields(path: Path, known: Collection[str], known_of_optimizer: Collection[str]) -> dict[str, Any]:
-    """The fields of a YAML recipe. YAML reads 1e-3 as text, so that texts that are numbers become numbers.
+    """The fields of a YAML recipe.
 
-    Raises: FormatError for unknown fields, for what must be a number and is none, and for `steps` beside `epochs`.
+    Raises: FormatError for unknown fields, and for those that do not go together, such as `steps` beside `epochs`.
     """
     if not path.is_file():
         kind = "is a directory" if path.is_dir() else "does not exist"
@@ -485,16 +486,9 @@ def read_fields(path: Path, known: Collection[str], known_of_optimizer: Collecti
         raise FormatError(f"{path}: `data` must be the path of a file, got {out['data']!r}.")
     if not isinstance(out.get("units", ""), str):
         raise FormatError(f"{path}: `units` must be the name of a field of the rows, got {out['units']!r}.")
-    for name in WHOLE:
-        if name in out:
-            out[name] = _number(path, name, out[name], whole=True)
-    if not isinstance(out.get("drop_last", False), bool):
-        raise FormatError(f"{path}: `drop_last` must be true or false, got {out['drop_last']!r}.")
-    if out.get("clip_norm") is not None:
-        out["clip_norm"] = _number(path, "clip_norm", out["clip_norm"])
     if "optimizer" in out:
         out["optimizer"] = _optimizer(path, out["optimizer"], known_of_optimizer)
-    return out
+    return _with_numbers(out)
 
 
 def model_place(model: str, directory: Path) -> str:
@@ -520,26 +514,19 @@ def _optimizer(path: Path, raw: Any, known: Collection[str]) -> dict[str, Any]:
     if unknown := [str(name) for name in out if name not in known]:
         name = unknown[0]
         raise FormatError(f"{path}: `optimizer` has the unknown field {name!r}: {choices(name, known)}.")
-    for name in REAL_OF_OPTIMIZER:
-        if name in out and not (name == "eps" and out[name] is None):
-            out[name] = _number(path, f"optimizer.{name}", out[name])
-    if (betas := out.get("betas")) is not None:
-        if not isinstance(betas, list) or len(betas) != 2:
-            raise FormatError(f"{path}: `optimizer.betas` must be a list of two numbers, got {betas!r}.")
-        out["betas"] = tuple(_number(path, "optimizer.betas", beta) for beta in betas)
+    return _with_numbers(out)
+
+
+def _with_numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Texts that are numbers as numbers: YAML reads 1e-3 as a text. A number stays, because the hash tells 1 from 1.0."""
+    out = {name: _number(value, NUMBERS[name]) if name in NUMBERS else value for name, value in fields.items()}
+    if isinstance(betas := out.get("betas"), list):
+        out["betas"] = tuple(_number(beta, float) for beta in betas)
     return out
 
 
-def _number(path: Path, name: str, value: Any, whole: bool = False) -> int | float:
-    """A number, or a text that is one; a number that YAML read stays as it is, because the hash tells 1 from 1.0."""
-    number = value
-    if isinstance(value, str):
-        try:
-            number = int(value) if whole else float(value)
-        except ValueError:
-            number = None
-    kinds = int if whole else (int, float)
-    if not isinstance(number, kinds) or isinstance(number, bool) or not math.isfinite(number):
-        wanted = "a whole number" if whole else "a number such as 0.001 or 1.0e-3"
-        raise FormatError(f"{path}: `{name}` must be {wanted}, got {value!r}.")
-    return number
+def _number(value: Any, kind: type) -> Any:
+    try:
+        return kind(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -45,6 +45,7 @@ from leaveout.training.start import made_by, module_of, pair_of, refuse_another_
 
 Batch = tuple[Tensor, ...]
 Parameters = dict[str, Tensor]
+Outputs = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Task:
     encode: Callable[[Sequence[Any]], Batch]
     loss: Callable[[nn.Module, Batch], Tensor]
     trained: tuple[str, ...]
-    outputs: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None = None
+    outputs: Outputs | None = None
     separate: bool = False
     sizes: Callable[[Batch], Tensor] | None = None
     notes: tuple[str, ...] = ()
@@ -195,11 +196,17 @@ def _microgpt(recipe: Recipe) -> Task:
     def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return m(batch[0]), batch[1]
 
-    def loss(m: nn.Module, batch: Batch) -> Tensor:
-        return token_losses(*outputs(m, batch))
-
     sizes = _learned_tokens if recipe.loss_per == "token" else None
-    return Task(model, encode, loss, _trained(model, recipe.trained), outputs, separate=True, sizes=sizes, cut=cut)
+    return Task(
+        model,
+        encode,
+        _losses_of(outputs),
+        _trained(model, recipe.trained),
+        outputs,
+        separate=True,
+        sizes=sizes,
+        cut=cut,
+    )
 
 
 def _answers_only(row: Row, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,6 +237,10 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return each.view(targets.shape).sum(-1) / (targets != IGNORED).sum(-1)
 
 
+def _losses_of(outputs: Outputs) -> Callable[[nn.Module, Batch], Tensor]:
+    return lambda model, batch: token_losses(*outputs(model, batch))
+
+
 # --- language models ---------------------------------------------------------------------------------------------
 
 
@@ -250,9 +261,6 @@ def _causal_lm(recipe: Recipe) -> Task:
     def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return logits(m, batch[0])[:, :-1], batch[1][:, 1:]
 
-    def loss(m: nn.Module, batch: Batch) -> Tensor:
-        return token_losses(*outputs(m, batch))
-
     context = min(recipe.max_tokens, loaded.context)
     limit = length_limit(model)
 
@@ -268,7 +276,7 @@ def _causal_lm(recipe: Recipe) -> Task:
     if limit is not None and context > limit:
         _refuse_switch(rows, recipe.examples, limit)
     return Task(
-        model, encode, loss, names, outputs, separate=True, sizes=sizes, notes=loaded.notes,
+        model, encode, _losses_of(outputs), names, outputs, separate=True, sizes=sizes, notes=loaded.notes,
         cut=lambda row: rows.tokens(row).cut,
     )  # fmt: skip
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +19,7 @@ from leaveout.errors import StabilityError
 from leaveout.jets import Jet, Series, Space, install, restore
 from leaveout.training.batching import batching_problem, of_runs
 from leaveout.training.loop import Loop, RunOptions, clip_each
-from leaveout.training.memory import MemoryPlan, kept_memory, plan_memory
+from leaveout.training.memory import MemoryPlan, flushed_denormals, kept_memory, plan_memory
 from leaveout.training.queries import Queries, query_series
 from leaveout.training.recipe import Recipe
 from leaveout.training.steps import Part, Steps
@@ -199,16 +197,6 @@ def _check_finite(params: dict[str, Any], step: int, n_steps: int) -> None:
                 + ("Use a lower degree, or ask" if degree > 1 else "Measure it with retrainings, or ask")
                 + " `leaveout doctor RECIPE --growth` what to change."
             )
-
-
-@contextmanager
-def flushed_denormals() -> Iterator[None]:
-    """Moments of weights that no longer get a gradient decay to denormal numbers, which slow a step down tenfold."""
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 def _joined(parts: list[Round], plan: MemoryPlan) -> JetRun:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leaveout.errors import UnsupportedError
 from leaveout.training.batching import agree, tried
 from leaveout.training.loop import make_optimizer
+from leaveout.training.memory import flushed_denormals, kept_memory
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.steps import Part, Steps
@@ -22,6 +25,13 @@ NEAR, ROUGH = 0.02, 1e-3
 """How far differences of gradients may be from their derivative: of its size (kinks), and of the gradient (rounding)."""
 SecondPass = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Cotangents of a gradient [queries, parameters] -> Hessian-vector products, and slopes along each example's weight."""
+
+
+@contextmanager
+def passes() -> Iterator[None]:
+    """What forward and backward passes of all orders need while they run: attention that has derivatives, and their pace."""
+    with sdpa_kernel(SDPBackend.MATH), kept_memory(), flushed_denormals():
+        yield
 
 
 class FlatRun:

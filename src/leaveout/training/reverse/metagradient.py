@@ -21,17 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from leaveout.errors import StabilityError, UnsupportedError
 from leaveout.training.loop import RunOptions
-from leaveout.training.memory import COPIES, available_memory, kept_bytes, kept_memory
+from leaveout.training.memory import COPIES, available_memory, kept_bytes
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint, sgd_adjoint
-from leaveout.training.reverse.flat_run import FlatRun
-from leaveout.training.train import flushed_denormals
+from leaveout.training.reverse.flat_run import FlatRun, passes
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def metagradient(
     """
     options = options or RunOptions()
     began = time.process_time()
-    with sdpa_kernel(SDPBackend.MATH), kept_memory(), flushed_denormals():
+    with passes():
         run = FlatRun(recipe)
         n_queries = run.count(queries)
         run.require_second_pass()

@@ -13,19 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from leaveout.training.batching import agree, tried
 from leaveout.training.loop import RunOptions
-from leaveout.training.memory import available_memory, kept_bytes, kept_memory
+from leaveout.training.memory import available_memory, kept_bytes
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint
-from leaveout.training.reverse.flat_run import FlatRun
+from leaveout.training.reverse.flat_run import FlatRun, passes
 from leaveout.training.steps import Part
 from leaveout.training.tasks import Parameters, example_loss
-from leaveout.training.train import flushed_denormals
 
 SEED = 2604
 ROUND = 64
@@ -83,7 +81,7 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
     free) is less. Examples of a batch must not change each other's loss.
     """
     options = options or RunOptions()
-    with sdpa_kernel(SDPBackend.MATH), kept_memory(), flushed_denormals():
+    with passes():
         run = FlatRun(recipe)
         sketch = Sketch.of(sum(run.sizes), width)
         together = _together(run, options.memory)
@@ -105,7 +103,7 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
 
 def query_gradients(recipe: Recipe, params: Parameters, queries: Queries, width: int = 1024) -> np.ndarray:
     """Gradients of queries at given parameters, in the space of `unit_vectors` of the same width: float32 [queries, width]."""
-    with sdpa_kernel(SDPBackend.MATH):
+    with passes():
         run = FlatRun(recipe)
         with torch.no_grad():
             for name, p in run.task.parameters().items():

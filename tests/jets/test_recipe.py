@@ -11,8 +11,8 @@ from torch import nn
 
 from leaveout.corpus import Corpus
 from leaveout.errors import FormatError, UnsupportedError
+from leaveout.training.loop import Steps
 from leaveout.training.recipe import OptimizerSettings, Recipe
-from leaveout.training.steps import Steps
 from leaveout.training.tasks import task_of
 
 NAMES = ["anna", "bob", "eve", "kim", "lena", "max"]

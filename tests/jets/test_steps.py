@@ -9,12 +9,12 @@ from torch import nn
 
 from leaveout.corpus import Corpus
 from leaveout.methods.scorer import take_snapshots
+from leaveout.training.loop import Steps, micro_batches
 from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.reverse.flat_run import FlatRun
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.reverse.updates import unit_vectors
-from leaveout.training.steps import Steps, micro_batches
 from leaveout.training.tasks import IGNORED, task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
 from oracles import roots

@@ -14,11 +14,10 @@ from leaveout.corpus import Corpus
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
 from leaveout.training import doctor
 from leaveout.training.doctor import Stability, check_stability, growth_scale, random_directions
-from leaveout.training.loop import RunOptions, make_optimizer
+from leaveout.training.loop import RunOptions, Steps, make_optimizer, micro_batches
 from leaveout.training.memory import available_memory, plan_memory, runs_together
 from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
-from leaveout.training.steps import Steps, micro_batches
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
 from oracles import roots

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from leaveout.training.loop import Steps
 from leaveout.training.recipe import Recipe
-from leaveout.training.steps import Steps
 from leaveout.training.tasks import Batch, Parameters, task_of
 
 aten = torch.ops.aten

@@ -21,10 +21,9 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.evaluation.answers import answer_loss, of_answers
 from leaveout.methods.registry import Scored
 from leaveout.metrics import tail_patch, top_rows
-from leaveout.training.loop import Loop, RunOptions, restore_state, state_of
+from leaveout.training.loop import Loop, Part, RunOptions, Steps, restore_state, state_of
 from leaveout.training.queries import Query, query_function
 from leaveout.training.recipe import Recipe
-from leaveout.training.steps import Part, Steps
 from leaveout.training.tasks import Task, task_of
 
 

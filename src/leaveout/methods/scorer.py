@@ -15,10 +15,9 @@ from leaveout.corpus import Corpus, Row
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import UnsupportedError
-from leaveout.training.loop import Loop, RunOptions
+from leaveout.training.loop import Loop, RunOptions, Steps
 from leaveout.training.queries import Query
 from leaveout.training.recipe import Recipe
-from leaveout.training.steps import Steps
 from leaveout.training.tasks import Parameters, Task, task_of
 
 Score = Callable[["Scorer", str], np.ndarray]

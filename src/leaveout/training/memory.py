@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from leaveout.errors import UnsupportedError
+from leaveout.training.loop import micro_batches
 from leaveout.training.recipe import Recipe
-from leaveout.training.steps import micro_batches
 from leaveout.training.tasks import Task, rows_are_separate, text_length
 
 COPIES = {"sgd": 2, "momentum": 3, "adam": 4, "adamw": 4, "paper-adam": 4}

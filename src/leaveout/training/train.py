@@ -1,6 +1,6 @@
 """Run a recipe: plainly, for many weightings at once, or in jets.
 
-All three run the same loop on the same task and the same parts of steps (`steps`). A weight is one number per unit
+All three run the same loop on the same task and the same parts of steps (`loop`). A weight is one number per unit
 (plain), one per run and unit (batch), or the series 1 - z psi per direction and unit (jets).
 """
 
@@ -18,11 +18,10 @@ from tqdm import tqdm
 from leaveout.errors import StabilityError
 from leaveout.jets import Jet, Series, Space, install, restore
 from leaveout.training.batching import batching_problem, of_runs
-from leaveout.training.loop import Loop, RunOptions, clip_each
+from leaveout.training.loop import Loop, Part, RunOptions, Steps, clip_each
 from leaveout.training.memory import MemoryPlan, flushed_denormals, kept_memory, plan_memory
 from leaveout.training.queries import Queries, query_series
 from leaveout.training.recipe import Recipe
-from leaveout.training.steps import Part, Steps
 from leaveout.training.tasks import Parameters, Task, losses_on, rows_are_separate, task_of
 
 CHECK_EVERY = 20

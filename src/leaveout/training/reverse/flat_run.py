@@ -12,11 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leaveout.errors import UnsupportedError
 from leaveout.training.batching import agree, tried
-from leaveout.training.loop import make_optimizer
+from leaveout.training.loop import Part, Steps, make_optimizer
 from leaveout.training.memory import flushed_denormals, kept_memory
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
-from leaveout.training.steps import Part, Steps
 from leaveout.training.tasks import Parameters, task_of
 
 MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}

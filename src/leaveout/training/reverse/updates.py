@@ -16,13 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from leaveout.training.batching import agree, tried
-from leaveout.training.loop import RunOptions
+from leaveout.training.loop import Part, RunOptions
 from leaveout.training.memory import available_memory, kept_bytes
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint
 from leaveout.training.reverse.flat_run import FlatRun, passes
-from leaveout.training.steps import Part
 from leaveout.training.tasks import Parameters, example_loss
 
 SEED = 2604

@@ -198,8 +198,7 @@ def _gather(func: Any, args: Any, kwargs: dict) -> Jet:
 def _scatter_add(func: Any, args: Any, kwargs: dict) -> Jet:
     x, dim, index, source = args
     dim = from_end(dim, x.dim())
-    space = space_of(args)
-    target = as_jet(x, func) if func is aten.scatter_add_.default else wrap(_copied(operand(x), space), space)
+    target = _target(func, x, space_of(args))
     target.c.scatter_add_(dim, index, constant(source))
     if isinstance(source, Jet):
         target.h.scatter_add_(dim, index.expand(*target.h.shape[:2], *index.shape), source.h)
@@ -210,8 +209,7 @@ def _scatter_add(func: Any, args: Any, kwargs: dict) -> Jet:
 def _index_add(func: Any, args: Any, kwargs: dict) -> Jet:
     x, dim, index, source = args
     dim, alpha = from_end(dim, x.dim()), kwargs.get("alpha", 1)
-    space = space_of(args)
-    target = as_jet(x, func) if func is aten.index_add_.default else wrap(_copied(operand(x), space), space)
+    target = _target(func, x, space_of(args))
     target.c.index_add_(dim, index, constant(source), alpha=alpha)
     if isinstance(source, Jet):
         target.h.index_add_(dim, index, source.h, alpha=alpha)
@@ -246,9 +244,7 @@ def _index(func: Any, args: Any, kwargs: dict) -> Jet:
 def _index_put(func: Any, args: Any, kwargs: dict) -> Jet:
     x, indices, values = args[:3]
     accumulate = args[3] if len(args) > 3 else False
-    space = space_of((x, values))
-    in_place = func is not aten.index_put.default
-    target = as_jet(x, func) if in_place else wrap(_copied(operand(x), space), space)
+    target = _target(func, x, space_of((x, values)))
     keys = _index_keys(func, indices)
     target.c.index_put_(_filled(keys, target.c), constant(values), accumulate)
     h_keys = (slice(None), slice(None), *keys)
@@ -258,10 +254,11 @@ def _index_put(func: Any, args: Any, kwargs: dict) -> Jet:
     return target
 
 
-def _copied(a: Any, space: Space) -> Series:
-    if isinstance(a, Series):
-        return a.map(torch.clone)
-    return Series(a.clone(), torch.zeros(space.degree, space.directions, *a.shape, dtype=space.dtype))
+def _target(func: Any, x: Any, space: Space) -> Jet:
+    """What is written into: x itself where the operation works in place, else a copy."""
+    if func._schema.is_mutable:
+        return as_jet(x, func)
+    return wrap(x.series.map(torch.clone), space) if isinstance(x, Jet) else space.constant(x)
 
 
 def _index_keys(func: Any, indices: Any) -> tuple:

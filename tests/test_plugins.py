@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -57,18 +60,17 @@ def test_package_that_does_not_import_is_named(package):
         plugins.load(plugins.found("method")["of-mine"])
 
 
-SINC = """
-import math
-from leaveout.jets import series as S
-from leaveout.jets.table import of_one
-
-sinc = of_one(lambda x: S.divide(S.sin(S.multiply(x, math.pi)), S.multiply(x, math.pi)))
-"""
-
-
 def test_rule_of_another_package_is_used_by_jets(package, monkeypatch):
-    package("outside", {"rule.aten.sinc.default": "outside:sinc"}, SINC)
+    """Both snippets of the page are run; the series is compared with one made of operations that have rules."""
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "own-rule.md").read_text()
+    code, use = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (entry,) = re.findall(r'^"(.*?)" = "my_package:sinc"$', page, re.MULTILINE)
+    package("my_package", {entry: "my_package:sinc"}, code)
     monkeypatch.setattr(tensor, "TABLE", dict(tensor.TABLE))
-    x = Space(2, 1).jet(torch.tensor([0.4, -1.2], dtype=torch.float64), torch.ones(2, 1, 2))
+    x = Space(2, 1).jet(torch.tensor([0.4, -1.2]), torch.ones(2, 1, 2))
+    x.requires_grad_()
     found, wanted = torch.sinc(x), (x * torch.pi).sin() / (x * torch.pi)
-    assert torch.allclose(found.h, wanted.h) and torch.allclose(found.c, torch.sinc(x.c))
+    slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (found, wanted)]
+    for a, b in ((found, wanted), slopes):
+        assert torch.allclose(a.c, b.c) and torch.allclose(a.h, b.h)
+    exec(use, {})

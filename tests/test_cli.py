@@ -357,7 +357,7 @@ def test_backend_is_handed_on(run, idx, model, rows, tmp_path, monkeypatch):
     (tmp_path / "more.jsonl").write_text(json.dumps({"id": "e", "text": TEXTS[4]}) + "\n")
     for command in (["index", model, rows, "--out", tmp_path / "two"], ["append", idx, tmp_path / "more.jsonl"]):
         code, _, err = run(*command, "--backend", "ray")
-        assert code == 1 and "the backend ray needs the package ray: pip install 'leaveout[ray]'" in err
+        assert code == 1 and "The backend ray needs the package ray: pip install 'leaveout[ray]'" in err
 
 
 # Ways to search.

@@ -11,8 +11,8 @@ import torch
 from command import run_command
 from leaveout import Index, Recipe
 from leaveout.corpus import Corpus, render
-from leaveout.corpus.asking import asked_row
 from leaveout.corpus.chat import chosen_template
+from leaveout.corpus.rows import asked_row
 from leaveout.errors import FormatError, MismatchError
 from leaveout.readout.opened import row_of
 from leaveout.training.queries import Query

@@ -3,6 +3,7 @@
 Wrong arguments of a call are `ValueError` or `TypeError`; everything below is about data, files and models.
 """
 
+import importlib
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -53,6 +54,20 @@ def meant(given: object, known: Iterable[str]) -> str:
     folded = {name.casefold(): name for name in alike}
     near = get_close_matches(str(given).casefold(), folded, n=1, cutoff=0.6)
     return f"did you mean {folded[near[0]]!r}? " if near else ""
+
+
+def needs(module: str, what: str, *, extra: str = "", pip: str = "") -> Any:
+    """A module of a package that need not be installed.
+
+    what: what needs it, as the beginning of a sentence; extra: the extra of leaveout that brings it; or pip: what pip
+    is to install.
+    Raises: UnsupportedError that says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package, wanted = module.partition(".")[0], f"'leaveout[{extra}]'" if extra else pip
+        raise UnsupportedError(f"{what} needs the package {package}: pip install {wanted}.") from error
 
 
 def require_whole(name: str, value: object, least: int) -> None:

@@ -8,7 +8,6 @@ results are closed, and within two seconds when their parent ends in whatever wa
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
-from leaveout.errors import LeaveoutError, UnsupportedError, choices, require_whole
+from leaveout.errors import LeaveoutError, choices, needs, require_whole
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -51,8 +50,8 @@ class Crew:
         require_whole("workers", self.workers, 1)
         if self.backend not in get_args(Backend):
             raise ValueError(f"backend is {self.backend!r}: {choices(self.backend, get_args(Backend))}.")
-        if self.backend == "ray" and importlib.util.find_spec("ray") is None:
-            raise UnsupportedError("the backend ray needs the package ray: pip install 'leaveout[ray]'")
+        if self.backend == "ray":
+            needs("ray", "The backend ray", extra="ray")
 
 
 def run_tasks(

@@ -37,7 +37,7 @@ from leaveout.cli.runs import (
     read_queries,
     read_sets,
 )
-from leaveout.errors import FormatError, UnsupportedError
+from leaveout.errors import FormatError
 from leaveout.tables import Table, shorten
 
 if TYPE_CHECKING:
@@ -307,10 +307,7 @@ def _require_outputs(html: Path | None, curve: Path | None = None) -> None:
     if curve is not None:
         from leaveout.deletion.predict import require_plots
 
-        try:
-            require_plots()
-        except ImportError:
-            raise UnsupportedError("Curves are drawn by matplotlib: pip install 'leaveout[plots]'.") from None
+        require_plots()
 
 
 def _print_prediction(found: Prediction, summary: dict[str, Any] | None, html: Path | None, json_: bool) -> None:

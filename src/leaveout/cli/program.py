@@ -181,7 +181,7 @@ def query_rows(
             raise typer.BadParameter(f"{name} goes with --query; rows of --queries have their own prompts and forms")
         yield from Corpus.open(file)
         return
-    from leaveout.corpus.asking import CALLED, asked_row, commonest
+    from leaveout.corpus.rows import CALLED, asked_row, commonest
 
     if form is None and prompt is not None:
         form = commonest(asked.forms)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from leaveout.errors import FormatError
+from leaveout.errors import FormatError, choices
 
 Scalar = str | int | float | bool | None
 Spans = tuple[tuple[int, int], ...]
@@ -27,6 +27,13 @@ _FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 _ACCEPTED = "`text`, `prompt` and `completion`, `instruction` and `output`, or `messages`"
 FORMS = ("text", "prompt", "instruction", "messages")
+CALLED = {
+    "text": "a text",
+    "prompt": "a prompt and its response",
+    "instruction": "an instruction row",
+    "messages": "a chat",
+}
+"""What a query of a form is called in messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +121,31 @@ def distinct(rows: Sequence[Any]) -> tuple[Any, ...]:
 def row_json(row: Row) -> str:
     """The row as it came, as JSON on one line; types that JSON lacks in ISO form, decimals as text."""
     return json.dumps(row.raw, ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def commonest(counts: Mapping[str, int]) -> str:
+    """The form that most rows have; of equally many the first of `FORMS`, and a prompt where nothing is known."""
+    return max(FORMS, key=lambda form: counts.get(form, 0)) if counts else "prompt"
+
+
+def asked_row(answer: str, prompt: str | None = None, form: str | None = None) -> dict[str, Any]:
+    """A row whose answer is asked about, after a prompt that is context only; without both it is a text.
+
+    White space around either belongs to texts and prompts only, where the two are joined as they are.
+    Raises: ValueError for an unknown form.
+    """
+    form = form or ("text" if prompt is None else "prompt")
+    if form not in FORMS:
+        raise ValueError(f"there is no form {form!r}: {choices(form, FORMS)}")
+    before = prompt or ""
+    if form == "text":
+        return {"text": before + answer, "prompt_text": before} if before else {"text": answer}
+    if form == "prompt":
+        return {"prompt": before, "response": answer}
+    if form == "instruction":
+        return {"instruction": before.strip(), "output": answer.strip()}
+    asked = [] if prompt is None else [{"role": "user", "content": before.strip()}]
+    return {"messages": [*asked, {"role": "assistant", "content": answer.strip()}]}
 
 
 def _form(raw: Mapping[str, Any]) -> tuple[str, ...]:

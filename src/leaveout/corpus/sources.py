@@ -1,10 +1,12 @@
 """Where rows come from: JSONL, JSON, Parquet, Hugging Face datasets, Python lists; each streamed as raw values."""
 
+from __future__ import annotations
+
 import codecs
 import gzip
-import importlib
 import json
 import os
+import random
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,10 +16,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from leaveout.corpus.rows import BadRow, kind_of, names_of
-from leaveout.errors import FormatError, UnsupportedError
+from leaveout.corpus.rows import BadRow, Row, kind_of, names_of, read_row
+from leaveout.errors import FormatError, needs
 
 _FILES = ".jsonl, .ndjson or .json (also .gz), .parquet, or a directory of .parquet files or from `save_to_disk`"
+_LISTED = 100  # bad rows whose messages are kept
 _BATCH = 256  # Arrow rows that become Python objects at a time
 
 
@@ -59,11 +62,11 @@ def _path_source(path: Path) -> Source:
     if (path / "dataset_dict.json").is_file():
         raise FormatError(f"{name} holds several splits of a dataset, give the directory of one of them")
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return _dataset_source(name, _extra("datasets").load_from_disk(str(path)))
+        return _dataset_source(name, needs("datasets", "A saved dataset", extra="data").load_from_disk(str(path)))
     kind = path.name.lower()
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if kind.endswith(".parquet") else []
     if files:
-        _extra("pyarrow.parquet")
+        needs("pyarrow.parquet", "Parquet", extra="data")
         parts = {path.name: partial(_parquet, path) for path in files}
         return Source(name, partial(_arrow_rows, parts), partial(_parquet_count, files))
     kind = kind.removesuffix(".gz")
@@ -72,14 +75,6 @@ def _path_source(path: Path) -> Source:
     if path.is_file() and kind.endswith(".json"):
         return Source(name, partial(_json, path), partial(_count, _json, path))
     raise FormatError(f"{name} is not of a known kind, give {_FILES}")
-
-
-def _extra(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise UnsupportedError(f"this needs the package {package}: pip install 'leaveout[data]'") from error
 
 
 @contextmanager
@@ -91,8 +86,10 @@ def _opened(path: Path) -> Iterator[Any]:
         opener, damage = gzip.open, (EOFError, zlib.error, gzip.BadGzipFile)
     if path.suffix.lower() == ".parquet":
         # with its defaults pyarrow holds a whole row group: 123 MB instead of 3 MB for a group of 120 MB, and slower
-        opener = partial(_extra("pyarrow.parquet").ParquetFile, pre_buffer=False, buffer_size=2**16)
-        damage = (_extra("pyarrow").ArrowException, OSError)
+        opener = partial(
+            needs("pyarrow.parquet", "Parquet", extra="data").ParquetFile, pre_buffer=False, buffer_size=2**16
+        )
+        damage = (needs("pyarrow", "Parquet", extra="data").ArrowException, OSError)
     try:
         with opener(path) as file:
             yield file
@@ -202,3 +199,75 @@ def _parquet_count(files: list[Path]) -> int:
         with _opened(path) as file:
             total += file.metadata.num_rows
     return total
+
+
+class Corpus:
+    """The rows of one source, in order; it can be iterated any number of times.
+
+    After a complete iteration, `problems` has the messages of the bad rows that it skipped (the first 100), and
+    `n_skipped` counts all of them.
+    """
+
+    def __init__(self, source: Source, units: str | None = None, skip_bad: bool = False) -> None:
+        self.name = source.name
+        self.units = units
+        self.skip_bad = skip_bad
+        self.problems: list[str] = []
+        self.n_skipped = 0
+        self._source = source
+        self._length: int | None = None
+
+    @classmethod
+    def open(cls, source: Any, *, units: str | None = None, skip_bad: bool = False) -> Corpus:
+        """The corpus of a file, a directory, a `datasets.Dataset`, or a list of dicts or of texts.
+
+        `units` names the field whose value says which rows are deleted together. A corpus comes back as it is, or, when
+        options are given, as a new one over the same source.
+        Cost: a .json file is parsed as a whole on each iteration; everything else is streamed.
+        Raises: FileNotFoundError if there is no such path, FormatError for an unknown kind of file, TypeError for an
+        object of another kind, UnsupportedError if a package is missing.
+        """
+        if not isinstance(source, Corpus):
+            return cls(source_of(source), units, skip_bad)
+        if units is None and not skip_bad:
+            return source
+        return cls(source._source, source.units if units is None else units, skip_bad or source.skip_bad)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Raises: FormatError at a bad row, without `skip_bad`, and wherever a file turns out to be damaged."""
+        problems: list[str] = []
+        n_skipped = 0
+        for number, (place, raw) in enumerate(self._source.read()):
+            try:
+                row = read_row(raw, number, self.units)
+            except BadRow as bad:
+                if not self.skip_bad:
+                    raise FormatError(f"{place}: {bad}") from None
+                n_skipped += 1
+                if len(problems) < _LISTED:
+                    problems.append(f"{place}: {bad}")
+                continue
+            yield row
+        self.problems, self.n_skipped = problems, n_skipped
+
+    def __len__(self) -> int:
+        """Number of rows that an iteration visits, bad ones included."""
+        if self._length is None:
+            self._length = self._source.count()
+        return self._length
+
+    def sample(self, n: int, seed: int) -> list[Row]:
+        """A uniform random sample of n rows, in source order; all rows if there are fewer.
+
+        Cost: one pass over the source, n rows of memory.
+        """
+        if n < 0:
+            raise ValueError(f"a sample cannot have {n} rows, ask for 0 or more")
+        chance = random.Random(seed)
+        kept: list[Row] = []
+        for seen, row in enumerate(self):
+            if seen < n:
+                kept.append(row)
+            elif (slot := chance.randrange(seen + 1)) < n:
+                kept[slot] = row
+        return sorted(kept, key=lambda row: row.number)

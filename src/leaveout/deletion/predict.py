@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from leaveout.errors import needs
+
 UNCERTAIN = "cannot tell from zero"
 NEVER = "never trained on"
 
@@ -88,15 +90,16 @@ class Curve:
 
 
 def require_plots() -> None:
-    """Raises: ImportError without matplotlib (extra `plots`)."""
-    import matplotlib  # noqa: F401
+    """Raises: UnsupportedError without matplotlib (extra `plots`)."""
+    needs("matplotlib", "A curve", extra="plots")
 
 
 def draw_curves(curves: list[Curve], path: Path) -> None:
     """A picture of the curves with their 95 % bands: one panel per query, at most eight.
 
-    Raises: ImportError without matplotlib (extra `plots`).
+    Raises: UnsupportedError without matplotlib (extra `plots`).
     """
+    require_plots()
     import matplotlib
 
     matplotlib.use("Agg")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from leaveout.errors import UnsupportedError
+from leaveout.errors import needs
 from leaveout.methods.scorer import Scorer, method
 
 K1, B = 1.5, 0.75
@@ -45,11 +45,7 @@ def words(text: str) -> list[str]:
 
 def package() -> Any:
     """The package bm25s. Raises: UnsupportedError without it."""
-    try:
-        import bm25s
-    except ImportError as error:
-        raise UnsupportedError("BM25 needs the package bm25s: pip install 'leaveout[methods]'.") from error
-    return bm25s
+    return needs("bm25s", "BM25", extra="methods")
 
 
 @method(package=package, text=True)

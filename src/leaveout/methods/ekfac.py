@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leaveout.errors import UnsupportedError
+from leaveout.errors import UnsupportedError, needs
 from leaveout.methods.scorer import NAMED_KINDS, Scorer, method
 from leaveout.training.examples import asked
 from leaveout.training.tasks import IGNORED, Batch, Parameters, Task
@@ -156,13 +156,10 @@ def _kronfluence_task(kron: Any, task: Task, layers: list[str]) -> Any:
 
 def package() -> Any:
     """The names of kronfluence that are used here, in one place."""
-    try:
-        from kronfluence import analyzer, arguments, task
-        from kronfluence.utils import dataset
-    except ImportError as error:
-        raise UnsupportedError(
-            "EK-FAC needs kronfluence: pip install 'leaveout[methods]', then pip install --no-deps kronfluence==1.0.1."
-        ) from error
+    pip = "'leaveout[methods]', then pip install --no-deps kronfluence==1.0.1"
+    needs("kronfluence", "EK-FAC", pip=pip)
+    from kronfluence import analyzer, arguments, task
+    from kronfluence.utils import dataset
 
     class Names:
         Analyzer, prepare_model = analyzer.Analyzer, staticmethod(analyzer.prepare_model)

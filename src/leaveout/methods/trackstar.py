@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from leaveout.errors import UnsupportedError
+from leaveout.errors import UnsupportedError, needs
 from leaveout.methods.gradients import checked
 from leaveout.methods.scorer import Scorer, method
 from leaveout.training.examples import asked
@@ -130,14 +130,11 @@ def package() -> Any:
     root = logging.getLogger()
     handlers, level, root.handlers = root.handlers, root.level, []
     try:
+        needs("bergson.cli.commands", "TrackStar", pip="bergson==2.5.1 (docs/reference/methods.md: without a GPU)")
         from bergson.cli.commands import Trackstar  # pyright: ignore[reportMissingImports]
         from bergson.config import config  # pyright: ignore[reportMissingImports]
         from bergson.data import load_scores  # pyright: ignore[reportMissingImports]
         from bergson.gradients import LayerAdapter  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UnsupportedError(
-            "TrackStar needs the package bergson: pip install bergson==2.5.1 (docs/reference/methods.md: without a GPU)."
-        ) from error
     finally:
         root.handlers = handlers
         root.setLevel(level)

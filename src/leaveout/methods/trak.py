@@ -12,6 +12,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from leaveout.errors import UnsupportedError
+from leaveout.errors import UnsupportedError, needs
 from leaveout.methods.gradients import MEMORY, TOGETHER, checked, rows_within
 from leaveout.methods.scorer import NAMED_KINDS, Scorer, method
 from leaveout.training.examples import asked
@@ -111,20 +112,13 @@ class Trak:
 
 def package() -> Any:
     """The names of dattri that are used here, in one place."""
-    try:
-        if metadata.version("dattri") != "0.3.0":
-            raise ImportError("projections of other versions have another scale")
-        from dattri.algorithm.trak import TRAKAttributor  # pyright: ignore[reportMissingImports]
-        from dattri.task import AttributionTask  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
+    algorithm = needs("dattri.algorithm.trak", "TRAK", pip="dattri==0.3.0")
+    task = needs("dattri.task", "TRAK", pip="dattri==0.3.0")
+    if (found := metadata.version("dattri")) != "0.3.0":
         raise UnsupportedError(
-            "TRAK needs the package dattri: pip install dattri==0.3.0 (other versions scale projections otherwise)."
-        ) from error
-
-    class Names:
-        Attributor, Task = TRAKAttributor, AttributionTask
-
-    return Names
+            f"Projections of dattri {found} have another scale than those of 0.3.0: pip install dattri==0.3.0."
+        )
+    return SimpleNamespace(Attributor=algorithm.TRAKAttributor, Task=task.AttributionTask)
 
 
 @method(package=package, kinds=NAMED_KINDS)

@@ -33,19 +33,14 @@ WORDS = {
     "buffers": "other buffers",
     "config": "another config",
     "settings": "other settings of modules",
+    "tokenizer": "another tokenizer",
 }
-WORDS["tokenizer"] = "another tokenizer"
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """What a model with the identity `new` has that one with `old` has not, in words; None where they are the same.
-
-    An identity that was written before adapters, buffers and settings were told apart names none: it had no adapter then,
-    and its buffers and settings are not compared.
-    """
+    """What a model with the identity `new` has that one with `old` has not, in words; None where they are the same."""
     for name, value in new.items():
-        before = old.get(name, [] if name == "adapters" else value if name in ("buffers", "settings") else None)
-        if before != value:
+        if old.get(name) != value:
             if name == "adapters" and not value:
                 return "another adapter (none at work)"
             return WORDS.get(name, f"another {name} ({value})")

@@ -21,7 +21,7 @@ from urllib.request import getproxies
 import torch
 from safetensors import SafetensorError
 
-from leaveout.errors import FormatError, LeaveoutError, UnsupportedError
+from leaveout.errors import FormatError, LeaveoutError, UnsupportedError, needs
 from leaveout.models.checks import ROUNDING
 
 ADAPTER = "adapter_config.json"
@@ -82,6 +82,8 @@ def load_place(name: str, options: ModelOptions) -> tuple[Any, Any, tuple[str, .
     Raises: UnsupportedError for what does not load; FormatError for a checkpoint that lacks weights.
     """
     place, own = _place(name, options)
+    if "gguf_file" in own:
+        needs("gguf", name, extra="gguf")
     if "gguf_file" not in own and Path(place).is_file():
         raise UnsupportedError(f"{name} is a file: give the directory of a model, or a .gguf file.")
     if "gguf_file" not in own and (adapter := _adapter(place, options)) is not None:
@@ -202,12 +204,7 @@ def _load_adapter(
     name: str, place: str, adapter: dict[str, Any], options: ModelOptions
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """The base model with the adapter in its layers."""
-    try:
-        from peft import PeftConfig, PeftModel
-    except ImportError:
-        raise UnsupportedError(
-            f"{name} is an adapter, which needs the package peft: pip install 'leaveout[peft]'."
-        ) from None
+    peft = needs("peft", f"{name} is an adapter, which", extra="peft")
     if adapter.get("task_type") not in (None, "CAUSAL_LM"):
         raise UnsupportedError(f"{name} is an adapter for {adapter['task_type']}: give one of a causal language model.")
     base = base_of(place, adapter)
@@ -225,12 +222,12 @@ def _load_adapter(
     try:
         with quiet_transformers(), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            config = PeftConfig.from_pretrained(place, **revision)
+            config = peft.PeftConfig.from_pretrained(place, **revision)
             if config.is_prompt_learning:
                 raise UnsupportedError(
                     "Prompt and prefix tuning put tokens before the text: give the model without them."
                 )
-            adapted = PeftModel.from_pretrained(lm, place, config=config, **revision)
+            adapted = peft.PeftModel.from_pretrained(lm, place, config=config, **revision)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise UnsupportedError(f"{name} does not load as an adapter of {base}: {_first_line(error)}") from error
     if lacking := [str(one.message) for one in said if "missing adapter keys" in str(one.message)]:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from leaveout.errors import MismatchError, UnsupportedError, choices
+from leaveout.errors import MismatchError, UnsupportedError, choices, needs
 from leaveout.readout.codec import Codec
 from leaveout.readout.projection import Hadamard
 from leaveout.readout.scan import Best, over_segments, positions_of
@@ -261,11 +261,7 @@ class Faiss(Shortlists):
 
 
 def _faiss() -> Any:
-    try:
-        import faiss  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UnsupportedError("this needs the package faiss: pip install 'leaveout[ann]'") from error
-    return faiss
+    return needs("faiss", "This approximation", extra="ann")
 
 
 def _projection(width: int, seed: int) -> Hadamard:

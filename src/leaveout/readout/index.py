@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from leaveout.corpus import Corpus
-from leaveout.corpus.asking import asked_row, commonest
 from leaveout.corpus.chat import Template, chosen_template
+from leaveout.corpus.rows import asked_row, commonest
 from leaveout.errors import MismatchError, require_list
 from leaveout.executor import Backend
 from leaveout.models import ModelOptions

@@ -25,9 +25,8 @@ import torch
 import yaml
 
 from leaveout.corpus import Corpus, Row
-from leaveout.corpus.asking import asked_row, commonest
 from leaveout.corpus.chat import read_template
-from leaveout.corpus.rows import distinct
+from leaveout.corpus.rows import asked_row, commonest, distinct
 from leaveout.errors import FormatError, UnsupportedError, choices, refuse_other_names, require_list, require_whole
 from leaveout.models import load_model, source_digest
 from leaveout.training.digest import digest_of

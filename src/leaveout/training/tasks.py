@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from leaveout.corpus import Row
 from leaveout.corpus.chat import chosen_template
-from leaveout.errors import FormatError, UnsupportedError
+from leaveout.errors import FormatError, UnsupportedError, needs
 from leaveout.models import (
     LanguageModel,
     ModelOptions,
@@ -349,10 +349,7 @@ def _parts_to_train(model: nn.Module, wanted: Any) -> Any:
 
 def _with_lora(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
     """Adapters on a frozen base: {"r": 8, "alpha": 16, "targets": ["q_proj", "v_proj"]}."""
-    try:
-        import peft
-    except ImportError:
-        raise UnsupportedError("LoRA needs the package peft: pip install 'leaveout[peft]'.") from None
+    peft = needs("peft", "LoRA", extra="peft")
     config = peft.LoraConfig(
         r=settings.get("r", 8), lora_alpha=settings.get("alpha", 16), target_modules=list(settings["targets"]),
         lora_dropout=0.0, task_type="CAUSAL_LM",

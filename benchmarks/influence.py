@@ -325,7 +325,7 @@ def measured(args: Any, name: str, work: Path) -> dict[str, Any]:
 
 
 def show(report: Report) -> None:
-    _, rows = report.table()
+    rows = report.table().rows
     for row in rows:
         print("  ".join(f"{cell:28}" for cell in row).rstrip())
     print("\n".join(report.notes()), flush=True)

@@ -15,7 +15,7 @@ from leaveout.corpus import Corpus
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
-from leaveout.evaluation.retrieval import load_relevant
+from leaveout.evaluation.truth import load_relevant
 from leaveout.training.queries import Query
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.train import train_plain
@@ -117,7 +117,7 @@ def test_tail_patch_is_one_more_step_of_a_plain_loop(tmp_path, settings, pairs):
             assert judged.tail_patch[q] == pytest.approx(np.mean(found) - chance(nothing, query), abs=1e-10)
             wanted = np.mean(np.log(found)) - np.log(chance(nothing, query))
             assert judged.tail_patch_nats[q] == pytest.approx(wanted, abs=1e-10)
-    assert report.table()[0] == ["method", "tail-patch (nats)", "tail-patch (probability)", "CPU s"]
+    assert report.table().headers == ["method", "tail-patch (nats)", "tail-patch (probability)", "CPU s"]
     assert any("top 3 units" in note for note in report.notes())
 
 
@@ -282,7 +282,7 @@ def test_retrieval_metrics_need_no_retraining_and_agree_with_counting(tmp_path, 
         assert found == (pytest.approx(wanted) if q != 2 else pytest.approx([np.nan] * 4, nan_ok=True))
     line = next(report.lines())
     assert line["lds"] is None and line["undefined"] is None and line["average_precision"]["mean"] > 0
-    assert report.table()[0] == ["method", "AP", "P@4", "recall@4", "auPRC@4", "CPU s"]
+    assert report.table().headers == ["method", "AP", "P@4", "recall@4", "auPRC@4", "CPU s"]
     assert any("4 queries that have some" in note for note in report.notes())
 
 
@@ -296,7 +296,7 @@ def test_one_query_has_no_interval_and_few_units_a_smaller_top(tmp_path):
     found = line["average_precision"]
     assert found["mean"] > 0 and found["low"] is None and found["high"] is None
     assert line["by_query"]["average_precision"] == [{"query": report.queries[0], "value": found["mean"]}]
-    assert report.table()[1][0][1] == f"{found['mean']:.3f}" and "there are no intervals" in report.notes()[0]
+    assert report.table().rows[0][1] == f"{found['mean']:.3f}" and "there are no intervals" in report.notes()[0]
     twice = evaluate(run, points(1, 3), scores={**given, "other": -given["mine"]}, settings=settings, relevant=relevant)
     difference = twice.difference("mine", "other", "average_precision")
     assert difference is not None and difference.mean < 0 and np.isnan(difference.low)

@@ -12,7 +12,35 @@ import typer
 from leaveout.cli.program import Form, Json, Prompt, QueryText, Workers, app, print_facts, to_line
 from leaveout.cli.runs import QueryFile, RunPath, open_run, read_queries
 from leaveout.errors import MismatchError
-from leaveout.tables import Table
+
+Out = Annotated[Path, typer.Option("--out", help="File of the scores: .npy, .csv or .jsonl.")]
+OneMethod = Annotated[str, typer.Option(help="Name of a method such as default, paper@start or ek-fac.")]
+SetsOut = Annotated[
+    Path | None, typer.Option(help="Also write each query's best units as a set, for predict and verify --sets.")
+]
+TopUnits = Annotated[int, typer.Option(min=1, help="How many units such a set has.")]
+MethodNames = Annotated[
+    list[str] | None, typer.Option(help="Name of a method such as default, paper@start or ek-fac; again for more.")
+]
+ScoreFiles = Annotated[
+    list[Path] | None, typer.Option(help="Scores of your own, .npy, .csv or .jsonl; again for more.")
+]
+Subsets = Annotated[
+    int, typer.Option(min=0, help="Random subsets to retrain for all methods, twice with --ceiling; 0: no LDS.")
+]
+Removed = Annotated[float, typer.Option(min=0.01, max=0.99, help="Share that a subset leaves out.")]
+Qld = Annotated[int, typer.Option(min=0, help="Queries of the QLD; each is one retraining a method.")]
+Changes = Annotated[
+    int, typer.Option(min=0, help="Queries whose answer should change; each is five retrainings a method.")
+]
+TailPatch = Annotated[
+    bool, typer.Option("--tail-patch", help="One more training step on each of the top units; no retraining.")
+]
+Relevant = Annotated[
+    Path | None, typer.Option(help="JSONL of known relevant rows, one {query, id} a line: retrieval metrics.")
+]
+Top = Annotated[int | None, typer.Option(min=1, help="k of the tail-patch and of the retrieval metrics; default 10.")]
+Ceiling = Annotated[bool, typer.Option(help="Retrain the subsets with a second seed: the noise ceiling.")]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,16 +51,14 @@ if TYPE_CHECKING:
 @app.command()
 def attribute(
     run: RunPath,
-    out: Annotated[Path, typer.Option("--out", help="File of the scores: .npy, .csv or .jsonl.")],
+    out: Out,
     query: QueryText = None,
     prompt: Prompt = None,
     form: Form = None,
     queries: QueryFile = None,
-    method: Annotated[str, typer.Option(help="Name of a method such as default, paper@start or ek-fac.")] = "default",
-    sets: Annotated[
-        Path | None, typer.Option(help="Also write each query's best units as a set, for predict and verify --sets.")
-    ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many units such a set has.")] = 10,
+    method: OneMethod = "default",
+    sets: SetsOut = None,
+    top: TopUnits = 10,
     workers: Workers = 1,
     json_: Json = False,
 ) -> None:
@@ -49,20 +75,13 @@ def attribute(
     if sets is not None:
         _require_sets(sets, out, top, len(opened.recipe.unit_names))
     asked = read_queries(opened, query, prompt, queries, form)
-    numbers_of("query", [q.name for q in asked])
-    settings = MeasureSettings(workers=workers, progress=True)
-    found = attribute(opened, asked, method, settings=settings)
-    names = next(ids for ids in (opened.recipe.ids, opened.recipe.unit_names) if len(ids) == found.scores.shape[1])
-    save_scores(out, found.scores, [q.name for q in asked], names)
-    facts = {"method": method, "queries": len(asked), "rows": len(names), "cpu_seconds": found.cpu_seconds}
+    names = list(numbers_of("query", [q.name for q in asked]))
+    found = attribute(opened, asked, method, settings=MeasureSettings(workers=workers, progress=True))
+    rows = next(ids for ids in (opened.recipe.ids, opened.recipe.unit_names) if len(ids) == found.scores.shape[1])
+    save_scores(out, found.scores, names, rows)
+    facts = {"method": method, "queries": len(names), "rows": len(rows), "cpu_seconds": found.cpu_seconds}
     if sets is not None:
-        from leaveout.deletion.sets import save_sets
-        from leaveout.methods.scores import by_unit
-        from leaveout.metrics import top_rows
-
-        best = top_rows(by_unit(opened.recipe, found.scores, len(asked)), top)
-        called = [f"the best {top} of {q.name}" for q in asked]
-        save_sets(sets, {n: list(compress(opened.recipe.unit_names, b)) for n, b in zip(called, best, strict=True)})
+        _save_best(sets, opened.recipe, found.scores, names, top)
         facts["sets"] = str(sets)
     print_facts({**facts, "out": str(out)}, json_)
 
@@ -77,6 +96,17 @@ def _require_sets(sets: Path, out: Path, top: int, units: int) -> None:
         raise typer.BadParameter(f"--top {top} of {units} units would leave nothing to train on: give less")
 
 
+def _save_best(sets: Path, recipe: Recipe, scores: np.ndarray, queries: list[str], top: int) -> None:
+    """Writes each query's best units as a set."""
+    from leaveout.deletion.sets import save_sets
+    from leaveout.methods.scores import by_unit
+    from leaveout.metrics import top_rows
+
+    best = top_rows(by_unit(recipe, scores, len(queries)), top)
+    called = [f"the best {top} of {name}" for name in queries]
+    save_sets(sets, {name: list(compress(recipe.unit_names, b)) for name, b in zip(called, best, strict=True)})
+
+
 @app.command()
 def evaluate(
     run: RunPath,
@@ -84,31 +114,16 @@ def evaluate(
     prompt: Prompt = None,
     form: Form = None,
     queries: QueryFile = None,
-    method: Annotated[
-        list[str] | None, typer.Option(help="Name of a method such as default, paper@start or ek-fac; again for more.")
-    ] = None,
-    scores: Annotated[
-        list[Path] | None, typer.Option(help="Scores of your own, .npy, .csv or .jsonl; again for more.")
-    ] = None,
-    subsets: Annotated[
-        int,
-        typer.Option(min=0, help="Random subsets to retrain for all methods, twice with --ceiling; 0: no LDS."),
-    ] = 64,
-    removed: Annotated[float, typer.Option(min=0.01, max=0.99, help="Share that a subset leaves out.")] = 0.5,
-    qld: Annotated[int, typer.Option(min=0, help="Queries of the QLD; each is one retraining a method.")] = 10,
-    brittleness: Annotated[
-        int, typer.Option(min=0, help="Queries whose answer should change; each is five retrainings a method.")
-    ] = 0,
-    tail_patch: Annotated[
-        bool, typer.Option("--tail-patch", help="One more training step on each of the top units; no retraining.")
-    ] = False,
-    relevant: Annotated[
-        Path | None, typer.Option(help="JSONL of known relevant rows, one {query, id} a line: retrieval metrics.")
-    ] = None,
-    top: Annotated[
-        int | None, typer.Option(min=1, help="k of the tail-patch and of the retrieval metrics; default 10.")
-    ] = None,
-    ceiling: Annotated[bool, typer.Option(help="Retrain the subsets with a second seed: the noise ceiling.")] = True,
+    method: MethodNames = None,
+    scores: ScoreFiles = None,
+    subsets: Subsets = 64,
+    removed: Removed = 0.5,
+    qld: Qld = 10,
+    brittleness: Changes = 0,
+    tail_patch: TailPatch = False,
+    relevant: Relevant = None,
+    top: Top = None,
+    ceiling: Ceiling = True,
     workers: Workers = 1,
     json_: Json = False,
 ) -> None:
@@ -119,39 +134,40 @@ def evaluate(
     opened = open_run(run)
     from leaveout.deletion.settings import MeasureSettings
     from leaveout.evaluation import EvaluationSettings, evaluate
-    from leaveout.evaluation.retrieval import load_relevant
+    from leaveout.evaluation.truth import load_relevant
 
     if not method and not scores:
         raise typer.BadParameter("say what is judged: --method or --scores")
     asked = read_queries(opened, query, prompt, queries, form)
     names = [q.name for q in asked]
-    files = [file.stem for file in scores or []]
-    if twice := sorted({name for name in files if files.count(name) > 1}):
-        raise typer.BadParameter(f"two files of scores are called {twice[0]}: the name is that of the method")
-    given = {file.stem: read_scores(file, names, opened.recipe) for file in scores or []}
+    given = read_scores(scores or [], names, opened.recipe)
     known = None if relevant is None else load_relevant(relevant, names, opened.recipe.ids)
     settings = EvaluationSettings(
         subsets=subsets, removed=removed, second_order=ceiling, removal_queries=qld, brittleness=brittleness,
         tail_patch=tail_patch, top=top, measure=MeasureSettings(workers=workers, progress=True),
     )  # fmt: skip
     report = evaluate(opened, asked, method or [], given, settings, known)
-    if json_:
-        for line in report.lines():
-            print(to_line(line))
-        return
-    print(Table(*report.table()))
-    print("\n".join(report.notes()))
+    print("\n".join(map(to_line, report.lines())) if json_ else report)
 
 
-def read_scores(file: Path, queries: list[str], recipe: Recipe) -> np.ndarray:
-    """Scores [query, example] of a file, or [query, unit] where it names units."""
+def read_scores(files: list[Path], queries: list[str], recipe: Recipe) -> dict[str, np.ndarray]:
+    """Scores [query, example] of each file, or [query, unit] where it names units, under the name of the file.
+
+    Raises: typer.BadParameter if two files have one name.
+    """
     from leaveout.methods.scores import load_scores
 
-    try:
-        return load_scores(file, queries, recipe.ids)
-    except MismatchError:
-        if recipe.unit_names == recipe.ids:
+    names = [file.stem for file in files]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise typer.BadParameter(f"two files of scores are called {twice[0]}: the name is that of the method")
+
+    def read(file: Path) -> np.ndarray:
+        try:
+            return load_scores(file, queries, recipe.ids)
+        except MismatchError:
+            if recipe.unit_names != recipe.ids:
+                with contextlib.suppress(MismatchError):
+                    return load_scores(file, queries, recipe.unit_names)
             raise
-        with contextlib.suppress(MismatchError):
-            return load_scores(file, queries, recipe.unit_names)
-        raise
+
+    return {file.stem: read(file) for file in files}

@@ -7,7 +7,7 @@ in nats, unless the query asks for something else). Scores of examples are summe
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,14 @@ from numpy.typing import ArrayLike
 
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import require_list
-from leaveout.evaluation.answers import answer_loss, of_answers
 from leaveout.evaluation.removals import answer_changes, loss_differences, removal_queries, removed_units
 from leaveout.evaluation.report import Judged, Report
-from leaveout.evaluation.retrieval import retrieval
 from leaveout.evaluation.settings import EvaluationSettings
 from leaveout.evaluation.tail_patch import tail_patches
 from leaveout.evaluation.truth import (
     Truth,
+    answer_loss,
+    of_answers,
     refuse_second_order,
     refuse_subsets,
     second_order,
@@ -31,7 +31,14 @@ from leaveout.evaluation.truth import (
 )
 from leaveout.methods.registry import Scored, refuse_methods, score_methods
 from leaveout.methods.scores import by_unit
-from leaveout.metrics import lds, leave_one_out_correlation
+from leaveout.metrics import (
+    auprc_top_bottom,
+    average_precision,
+    lds,
+    leave_one_out_correlation,
+    precision_at,
+    recall_at,
+)
 from leaveout.training.queries import Query, as_queries
 
 
@@ -117,32 +124,24 @@ def judge(
     chosen = removal_queries(len(queries), settings.removal_queries)
     differences = loss_differences(run, queries, scored, chosen, settings) if len(chosen) else {}
     changes = answer_changes(run, queries, scored, settings) if settings.brittleness else None
-    needs_top = settings.tail_patch or relevant is not None
-    top = settings.top_of(len(run.recipe.unit_names)) if needs_top else 0
-    patches = {}
-    if settings.tail_patch:
-        patches = tail_patches(run, queries, scored, top, settings.measure.progress)
-    judged = []
-    for name, found in scored.items():
-        rises = patches.get(name, (None, None))
-        smallest = None if changes is None else changes.smallest.get(name)
-        judged.append(
-            Judged(
-                name,
-                lds=None if truth is None else lds(found.scores, truth.removed, truth.values),
-                qld=differences.get(name),
-                leave_one_out=None if effects is None else leave_one_out_correlation(found.scores, effects),
-                cpu_seconds=found.cpu_seconds,
-                lds_by_seed=() if truth is None else tuple(lds(found.scores, truth.removed, y) for y in truth.orders),
-                tail_patch=rises[0],
-                tail_patch_nats=rises[1],
-                changed=None if smallest is None else np.isfinite(smallest) * 1.0,
-                **({} if relevant is None else retrieval(found.scores, relevant, top)),
-            )
+    top = settings.top_of(len(run.recipe.unit_names)) if settings.tail_patch or relevant is not None else 0
+    patches = tail_patches(run, queries, scored, top, settings.measure.progress) if settings.tail_patch else {}
+    judged = tuple(
+        Judged(
+            name,
+            cpu_seconds=found.cpu_seconds,
+            **({} if truth is None else _against_subsets(found.scores, truth)),
+            qld=differences.get(name),
+            leave_one_out=None if effects is None else leave_one_out_correlation(found.scores, effects),
+            **patches.get(name, {}),
+            changed=None if changes is None else changes.changed(name),
+            **({} if relevant is None else _retrieval(found.scores, relevant, top)),
         )
+        for name, found in scored.items()
+    )
     names = tuple(q.name for q in queries)
     return Report(
-        tuple(judged),
+        judged,
         names,
         subsets=0 if truth is None else len(truth.removed),
         removal_queries=tuple(names[i] for i in chosen),
@@ -153,3 +152,26 @@ def judge(
         top=top,
         brittleness=changes,
     )
+
+
+def _against_subsets(scores: np.ndarray, truth: Truth) -> dict[str, Any]:
+    """LDS of scores [query, unit] against the truth, and against each of its orders."""
+    by_seed = tuple(lds(scores, truth.removed, values) for values in truth.orders)
+    return {"lds": lds(scores, truth.removed, truth.values), "lds_by_seed": by_seed}
+
+
+RETRIEVAL: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
+    "average_precision": lambda scores, relevant, k: average_precision(scores, relevant),
+    "precision": precision_at,
+    "recall": recall_at,
+    "auprc": auprc_top_bottom,
+}
+
+
+def _retrieval(scores: np.ndarray, relevant: np.ndarray, k: int) -> dict[str, Any]:
+    """Each metric [query] of scores [query, unit]; nan for a query without a relevant unit."""
+    known = relevant.any(1)
+    out = {name: np.full(len(scores), np.nan) for name in RETRIEVAL}
+    for name, metric in RETRIEVAL.items():
+        out[name][known] = metric(scores[known], relevant[known], k)
+    return out

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from leaveout.deletion.run import TrainingRun
-from leaveout.evaluation.answers import answer_lead, of_answers
 from leaveout.evaluation.report import Brittleness
 from leaveout.evaluation.settings import EvaluationSettings
-from leaveout.evaluation.truth import values_without
+from leaveout.evaluation.truth import answer_lead, of_answers, values_without
 from leaveout.methods.registry import Scored
 from leaveout.metrics import brittleness, qld, top_rows
 from leaveout.training.queries import Query

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from leaveout.metrics import Interval, NoiseCeiling, bootstrap_interval, difference_interval
+from leaveout.tables import Table, Tabular
 
 Metric = Literal[
     "lds", "qld", "leave_one_out", "tail_patch_nats", "tail_patch", "changed", "average_precision", "precision", "recall",
@@ -69,9 +70,13 @@ class Brittleness:
     answered: int
     smallest: Mapping[str, np.ndarray] = field(default_factory=dict)
 
+    def changed(self, method: str) -> np.ndarray | None:
+        """1.0 where a removal that was tried changed the answer [query], else 0.0; None for a method without removals."""
+        return np.isfinite(self.smallest[method]) * 1.0 if method in self.smallest else None
+
 
 @dataclass(frozen=True)
-class Report:
+class Report(Tabular):
     """All methods, and what they were judged with.
 
     subsets: retrainings behind the LDS; removal_queries: the queries of the QLD; removed_units: units it removes for each;
@@ -154,8 +159,8 @@ class Report:
         smallest = self.brittleness.smallest[method]
         return {str(size): _shown(self._interval((smallest <= size) * 1.0)) for size in self.brittleness.sizes}
 
-    def table(self) -> tuple[list[str], list[tuple[str, ...]]]:
-        """Headers and rows of text, the best first; columns of what was measured."""
+    def table(self) -> Table:
+        """A row a method, the best first, with columns of what was measured, and the notes under it."""
         measured = self._measured()
         rows = []
         for judged in self._ranked():
@@ -164,7 +169,8 @@ class Report:
                 cells["lds"] = ", ".join(filter(None, [cells["lds"], f"{missing} queries undefined"]))
             cost = "" if judged.cpu_seconds is None else f"{judged.cpu_seconds:.1f}"
             rows.append((judged.method, *cells.values(), cost))
-        return ["method", *(COLUMNS[m][0].format(top=self.top) for m in measured), "CPU s"], rows
+        headers = ["method", *(COLUMNS[m][0].format(top=self.top) for m in measured), "CPU s"]
+        return Table(headers, rows, notes=self.notes())
 
     def notes(self) -> list[str]:
         """What the numbers mean, for under the table."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from leaveout.deletion.run import TrainingRun
-from leaveout.evaluation.answers import answer_loss, of_answers
+from leaveout.evaluation.truth import answer_loss, of_answers
 from leaveout.methods.registry import Scored
 from leaveout.metrics import tail_patch, top_rows
 from leaveout.training.loop import Loop, Part, RunOptions, Steps, restore_state, state_of
@@ -29,15 +30,19 @@ from leaveout.training.tasks import Task, task_of
 
 def tail_patches(
     run: TrainingRun, queries: Sequence[Query], scored: Mapping[str, Scored], k: int, progress: bool = False
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mean rise of the answer's probability [query], and of its logarithm [query] in nats, by the k best units of each method.
+) -> dict[str, dict[str, Any]]:
+    """For each method: `tail_patch`, the mean rise of the answer's probability [query] by the k best units, and
+    `tail_patch_nats`, that of its logarithm [query].
 
     Cost and memory: see `patched_losses`; units that several methods or queries choose are stepped on once.
     """
     best = {name: top_rows(found.scores, k) for name, found in scored.items()}
     before, after = patched_losses(run, queries, np.any(list(best.values()), axis=0), progress)
     chosen = {name: after[places].reshape(len(queries), k) for name, places in best.items()}
-    return {name: (tail_patch(before, found), before - found.mean(1)) for name, found in chosen.items()}
+    return {
+        name: {"tail_patch": tail_patch(before, found), "tail_patch_nats": before - found.mean(1)}
+        for name, found in chosen.items()
+    }
 
 
 def patched_losses(

@@ -1,23 +1,27 @@
-"""Truth by retraining: query values of models retrained without known sets of units, made once and kept in the bank.
+"""What scores are held against: models retrained without known sets of units, answers to queries, and known rows.
 
-All of it goes through `TrainingRun.retrain`: stored with the role "truth" (no estimator is fitted to it), resumed after a
+All retraining goes through `TrainingRun.retrain`: stored with the role "truth" (no estimator is fitted to it), resumed after a
 kill, and shared by all methods that are judged. A second run with another seed tells how much of the truth is noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from leaveout.deletion import directions
 from leaveout.deletion.bank import measurement_ids
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
 from leaveout.deletion.settings import MeasureSettings
-from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.methods.scores import numbers_of, read_objects
 from leaveout.metrics import NoiseCeiling, noise_ceiling
 from leaveout.training.queries import Query
 from leaveout.training.recipe import Recipe
@@ -127,3 +131,59 @@ def single_effects(run: TrainingRun, queries: Sequence[Query]) -> np.ndarray | N
     single = np.flatnonzero((found.x == 1).sum(1) * (found.x != 0).sum(1) == 1)
     effects = {int(found.x[row].argmax()): found.y[row] for row in single}
     return None if len(effects) < len(alone) else np.stack([effects[unit] for unit in range(len(alone))], 1)
+
+
+# --- answers: how likely the model gives what is learned of a query's row, its response or a classifier's label ---------
+
+
+def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Loss of the whole answer in nats: minus the log of its probability."""
+    return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def answer_lead(logits: Tensor, targets: Tensor) -> Tensor:
+    """The smallest lead of a target's logit over the best other one.
+
+    Above 0 exactly where greedy decoding gives the whole answer: as long as it does, it has read the same tokens.
+    """
+    chosen = F.one_hot(targets, logits.shape[-1]).bool()
+    others = logits.masked_fill(chosen, float("-inf")).amax(-1)
+    return (logits.gather(1, targets.unsqueeze(1)).squeeze(1) - others).min()
+
+
+def of_answers(recipe: Recipe, queries: Sequence[Query], measure: Callable[[Tensor, Tensor], Tensor]) -> list[Query]:
+    """The queries with another measure, whatever they asked before.
+
+    Raises: UnsupportedError where a query has no answer.
+    """
+    for query in queries:
+        if recipe.kind == "custom" or callable(query.row):
+            raise UnsupportedError(
+                f"The query {query.name!r} has no answer with logits: leave tail-patch and brittleness out, or ask rows "
+                "of a recipe that is not custom."
+            )
+    return [replace(query, measure=measure) for query in queries]
+
+
+# --- rows that are known to be relevant ---------------------------------------------------------------------------
+
+
+def load_relevant(path: str | Path, query_ids: Sequence[str], train_ids: Sequence[str]) -> np.ndarray:
+    """Which rows are relevant, bool [query, train], from JSONL with one pair a line: {"query": ..., "id": ...}.
+
+    Raises: FormatError for another form or a file without pairs; MismatchError for a query or row that is not there;
+            ValueError if an id is asked for twice.
+    """
+    path = Path(path)
+    places = numbers_of("query", query_ids), numbers_of("train", train_ids)
+    relevant = np.zeros((len(query_ids), len(train_ids)), bool)
+    for line, names in read_objects(path, ("query", "id")):
+        for known, name in zip(places, names, strict=True):
+            if str(name) not in known:
+                raise MismatchError(
+                    f"{path}, line {line}: {str(name)!r} is not there: name queries and rows as in this evaluation."
+                )
+        relevant[tuple(known[str(name)] for known, name in zip(places, names, strict=True))] = True
+    if not relevant.any():
+        raise FormatError(f"{path} has no pair: give a line for each relevant row of a query.")
+    return relevant

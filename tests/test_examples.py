@@ -11,7 +11,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from leaveout.deletion.verify import agreement
-from leaveout.errors import UnsupportedError
 from leaveout.training.queries import query_losses
 from leaveout.training.recipe import Recipe
 from leaveout.training.train import train_plain
@@ -81,20 +80,3 @@ def test_finetune_predicts_sources(script, tmp_path, capsys):
     actual = query_losses(recipe, train_plain(recipe, kept), queries).double()
     np.testing.assert_allclose(found.prediction.actual[:, 0], actual, rtol=1e-4)
     assert "learned most from" in capsys.readouterr().out
-
-
-# peft asks transformers for a property under its old name.
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-@pytest.mark.real
-@pytest.mark.slow
-def test_finetune_recipe_of_smollm2_trains_adapters_of_the_last_layer(script):
-    finetune = script("finetune")
-    try:
-        finetune.find_model()
-    except UnsupportedError as missing:
-        pytest.skip(str(missing))
-    rows, _ = finetune.split(finetune.HERE / "finetune.jsonl")
-    recipe = finetune.make_recipe(rows[:4], None)
-    before, after = (query_losses(recipe, train_plain(r), rows[:1]).item() for r in (recipe.with_(lr=0.0), recipe))
-    assert after < before
-    assert all(".29." in name and "lora" in name for name in train_plain(recipe.with_(steps=0)))

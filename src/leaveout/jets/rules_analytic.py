@@ -87,15 +87,18 @@ def taylor_gelu_tanh(x: Tensor, degree: int) -> list[Tensor]:
 
 
 def taylor_silu(x: Tensor, degree: int) -> list[Tensor]:
+    """x sigmoid(x)."""
     return S.times_argument(S.taylor_sigmoid(x, degree), x)
 
 
 def taylor_softplus(x: Tensor, degree: int) -> list[Tensor]:
+    """log(1 + exp(x)), whose derivative is the sigmoid."""
     slope = S.taylor_sigmoid(x, degree)
     return [torch.nn.functional.softplus(x), *(slope[k - 1] / k for k in range(1, degree + 1))]
 
 
 def taylor_logsigmoid(x: Tensor, degree: int) -> list[Tensor]:
+    """-softplus(-x)."""
     return [(-1) ** (k + 1) * t for k, t in enumerate(taylor_softplus(-x, degree))]
 
 

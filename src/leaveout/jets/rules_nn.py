@@ -55,6 +55,7 @@ def softmax(x: Series, dim: int) -> Series:
 
 
 def log_softmax(x: Series, dim: int) -> Series:
+    """The logarithm of `softmax`, without its rounding."""
     shifted = Series(x.c - x.c.amax(dim, keepdim=True), x.h)
     return S.add(shifted, S.log(_sum_along(S.exp(shifted), dim)), -1)
 

@@ -37,6 +37,7 @@ class AdamStep:
 
     @property
     def corrections(self) -> tuple[float, float]:
+        """1 - beta1^t and 1 - beta2^t."""
         return 1 - self.beta1**self.step, 1 - self.beta2**self.step
 
 

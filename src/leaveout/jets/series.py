@@ -29,10 +29,12 @@ class Series(NamedTuple):
 
     @property
     def degree(self) -> int:
+        """The highest power of z."""
         return self.h.shape[0]
 
     @property
     def directions(self) -> int:
+        """How many directions share the constant term."""
         return self.h.shape[1]
 
     def map(self, linear: Callable[[Tensor], Tensor]) -> Series:
@@ -233,10 +235,12 @@ def binomial(r: Tensor, exponent: float) -> Tensor:
 
 
 def sqrt(a: Series) -> Series:
+    """The square root; see `power`."""
     return power(a, 0.5)
 
 
 def rsqrt(a: Series) -> Series:
+    """One over the square root; see `power`."""
     return power(a, -0.5)
 
 
@@ -300,6 +304,7 @@ def taylor_gauss(x: Tensor, degree: int) -> list[Tensor]:
 
 
 def taylor_erf(x: Tensor, degree: int) -> list[Tensor]:
+    """erf, from its derivative 2 / sqrt(pi) exp(-x^2)."""
     gauss = taylor_gauss(x, max(degree - 1, 0))
     return [x.erf(), *(TWO_OVER_SQRT_PI * gauss[k - 1] / k for k in range(1, degree + 1))]
 
@@ -321,20 +326,25 @@ def derivative(taylor: Sequence[Tensor]) -> list[Tensor]:
 
 
 def tanh(a: Series) -> Series:
+    """The hyperbolic tangent."""
     return compose(taylor_tanh(a.c, a.degree), a)
 
 
 def sigmoid(a: Series) -> Series:
+    """1 / (1 + exp(-a))."""
     return compose(taylor_sigmoid(a.c, a.degree), a)
 
 
 def erf(a: Series) -> Series:
+    """The error function."""
     return compose(taylor_erf(a.c, a.degree), a)
 
 
 def sin(a: Series) -> Series:
+    """The sine."""
     return compose(taylor_sin(a.c, a.degree), a)
 
 
 def cos(a: Series) -> Series:
+    """The cosine."""
     return compose(taylor_sin(a.c, a.degree, shift=1), a)

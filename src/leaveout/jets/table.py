@@ -69,6 +69,7 @@ def padded(args: Any, *defaults: Any) -> Any:
 
 
 def note_nonsmooth(func: Any, space: Space) -> None:
+    """Counts a call of an operation with a kink, for the warnings of the run."""
     name = func.name().removeprefix("aten::")
     space.nonsmooth[name] = space.nonsmooth.get(name, 0) + 1
 

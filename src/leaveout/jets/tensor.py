@@ -80,6 +80,7 @@ class Jet(Tensor):
 
     @property
     def series(self) -> Series:
+        """Constant term and coefficients, without what makes them a tensor."""
         return Series(self.c, self.h)
 
     def coefficients(self) -> Tensor:

@@ -22,6 +22,7 @@ FEW_EXAMPLES = 8  # of a recipe without texts, in the probe
 
 
 def run_count(runs: Parameters) -> int:
+    """How many runs are stacked."""
     return len(next(iter(runs.values())))
 
 

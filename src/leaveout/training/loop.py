@@ -129,6 +129,7 @@ class PaperAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step on the gradients of all parameters that have one."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
             for p in group["params"]:
@@ -202,6 +203,7 @@ class Checkpoint:
 
     @property
     def due(self) -> bool:
+        """Whether the last saving is long enough ago."""
         return time.monotonic() - self._last >= self.every
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
@@ -300,6 +302,7 @@ class RunOptions:
     batched: bool | None = None
 
     def checkpoint(self, name: str, *parts: Any) -> Checkpoint | None:
+        """The file of a run named `name`, whose key is the digest of parts; None without a directory."""
         if self.directory is None:
             return None
         digest = hashlib.sha256()
@@ -328,6 +331,7 @@ class Loop:
         self.optimizer = make_optimizer(self.recipe, list(self.params.values()), self.fused)
 
     def run(self, checkpoint: Checkpoint | None, label: str, options: RunOptions) -> None:
+        """Takes all steps that the checkpoint does not hold already. Raises: as `Checkpoint.load`."""
         total, start = len(self.steps), self._resume(checkpoint)
         steps = range(start, total)
         hidden = not options.progress

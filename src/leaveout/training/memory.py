@@ -35,10 +35,12 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
+        """Bytes at the same time."""
         return (self.state + self.activations) * self.together
 
     @property
     def rounds(self) -> int:
+        """How often the run is repeated."""
         return -(-self.directions // self.together)
 
     def __str__(self) -> str:

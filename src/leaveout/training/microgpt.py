@@ -30,6 +30,7 @@ class MicroGPT(nn.Module):
             nn.init.normal_(p, std=0.08)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Logits of the next character at each place."""
         examples, tokens = ids.shape
         x = self.wte(ids) + self.wpe.weight[:tokens]
         x = self.block(rms_norm(x.view(examples * tokens, -1)), tokens)
@@ -55,6 +56,7 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(rms_norm(x))))
 
     def attend(self, x: Tensor, tokens: int) -> Tensor:
+        """Causal attention of each example's tokens over its own. Shapes: x [examples * tokens, width] -> alike."""
         width = x.shape[1] // self.heads
         q, k, v = (
             w(x).view(-1, tokens, self.heads, width).transpose(1, 2).flatten(0, 1) for w in (self.wq, self.wk, self.wv)
@@ -66,6 +68,7 @@ class Block(nn.Module):
 
 
 def rms_norm(x: Tensor) -> Tensor:
+    """Rows scaled to a mean square of 1, without weights."""
     return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
 
 

@@ -151,6 +151,7 @@ class Recipe:
 
     @property
     def real_dtype(self) -> torch.dtype:
+        """The precision of the plain run, as torch names it."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     @property

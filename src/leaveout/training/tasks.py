@@ -93,6 +93,7 @@ class Bound(nn.Module):
         self.model, self.values = task.model, values
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """The values under the model's own parameters."""
         return self.values(self.model, *inputs)
 
     def under(self, parameters: Parameters, *inputs: Tensor) -> Tensor:

@@ -125,6 +125,7 @@ class FlatRun:
 
     @staticmethod
     def flat(tensors: Any) -> Tensor:
+        """Tensors in the order of the parameters as one vector [parameters]."""
         return torch.cat([t.reshape(-1) for t in tensors])
 
     def shaped(self, vector: Tensor) -> list[Tensor]:
@@ -193,6 +194,7 @@ class FlatRun:
         return gradient, back
 
     def count(self, queries: Queries) -> int:
+        """How many numbers are asked for."""
         with torch.no_grad():
             return self._values(queries).numel() if callable(queries) else len(queries)
 

@@ -50,6 +50,7 @@ class ReversePlan:
 
     @property
     def rounds(self) -> int:
+        """How often the run is repeated."""
         return -(-self.queries // self.together)
 
 
@@ -174,6 +175,7 @@ class Reverse:
     bar: Any
 
     def visit(self, step: int) -> None:
+        """Takes the cotangents from after a step to before it; at the end of the run it makes them."""
         if step == self.run.steps:
             self.base[:], gradients = self.run.query_gradients(self.queries, self.part)
             # One cotangent [queries, parameters] for each row of the state.

@@ -28,9 +28,9 @@ from torch import nn
 
 from corpora import data, read_json
 from leaveout.corpus import Corpus
-from leaveout.deletion.predict import Prediction
-from leaveout.deletion.run import MeasureSettings, TrainingRun
-from leaveout.deletion.verify import Verification, agreement
+from leaveout.deletion.measurements import MeasureSettings
+from leaveout.deletion.predict import Verification, agreement
+from leaveout.deletion.run import TrainingRun
 from leaveout.metrics import bootstrap_interval
 from leaveout.training.queries import Query
 from leaveout.training.recipe import OptimizerSettings, Recipe
@@ -200,18 +200,19 @@ def measure(case: Case, directory: Path, settings: MeasureSettings, seed: int) -
     without = [ids for found in test.values() for ids in found]
     run = TrainingRun.train(case.recipe, directory / "retrainings")
     run.measure(retrain=case.retrain, heldout=reserved, queries=case.queries, settings=settings)
-    predictions = {"retrainings": run.bank.predict(case.queries, without)}
+    predictions = {"retrainings": run.predict(case.queries, without)}
     exact = TrainingRun.train(case.recipe, directory / "exact")
     exact.bank.merge(run.bank.path)
     exact.measure(gradient=True, queries=case.queries, settings=settings)
-    predictions["retrainings and the exact first order"] = exact.bank.predict(case.queries, without)
-    actual = exact.retrain(case.queries, without, settings)
+    predictions["retrainings and the exact first order"] = exact.predict(case.queries, without)
+    proof = {"actual": exact.retrain(case.queries, without, settings), "measured": np.zeros(len(without), bool)}
+    verified = {name: Verification(**vars(p), **proof) for name, p in predictions.items()}
     seconds = {**measuring_seconds(exact), "this process": time.process_time() - began}
     return {
         "question": "Do the 95 % intervals of the posterior cover deletions that were never measured?",
         "recipe": case.recipe.hash(), "units": len(case.recipe.unit_names), "queries": len(case.queries),
         "steps": len(case.recipe.batches()), "retrainings": case.retrain, "reserved": RESERVED, "test_sets": len(without),
-        "measurements": {name: judged(replace(p, actual=actual), kinds) for name, p in predictions.items()},
+        "measurements": {name: judged(p, kinds) for name, p in verified.items()},
         "cpu_seconds": {name: round(value, 2) for name, value in seconds.items()},
     }  # fmt: skip
 
@@ -225,9 +226,9 @@ def measuring_seconds(run: TrainingRun) -> dict[str, float]:
     return out
 
 
-def judged(p: Prediction, kinds: Sequence[str]) -> dict[str, Any]:
+def judged(p: Verification, kinds: Sequence[str]) -> dict[str, Any]:
     """Agreement and coverage, for all test sets, by kind and by query."""
-    inside = Verification(p).inside
+    inside = p.inside
     by_kind = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in dict.fromkeys(kinds)}
     interval = bootstrap_interval(inside.mean(0), seed=0)
     by_query = sorted(zip(inside.mean(1).tolist(), p.queries, strict=True))
@@ -240,21 +241,20 @@ def judged(p: Prediction, kinds: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def summary(p: Prediction, columns: list[int]) -> dict[str, Any]:
+def summary(p: Verification, columns: list[int]) -> dict[str, Any]:
     """Numbers of some sets. Widths and effects in the query's unit; spearman over the sets, mean over queries."""
-    assert p.actual is not None
     part = replace(p, base=p.base[:, columns], effect=p.effect[:, columns], std=p.std[:, columns],
-                   without=tuple(p.without[i] for i in columns), actual=p.actual[:, columns])  # fmt: skip
+                   without=tuple(p.without[i] for i in columns), actual=p.actual[:, columns],
+                   measured=p.measured[columns])  # fmt: skip
     plain = replace(part, std=part.std / p.factor)
-    assert part.actual is not None
     actual = part.actual - part.base
     error, low_high = np.abs(part.effect - actual), part.interval()
     z = error / part.std
     found = agreement(part.effect, actual)
     return {
         "sets": len(columns),
-        "coverage": float(Verification(part).inside.mean()),
-        "coverage_before_calibration": float(Verification(plain).inside.mean()),
+        "coverage": float(part.inside.mean()),
+        "coverage_before_calibration": float(plain.inside.mean()),
         "spearman": found["spearman"], "relative_error": found["relative_error"],
         "mean_width": float((low_high[1] - low_high[0]).mean()), "mean_effect": float(np.abs(actual).mean()),
         "mean_error": float(error.mean()),

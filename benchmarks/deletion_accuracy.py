@@ -25,15 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaveout.deletion.estimators import SIMPLE
-from leaveout.deletion.measurements import JetBlock, Measurements
-from leaveout.deletion.plan import Budget, make_plan
-from leaveout.deletion.posterior import Posterior
-from leaveout.deletion.predict import Prediction
+from leaveout.deletion.estimators import EstimatorSettings, fit
+from leaveout.deletion.measurements import JetBlock, Measurements, MeasureSettings
+from leaveout.deletion.plan import Budget
+from leaveout.deletion.predict import Prediction, agreement
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
-from leaveout.deletion.settings import MeasureSettings
-from leaveout.deletion.verify import agreement
 from leaveout.training.recipe import Recipe
 from provenance import provenance
 
@@ -131,7 +128,7 @@ class Scores:
         """Scores one estimator on a bank; with m, on its first m jet runs only."""
         began = time.process_time()
         if m is None:
-            p = run.bank.predict(self.setting.queries, self.setting.sets, estimator, **options)
+            p = run.predict(self.setting.queries, self.setting.sets, EstimatorSettings(estimator, **options))
         else:
             p = limited(run, self.setting, estimator, m, **options)
         low, high = p.interval()
@@ -166,12 +163,10 @@ def limited(run: TrainingRun, s: Setting, estimator: str, m: int, vectors: bool 
     data = run.bank.measurements(s.queries)
     psi = np.concatenate([b.psi for b in data.jets])[:m]
     c = np.concatenate([b.c for b in data.jets], 1)[:, :m]
-    made: Any = Posterior if estimator == "posterior" else SIMPLE[estimator]
     alone = Measurements(data.base, data.sizes, (JetBlock(psi, c),))
     if vectors:
         alone = replace(alone, features=data.features, scores=data.scores)
-    fitted = made(alone, **options)
-    effect, std = fitted.predict(s.sets.x)
+    effect, std = fit(alone, EstimatorSettings(estimator, **options))[0].predict(s.sets.x)
     return Prediction(
         tuple(s.queries), s.sets.labels, np.repeat(data.base[:, None], len(s.sets), 1), effect, std, estimator
     )
@@ -229,7 +224,7 @@ def figure3(s: Setting) -> dict[str, Any] | None:
         return None
     ids = [i for i, row in zip(s.recipe.ids, s.recipe.examples, strict=True) if "x" in row.text]
     run = s.run("sketch")
-    found = [run.bank.predict(["max"], [ids], "mean", degree=r, calibrate=False) for r in (1, 2, 3)]
+    found = [run.predict(["max"], [ids], EstimatorSettings("mean", degree=r, calibrate=False)) for r in (1, 2, 3)]
     return {
         "base": float(found[0].base[0, 0]), "cumulative": [float(p.mean[0, 0]) for p in found],
         "standard_error": [float(p.std[0, 0]) for p in found], "documents": len(ids),
@@ -252,8 +247,8 @@ def first_order_check(s: Setting, directions: int) -> dict[str, float]:
     double = TrainingRun.train(s.recipe.with_(dtype="float64"), s.work / "double")
     settings = MeasureSettings(workers=2, check=False)
     double.measure(directions, 1, gradient=True, queries=s.queries, settings=settings)
-    exact = double.bank.predict(s.queries, s.sets, "first_order").effect
-    found = double.bank.predict(s.queries, s.sets, "least_squares", degree=1).effect
+    exact = double.predict(s.queries, s.sets, "first_order").effect
+    found = double.predict(s.queries, s.sets, EstimatorSettings("least_squares", degree=1)).effect
     single = limited(s.run("sketch"), s, "least_squares", directions, degree=1).effect
     size = np.abs(exact).max()
     return {
@@ -277,7 +272,7 @@ def budget_arms(s: Setting, scores: Scores, budget: int) -> dict[str, Any]:
     n = min(HELDOUT, budget // 6)
     reserved = DeletionSets(s.heldout.x[:n], s.heldout.labels[:n])
     run = s.run(f"plan {budget}")
-    plan = make_plan(run, s.queries, s.heldout, Budget(seconds, examples=True))
+    plan = run.plan(s.queries, s.heldout, Budget(seconds, examples=True))
     bought = {**plan.best.arguments, "settings": settings}
     bought["heldout"] = reserved if bought["heldout"] else None
     run.measure(**bought)
@@ -331,7 +326,7 @@ def timing(s: Setting) -> dict[str, float]:
     rng = np.random.default_rng(0)
     x = (rng.random((1000, len(s.recipe.unit_names))) < 0.05).astype(float)
     began = time.monotonic()
-    run.bank.predict(names, DeletionSets(x, tuple(map(str, range(1000)))))
+    run.predict(names, DeletionSets(x, tuple(map(str, range(1000)))))
     return {"queries": 100, "sets": 1000, "wall_seconds": time.monotonic() - began}
 
 

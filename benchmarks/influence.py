@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from influence_banks import BANKS, TruthBank
+from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.settings import MeasureSettings
 from leaveout.evaluation.judge import EvaluationSettings, judge, removal_queries
 from leaveout.evaluation.report import Judged, Report
 from leaveout.evaluation.truth import Truth, second_order, subset_truth

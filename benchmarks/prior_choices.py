@@ -25,10 +25,9 @@ import numpy as np
 import torch
 
 import deletion_accuracy as accuracy
-from leaveout.deletion import posterior, stored
-from leaveout.deletion.measurements import Measurements
-from leaveout.deletion.settings import MeasureSettings
-from leaveout.deletion.verify import agreement
+from leaveout.deletion import bank, posterior
+from leaveout.deletion.measurements import Measurements, MeasureSettings
+from leaveout.deletion.predict import agreement
 from provenance import provenance
 
 DAMPINGS = (0.1, 1.0, 10.0, 100.0)
@@ -41,11 +40,11 @@ def known(s: accuracy.Setting) -> tuple[dict[float, Measurements], Measurements]
     run = s.run("prior choices")
     run.measure_vectors()
     run.measure(retrain=RUNS, heldout=s.heldout, queries=s.queries, settings=MeasureSettings(check=False))
-    chosen, found = stored.DAMPING, {}
+    chosen, found = bank.DAMPING, {}
     for damping in DAMPINGS:
-        stored.DAMPING = damping
+        bank.DAMPING = damping
         found[damping] = run.bank.measurements(s.queries)
-    stored.DAMPING = chosen
+    bank.DAMPING = chosen
     return found, found[chosen]
 
 
@@ -117,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seeds = measure(args, args.work or Path(temporary))
     result = {
         "question": "Which damping, and do wider intervals for concentrated sets cover?", "retrainings": RUNS,
-        "damping": stored.DAMPING, "widening": posterior.CONCENTRATED, "seeds": seeds,
+        "damping": bank.DAMPING, "widening": posterior.CONCENTRATED, "seeds": seeds,
         "cpu_seconds": time.process_time() - began, **provenance(args.seeds[0]),
     }  # fmt: skip
     args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -27,12 +27,11 @@ import torch
 
 import deletion_accuracy as accuracy
 from leaveout.deletion.estimators import LeaveOneOut
-from leaveout.deletion.measurements import Measurements, Retrainings
-from leaveout.deletion.plan import Budget, make_plan
+from leaveout.deletion.measurements import Measurements, MeasureSettings, Retrainings
+from leaveout.deletion.plan import Budget
 from leaveout.deletion.posterior import Posterior
+from leaveout.deletion.predict import agreement
 from leaveout.deletion.sets import DeletionSets
-from leaveout.deletion.settings import MeasureSettings
-from leaveout.deletion.verify import agreement
 from leaveout.training.queries import as_queries
 from provenance import provenance
 
@@ -105,9 +104,7 @@ def plans(s: accuracy.Setting, budget: float) -> list[dict[str, Any]]:
     """What the planner buys as noise rises."""
     out = []
     for level in (0.0, 0.25, 1.0, 4.0):
-        plan = make_plan(
-            s.run("plans"), s.queries, s.heldout, Budget(budget * s.retraining, noise=level, examples=True)
-        )
+        plan = s.run("plans").plan(s.queries, s.heldout, Budget(budget * s.retraining, noise=level, examples=True))
         choices = {c.name: c.error for c in plan.choices}
         out.append({"noise": level, "chosen": plan.best.name, "expected_error": plan.best.error, "choices": choices})
     return out
@@ -149,6 +146,14 @@ def by_budget(found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     return {label: sorted(points) for label, points in out.items()}
 
 
+def describe(data: Measurements) -> str:
+    """Counts of measurements, for people."""
+    parts = [f"{len(b.psi)} jet runs of degree {b.degree}" for b in data.jets]
+    parts += [f"{len(data.retrainings)} retrainings"] if len(data.retrainings) else []
+    parts += ["the exact first order"] if data.gradient is not None else []
+    return ", ".join(parts) or "nothing"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", type=Path, required=True, help="a text file with one name a line")
@@ -169,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = banks(s, args.smoke)
         result = {
             "question": "Where do jets win over retraining, at equal cost?", "smoke": args.smoke, "names": NAMES,
-            "measurements": {name: d.describe() for name, d in data.items()},
+            "measurements": {name: describe(d) for name, d in data.items()},
             "measuring_cpu_seconds": {name: accuracy.spent(s.run(f"regimes {name}")) for name in data},
             "noise": {"levels": list(NOISE), "spearman": noise_panel(s, data)},
             "small_shares": share_panel(s, data), "budget": by_budget(json.loads(args.accuracy.read_text())),

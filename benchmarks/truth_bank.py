@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from influence_banks import smoke_bank, stories_bank
+from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.settings import MeasureSettings
 from leaveout.evaluation.truth import subset_truth
 from leaveout.training.queries import Query
 from measuring import arguments, write_result

@@ -18,8 +18,9 @@ import torch
 from showing import show
 from torch import nn
 
-from leaveout.deletion.run import MeasureSettings, TrainingRun
-from leaveout.deletion.verify import Verification
+from leaveout.deletion.measurements import MeasureSettings
+from leaveout.deletion.predict import Verification
+from leaveout.deletion.run import TrainingRun
 from leaveout.training.queries import Query, query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 

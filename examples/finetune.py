@@ -23,8 +23,8 @@ import torch
 from showing import show
 
 from leaveout import Corpus, Row, load_readout
+from leaveout.deletion.predict import Verification
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.verify import Verification
 from leaveout.demo.run import find_model
 from leaveout.training.recipe import OptimizerSettings, Recipe
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> Verification:
         triples = [list(three) for three in combinations(sources, 3)][::2]
         found = run.verify(queries, [*triples, *({source: 0.5} for source in sources)])
     show("Without some sources (loss of a row that was not trained on, nats per token)", found, lines=20)
-    best = [sources[i] for i in found.prediction.effect[:, -len(sources) :].argmax(1)]
+    best = [sources[i] for i in found.effect[:, -len(sources) :].argmax(1)]
     for query, source in zip(queries, best, strict=True):
         print(f"a row of {query.unit!r} learned most from {source!r}")
     return found

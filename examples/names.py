@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from showing import show
 
-from leaveout.deletion.plan import Budget, Plan, make_plan
+from leaveout.deletion.predict import Verification
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.verify import Verification
 from leaveout.training.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -51,18 +50,12 @@ def without_letters(recipe: Recipe, out: Path, seconds: float) -> Verification:
 
 def spend(run: TrainingRun, sets: list[list[str]], seconds: float) -> None:
     """Asks the planner what to measure within a number of seconds, and measures it."""
-    plan = make_plan(run, QUERIES, sets, Budget(seconds))
-    print_plan(plan)
+    plan = run.plan(QUERIES, sets, seconds)
+    print(f"\nwhat {plan.budget:g} seconds can buy, best first\n{plan}")
     # For a few named sets it is cheapest to retrain them. Here we want answers about sets that nobody has named yet.
     general = next(choice for choice in plan.choices if choice.name != WANTED)
     print(f"measuring: {general.name}")
     run.measure(**general.arguments)
-
-
-def print_plan(plan: Plan) -> None:
-    print(f"\nwhat {plan.budget:g} seconds can buy, best first")
-    for choice in plan.choices:
-        print(f"  {choice.name:<44}{choice.seconds:>7.1f} s   expected error {choice.error:.0%} of an effect")
 
 
 def main(argv: Sequence[str] | None = None) -> list[Verification]:

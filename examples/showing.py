@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from leaveout.deletion.verify import Verification
+from leaveout.deletion.predict import Verification
 
 
 def show(title: str, verification: Verification, lines: int = 12) -> None:
     """Prints the first lines of a verification and its summary."""
     print(f"\n{title}")
     print(f"{'query':<28}{'without':<34}{'all data':>9}{'predicted':>10}{'95 % interval':>19}{'actual':>9}")
-    low, high = verification.prediction.interval()
-    flat = zip(verification.prediction.lines(), low.ravel(), high.ravel(), strict=True)
+    low, high = verification.interval()
+    flat = zip(verification.lines(), low.ravel(), high.ravel(), strict=True)
     for line, left, right in list(flat)[:lines]:
         interval = f"{left:.3f} to {right:.3f}"
         print(

@@ -14,6 +14,7 @@ import torch
 from command import run_command
 from leaveout import Recipe, TrainingRun, UnsupportedError, load_scores
 from leaveout.deletion.plan import Budget
+from leaveout.deletion.predict import prediction_table
 from leaveout.methods.gradient_dot import GradientDot
 from leaveout.report import blocks
 from leaveout.training.queries import query_losses
@@ -118,7 +119,7 @@ def test_predict_says_what_the_api_says(leaveout, trained, tmp_path):
     labels = ["a", "b, c", "unit = 'd'", "a, c", "d=0.5"]
     assert [(line["query"], line["without"]) for line in lines] == [(q, w) for q in QUERIES for w in labels]
     sets = [["a"], ["b", "c"], ["d"], ["a", "c"], {"d": 0.5}]
-    found = TrainingRun.open(trained / "run").bank.predict(list(QUERIES), sets)
+    found = TrainingRun.open(trained / "run").predict(list(QUERIES), sets)
     for key, values in (("base", found.base), ("predicted", found.mean), ("std", found.std)):
         np.testing.assert_allclose([line[key] for line in lines], values.ravel(), rtol=1e-9)
     assert {line["estimator"] for line in lines} == {"posterior"}
@@ -227,6 +228,8 @@ def test_plan_lists_choices_whose_commands_run(leaveout, trained, tmp_path):
         (["measure", "RUN", "--merge", "nowhere"], 1, "nowhere is not a training run"),
         (["plan", "RUN", "--query", "nina", "--without", "a", "--budget", "soon"], 2, "--budget must be a number"),
         (["plan", "RUN", "--query", "nina", "--without", "a", "--budget", "0s"], 1, "must be positive"),
+        (["plan", "nowhere", "--query", "nina", "--without", "a", "--budget", "0s"], 1, "must be positive"),
+        (["verify", "nowhere", "--query", "nina", "--without", "a", "--estimator", "oracle"], 1, "no estimator 'oracle'"),
         (["train", "missing.yaml", "--out", "OUT"], 1, "missing.yaml"),
         (["train", "OTHER", "--out", "RUN"], 1, "was trained by another recipe"),
         (["info", "nowhere"], 1, "nowhere"),
@@ -268,11 +271,11 @@ def test_empty_bank_changed_recipe_and_merge(leaveout, tmp_path):
 def test_plan_hands_all_limits_on(leaveout, trained, monkeypatch):
     seen = []
 
-    def stop(run, queries, sets, budget):
+    def stop(self, queries, without, budget):
         seen.append(budget)
         raise UnsupportedError("Enough seen.")
 
-    monkeypatch.setattr("leaveout.deletion.plan.make_plan", stop)
+    monkeypatch.setattr(TrainingRun, "plan", stop)
     ask = [*asking("nina"), "--without", "a", "--budget", "1.5min", "--workers", 2]
     assert leaveout("plan", trained / "run", *ask, "--disk", "2GB", "--memory", "500 MB", "--examples")[0] == 1
     assert seen == [Budget(90, 2 * 10**9, 500 * 10**6, 2, examples=True)]
@@ -314,7 +317,7 @@ def test_interval_chart_puts_values_on_one_axis():
     assert 'class="bar"' not in shown and "<q>" not in shown
     assert blocks.interval_chart([{**line, "std": 0.1}]).count('class="bar"') == 1
     assert "7 more are not drawn" in blocks.interval_chart([line] * (blocks.CHART_ROWS + 7))
-    table = blocks.prediction_table([line])
+    table = prediction_table([line])
     assert dict(zip(table.headers, table.rows[0], strict=True))["inside"] == "unknown"
 
 
@@ -329,6 +332,8 @@ def test_evaluate_judges_methods_and_scores_of_ones_own(leaveout, trained, tmp_p
     code, _, err = leaveout("evaluate", place, *asking(*QUERIES), "--method", "magic", *options)
     assert code == 1 and "magic" in err
     assert leaveout("evaluate", place, *asking(*QUERIES))[0] == 2
+    code, out, _ = leaveout("evaluate", place, *asking(*QUERIES), *options[:2], "--subsets", 40, *options[4:])
+    assert code == 0 and "over 6 retrained subsets" in out  # there are no more halves of four units
 
 
 @pytest.mark.parametrize("kind", ["npy", "csv", "jsonl"])
@@ -347,7 +352,7 @@ def test_attribute_writes_what_evaluate_reads(kind, leaveout, trained, tmp_path)
     code, _, err = leaveout("attribute", place, *asking(*QUERIES), "--method", "metagradient", "--out", out)
     assert code == 0, err
     sets = [[unit] for unit in recipe.unit_names]
-    effects = TrainingRun.open(place).bank.predict([*QUERIES], sets, "first_order").effect
+    effects = TrainingRun.open(place).predict([*QUERIES], sets, "first_order").effect
     np.testing.assert_allclose(load_scores(out, QUERIES, recipe.unit_names), effects, rtol=1e-5, atol=1e-7)
     options = ("--subsets", 4, "--qld", 0, "--no-ceiling", "--json")
     code, text, err = leaveout(

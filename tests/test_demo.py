@@ -54,7 +54,7 @@ def test_demo_writes_table_and_report_and_runs_again(tmp_path, monkeypatch, caps
     }  # fmt: skip
     run = TrainingRun.open(tmp_path / "deletion" / "by-source")
     assert set(run.recipe.unit_names) == set(WORDS["words"])
-    given = run.bank.predict("anyword", [["rivers"]])  # parameters were kept: any word can be asked
+    given = run.predict("anyword", [["rivers"]])  # parameters were kept: any word can be asked
     assert np.isfinite(given.mean).all()
 
 

@@ -15,8 +15,8 @@ import typer.main
 
 from leaveout import Recipe
 from leaveout.cli import app
-from leaveout.deletion.bank import ESTIMATORS
 from leaveout.deletion.directions import DESIGNS
+from leaveout.deletion.estimators import ESTIMATORS
 from leaveout.training.train import train_plain
 from readout.tiny import make_model, make_tokenizer
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from leaveout.deletion.settings import MeasureSettings
+from leaveout.deletion.measurements import MeasureSettings
 from leaveout.errors import COMPARED, NAMED, choices, made, meant, refuse_other_names
 from leaveout.methods.registry import METHODS, parse
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from leaveout.deletion.verify import agreement
+from leaveout.deletion.predict import agreement
 from leaveout.training.queries import query_losses
 from leaveout.training.recipe import Recipe
 from leaveout.training.train import train_plain
@@ -34,9 +34,9 @@ def test_names_predicts_documents_and_first_letters(script, capsys):
     recipe = Recipe.microgpt(names.HERE.joinpath("names.txt").read_text().split(), n=40)
     kept = torch.tensor([float(row.text[0] not in "st") for row in recipe.examples])
     actual = query_losses(recipe, train_plain(recipe, kept), names.QUERIES).double()
-    where = letters.prediction.without.index("s, t")
-    np.testing.assert_allclose(letters.prediction.actual[:, where], actual, rtol=1e-4)
-    found = [agreement(v.prediction.effect, v.prediction.actual - v.prediction.base) for v in (letters, documents)]
+    where = letters.without.index("s, t")
+    np.testing.assert_allclose(letters.actual[:, where], actual, rtol=1e-4)
+    found = [agreement(v.effect, v.actual - v.base) for v in (letters, documents)]
     assert found[0]["spearman"] > 0.7 and found[1]["spearman"] > 0.5  # also over sets that the plan had retrained
     text = capsys.readouterr().out
     assert text.count("measuring: ") == 2 and "expected error" in text
@@ -53,7 +53,7 @@ def test_digits_predicts_images_writers_and_classes(script, capsys):
     pytest.importorskip("sklearn")
     digits = script("digits")
     found = digits.main(["--n", "200", "--retrain", "40"])
-    assert [len(v.prediction.without) for v in found] == [5, 8 // 2 + 2, 15]
+    assert [len(v.without) for v in found] == [5, 8 // 2 + 2, 15]
     for verification in found:
         assert verification.summary()["spearman"] > 0.6
         assert verification.inside.mean() >= 0.5
@@ -72,11 +72,11 @@ def test_finetune_predicts_sources(script, tmp_path, capsys):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     found = finetune.main(["--model", str(path), "--out", str(tmp_path / "run")])
-    assert found.prediction.without[-5:] == ("sea=0.5", "farm=0.5", "bedtime=0.5", "kitchen=0.5", "rules=0.5")
+    assert found.without[-5:] == ("sea=0.5", "farm=0.5", "bedtime=0.5", "kitchen=0.5", "rules=0.5")
     assert found.summary()["spearman"] > 0.7
     rows, queries = finetune.split(finetune.HERE / "finetune.jsonl")
     recipe = finetune.make_recipe(rows, str(path))
     kept = torch.tensor([0.0 if unit in ("sea", "farm", "bedtime") else 1.0 for unit in recipe.unit_names])
     actual = query_losses(recipe, train_plain(recipe, kept), queries).double()
-    np.testing.assert_allclose(found.prediction.actual[:, 0], actual, rtol=1e-4)
+    np.testing.assert_allclose(found.actual[:, 0], actual, rtol=1e-4)
     assert "learned most from" in capsys.readouterr().out

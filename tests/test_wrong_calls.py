@@ -10,6 +10,7 @@ import leaveout as lo
 from command import run_command
 from readout.tiny import TEXTS, make_model, make_tokenizer
 
+WRONG_SCORES = lo.EstimatorSettings(scores=np.array([1, 2]))
 NAMES = ["anna", "bori", "citu", "dune", "elri", "fatu"]
 
 
@@ -103,9 +104,16 @@ def test_wrong_settings_of_a_signature(changes, error, message):
         (lambda r: r.retrain(["anna"], [0]), TypeError, r"without is \[0\]: give ids as texts"),
         (lambda r: r.retrain(["anna"], np.arange(2)), TypeError, "without is array.*: give ids as texts"),
         (lambda r: r.retrain(["anna"], r.recipe.ids[0].upper()), lo.FormatError, "did you mean '0:"),
-        (lambda r: r.bank.predict(["anna"], r.recipe.ids[0], "posterier"), ValueError, "did you mean 'posterior'"),
-        (lambda r: r.bank.predict(["anna"], r.recipe.ids[0], degre=2), TypeError, "did you mean 'degree'"),
-        (lambda r: r.bank.predict(["anna"], r.recipe.ids[0], scores=[1, 2]), ValueError, "wanted scores"),
+        (lambda r: r.predict(["anna"], r.recipe.ids[0], "posterier"), ValueError, "did you mean 'posterior'"),
+        (lambda r: r.plan(["anna"], r.recipe.ids[0], "soon"), ValueError, "budget must be a number with a unit"),
+        (lambda r: r.plan(["anna"], r.recipe.ids[0], 0), ValueError, "the budget must be positive, got 0"),
+        (lambda r: lo.EstimatorSettings(degree=0), ValueError, "degree is 0: give a whole number of at least 1"),
+        (
+            lambda r: lo.EstimatorSettings("pairwise", degree=2),
+            ValueError,
+            "degree goes with posterior, .*, not with pair",
+        ),
+        (lambda r: r.predict(["anna"], r.recipe.ids[0], WRONG_SCORES), ValueError, "wanted scores"),
         (lambda r: lo.Query("anna", "los"), ValueError, "there is no measure 'los': did you mean 'loss'"),
         (lambda r: lo.evaluate(r, ["anna"], "random"), TypeError, "methods is 'random': give a list of names"),
         (lambda r: lo.evaluate(r, ["anna"], None), TypeError, "methods is None: give a list of names"),

@@ -13,10 +13,12 @@ from leaveout.errors import FormatError, LeaveoutError, MismatchError, Stability
 
 if TYPE_CHECKING:
     from leaveout.deletion.bank import Bank
-    from leaveout.deletion.predict import Prediction
+    from leaveout.deletion.estimators import EstimatorSettings
+    from leaveout.deletion.measurements import MeasureSettings
+    from leaveout.deletion.plan import Budget, Plan
+    from leaveout.deletion.predict import Curve, Prediction, Verification
     from leaveout.deletion.run import TrainingRun
     from leaveout.deletion.sets import DeletionSets
-    from leaveout.deletion.settings import MeasureSettings
     from leaveout.evaluation.judge import evaluate
     from leaveout.evaluation.report import Report
     from leaveout.evaluation.settings import EvaluationSettings
@@ -37,25 +39,30 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Bank": "leaveout.deletion.bank",
+    "Budget": "leaveout.deletion.plan",
     "BuildReport": "leaveout.readout.build",
     "Channel": "leaveout.readout.settings",
+    "Curve": "leaveout.deletion.predict",
     "DeletionSets": "leaveout.deletion.sets",
     "EncodedQueries": "leaveout.readout.opened",
+    "EstimatorSettings": "leaveout.deletion.estimators",
     "EvaluationSettings": "leaveout.evaluation.settings",
     "Explanation": "leaveout.readout.explain",
     "Hit": "leaveout.readout.search",
     "Index": "leaveout.readout.index",
-    "MeasureSettings": "leaveout.deletion.settings",
+    "MeasureSettings": "leaveout.deletion.measurements",
     "ModelOptions": "leaveout.models",
     "OptimizerSettings": "leaveout.training.recipe",
     "PRESETS": "leaveout.readout.settings",
     "Pace": "leaveout.readout.build",
+    "Plan": "leaveout.deletion.plan",
     "Prediction": "leaveout.deletion.predict",
     "Query": "leaveout.training.queries",
     "Recipe": "leaveout.training.recipe",
     "Report": "leaveout.evaluation.report",
     "SignatureSettings": "leaveout.readout.settings",
     "TrainingRun": "leaveout.deletion.run",
+    "Verification": "leaveout.deletion.predict",
     "attribute": "leaveout.methods.registry",
     "evaluate": "leaveout.evaluation.judge",
     "load_readout": "leaveout.readout.model",
@@ -66,11 +73,14 @@ _LAZY = {
 __all__ = [
     "PRESETS",
     "Bank",
+    "Budget",
     "BuildReport",
     "Channel",
     "Corpus",
+    "Curve",
     "DeletionSets",
     "EncodedQueries",
+    "EstimatorSettings",
     "EvaluationSettings",
     "Explanation",
     "FormatError",
@@ -82,6 +92,7 @@ __all__ = [
     "ModelOptions",
     "OptimizerSettings",
     "Pace",
+    "Plan",
     "Prediction",
     "Query",
     "Recipe",
@@ -91,6 +102,7 @@ __all__ = [
     "StabilityError",
     "TrainingRun",
     "UnsupportedError",
+    "Verification",
     "attribute",
     "evaluate",
     "load_readout",

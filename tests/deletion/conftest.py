@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.settings import MeasureSettings
 from leaveout.training.recipe import Recipe
 
 NAMES = [a + b for a in ("an", "bo", "ci", "du", "el", "fa") for b in ("na", "ri", "so", "tu")]

@@ -10,9 +10,8 @@ import pytest
 
 from command import run_command
 from leaveout.deletion import run as run_module
-from leaveout.deletion.plan import Budget, make_plan
+from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
 from leaveout.methods.registry import attribute
@@ -133,7 +132,7 @@ def test_growth_is_checked_up_to_the_degree_that_is_measured(tmp_path, monkeypat
 
 def test_a_plan_keeps_degree_one_where_series_grow(tmp_path, monkeypatch):
     run = TrainingRun.train(wild(), tmp_path / "run")
-    plan = make_plan(run, QUERIES, [[run.recipe.ids[0]]], Budget(600))
+    plan = run.plan(QUERIES, [[run.recipe.ids[0]]], "10min")
     assert 1 in plan.costs.jets and 2 not in plan.costs.jets
     assert any("No jets above degree 1" in note for note in plan.notes)
 
@@ -171,19 +170,19 @@ def test_sets_that_were_measured_prove_nothing_and_are_counted_apart(role, small
     assert found.new.tolist() == [False, True] and len(small.bank) == before + 1
     summary = found.summary()
     assert (summary["sets"], summary["already_measured"]) == (1, 1)
-    lines = list(found.prediction.lines())
+    lines = list(found.lines())
     assert [line["already_measured"] for line in lines] == [False, True] * 0 + [True, False] * len(QUERIES)
-    actual = found.prediction.actual
+    actual = found.actual
     assert np.abs(actual[:, 1] - small.retrain(QUERIES, [sets[1]])[:, 0]).max() == 0
     assert summary["relative_error"] == pytest.approx(
-        float(np.median(abs(actual - found.prediction.mean)[:, 1] / abs(actual - found.prediction.base)[:, 1]))
+        float(np.median(abs(actual - found.mean)[:, 1] / abs(actual - found.base)[:, 1]))
     )
     again = small.verify(QUERIES, [sets[1]])  # a proof can be repeated: nothing was fitted to it
     assert again.new.all()
     monkeypatch.setattr(run_module, "train_batch", lambda *_, **__: pytest.fail("it was retrained"))
     known = small.verify(QUERIES, [sets[0]]).summary()
     assert (known["sets"], known["already_measured"], known["coverage"]) == (0, 1, None)
-    truth = small.verify(QUERIES, [sets[0]]).prediction.actual
+    truth = small.verify(QUERIES, [sets[0]]).actual
     monkeypatch.undo()
     assert np.abs(truth - small.retrain(QUERIES, [sets[0]])).max() < 1e-5
 

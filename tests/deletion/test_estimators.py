@@ -17,7 +17,6 @@ from leaveout.deletion.estimators import (
     Mean,
     MedianOfMeans,
     Pairwise,
-    guarantee,
 )
 from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings
 from leaveout.errors import UnsupportedError
@@ -101,13 +100,6 @@ def test_median_of_means_survives_a_broken_direction(f):
     assert np.abs(mean - wanted).max() < 1.5 and np.isfinite(std).all()
     assert np.abs(Mean(known(jets=(block,))).predict(x)[0] - wanted).max() > 1e4
 
-
-def test_guarantee_grows_as_the_bound_says():
-    m, groups = guarantee(0.5, 0.05)
-    assert groups == math.ceil(8 * math.log(20)) and m == 16 * groups
-    assert guarantee(0.25, 0.05)[0] == 4 * m
-    with pytest.raises(ValueError, match="epsilon"):
-        guarantee(0, 0.1)
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3])

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from leaveout.deletion import run as module
 from leaveout.deletion.bank import Bank
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.settings import MeasureSettings
+from leaveout.deletion.measurements import MeasureSettings
 from leaveout.training.recipe import Recipe
 
 torch.set_num_threads(1)

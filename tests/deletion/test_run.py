@@ -16,11 +16,13 @@ import torch
 
 from leaveout.deletion import plan as plan_module
 from leaveout.deletion.bank import Bank
+from leaveout.deletion.estimators import EstimatorSettings
 from leaveout.deletion.kernels import FewUnits
-from leaveout.deletion.plan import Budget, Cost, Costs, make_plan
+from leaveout.deletion.measurements import MeasureSettings
+from leaveout.deletion.plan import Budget, Cost, Costs
+from leaveout.deletion.predict import Verification
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
-from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
 from leaveout.store import Store
 from leaveout.training.loop import Loop
@@ -44,7 +46,7 @@ def test_predictions_agree_with_plain_retraining(measured, recipe):
     x = np.array([[float(i in s) for i in ids] for s in sets])
     truth = retrained(recipe, x)
     base = retrained(recipe, np.zeros((1, 24)))
-    p = measured.bank.predict(QUERIES, sets)
+    p = measured.predict(QUERIES, sets)
     assert p.mean.shape == p.std.shape == p.base.shape == (3, 3)
     assert np.abs(p.base - base).max() < 1e-5
     assert np.abs(p.mean - truth).max() < 0.25 * np.abs(truth - base).max()
@@ -55,8 +57,8 @@ def test_predictions_agree_with_plain_retraining(measured, recipe):
 def test_exact_estimators_agree_on_the_first_order(measured, recipe):
     """24 units, 16 complex directions: least squares is exact, and so is reverse mode."""
     sets = DeletionSets(np.eye(24), tuple(recipe.ids))
-    least = measured.bank.predict(QUERIES, sets, "least_squares", degree=1).effect
-    exact = measured.bank.predict(QUERIES, sets, "first_order").effect
+    least = measured.predict(QUERIES, sets, EstimatorSettings("least_squares", degree=1)).effect
+    exact = measured.predict(QUERIES, sets, "first_order").effect
     assert np.abs(least - exact).max() < 1e-4 * np.abs(exact).max()
 
 
@@ -65,16 +67,32 @@ def test_verify_compares_with_truth_that_nothing_was_fitted_to(recipe, tmp_path)
     run.measure(retrain=40, queries=QUERIES, settings=FAST)
     ids = list(recipe.ids)
     sets = [ids[i : i + 4] for i in range(0, 24, 4)]
-    before = run.bank.predict(QUERIES, sets).effect
+    before = run.predict(QUERIES, sets).effect
     found = run.verify(QUERIES, sets)
     x = np.array([[float(i in s) for i in ids] for s in sets])
-    assert np.abs(found.prediction.actual - retrained(recipe, x)).max() < 1e-5
-    assert np.array_equal(run.bank.predict(QUERIES, sets).effect, before)
+    assert np.abs(found.actual - retrained(recipe, x)).max() < 1e-5
+    assert np.array_equal(run.predict(QUERIES, sets).effect, before)
     summary = found.summary()
     assert summary["spearman"] > 0.7 and summary["queries"] == 3 and summary["sets"] == 6
     assert summary["coverage"] == pytest.approx(found.inside.mean())
-    line = next(found.prediction.lines())
+    line = next(found.lines())
     assert {"query", "without", "base", "predicted", "std", "estimator", "actual", "inside"} <= line.keys()
+
+
+def test_results_print_as_tables_and_show_as_html(measured, recipe):
+    sets = [list(recipe.ids[:2]), [recipe.ids[5]]]
+    prediction = measured.predict(QUERIES, sets)
+    (curve,) = measured.curve(QUERIES[:1], sets[:1], points=3)
+    found = Verification(**vars(prediction), actual=prediction.mean, measured=np.array([False, True]))
+    for result, words in (
+        (prediction, ("query", "predicted", "verdict", QUERIES[0])),
+        (found, ("actual", "already", "relative_error: ", "already_measured: 1")),
+        (curve, ("Without", "share", "0.5")),
+    ):
+        shown = str(result)
+        assert all(word in shown for word in words), shown
+        assert "\x1b" not in shown and "<table>" in result._repr_html_()
+    assert len(found.table().rows) == 6 and found.table().rows[0][-1] == "yes"
 
 
 def test_truth_is_computed_once(recipe, tmp_path, monkeypatch):
@@ -117,9 +135,9 @@ def test_kept_parameters_answer_any_query_with_the_same_numbers(recipe, tmp_path
     assert a.retrainings.y.any() and a.jets[0].c[1].any()
     again = TrainingRun.train(recipe, tmp_path / "kept").bank.measurements(QUERIES)
     assert np.array_equal(again.jets[0].c, a.jets[0].c)
-    assert kept.bank.predict(["dutu"], [list(recipe.ids[:2])]).effect.shape == (1, 1)
+    assert kept.predict(["dutu"], [list(recipe.ids[:2])]).effect.shape == (1, 1)
     with pytest.raises(MismatchError, match="dutu"):
-        asked.bank.predict(["dutu"], [list(recipe.ids[:2])])
+        asked.predict(["dutu"], [list(recipe.ids[:2])])
 
 
 def test_measuring_again_adds_only_what_is_missing(run):
@@ -145,11 +163,11 @@ def test_real_orthogonal_directions_give_the_exact_first_order(recipe, tmp_path)
     run.measure(24, 1, gradient=True, queries=QUERIES, settings=MeasureSettings(check=False, real=True))
     assert run.bank.measurements(QUERIES).jets[0].real
     sets = DeletionSets(np.eye(24), tuple(recipe.ids))
-    exact = run.bank.predict(QUERIES, sets, "first_order").effect
-    assert np.abs(run.bank.predict(QUERIES, sets, "least_squares").effect - exact).max() < 1e-4 * np.abs(exact).max()
+    exact = run.predict(QUERIES, sets, "first_order").effect
+    assert np.abs(run.predict(QUERIES, sets, "least_squares").effect - exact).max() < 1e-4 * np.abs(exact).max()
     kept = TrainingRun.train(recipe, tmp_path / "kept")
     kept.measure(24, 1, settings=MeasureSettings(check=False, real=True))
-    assert np.abs(kept.bank.predict(QUERIES, sets, "least_squares").effect - exact).max() < 1e-4 * np.abs(exact).max()
+    assert np.abs(kept.predict(QUERIES, sets, "least_squares").effect - exact).max() < 1e-4 * np.abs(exact).max()
     with pytest.raises(ValueError, match="only 24"):
         run.measure(25, 1, queries=QUERIES, settings=MeasureSettings(check=False, real=True))
 
@@ -165,14 +183,14 @@ def test_any_matrix_can_say_which_units_are_alike(tmp_path):
     run = TrainingRun.train(recipe, tmp_path / "run")
     run.measure(retrain=12, design="random", queries=QUERIES, settings=MeasureSettings(check=False, sizes=(6,)))
     one = DeletionSets(np.eye(72)[:1], ("first",))
-    plain = run.bank.predict(QUERIES, one).effect
+    plain = run.predict(QUERIES, one).effect
     run.measure_vectors()
-    own = run.bank.predict(QUERIES, one).effect
-    again = run.bank.predict(QUERIES, one, features=run.bank.features()).effect
-    other = run.bank.predict(QUERIES, one, features=np.random.default_rng(0).normal(size=(72, 3))).effect
+    own = run.predict(QUERIES, one).effect
+    again = run.predict(QUERIES, one, EstimatorSettings(features=run.bank.features())).effect
+    other = run.predict(QUERIES, one, EstimatorSettings(features=np.random.default_rng(0).normal(size=(72, 3)))).effect
     assert np.array_equal(own, again) and not np.allclose(own, other) and not np.allclose(own, plain)
     with pytest.raises(ValueError, match="72 units"):
-        run.bank.predict(QUERIES, one, features=np.zeros((5, 3)))
+        run.predict(QUERIES, one, EstimatorSettings(features=np.zeros((5, 3))))
 
 
 def test_scores_of_another_engine_are_the_prior_mean(recipe, tmp_path):
@@ -180,32 +198,36 @@ def test_scores_of_another_engine_are_the_prior_mean(recipe, tmp_path):
     run = TrainingRun.train(recipe, tmp_path / "run")
     run.measure(retrain=6, gradient=True, design="random", queries=QUERIES, settings=FAST)
     sets = DeletionSets(np.eye(24), tuple(recipe.ids))
-    exact = run.bank.predict(QUERIES, sets, "first_order").effect
+    exact = run.predict(QUERIES, sets, "first_order").effect
     truth = run.retrain(QUERIES, sets) - run.bank.base(as_queries(QUERIES))[:, None]
     bare = TrainingRun.train(recipe, tmp_path / "bare")
     bare.measure(retrain=6, design="random", queries=QUERIES, settings=FAST)
 
     def error(**known):
-        return np.abs(bare.bank.predict(QUERIES, sets, **known).effect - truth).mean() / np.abs(truth).mean()
+        return (
+            np.abs(bare.predict(QUERIES, sets, EstimatorSettings(**known)).effect - truth).mean() / np.abs(truth).mean()
+        )
 
     assert error(scores=1e3 * exact) < 0.7 * error() and error(scores=1e3 * exact) < 0.6
     with pytest.raises(ValueError, match="24 units"):
-        bare.bank.predict(QUERIES, sets, scores=exact[:, :3])
+        bare.predict(QUERIES, sets, EstimatorSettings(scores=exact[:, :3]))
     with pytest.raises(ValueError, match="scores hold numbers that are not finite"):
-        bare.bank.predict(QUERIES, sets, scores=np.where(exact > 0, np.nan, exact))
+        bare.predict(QUERIES, sets, EstimatorSettings(scores=np.where(exact > 0, np.nan, exact)))
 
 
 def test_fits_with_other_kernels_are_not_mistaken_for_each_other(measured, recipe):
     sets = [list(recipe.ids[:5])]
     kernels = [FewUnits(np.ones(24), second=second) for second in (1e-6, 1.0)]
-    a, b, a_again = (measured.bank.predict(QUERIES, sets, kernel=k).effect for k in (*kernels, kernels[0]))
+    a, b, a_again = (
+        measured.predict(QUERIES, sets, EstimatorSettings(kernel=k)).effect for k in (*kernels, kernels[0])
+    )
     assert np.array_equal(a, a_again) and not np.allclose(a, b)
 
 
 def test_degree_limits_what_the_posterior_uses(measured, recipe):
     sets = [list(recipe.ids[:5])]
     assert not np.allclose(
-        measured.bank.predict(QUERIES, sets, degree=1).effect, measured.bank.predict(QUERIES, sets).effect
+        measured.predict(QUERIES, sets, EstimatorSettings(degree=1)).effect, measured.predict(QUERIES, sets).effect
     )
 
 
@@ -223,7 +245,7 @@ def test_a_set_can_be_truth_and_fitted_one_after_the_other(recipe, tmp_path):
 def test_plan_says_what_it_leaves_out(tmp_path):
     recipe = Recipe.microgpt(NAMES, n=24)
     wild = TrainingRun.train(recipe.with_(lr=1.0, eps=1e-9), tmp_path / "wild")
-    plan = make_plan(wild, QUERIES, [list(recipe.ids[:3])], Budget(60.0, examples=True))
+    plan = wild.plan(QUERIES, [list(recipe.ids[:3])], Budget(60.0, examples=True))
     assert any(note.startswith("No jets above degree 1: ") for note in plan.notes)
     assert not any("degree 2" in choice.name for choice in plan.choices)
 
@@ -232,16 +254,18 @@ def test_plan_buys_the_exact_first_order_alone_where_it_leaves_room_for_nothing_
     costs = Costs(Cost(4.0, 0.1, 256), {}, gradient=9.0, probe=0.0)
     monkeypatch.setattr("leaveout.deletion.plan.probe", lambda *args, **options: costs)
     run, sets = TrainingRun.train(recipe, tmp_path / "run"), [list(recipe.ids[:3])]
-    names = {b: {c.name for c in make_plan(run, QUERIES, sets, Budget(b, examples=True)).choices} for b in (8, 10, 30)}
+    names = {b: {c.name for c in run.plan(QUERIES, sets, Budget(b, examples=True)).choices} for b in (8, 10, 30)}
     assert names[8] == {"retrainings"}
     assert names[10] == {"retrainings", "exact first order"}
     assert names[30] == {"retrainings", "exact first order, and retrainings"}
     bought = next(
-        c for c in make_plan(run, QUERIES, sets, Budget(10, examples=True)).choices if c.name == "exact first order"
+        c for c in run.plan(QUERIES, sets, Budget(10, examples=True)).choices if c.name == "exact first order"
     )
+    shown = str(run.plan(QUERIES, sets, Budget(10, examples=True)))
+    assert "expected error" in shown and "exact first order" in shown
     run.measure(**bought.arguments)
-    p = run.bank.predict(QUERIES, sets)
-    assert np.array_equal(p.effect, run.bank.predict(QUERIES, sets, "first_order").effect)
+    p = run.predict(QUERIES, sets)
+    assert np.array_equal(p.effect, run.predict(QUERIES, sets, "first_order").effect)
     assert (np.isfinite(p.std) & (p.std > 0)).all()
 
 
@@ -265,7 +289,7 @@ def test_banks_merge_without_doubles(recipe, tmp_path):
     assert a.bank.merge(b.path / "bank") == 5
     assert a.bank.merge(b.path / "bank") == 0
     sets = [list(recipe.ids[:2])]
-    assert np.allclose(a.bank.predict(QUERIES, sets).effect, both.bank.predict(QUERIES, sets).effect, atol=1e-9)
+    assert np.allclose(a.predict(QUERIES, sets).effect, both.predict(QUERIES, sets).effect, atol=1e-9)
 
 
 def test_another_recipe_is_refused(run, recipe, tmp_path):
@@ -277,7 +301,9 @@ def test_another_recipe_is_refused(run, recipe, tmp_path):
 
 
 def test_a_run_made_in_python_is_opened_with_its_recipe(run, recipe):
-    with pytest.raises(UnsupportedError, match=r"trained from Python: open it with TrainingRun.open\(path, recipe=...\)"):
+    with pytest.raises(
+        UnsupportedError, match=r"trained from Python: open it with TrainingRun.open\(path, recipe=...\)"
+    ):
         TrainingRun.open(run.path)
     again = TrainingRun.open(run.path, recipe)
     assert all(torch.equal(p, run.parameters[name]) for name, p in again.parameters.items())
@@ -322,7 +348,7 @@ def test_recipe_files_and_their_data_are_watched(tmp_path):
 def test_bad_deletion_sets_get_one_sentence(measured, recipe, without, message):
     without = [list(recipe.ids)] if without is None else without
     with pytest.raises(FormatError, match=message):
-        measured.bank.predict(QUERIES, without)
+        measured.predict(QUERIES, without)
 
 
 def test_half_a_unit_is_refused(recipe, tmp_path):
@@ -331,13 +357,13 @@ def test_half_a_unit_is_refused(recipe, tmp_path):
     run.measure(retrain=8, queries=QUERIES, settings=FAST)
     first = recipe.examples[0]
     with pytest.raises(FormatError, match="name the whole unit"):
-        run.bank.predict(QUERIES, [first.id])
+        run.predict(QUERIES, [first.id])
     whole = [row.id for row in recipe.examples if row.text[0] == first.text[0]]
     for two in ({whole[0]: 0.2, **dict.fromkeys(whole[1:], 0.9)}, {first.text[0]: 0.5, whole[0]: 1.0}):
         with pytest.raises(FormatError, match=r"have two shares, 0\.\d and"):
-            run.bank.predict(QUERIES, [two])
-    a = run.bank.predict(QUERIES, whole).effect
-    assert np.array_equal(a, run.bank.predict(QUERIES, [first.text[0]]).effect)
+            run.predict(QUERIES, [two])
+    a = run.predict(QUERIES, whole).effect
+    assert np.array_equal(a, run.predict(QUERIES, [first.text[0]]).effect)
     assert sorted(run.select(f"text LIKE '{first.text[0]}%'")) == sorted(whole) and len(whole) == 4
 
 
@@ -345,36 +371,36 @@ def test_files_of_deletion_sets(measured, recipe, tmp_path):
     a, b = recipe.ids[:2]
     file = tmp_path / "sets.txt"
     file.write_text(f'{a},{b}\n["{a}"]\n\n{{"without": ["{b}"]}}\n{{"{a}": 0.5}}\n')
-    p = measured.bank.predict(QUERIES, file)
-    lists = measured.bank.predict(QUERIES, [[a, b], [a], [b], {a: 0.5}])
+    p = measured.predict(QUERIES, file)
+    lists = measured.predict(QUERIES, [[a, b], [a], [b], {a: 0.5}])
     assert np.array_equal(p.effect, lists.effect) and p.without[3] == f"{a}=0.5"
     file.write_text(f'{{"without": "{a}"}}\n{{"name": "other", "without": ["{b}"]}}\n')
-    assert measured.bank.predict(QUERIES, file).without == (a, "other")
-    assert np.allclose(measured.bank.predict(QUERIES, file).effect, lists.effect[:, 1:3])
+    assert measured.predict(QUERIES, file).without == (a, "other")
+    assert np.allclose(measured.predict(QUERIES, file).effect, lists.effect[:, 1:3])
     file.write_text("[broken\n")
     with pytest.raises(FormatError, match="Line 1"):
-        measured.bank.predict(QUERIES, file)
+        measured.predict(QUERIES, file)
 
 
 def test_arrays_of_ids_are_deletion_sets(measured, recipe):
     ids = list(recipe.ids[:3])
-    one = measured.bank.predict(QUERIES, np.array(ids))
-    assert np.array_equal(one.effect, measured.bank.predict(QUERIES, ids).effect)
-    many = measured.bank.predict(QUERIES, np.array([[id] for id in ids]))
-    assert np.array_equal(many.effect, measured.bank.predict(QUERIES, [[id] for id in ids]).effect)
-    assert np.array_equal(measured.bank.predict(QUERIES, ([id] for id in ids)).effect, many.effect)
-    assert np.allclose(measured.bank.predict(QUERIES, ids[0]).effect, many.effect[:, :1])
-    assert np.allclose(measured.bank.predict(QUERIES, [ids[0], [ids[1]]]).effect, many.effect[:, :2])
+    one = measured.predict(QUERIES, np.array(ids))
+    assert np.array_equal(one.effect, measured.predict(QUERIES, ids).effect)
+    many = measured.predict(QUERIES, np.array([[id] for id in ids]))
+    assert np.array_equal(many.effect, measured.predict(QUERIES, [[id] for id in ids]).effect)
+    assert np.array_equal(measured.predict(QUERIES, ([id] for id in ids)).effect, many.effect)
+    assert np.allclose(measured.predict(QUERIES, ids[0]).effect, many.effect[:, :1])
+    assert np.allclose(measured.predict(QUERIES, [ids[0], [ids[1]]]).effect, many.effect[:, :2])
     with pytest.raises(FormatError, match=r"1\.0"):
-        measured.bank.predict(QUERIES, np.eye(len(recipe.ids)))
+        measured.predict(QUERIES, np.eye(len(recipe.ids)))
 
 
 def test_nan_queries_are_refused_by_name(measured, recipe):
     bad = Query("anri", lambda logits, targets: logits.sum() * float("nan"), name="broken")
     with pytest.raises(FormatError, match="'broken' has the value nan"):
-        measured.bank.predict([bad], [list(recipe.ids[:1])])
+        measured.predict([bad], [list(recipe.ids[:1])])
     with pytest.raises(FormatError, match="no query"):
-        measured.bank.predict([], [list(recipe.ids[:1])])
+        measured.predict([], [list(recipe.ids[:1])])
 
 
 def test_measures_of_an_answer_agree_with_the_model(run, recipe):
@@ -399,29 +425,29 @@ def test_functions_of_the_model_are_queries(run, recipe):
     run.measure(retrain=4, settings=FAST)
     norm = Query(lambda model: sum(p.square().sum() for p in model.parameters()), name="norm")
     wanted = sum(float(p.square().sum()) for p in run.parameters.values())
-    p = run.bank.predict([norm], [list(recipe.ids[:4])])
+    p = run.predict([norm], [list(recipe.ids[:4])])
     assert p.base[0, 0] == pytest.approx(wanted, rel=1e-5) and p.queries == ("norm",)
 
 
 def test_curves_start_at_the_base_and_end_at_the_prediction(measured, recipe):
     ids = list(recipe.ids[:5])
-    (curve,) = measured.bank.curve(QUERIES, ids, points=5)
+    (curve,) = measured.curve(QUERIES, ids, points=5)
     assert curve.shares.tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert np.allclose(curve.prediction.effect[:, 0], 0, atol=1e-9) and np.allclose(
         curve.prediction.std[:, 0], 0, atol=1e-6
     )
-    assert np.allclose(curve.prediction.effect[:, -1], measured.bank.predict(QUERIES, ids).effect[:, 0])
+    assert np.allclose(curve.prediction.effect[:, -1], measured.predict(QUERIES, ids).effect[:, 0])
 
 
 def test_wrong_calls_are_refused(run, measured, recipe):
     ids = list(recipe.ids[:1])
     for call, error, message in (
-        (lambda: measured.bank.predict(QUERIES, ids, "magic"), ValueError, "there is no estimator"),
+        (lambda: measured.predict(QUERIES, ids, "magic"), ValueError, "there is no estimator"),
         (lambda: run.measure(retrain=2, design="magic"), ValueError, "there is no design"),
         (lambda: run.measure(gradient=True), ValueError, "pass queries"),
-        (lambda: run.bank.predict(QUERIES, ids), UnsupportedError, "needs measurements"),
-        (lambda: run.bank.predict(QUERIES, ids, "leave_one_out"), UnsupportedError, "each unit alone"),
-        (lambda: run.bank.predict(["übel"], ids), FormatError, "ü"),
+        (lambda: run.predict(QUERIES, ids), UnsupportedError, "needs measurements"),
+        (lambda: run.predict(QUERIES, ids, "leave_one_out"), UnsupportedError, "each unit alone"),
+        (lambda: run.predict(["übel"], ids), FormatError, "ü"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -505,9 +531,9 @@ def test_killed_measuring_loses_nothing_and_ends_equal(tmp_path, kills, monkeypa
 
 
 def test_jsonl_lines_are_json(measured, recipe):
-    lines = list(measured.bank.predict(QUERIES, [list(recipe.ids[:1])], "datamodels").lines())
+    lines = list(measured.predict(QUERIES, [list(recipe.ids[:1])], "datamodels").lines())
     assert len(lines) == 3 and json.loads(json.dumps(lines[0], allow_nan=False))["estimator"] == "datamodels"
-    unknown = replace(measured.bank.predict(QUERIES, [list(recipe.ids[:1])]), std=np.full((3, 1), np.inf))
+    unknown = replace(measured.predict(QUERIES, [list(recipe.ids[:1])]), std=np.full((3, 1), np.inf))
     assert next(unknown.lines())["std"] is None and next(unknown.lines())["verdict"] == "cannot tell from zero"
 
 
@@ -516,5 +542,5 @@ def test_unknown_intervals_are_not_counted_as_covering(recipe, tmp_path):
     run = TrainingRun.train(recipe, tmp_path / "run")
     run.measure(16, 1, queries=QUERIES, settings=FAST)
     found = run.verify(QUERIES, [[recipe.ids[0]], list(recipe.ids[3:6])], "least_squares")
-    assert {line["inside"] for line in found.prediction.lines()} == {None}
+    assert {line["inside"] for line in found.lines()} == {None}
     assert found.summary()["coverage"] is None and found.summary()["relative_error"] > 0

@@ -37,7 +37,7 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_effect_without_what_was_never_trained_on_is_zero(run, estimator):
     sets = [["d"], ["d", "e"], ["a"], ["a", "d"]]
-    found = run.bank.predict(list(points(2)), sets, estimator)
+    found = run.predict(list(points(2)), sets, estimator)
     assert found.effect[:, :2].tolist() == [[0.0, 0.0]] * 2 and np.abs(found.effect[:, 2:]).min() > 0
     assert np.array_equal(found.effect[:, 2], found.effect[:, 3])  # d adds nothing to a
     lines = list(found.lines())
@@ -47,7 +47,7 @@ def test_effect_without_what_was_never_trained_on_is_zero(run, estimator):
 
 
 def test_really_retrained_without_it_the_model_is_the_same(run):
-    found = run.verify(list(points(2)), [["d"], ["a"]]).prediction
+    found = run.verify(list(points(2)), [["d"], ["a"]])
     assert found.actual is not None
     np.testing.assert_allclose(found.actual[:, 0], found.base[:, 0], rtol=1e-12)
     assert [line["inside"] for line in found.lines() if line["without"] == "d"] == [True, True]
@@ -56,7 +56,7 @@ def test_really_retrained_without_it_the_model_is_the_same(run):
 def test_where_every_unit_is_trained_nothing_is_said(tmp_path):
     opened = TrainingRun.train(recipe(), tmp_path / "run")
     opened.measure(retrain=5, design="singles")
-    lines = list(opened.bank.predict(list(points(2)), [["d"], ["e"]]).lines())
+    lines = list(opened.predict(list(points(2)), [["d"], ["e"]]).lines())
     assert not any("never_trained_on" in line or line["verdict"] == NEVER for line in lines)
     assert all(line["effect"] != 0 for line in lines) and opened.notes == []
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from leaveout.cli.program import (
-    BYTES,
-    SECONDS,
     Backend,
     Form,
     Json,
     Prompt,
     QueryText,
     Workers,
-    amount,
     app,
     one_thread,
     print_facts,
@@ -38,12 +36,13 @@ from leaveout.cli.runs import (
     read_sets,
 )
 from leaveout.errors import FormatError
-from leaveout.tables import Table, shorten
+from leaveout.quantities import BYTES, SECONDS
 
 if TYPE_CHECKING:
+    from leaveout.deletion.estimators import EstimatorSettings
+    from leaveout.deletion.measurements import MeasureSettings
     from leaveout.deletion.plan import Choice
     from leaveout.deletion.predict import Prediction
-    from leaveout.deletion.settings import MeasureSettings
 
 Estimator = Annotated[
     str,
@@ -143,13 +142,8 @@ def measure(
 def plan(
     run: RunPath,
     budget: Annotated[str, typer.Option(help="Wall time, such as 600s, 10min or 2h.")],
-    query: QueryText = None,
-    prompt: Prompt = None,
-    form: Form = None,
-    queries: QueryFile = None,
-    without: Without = None,
-    without_where: WithoutWhere = None,
-    sets: SetsFile = None,
+    query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None,
+    without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     examples: Annotated[
         bool, typer.Option("--examples", help="The sets stand for others like them: retraining just these is no help.")
     ] = False,
@@ -157,25 +151,21 @@ def plan(
     memory: Annotated[str | None, typer.Option(help="At most so much for an estimator, such as 4GB.")] = None,
     workers: Workers = 1,
     json_: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Say which measurements to buy for a budget, after timing a few steps of each: time, disk, memory, and the error
     to expect (0: exact, 1: nothing is known), best first, with the command that buys them.
 
     Example: leaveout plan run --queries questions.jsonl --without rivers --budget 10min
     """
-    from leaveout.deletion.plan import Budget, make_plan
+    from leaveout.deletion.plan import Budget
 
     seconds = quantity(budget, SECONDS, "--budget")
-    opened = open_run(run)
-    removed = read_sets(opened, without, without_where, sets)
     limits = quantity(disk, BYTES, "--disk"), quantity(memory, BYTES, "--memory")
     assert seconds is not None
-    found = make_plan(
-        opened,
-        read_queries(opened, query, prompt, queries, form),
-        removed,
-        Budget(seconds, *limits, workers, examples=examples),
-    )
+    allowed = Budget(seconds, *limits, workers, examples=examples)
+    opened = open_run(run)
+    removed = read_sets(opened, without, without_where, sets)
+    found = opened.plan(read_queries(opened, query, prompt, queries, form), removed, allowed)
     asked = _options(query=query, prompt=prompt, form=form, queries=queries)
     named = _options(without=without, without_where=without_where, sets=sets)
     commands = [_measure_command(run, choice, asked, named, workers) for choice in found.choices]
@@ -188,57 +178,43 @@ def plan(
         stability = None if found.stability is None else found.stability.verdict
         print(to_line({"choices": listed, "stability": stability, "notes": list(found.notes), "budget": seconds}))
         return
-    lines = [
-        (number, c.name, round(c.seconds, 1), amount(c.disk), amount(c.memory), c.error)
-        for number, c in enumerate(found.choices, 1)
-    ]
-    print(Table(["", "choice", "seconds", "disk", "memory", "expected error"], lines))
-    print("\n".join([*(f"{n}. {command}" for n, command in enumerate(commands, 1)), *found.notes]))
+    numbered = [f"{n}. {command}" for n, command in enumerate(commands, 1)]
+    print(replace(found.table(), notes=[*numbered, *found.notes]))
 
 
 @app.command()
 def predict(
     run: RunPath,
-    query: QueryText = None,
-    prompt: Prompt = None,
-    form: Form = None,
-    queries: QueryFile = None,
-    without: Without = None,
-    without_where: WithoutWhere = None,
-    sets: SetsFile = None,
+    query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None,
+    without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     estimator: Estimator = "posterior",
     degree: Degree = None,
     curve: Annotated[Path | None, typer.Option(help="Also draw predictions as the share removed grows (.png).")] = None,
     html: Html = None,
     json_: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Predict queries under the model trained without some data, with 95 % intervals, from the bank. Nothing is
     trained. One JSON line per query and set.
 
     Example: leaveout predict run --query thames --without rivers --without herbs,dogs
     """
-    options = _estimator_options(estimator, degree)
+    chosen = _estimator(estimator, degree)
     _require_outputs(html, curve)
     opened = open_run(run)
     asked, removed = read_queries(opened, query, prompt, queries, form), read_sets(opened, without, without_where, sets)
-    found = opened.bank.predict(asked, removed, estimator, **options)
+    found = opened.predict(asked, removed, chosen)
     if curve is not None:
         from leaveout.deletion.predict import draw_curves
 
-        draw_curves(opened.bank.curve(asked, removed, estimator, **options), curve)
-    _print_prediction(found, None, html, json_)
+        draw_curves(opened.curve(asked, removed, chosen), curve)
+    _print_prediction(found, html, json_)
 
 
 @app.command()
 def verify(
     run: RunPath,
-    query: QueryText = None,
-    prompt: Prompt = None,
-    form: Form = None,
-    queries: QueryFile = None,
-    without: Without = None,
-    without_where: WithoutWhere = None,
-    sets: SetsFile = None,
+    query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None,
+    without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     estimator: Estimator = "posterior",
     degree: Degree = None,
     html: Html = None,
@@ -246,20 +222,22 @@ def verify(
     backend: Backend = "processes",
     memory: Memory = None,
     json_: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Predict, retrain without the data, and compare: is the actual value inside the 95 % interval? The retrainings
     are kept and used for nothing else. Sets that were measured already prove nothing: their values are read, and they
     are counted apart. With --json a last line holds the summary.
 
     Example: leaveout verify run --query thames --without rivers
     """
-    options = _estimator_options(estimator, degree)
+    chosen = _estimator(estimator, degree)
     _require_outputs(html)
     settings = _settings(workers, backend, memory)
     opened = open_run(run)
     asked, removed = read_queries(opened, query, prompt, queries, form), read_sets(opened, without, without_where, sets)
-    found = opened.verify(asked, removed, estimator, settings, **options)
-    _print_prediction(found.prediction, found.summary(), html, json_)
+    found = opened.verify(asked, removed, chosen, settings)
+    _print_prediction(found, html, json_)
+    if json_:
+        print(to_line({"summary": found.summary()}))
 
 
 def _heldout(text: str) -> int | Path:
@@ -282,7 +260,7 @@ def _settings(
     parts = [] if sizes is None else sizes.split(",")
     if any(not part.strip().isdecimal() or int(part) < 1 for part in parts):
         raise typer.BadParameter(f"--sizes must be positive numbers with commas, such as 4,10, got {sizes!r}")
-    from leaveout.deletion.settings import MeasureSettings
+    from leaveout.deletion.measurements import MeasureSettings
 
     numbers = tuple(int(part) for part in parts)
     try:
@@ -293,12 +271,14 @@ def _settings(
         raise typer.BadParameter(str(error)) from None
 
 
-def _estimator_options(estimator: str, degree: int | None) -> dict[str, Any]:
-    if degree is None:
-        return {}
-    if estimator not in ("posterior", "mean", "median_of_means", "least_squares"):
-        raise typer.BadParameter("--degree goes with posterior, mean, median_of_means or least_squares")
-    return {"degree": degree}
+def _estimator(name: str, degree: int | None) -> EstimatorSettings:
+    from leaveout.deletion.estimators import EstimatorSettings
+
+    chosen = EstimatorSettings(name)
+    try:
+        return replace(chosen, degree=degree)
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from None
 
 
 def _require_outputs(html: Path | None, curve: Path | None = None) -> None:
@@ -310,22 +290,12 @@ def _require_outputs(html: Path | None, curve: Path | None = None) -> None:
         require_plots()
 
 
-def _print_prediction(found: Prediction, summary: dict[str, Any] | None, html: Path | None, json_: bool) -> None:
-    lines = list(found.lines())
+def _print_prediction(found: Prediction, html: Path | None, json_: bool) -> None:
     if html is not None:
         from leaveout.report.pages import prediction_page
 
-        html.write_text(prediction_page(lines, found.estimator, summary), encoding="utf-8")
-    if json_:
-        print("\n".join(map(to_line, lines)))
-        if summary is not None:
-            print(to_line({"summary": summary}))
-        return
-    from leaveout.report.blocks import prediction_table
-
-    print(prediction_table([{**line, "query": shorten(line["query"], 60)} for line in lines]))
-    if summary is not None:
-        print_facts({name: "unknown" if value is None else value for name, value in summary.items()}, False)
+        html.write_text(prediction_page(found), encoding="utf-8")
+    print("\n".join(map(to_line, found.lines())) if json_ else found)
 
 
 # --- the command that a plan's choice stands for -------------------------------------------------------------------

@@ -67,7 +67,7 @@ def attribute(
     Example: leaveout attribute run --queries queries.jsonl --method default --out scores.jsonl --sets suspects.jsonl
     """
     opened = open_run(run)
-    from leaveout.deletion.settings import MeasureSettings
+    from leaveout.deletion.measurements import MeasureSettings
     from leaveout.methods.registry import attribute
     from leaveout.methods.scores import numbers_of, require_place, save_scores
 
@@ -132,7 +132,7 @@ def evaluate(
     Example: leaveout evaluate run --queries queries.jsonl --method default --method bm25 --subsets 64
     """
     opened = open_run(run)
-    from leaveout.deletion.settings import MeasureSettings
+    from leaveout.deletion.measurements import MeasureSettings
     from leaveout.evaluation import EvaluationSettings, evaluate
     from leaveout.evaluation.truth import load_relevant
 

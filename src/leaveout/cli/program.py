@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
+from leaveout import quantities
 from leaveout.errors import LeaveoutError
 
 app = typer.Typer(
@@ -53,10 +53,6 @@ class Asked(Protocol):
 
     @property
     def forms(self) -> Mapping[str, int]: ...
-
-
-BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -211,20 +207,9 @@ def print_facts(facts: dict[str, Any], json_: bool) -> None:
         print(f"{key}: {json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value}")
 
 
-def quantity(text: str | None, units: dict[str, int], option: str) -> int | None:
-    """The number of an option such as 4GB or 10min, in the smallest of the units."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
-    if found is None or found[2].lower() not in units:
-        known = ", ".join(f"1{unit}" for unit in units if unit)
-        raise typer.BadParameter(f"{option} must be a number with a unit ({known}), got {text!r}")
-    return int(float(found[1]) * units[found[2].lower()])
-
-
-def amount(n_bytes: int) -> str:
-    """Bytes for people."""
-    for unit in ("GB", "MB", "kB"):
-        if n_bytes >= BYTES[unit.lower()]:
-            return f"{n_bytes / BYTES[unit.lower()]:.3g} {unit}"
-    return f"{n_bytes} B"
+def quantity(text: str | None, units: Mapping[str, int], option: str) -> int | None:
+    """The number of an option such as 4GB or 10min, if it was given."""
+    try:
+        return None if text is None else quantities.quantity(text, units, option)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

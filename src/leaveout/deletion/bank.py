@@ -10,36 +10,30 @@ change between versions.
 from __future__ import annotations
 
 import functools
-import inspect
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 
-from leaveout.deletion.estimators import SIMPLE, Fitted
+from leaveout.deletion.estimators import EstimatorSettings, Fitted, fit
 from leaveout.deletion.measurements import JetBlock, Measurements, distinct, gathered
-from leaveout.deletion.posterior import Posterior, calibration
-from leaveout.deletion.predict import Curve, Prediction
-from leaveout.deletion.sets import deletion_sets
-from leaveout.deletion.stored import Stored, as_real, digest_of
-from leaveout.errors import FormatError, MismatchError, choices, refuse_other_names
-from leaveout.store import Record, Store
-from leaveout.training.queries import Query, as_queries, query_function, query_losses
+from leaveout.errors import FormatError, MismatchError
+from leaveout.store import Record, Segment, Store
+from leaveout.training.queries import Query, as_queries, jet_values, query_function, query_losses
 from leaveout.training.recipe import Recipe
-from leaveout.training.reverse.updates import UnitVectors
-from leaveout.training.tasks import Parameters
+from leaveout.training.reverse.updates import UnitVectors, influence, query_gradients
+from leaveout.training.tasks import Parameters, Task, task_of
 
-ESTIMATORS = ("posterior", *SIMPLE)
-ROUNDING = 1e-6
-"""Part of a query's value that float32 training does not fix."""
-KNOWN = ("noise", "features", "scores")
-"""What a caller may know beside the measurements."""
 ROLES = ("fit", "heldout", "truth")
 """What a retraining is for: estimators fit it, calibration holds it against them, or `verify` compares with it."""
+DAMPING = 10.0
+"""Of the influence scores, in mean diagonals of the Fisher matrix (docs/how-to/deletion.md)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Measured:
 
 
 class Bank:
-    """Measurements of one recipe; made and added to by `TrainingRun.measure`, asked by `predict`."""
+    """Measurements of one recipe; made and added to by `TrainingRun.measure`. constants: the trained parameters by name."""
 
     def __init__(self, recipe: Recipe, path: Path, constants: Parameters) -> None:
         self.recipe, self.path, self.constants = recipe, Path(path), constants
@@ -66,7 +60,6 @@ class Bank:
         if not self.path.is_dir() or not any(self.path.iterdir()):
             Store.create(self.path, settings).close()
         self.store = Store.open(self.path)
-        self._stored = Stored(self.store, recipe, constants)
         if self.store.settings != settings:
             difference = recipe.difference(self.store.settings.get("digests", {})) or "it is of another kind"
             raise MismatchError(
@@ -75,7 +68,11 @@ class Bank:
             )
 
     @functools.cached_property
-    def _trained(self) -> np.ndarray:
+    def _task(self) -> Task:
+        return task_of(self.recipe)
+
+    @functools.cached_property
+    def trained(self) -> np.ndarray:
         """Whether any example of a unit is in a step, bool [units]."""
         untrained = set(self.recipe.untrained_units())
         return np.array([name not in untrained for name in self.recipe.unit_names])
@@ -112,10 +109,10 @@ class Bank:
                 what = {"values": "a query value", "parameters": "a trained parameter"}.get(name, name)
                 raise FormatError(f"A {measured.kind} gave {what} that is not finite: ask `leaveout doctor RECIPE`.")
         asked = None if queries is None else [q.digest for q in queries]
-        digest = "" if asked is None else digest_of(asked)
+        digest = "" if asked is None else _digest_of(asked)
         common = {"kind": measured.kind, "queries": digest}
         numbers = {"x": measured.vectors, **measured.numbers}
-        arrays = {name: as_real(np.ascontiguousarray(values[keep])) for name, values in numbers.items()}
+        arrays = {name: _as_real(np.ascontiguousarray(values[keep])) for name, values in numbers.items()}
         with Store.open(self.path, write=True) as store:
             if asked is not None and store.state(f"queries/{digest}") is None:
                 store.set_state(f"queries/{digest}", asked)
@@ -174,7 +171,11 @@ class Bank:
         return facts | ({"notes": notes} if notes else {})
 
     def measurements(
-        self, queries: Any, noise: Any = None, features: np.ndarray | None = None, scores: np.ndarray | None = None
+        self,
+        queries: Any,
+        noise: float | np.ndarray | None = None,
+        features: np.ndarray | None = None,
+        scores: np.ndarray | None = None,
     ) -> Measurements:
         """All that the bank knows about some queries.
 
@@ -188,7 +189,7 @@ class Bank:
         """
         asked = as_queries(queries)
         base = self.base(asked)
-        parts = list(self._stored.parts(asked))
+        parts = list(self._parts(asked))
         units = len(self.sizes)
         features, scores = (None if given is None else np.asarray(given) for given in (features, scores))
         if features is not None:
@@ -196,9 +197,9 @@ class Bank:
         if scores is not None:
             _refuse("scores", scores, f"[{len(asked)} queries, {units} units]", scores.shape == (len(asked), units))
         of_role = {role: [p for p in parts if p[0] == role] for role in ROLES}
-        gradient = self._stored.gradient(asked)
+        gradient = self._gradient(asked)
         if scores is None and gradient is None:
-            scores = self._stored.scores(asked)
+            scores = self._scores(asked)
         if not parts and gradient is None and len(self):
             raise MismatchError(
                 f"No measurement of this bank knows the query {asked[0].name!r}: it was measured for other queries, and "
@@ -207,7 +208,7 @@ class Bank:
         return Measurements(
             base, self.sizes,
             distinct([JetBlock(*p[1:]) for p in parts if p[0] == "jets"]),
-            gathered(of_role["fit"], base, self._trained), gathered(of_role["heldout"], base, self._trained),
+            gathered(of_role["fit"], base, self.trained), gathered(of_role["heldout"], base, self.trained),
             None if noise is None else np.broadcast_to(np.asarray(noise, np.float64), base.shape),
             gradient,
             None if gradient is not None else scores,
@@ -216,7 +217,7 @@ class Bank:
 
     def base(self, asked: Sequence[Query]) -> np.ndarray:
         """Values of queries under the model trained on everything [queries]."""
-        values = query_losses(self.recipe, self.constants, query_function(self._stored.task, asked)).double().numpy()
+        values = query_losses(self.recipe, self.constants, query_function(self._task, asked)).double().numpy()
         for q, value in zip(asked, values, strict=True):
             if not np.isfinite(value):
                 raise FormatError(
@@ -227,10 +228,7 @@ class Bank:
     def truth(self, asked: Sequence[Query], x: np.ndarray) -> np.ndarray:
         """Values [query, set] of the retrainings of deletion vectors x [sets, units] that were stored as truth."""
         found = {
-            row.tobytes(): y
-            for p in self._stored.parts(asked)
-            if p[0] == "truth"
-            for row, y in zip(p[1], p[2], strict=True)
+            row.tobytes(): y for p in self._parts(asked) if p[0] == "truth" for row, y in zip(p[1], p[2], strict=True)
         }
         return np.stack([found[row.tobytes()] for row in np.ascontiguousarray(x)], 1)
 
@@ -238,86 +236,112 @@ class Bank:
         """Values [query] of each deletion vector of x [sets, units] that was retrained to be fitted or held out, else None."""
         found = {
             row.tobytes(): y
-            for p in self._stored.parts(asked)
+            for p in self._parts(asked)
             if p[0] in ("fit", "heldout")
             for row, y in zip(p[1], p[2], strict=True)
         }
         return [found.get(row.tobytes()) for row in np.ascontiguousarray(x)]
 
-    def predict(
-        self,
-        queries: Any,
-        without: Any,
-        estimator: str = "posterior",
-        *,
-        calibrate: bool = True,
-        noise: Any = None,
-        features: np.ndarray | None = None,
-        scores: np.ndarray | None = None,
-        **options: Any,
-    ) -> Prediction:
-        """Values of queries under the model trained without deletion sets, with standard deviations.
-
-        queries, without: see `as_queries` and `deletion_sets`; noise, features, scores: see `measurements`
-        calibrate: scale standard deviations by the held-out retrainings, if there are any
-        options: those of the estimator (degree, groups, kernel)
-        """
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"there is no estimator {estimator!r}: {choices(estimator, ESTIMATORS)}")
-        asked, sets = as_queries(queries), deletion_sets(self.recipe, without)
-        fitted, factor = self.fit(asked, estimator, {"noise": noise, "features": features, "scores": scores}, **options)
-        removed = sets.x * self._trained
-        effect, std = fitted.predict(removed)
-        untrained = [np.flatnonzero(row) for row in (sets.x != 0) & ~self._trained]
-        never = (sets.x != 0).any(1) & ~(removed != 0).any(1)
-        effect, std = np.where(never, 0.0, effect), np.where(never, 0.0, std)
-        factor = factor if calibrate else 1.0
-        base = np.repeat(self.base(asked)[:, None], len(sets), 1)
-        std = np.hypot(std * factor, ROUNDING * (1 + np.abs(base)) * (sets.x != 0).any(1))
-        names = self.recipe.unit_names
-        return Prediction(
-            tuple(q.name for q in asked), sets.labels, base, effect, std, estimator, factor,
-            untrained=tuple(tuple(names[i] for i in places) for places in untrained), never=tuple(never.tolist()),
-        )  # fmt: skip
-
-    def fit(
-        self, asked: Sequence[Query], estimator: str, known: Mapping[str, Any] | None = None, **options: Any
-    ) -> tuple[Fitted, float]:
-        """The fitted estimator and its calibration factor; kept until the bank changes. known: see `measurements`."""
-        known = known or {}
-        given = [*(known.get(name) for name in KNOWN), *(value for _, value in sorted(options.items()))]
+    def fit(self, asked: Sequence[Query], settings: EstimatorSettings) -> tuple[Fitted, float]:
+        """The fitted estimator and the factor on its standard deviations; kept until the bank changes."""
+        given = tuple(vars(settings).values())
+        key = (tuple(q.digest for q in asked), *given)
         plain = all(value is None or isinstance(value, (int, float, str)) for value in given)
-        key = (tuple(q.digest for q in asked), estimator, *sorted(options), *given)
         if plain and key in self._fits:
             return self._fits[key]
-        data = self.measurements(asked, **known)
-        made: Any = Posterior if estimator == "posterior" else SIMPLE[estimator]
-        taken = [name for name in inspect.signature(made).parameters if name != "data"]
-        refuse_other_names(f"option of {estimator}", options, taken)
-        fitted = made(data, **options)
-        factor = calibration(data, fitted)
-        if estimator == "posterior" and len(data.heldout):
-            fitted = made(data.with_heldout(), **options)  # the factor stays that of the smaller, worse fit
+        data = self.measurements(asked, settings.noise, settings.features, settings.scores)
+        found = fit(data, settings)
         if plain:  # arrays and kernels have no cheap identity: their fits are not kept
-            self._fits[key] = fitted, factor
-        return fitted, factor
+            self._fits[key] = found
+        return found
 
-    def curve(
-        self, queries: Any, without: Any, estimator: str = "posterior", points: int = 21, **options: Any
-    ) -> list[Curve]:
-        """Predictions as the share removed grows from 0 to 1, one curve per deletion set."""
-        sets = deletion_sets(self.recipe, without)
-        shares = np.linspace(0, 1, points)
+    # --- what a segment says: query values, or trained parameters, whose values are computed once and kept beside it
+
+    def _parts(self, asked: Sequence[Query]) -> Iterator[tuple[Any, ...]]:
+        """(role, x, y) of retrainings and ("jets", psi, c, real) of each segment that knows the queries."""
+        self.store.refresh()
+        for part in self.store.segments():
+            records, positions = self.store.live_rows(part)
+            if not records or records[0].meta["kind"] == "gradient":
+                continue
+            meta, arrays = records[0].meta, part.arrays()
+            values = self._values(part, meta, asked)
+            if values is None:
+                continue
+            x, values = np.array(arrays["x"])[positions], values[positions]
+            if meta["kind"] == "jets":
+                psi, c = x.view(np.complex128)[..., 0], np.ascontiguousarray(values).view(np.complex128)[..., 0]
+                yield "jets", psi, np.ascontiguousarray(c.transpose(1, 0, 2)), bool(meta["real"])
+            else:
+                roles = [r.meta["role"] for r in records]
+                for role in dict.fromkeys(roles):
+                    rows = [i for i, r in enumerate(roles) if r == role]
+                    yield role, x[rows], values[rows]
+
+    def _values(self, part: Segment, meta: dict[str, Any], asked: Sequence[Query]) -> np.ndarray | None:
+        """Query values [rows, ...] of a segment, from its numbers or its parameters; None if it does not know them."""
+        digests = [q.digest for q in asked]
+        if meta["queries"]:
+            known = {d: i for i, d in enumerate(self.store.state(f"queries/{meta['queries']}"))}
+            if any(d not in known for d in digests):
+                return None
+            columns = [known[d] for d in digests]
+            values = np.asarray(part.arrays()["values"], np.float64)
+            return values[:, :, columns] if meta["kind"] == "jets" else values[:, columns]
+        name = f"values/{part.name}/{_digest_of(digests)}"
+        if (side := self.store.side(name)) is not None:
+            return np.asarray(side["values"])
+        values = self._asked(part, meta, asked)
+        try:
+            with Store.open(self.store.path, write=True) as store:
+                store.put_side(name, {"values": values})
+        except MismatchError:
+            return values  # somebody is measuring: the values are computed again next time
+        self.store.refresh()
+        return values
+
+    def _asked(self, part: Segment, meta: dict[str, Any], asked: Sequence[Query]) -> np.ndarray:
+        """Query values computed from stored parameters, in the form of stored values."""
+        flat = part.arrays()["parameters"]
+        ask = query_function(self._task, asked)
+        if meta["kind"] == "retraining":
+            runs = {n: torch.from_numpy(np.array(v)) for n, v in _split(flat, self.constants).items()}
+            return query_losses(self.recipe, runs, ask).double().numpy()
         out = []
-        for x, name in zip(sets.x, sets.labels, strict=True):
-            along = type(sets)(shares[:, None] * x, tuple(f"{s:g}" for s in shares))
-            out.append(Curve(name, shares, self.predict(queries, along, estimator, **options)))
-        return out
+        for start in range(0, len(flat), 64):
+            chunk = np.array(flat[start : start + 64])
+            chunk = chunk.view(np.complex128 if chunk.dtype == np.float64 else np.complex64)[..., 0]
+            series = {n: torch.from_numpy(v.swapaxes(0, 1).copy()) for n, v in _split(chunk, self.constants).items()}
+            values = jet_values(self.recipe, self.constants, series, ask).h
+            out.append(_as_real(values.transpose(0, 1).to(torch.complex128).numpy()))
+        return np.concatenate(out)
+
+    def _gradient(self, asked: Sequence[Query]) -> np.ndarray | None:
+        """Exact first-order effects [queries, units], None unless those of all queries were measured."""
+        found: dict[str, np.ndarray] = {}
+        for part in self.store.segments():
+            records, positions = self.store.live_rows(part)
+            if records and records[0].meta["kind"] == "gradient":
+                rows = np.asarray(part.arrays()["x"])[positions]
+                found |= {r.id.removeprefix("gradient:"): row for r, row in zip(records, rows, strict=True)}
+        if any(q.digest not in found for q in asked):
+            return None
+        return np.stack([found[q.digest] for q in asked])
+
+    def _scores(self, asked: Sequence[Query]) -> np.ndarray | None:
+        """Influence scores [queries, units] of the units' vectors, None before these are measured."""
+        side = self.store.side("vectors")
+        if side is None:
+            return None
+        vectors = UnitVectors(np.asarray(side["updates"]), np.asarray(side["final"]), self.constants)
+        width = vectors.final.shape[1]
+        gradients = query_gradients(self.recipe, self.constants, query_function(self._task, asked), width)
+        return influence(vectors, gradients, DAMPING)
 
 
 def measurement_ids(kind: str, vectors: np.ndarray, queries: Sequence[Query] | None, *parts: Any) -> list[str]:
     """An id for each row [rows, units], made of what is measured and for which queries."""
-    asked = "parameters" if queries is None else digest_of([q.digest for q in queries])
+    asked = "parameters" if queries is None else _digest_of([q.digest for q in queries])
     common = "/".join(map(str, parts))
     rows = (xxhash.xxh3_128_hexdigest(np.ascontiguousarray(v).tobytes()) for v in vectors)
     return [f"{kind}:{common}:{asked}:{row}" for row in rows]
@@ -329,3 +353,21 @@ def _refuse(name: str, values: np.ndarray, wanted: str, fits: bool) -> None:
         raise ValueError(f"wanted {name} {wanted}, got {list(values.shape)}")
     if not np.isfinite(values).all():
         raise ValueError(f"{name} hold numbers that are not finite: put 0 where nothing is known")
+
+
+def _digest_of(digests: Sequence[str]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(list(digests)).encode())
+
+
+def _as_real(values: np.ndarray) -> np.ndarray:
+    """Complex numbers as pairs of real ones in a last axis."""
+    if values.dtype.kind != "c":
+        return values
+    return np.ascontiguousarray(values).view(np.real(values).dtype).reshape(*values.shape, 2)
+
+
+def _split(flat: np.ndarray, like: Parameters) -> dict[str, np.ndarray]:
+    """Parameters by name from flat ones [..., all]."""
+    ends = np.cumsum([p.numel() for p in like.values()])
+    parts = np.split(flat, ends[:-1], axis=-1)
+    return {n: part.reshape(*flat.shape[:-1], *p.shape) for (n, p), part in zip(like.items(), parts, strict=True)}

@@ -10,6 +10,8 @@ import itertools
 
 import numpy as np
 
+from leaveout.deletion.kernels import similar_units
+
 FEW = 64
 """Up to this many units, pairs of units can be measured one by one, and kernels count subsets."""
 LARGEST_BASIS = 4096
@@ -104,16 +106,20 @@ def mixture(
     return np.concatenate([*parts, random_sets(0, n - found, units, seed, sizes)])
 
 
+SIMILAR = ("auto", "along", "extremes")
+"""Designs that ask which units are alike, where there are more than FEW."""
 DESIGNS = ("auto", "singles", "pairs", "all pairs", "random", "subsets", "along", "extremes")
 
 
 def design(
-    name: str, n: int, units: int, seed: int = 0, sizes: tuple[int, ...] = (), vectors: np.ndarray | None = None
+    name: str, n: int, units: int, seed: int = 0, sizes: tuple[int, ...] = (), features: np.ndarray | None = None
 ) -> np.ndarray:
     """The first n deletion vectors [n, units] of a design by name; fewer where it ends. `auto` is the mixture;
 
     "all pairs" is each unit, each pair of units, then random sets of the sizes asked.
+    features [units, k]: what says which units are alike, for `auto`, `along` and `extremes` of more than FEW units
     """
+    vectors = None if features is None or units <= FEW else similar_units(features, units)[0].T
     if name in ("along", "extremes"):
         if vectors is None:
             raise ValueError(f"the design `{name}` is for more than {FEW} units: use `auto`")

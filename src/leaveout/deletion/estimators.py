@@ -8,14 +8,15 @@ means that the measurements do not say how wrong the mean may be.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from leaveout.deletion.kernels import Kernel
 from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings
-from leaveout.errors import UnsupportedError
+from leaveout.deletion.posterior import Posterior, calibration
+from leaveout.errors import UnsupportedError, choices, require_whole
 
 SINGULAR = 1e-9
 """Relative size below which a singular value of the least-squares system counts as zero."""
@@ -71,20 +72,13 @@ class Mean:
         return terms.mean(0), terms.std(0, ddof=1) / math.sqrt(len(terms)) if len(terms) > 1 else np.inf * terms[0]
 
 
-def guarantee(epsilon: float, delta: float) -> tuple[int, int]:
-    """Directions m and groups that give error epsilon (times the estimator's deviation) with probability 1 - delta.
-
-    The usual median-of-means bound: 8 ln(1/delta) groups of 4 / epsilon^2 directions each.
-    """
-    if not (epsilon > 0 and 0 < delta < 1):
-        raise ValueError(f"epsilon must be positive and delta between 0 and 1, got {epsilon} and {delta}")
-    groups = math.ceil(8 * math.log(1 / delta))
-    return groups * math.ceil(4 / epsilon**2), groups
-
-
 @dataclass(frozen=True)
 class MedianOfMeans:
-    """The median over groups of the mean over each group's directions (see `guarantee`)."""
+    """The median over groups of the mean over each group's directions.
+
+    With probability 1 - delta it is nearer than epsilon deviations of one direction's guess, if 8 ln(1 / delta) groups
+    have 4 / epsilon^2 directions each (the usual bound).
+    """
 
     data: Measurements
     degree: int = 1
@@ -324,7 +318,11 @@ class FirstOrder:
         return self._gradient @ x.T, _in_proportion(self._spread, x)
 
 
-SIMPLE: dict[str, Callable[[Measurements], Fitted]] = {
+# --- by name -----------------------------------------------------------------------------------------------------
+
+
+ESTIMATORS: dict[str, Any] = {
+    "posterior": Posterior,
     "mean": Mean,
     "median_of_means": MedianOfMeans,
     "least_squares": LeastSquares,
@@ -333,3 +331,55 @@ SIMPLE: dict[str, Callable[[Measurements], Fitted]] = {
     "datamodels": Datamodels,
     "first_order": FirstOrder,
 }
+OPTIONS = {
+    "degree": ("posterior", "mean", "median_of_means", "least_squares"),
+    "groups": ("median_of_means",),
+    "kernel": ("posterior",),
+}
+"""Whose option it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class EstimatorSettings:
+    """Which estimator predicts, and what it is told beside the measurements.
+
+    name       one of ESTIMATORS
+    degree     highest order of jets used (default: the estimator's own); groups: of median_of_means
+    kernel     of posterior: the prior covariance; default by the number of units
+    calibrate  scale standard deviations by the held-out retrainings, if there are any
+    noise, features, scores   see `Bank.measurements`
+
+    Example: run.predict(queries, without, EstimatorSettings("least_squares", degree=1))
+    """
+
+    name: str = "posterior"
+    degree: int | None = None
+    groups: int | None = None
+    kernel: Kernel | None = None
+    calibrate: bool = True
+    noise: float | np.ndarray | None = None
+    features: np.ndarray | None = None
+    scores: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ESTIMATORS:
+            raise ValueError(f"there is no estimator {self.name!r}: {choices(self.name, ESTIMATORS)}")
+        for option in self.given():
+            if self.name not in OPTIONS[option]:
+                raise ValueError(f"{option} goes with {', '.join(OPTIONS[option])}, not with {self.name}")
+        for option in ("degree", "groups"):
+            if getattr(self, option) is not None:
+                require_whole(option, getattr(self, option), 1)
+
+    def given(self) -> dict[str, Any]:
+        """The options of the estimator itself that are not left to it."""
+        return {option: value for option in OPTIONS if (value := getattr(self, option)) is not None}
+
+
+def fit(data: Measurements, settings: EstimatorSettings) -> tuple[Fitted, float]:
+    """The estimator fitted to measurements, and the factor on its standard deviations."""
+    fitted = ESTIMATORS[settings.name](data, **settings.given())
+    factor = calibration(data, fitted)
+    if settings.name == "posterior" and len(data.heldout):  # the factor stays that of the smaller, worse fit
+        fitted = Posterior(data.with_heldout(), **settings.given())
+    return fitted, factor if settings.calibrate else 1.0

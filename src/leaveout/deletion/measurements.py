@@ -1,4 +1,4 @@
-"""The numbers that estimators work on: what a bank knows about given queries."""
+"""How measurements are made, and the numbers that estimators work on: what a bank knows about given queries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,41 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+
+from leaveout.errors import require_whole
+from leaveout.executor import Crew
+
+JETS_TOGETHER, RUNS_TOGETHER = 128, 256
+"""Directions and retrainings of one task, at most: what a kill can lose, and what one transaction holds."""
+
+
+@dataclass(frozen=True)
+class MeasureSettings(Crew):
+    """How measurements are made, and by whom (`Crew`); nothing here changes what they mean.
+
+    memory    bytes for all of them together (default half of what is free where each one runs)
+    seed      of random designs; sizes: sizes of random sets, in turn (default: log-uniform up to 30 % of the units)
+    dtype     of jets: complex64 or complex128 (default: the recipe's precision)
+    real      jets along real orthogonal directions: half the cost, one number an order, at most as many as units
+    check     refuse a recipe whose power series grow (see `leaveout doctor`) before jets are bought
+    """
+
+    memory: int | None = None
+    seed: int = 0
+    sizes: tuple[int, ...] = ()
+    dtype: str | None = None
+    real: bool = False
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("seed", self.seed, 0)
+        if self.memory is not None:
+            require_whole("memory", self.memory, 1)
+        if self.dtype not in (None, "complex64", "complex128"):
+            raise ValueError(f"dtype must be complex64 or complex128, got {self.dtype!r}")
+        if any(size < 1 for size in self.sizes):
+            raise ValueError(f"sizes of random sets must be at least 1, got {list(self.sizes)}")
 
 
 @dataclass(frozen=True)
@@ -71,13 +106,6 @@ class Measurements:
         both = [r for r in (self.retrainings, self.heldout) if len(r)]
         joined = Retrainings(np.concatenate([r.x for r in both]), np.concatenate([r.y for r in both]))
         return replace(self, retrainings=joined, heldout=Retrainings(np.zeros((0, self.units)), joined.y[:0]))
-
-    def describe(self) -> str:
-        """Counts, for people."""
-        parts = [f"{len(b.psi)} jet runs of degree {b.degree}" for b in self.jets]
-        parts += [f"{len(self.retrainings)} retrainings"] if len(self.retrainings) else []
-        parts += ["the exact first order"] if self.gradient is not None else []
-        return ", ".join(parts) or "nothing"
 
 
 def gathered(parts: list[tuple[Any, ...]], base: np.ndarray, trained: np.ndarray) -> Retrainings:

@@ -6,31 +6,31 @@ deletion sets, over that of the effects themselves before anything is measured.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from leaveout.deletion import directions
+from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
 from leaveout.deletion.posterior import LARGEST, NUGGET, default_kernel, expected_error
-from leaveout.deletion.sets import DeletionSets, deletion_sets
-from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
+from leaveout.deletion.sets import DeletionSets
 from leaveout.errors import LeaveoutError, UnsupportedError
+from leaveout.quantities import SECONDS, amount, quantity
+from leaveout.tables import Table, Tabular
 from leaveout.training.batching import batching_problem
 from leaveout.training.doctor import Stability, check_stability
 from leaveout.training.loop import RunOptions
 from leaveout.training.memory import runs_together
-from leaveout.training.queries import Query, as_queries, query_function
+from leaveout.training.queries import Query, query_function
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets
-
-if TYPE_CHECKING:
-    from leaveout.deletion.run import TrainingRun
 
 DEGREES = (1, 2)
 """Of the jets that a plan may buy."""
@@ -91,8 +91,8 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Choices from best to worst, what they rest on, and what is not among them and why."""
+class Plan(Tabular):
+    """Choices from best to worst, what they rest on, and what is not among them and why; `print` shows them as a table."""
 
     choices: tuple[Choice, ...]
     costs: Costs
@@ -103,6 +103,13 @@ class Plan:
     @property
     def best(self) -> Choice:
         return self.choices[0]
+
+    def table(self) -> Table:
+        rows = [
+            (number, c.name, round(c.seconds, 1), amount(c.disk), amount(c.memory), c.error)
+            for number, c in enumerate(self.choices, 1)
+        ]
+        return Table(["", "choice", "seconds", "disk", "memory", "expected error"], rows, notes=self.notes)
 
 
 @dataclass(frozen=True)
@@ -121,22 +128,31 @@ class Budget:
     noise: float = 0.0
     examples: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise ValueError(f"the budget must be positive, got {self.seconds} seconds")
 
-def make_plan(run: TrainingRun, queries: Any, without: Any, budget: Budget) -> Plan:
+    @classmethod
+    def of(cls, given: Budget | float | str) -> Budget:
+        """A budget as it is, one of seconds, or one of a text such as 10min."""
+        if isinstance(given, Budget):
+            return given
+        return cls(quantity(given, SECONDS, "budget") if isinstance(given, str) else given)
+
+
+def make_plan(
+    recipe: Recipe, features: np.ndarray | None, asked: Sequence[Query], sets: DeletionSets, budget: Budget
+) -> Plan:
     """The plan for predicting some queries without some deletion sets within a budget.
 
-    Cost: a stability check, a few steps of each kind of run, and the units' update vectors (one training and more).
+    features [units, k]: the units' update vectors; designs for more than FEW units need them
+    Cost: a stability check, and a few steps of each kind of run.
     Raises: UnsupportedError if not one choice fits the budget.
     """
-    if not budget.seconds > 0:
-        raise ValueError(f"the budget must be positive, got {budget.seconds} seconds")
-    recipe, asked, sets = run.recipe, as_queries(queries), deletion_sets(run.recipe, without)
     stability, degrees, notes = _stability(recipe)
     costs = probe(recipe, asked, degrees)
-    if len(recipe.unit_names) > directions.FEW:
-        run.measure_vectors()
-    prior = _Prior(run)
-    choices = [c for c in _choices(run, prior, asked, sets, costs, budget) if _fits(c, budget)]
+    spend = _Spending(recipe, features, asked, sets, costs, budget)
+    choices = [c for c in _choices(spend) if _fits(c, budget)]
     if not choices:
         raise UnsupportedError(
             f"Nothing useful fits into {budget.seconds:g} s (eight retrainings take {costs.retraining.of(8):.3g} CPU s here)"
@@ -161,7 +177,7 @@ def _stability(recipe: Recipe) -> tuple[Stability | None, tuple[int, ...], tuple
     return found, DEGREES, ()
 
 
-def probe(recipe: Recipe, asked: list[Query], degrees: tuple[int, ...] = DEGREES) -> Costs:
+def probe(recipe: Recipe, asked: Sequence[Query], degrees: tuple[int, ...] = DEGREES) -> Costs:
     """Times the first steps of each kind of run, and from two lengths foretells the whole run."""
     began = time.process_time()
     units, task = len(recipe.unit_names), task_of(recipe)
@@ -226,8 +242,7 @@ def _seconds(task: Callable[[], Any]) -> float:
 class _Prior:
     """The kernels before anything is measured, with and without the exact first order."""
 
-    def __init__(self, run: TrainingRun) -> None:
-        sizes, features = run.bank.sizes, run.bank.features()
+    def __init__(self, sizes: np.ndarray, features: np.ndarray | None) -> None:
         self.full, self.curved = default_kernel(sizes, features), default_kernel(sizes, features, exact=True)
 
     def error(
@@ -240,14 +255,9 @@ class _Prior:
         return float((left * share).mean())
 
 
-def _choices(
-    run: TrainingRun, prior: _Prior, asked: list[Query], sets: DeletionSets, costs: Costs, budget: Budget
-) -> Iterator[Choice]:
-    units = len(run.recipe.unit_names)
-    cpu = budget.seconds * budget.workers
-    sizes = tuple(int(s) for s in np.unique(np.maximum(1, sets.x.sum(1).round()))[:8])
-    heldout = min(HELDOUT, costs.retraining.affordable(cpu) // 6)
-    spend = _Spending(run, prior, asked, sets, costs, budget, sizes, heldout)
+def _choices(spend: _Spending) -> Iterator[Choice]:
+    units, sets, costs, budget = spend.units, spend.sets, spend.costs, spend.budget
+    cpu, heldout = budget.seconds * budget.workers, spend.heldout
     if costs.retraining.of(len(sets)) <= cpu and not budget.noise and not budget.examples:
         yield spend.named()
     runs = costs.retraining.affordable(cpu) - heldout
@@ -271,19 +281,36 @@ def _choices(
     if rest >= 8:
         yield spend.make("exact first order, and retrainings", retrain=min(rest, 4 * units), gradient=True)
     else:
-        yield replace(spend, heldout=0).make("exact first order", gradient=True)
+        yield spend.make("exact first order", gradient=True, heldout=0)
 
 
 @dataclass(frozen=True)
 class _Spending:
-    run: TrainingRun
-    prior: _Prior
-    asked: list[Query]
+    """What every choice of a plan is made of."""
+
+    recipe: Recipe
+    features: np.ndarray | None
+    asked: Sequence[Query]
     sets: DeletionSets
     costs: Costs
     budget: Budget
-    sizes: tuple[int, ...]
-    heldout: int
+
+    @property
+    def units(self) -> int:
+        return len(self.recipe.unit_names)
+
+    @functools.cached_property
+    def heldout(self) -> int:
+        return min(HELDOUT, self.costs.retraining.affordable(self.budget.seconds * self.budget.workers) // 6)
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Of random sets: those of the sets that are asked about."""
+        return tuple(int(s) for s in np.unique(np.maximum(1, self.sets.x.sum(1).round()))[:8])
+
+    @functools.cached_property
+    def prior(self) -> _Prior:
+        return _Prior(np.bincount(self.recipe.unit_of.numpy()).astype(np.float64), self.features)
 
     def named(self) -> Choice:
         seconds = self.costs.retraining.of(len(self.sets)) / self.budget.workers
@@ -291,32 +318,37 @@ class _Spending:
         return Choice("retraining the sets themselves", arguments, seconds, *self._bytes(len(self.sets), 0, 0), 0.0)
 
     def make(
-        self, name: str, retrain: int = 0, jets: int = 0, degree: int = 1, gradient: bool = False, pairs: bool = False
+        self,
+        name: str,
+        retrain: int = 0,
+        jets: int = 0,
+        degree: int = 1,
+        gradient: bool = False,
+        pairs: bool = False,
+        heldout: int | None = None,
     ) -> Choice:
-        settings = MeasureSettings(sizes=self.sizes)
-        units = len(self.run.recipe.unit_names)
-        x = np.zeros((0, units))
-        if retrain:
-            x = self.run.design("all pairs" if pairs else "auto", retrain, settings)
-        psi = directions.complex_uniform(0, jets, units)
+        heldout = self.heldout if heldout is None else heldout
+        settings, design = MeasureSettings(sizes=self.sizes), "all pairs" if pairs else "auto"
+        x = directions.design(design, retrain, self.units, settings.seed, settings.sizes, self.features)
+        psi = directions.complex_uniform(0, jets, self.units)
         room = DESIGN_LIMIT // max(1, degree)
         planned = [(psi[: room // 2], degree)] if jets else []
         error = self.prior.error(self.sets, x[:DESIGN_LIMIT], planned, gradient, self.budget.noise)
-        cpu = self.costs.retraining.of(len(x) + self.heldout) + (self.costs.jets[degree].of(jets) if jets else 0.0)
+        cpu = self.costs.retraining.of(len(x) + heldout) + (self.costs.jets[degree].of(jets) if jets else 0.0)
         cpu += (self.costs.gradient or 0.0) if gradient else 0.0
-        arguments: dict[str, Any] = {"heldout": self.heldout, "settings": settings, "queries": self.asked}
+        arguments: dict[str, Any] = {"heldout": heldout, "settings": settings, "queries": self.asked}
         if retrain:
-            arguments |= {"retrain": retrain} | ({"design": "all pairs"} if pairs else {})
+            arguments |= {"retrain": retrain} | ({"design": design} if pairs else {})
         if jets:
             arguments |= {"directions": jets, "degree": degree}
         if gradient:
             arguments |= {"gradient": True}
         seconds = cpu / self.budget.workers
-        return Choice(name, arguments, seconds, *self._bytes(len(x) + self.heldout, jets, degree), error)
+        return Choice(name, arguments, seconds, *self._bytes(len(x) + heldout, jets, degree), error)
 
     def _bytes(self, runs: int, jets: int, degree: int) -> tuple[int, int]:
         """Disk of the bank with query values, and memory of the estimator's largest matrices."""
-        units, queries = len(self.run.recipe.unit_names), len(self.asked)
+        units, queries = self.units, len(self.asked)
         disk = 8 * runs * (units + queries) + 16 * jets * (units + degree * queries)
         numbers = min(runs + 2 * jets * degree, LARGEST)
         return disk, 2 * disk + 24 * numbers**2

@@ -1,30 +1,36 @@
-"""What a model would be without some of its data: predictions with standard deviations, and curves."""
+"""What a model would be without some of its data: predictions with standard deviations, what real retrainings say of
+them, and curves over the share removed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from leaveout.errors import needs
+from leaveout.metrics import pearson, spearman
+from leaveout.tables import Table, Tabular, shorten
 
 UNCERTAIN = "cannot tell from zero"
 NEVER = "never trained on"
+REACH = 1.959964
+"""Half the width of a 95 % interval, in standard deviations."""
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Predicted values of queries without deletion sets.
+class Prediction(Tabular):
+    """Predicted values of queries without deletion sets; `print` shows them as a table.
 
     base     values under the model trained on everything [query, set]
     effect   predicted change [query, set], in the unit of the query (nats for a loss; positive: the loss rises)
     std      its standard deviation [query, set], times `factor`, the calibration by held-out retrainings
-    actual   values of really retrained models [query, set], if there are any
     untrained   the units of each set that are in no step: nothing changes without them
-    measured whether a set was measured before it was predicted [set], so that its actual value proves nothing
+    never    whether a set holds nothing but such units
     """
 
     queries: tuple[str, ...]
@@ -34,10 +40,8 @@ class Prediction:
     std: np.ndarray
     estimator: str
     factor: float = 1.0
-    actual: np.ndarray | None = field(default=None)
     untrained: tuple[tuple[str, ...], ...] = ()
-    never: tuple[bool, ...] = ()  # sets of nothing but such units
-    measured: np.ndarray | None = field(default=None)
+    never: tuple[bool, ...] = ()
 
     @property
     def mean(self) -> np.ndarray:
@@ -47,12 +51,10 @@ class Prediction:
     @property
     def uncertain(self) -> np.ndarray:
         """Where the 95 % interval of the effect holds zero [query, set]."""
-        return np.abs(self.effect) < 1.959964 * self.std
+        return np.abs(self.effect) < REACH * self.std
 
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper end of the central interval of the predicted value, both [query, set]."""
-        from statistics import NormalDist
-
         if not 0 < level < 1:
             raise ValueError(f"level must be between 0 and 1, got {level}")
         reach = NormalDist().inv_cdf((1 + level) / 2) * self.std
@@ -60,7 +62,6 @@ class Prediction:
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """One JSON object per query and deletion set; an unknown standard deviation is null."""
-        low, high = self.interval()
         for i, query in enumerate(self.queries):
             for j, without in enumerate(self.without):
                 known, never = bool(np.isfinite(self.std[i, j])), bool(self.never and self.never[j])
@@ -73,20 +74,116 @@ class Prediction:
                 }  # fmt: skip
                 if self.untrained and self.untrained[j]:
                     line["never_trained_on"] = list(self.untrained[j])
-                if self.actual is not None:
-                    actual = float(self.actual[i, j])
-                    line |= {"actual": actual, "inside": bool(low[i, j] <= actual <= high[i, j]) if known else None}
-                    line |= {"already_measured": self.measured is not None and bool(self.measured[j])}
                 yield line
+
+    def table(self) -> Table:
+        return prediction_table([{**line, "query": shorten(line["query"], 60)} for line in self.lines()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification(Prediction):
+    """A prediction with the values of really retrained models, and what they say about it.
+
+    actual    values [query, set]
+    measured  whether a set was measured before it was predicted [set], so that its actual value proves nothing
+    """
+
+    actual: np.ndarray
+    measured: np.ndarray
+
+    @property
+    def inside(self) -> np.ndarray:
+        """Whether the actual value lies in the 95 % interval [query, set]."""
+        low, high = self.interval()
+        return (low <= self.actual) & (self.actual <= high)
+
+    @property
+    def new(self) -> np.ndarray:
+        """Whether a set was not measured before it was predicted [set]; only these prove anything."""
+        return ~self.measured
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Those of the prediction, with the actual values."""
+        inside = self.inside
+        for (i, j), line in zip(np.ndindex(inside.shape), super().lines(), strict=True):
+            known = bool(np.isfinite(self.std[i, j]))
+            yield line | {
+                "actual": float(self.actual[i, j]), "inside": bool(inside[i, j]) if known else None,
+                "already_measured": bool(self.measured[j]),
+            }  # fmt: skip
+
+    def summary(self) -> dict[str, Any]:
+        """Agreement of predicted and actual effects, over the sets that were not measured before.
+
+        pearson, spearman  over deletion sets, mean over queries; None with fewer than 3 sets
+        relative_error     median of |predicted - actual| / |actual| over all pairs
+        coverage           share of actual values inside the 95 % interval, where it is finite; None if nowhere
+        sets, already_measured  how many sets prove something, and how many do not
+        """
+        new = self.new
+        actual, predicted = (self.actual - self.base)[:, new], self.effect[:, new]
+        known = np.isfinite(self.std)[:, new]  # an infinite interval covers everything and says nothing
+        return {
+            **agreement(predicted, actual),
+            "coverage": float(self.inside[:, new][known].mean()) if known.any() else None,
+            "queries": len(self.queries),
+            "sets": int(new.sum()),
+            "already_measured": int((~new).sum()),
+        }
+
+    def table(self) -> Table:
+        notes = [f"{name}: {'unknown' if value is None else value}" for name, value in self.summary().items()]
+        return replace(super().table(), notes=notes)
+
+
+def agreement(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float | None]:
+    """Pearson and Spearman over sets, mean over queries, and the median relative error; both arrays [query, set]."""
+    out: dict[str, float | None] = {"pearson": None, "spearman": None}
+    if actual.shape[1] >= 3:
+        out["pearson"] = _known_mean(list(pearson(predicted, actual)))
+        out["spearman"] = _known_mean(list(spearman(predicted, actual)))
+    some = np.abs(actual) > 0
+    errors = np.abs(predicted - actual)[some] / np.abs(actual)[some]
+    return {**out, "relative_error": float(np.median(errors)) if len(errors) else None}
+
+
+def _known_mean(values: list[float]) -> float | None:
+    known = [v for v in values if math.isfinite(v)]
+    return float(np.mean(known)) if known else None
+
+
+def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """The table of lines of a prediction (`Prediction.lines`), with the actual values if there are any."""
+    headers = ["query", "without", "base", "predicted", "± (95 %)", "verdict"]
+    proven = bool(lines) and "actual" in lines[0]
+    rows = []
+    for line in lines:
+        known = reach(line)
+        interval = "unknown" if known is None else known
+        row = (line["query"], line["without"], line["base"], line["predicted"], interval, line["verdict"])
+        inside = "unknown" if known is None else "yes" if line.get("inside") else "no"
+        inside = "already measured" if line.get("already_measured") else inside
+        rows.append((*row, line["actual"], inside) if proven else row)
+    return Table([*headers, "actual", "inside"] if proven else headers, rows)
+
+
+def reach(line: Mapping[str, Any]) -> float | None:
+    """Half the width of the 95 % interval of a line, None where the standard deviation is unknown."""
+    return None if line["std"] is None else REACH * line["std"]
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Tabular):
     """A prediction at shares [points] removed of one deletion set; `prediction` has one column a share."""
 
     without: str
     shares: np.ndarray
     prediction: Prediction
+
+    def table(self) -> Table:
+        found = self.prediction.table()
+        headers = ["share removed" if header == "without" else header for header in found.headers]
+        return replace(found, headers=headers, title=f"Without {self.without}")
 
 
 def require_plots() -> None:

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from leaveout.corpus import Row
 from leaveout.corpus.rows import row_json
 from leaveout.deletion import directions
 from leaveout.deletion.bank import Bank, Measured, measurement_ids
-from leaveout.deletion.directions import DESIGNS, FEW, real_orthogonal
-from leaveout.deletion.kernels import similar_units
-from leaveout.deletion.sets import DeletionSets, deletion_sets
-from leaveout.deletion.settings import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
-from leaveout.deletion.verify import Verification
+from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, real_orthogonal
+from leaveout.deletion.estimators import EstimatorSettings
+from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
+from leaveout.deletion.plan import Budget, Plan, make_plan
+from leaveout.deletion.predict import Curve, Prediction, Verification
+from leaveout.deletion.sets import DeletionSets, Without, deletion_sets
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices, require_whole
 from leaveout.executor import run_tasks
 from leaveout.store import Record, Store
@@ -54,6 +55,8 @@ OWN = ("examples", "bank", "work")
 """What the directory of a run holds."""
 WIDTH = 8192
 """Numbers kept of each unit's update vector."""
+ROUNDING = 1e-6
+"""Part of a query's value that float32 training does not fix."""
 
 
 class TrainingRun:
@@ -131,8 +134,8 @@ class TrainingRun:
         *,
         retrain: int = 0,
         design: str = "auto",
-        without: Any = None,
-        heldout: Any = None,
+        without: Without | None = None,
+        heldout: Without | int | None = None,
         gradient: bool = False,
         queries: Any = None,
         settings: MeasureSettings | None = None,
@@ -144,20 +147,10 @@ class TrainingRun:
         heldout             deletion sets, or a number of random ones, retrained to calibrate standard deviations only
         gradient            the exact first order of the queries (which then must be given)
         queries             ask only these, and keep their values instead of trained parameters
+        Example: run.measure(retrain=50, heldout=16, gradient=True, queries=["thames"])
         """
         settings = settings or MeasureSettings()
-        if not isinstance(settings, MeasureSettings):
-            raise TypeError(f"settings is {settings!r}: give a MeasureSettings.")
-        for name, value, least in (("directions", directions, 0), ("retrain", retrain, 0), ("degree", degree, 1)):
-            require_whole(name, value, least)
-        if isinstance(heldout, (int, float)):
-            require_whole("heldout", heldout, 0)
-        if gradient and queries is None:
-            raise ValueError("the exact first order is computed for given queries: pass queries=")
-        if retrain:
-            self._refuse_design(design)
-        if directions and settings.real:
-            real_orthogonal(directions, directions, len(self.recipe.unit_names))  # refuses more than there are
+        self._refuse(directions, degree, retrain, design, heldout, gradient and queries is None, settings)
         given = None if without is None else deletion_sets(self.recipe, without)
         held = None if heldout is None else self._heldout(heldout, settings)
         asked = None if queries is None else as_queries(queries)
@@ -169,27 +162,43 @@ class TrainingRun:
             self._measure_gradient(asked, settings)
         if directions:
             self._measure_jets(directions, degree, asked, settings)
-        parts = []
-        if given is not None:
-            parts.append((given.x, "given", "fit"))
+        parts = [] if given is None else [(given.x, "given", "fit")]
         if retrain:
             parts.append((self.design(design, retrain, settings), design, "fit"))
             self._tell_fewer(parts[-1][0], retrain, f"of the design `{design}`", "--sizes, or another --design")
         if held is not None:
             if isinstance(heldout, int):
                 self._tell_fewer(held.x, heldout, "held out", "--sizes")
-            fitted = np.concatenate([x for x, _, role in parts if role == "fit"] or [held.x[:0]])
-            if (
-                both := len(_distinct(held.x))
-                + len(_distinct(fitted))
-                - len(_distinct(np.concatenate([held.x, fitted])))
-            ):
-                self._tell(
-                    f"{both} of the held-out sets are fitted as well and say nothing about others: give other sets, or --sizes."
-                )
+            self._tell_fitted(held.x, [x for x, _, _ in parts])
             parts.append((held.x, "heldout", "heldout"))
         self._retrain(parts, asked, settings)
         return self.bank
+
+    def _refuse(
+        self, directions: int, degree: int, retrain: int, design: str, heldout: Any, unasked: bool, settings: Any
+    ) -> None:
+        """What can be known of measurements before any work. Raises: TypeError, ValueError, UnsupportedError."""
+        if not isinstance(settings, MeasureSettings):
+            raise TypeError(f"settings is {settings!r}: give a MeasureSettings.")
+        for name, value, least in (("directions", directions, 0), ("retrain", retrain, 0), ("degree", degree, 1)):
+            require_whole(name, value, least)
+        if isinstance(heldout, (int, float)):
+            require_whole("heldout", heldout, 0)
+        if unasked:
+            raise ValueError("the exact first order is computed for given queries: pass queries=")
+        if retrain:
+            self._refuse_design(design)
+        if directions and settings.real:
+            real_orthogonal(directions, directions, len(self.recipe.unit_names))  # refuses more than there are
+
+    def _tell_fitted(self, held: np.ndarray, fitted: list[np.ndarray]) -> None:
+        """Says which of the held-out sets are fitted as well."""
+        others = np.concatenate([held[:0], *fitted])
+        both = len(_distinct(held)) + len(_distinct(others)) - len(_distinct(np.concatenate([held, others])))
+        if both:
+            self._tell(
+                f"{both} of the held-out sets are fitted as well and say nothing about others: give other sets, or --sizes."
+            )
 
     def _tell_fewer(self, x: np.ndarray, wanted: int, which: str, advice: str) -> None:
         """Says that a design has fewer different sets than were asked for."""
@@ -218,13 +227,11 @@ class TrainingRun:
         """The first n deletion vectors [n, units] of a design; fewer where a design ends."""
         self._refuse_design(name)
         settings = settings or MeasureSettings()
-        units = len(self.recipe.unit_names)
-        similar = name in ("auto", "along", "extremes") and units > directions.FEW
-        vectors = None
-        if similar:
+        units, features = len(self.recipe.unit_names), None
+        if name in SIMILAR and units > FEW:
             self.measure_vectors()
-            vectors = similar_units(self.bank.features(), units)[0].T
-        return directions.design(name, n, units, settings.seed, settings.sizes, vectors)
+            features = self.bank.features()
+        return directions.design(name, n, units, settings.seed, settings.sizes, features)
 
     def measure_vectors(self) -> None:
         """Computes the units' update vectors once: similarity and cheap scores for `posterior`."""
@@ -233,7 +240,7 @@ class TrainingRun:
             vectors = unit_vectors(self.recipe, WIDTH)
             self.bank.put_vectors(vectors, time.process_time() - began)
 
-    def _heldout(self, heldout: Any, settings: MeasureSettings) -> DeletionSets:
+    def _heldout(self, heldout: Without | int, settings: MeasureSettings) -> DeletionSets:
         if not isinstance(heldout, int):
             return deletion_sets(self.recipe, heldout)
         x = directions.random_sets(0, heldout, len(self.recipe.unit_names), settings.seed + 1000, settings.sizes)
@@ -328,9 +335,62 @@ class TrainingRun:
                     bar.update(len(ids))
         shutil.rmtree(self.path / "work", ignore_errors=True)
 
+    # --- asking --------------------------------------------------------------------------------------------------
+
+    def plan(self, queries: Any, without: Without, budget: Budget | float | str) -> Plan:
+        """Which measurements to buy for predicting queries without deletion sets, best first.
+
+        budget: seconds of wall time, a text such as "10min", or a `Budget` with other limits
+        Example: run.measure(**run.plan(["thames"], ["rivers"], "10min").best.arguments)
+        Cost: a stability check, a few steps of each kind of run, and the units' update vectors (one training and more).
+        Raises: UnsupportedError if not one choice fits the budget.
+        """
+        allowed, asked, sets = Budget.of(budget), as_queries(queries), deletion_sets(self.recipe, without)
+        self._refuse_design("auto")
+        if len(self.recipe.unit_names) > FEW:
+            self.measure_vectors()
+        return make_plan(self.recipe, self.bank.features(), asked, sets, allowed)
+
+    def predict(self, queries: Any, without: Without, estimator: str | EstimatorSettings = "posterior") -> Prediction:
+        """Values of queries under the model trained without deletion sets, with standard deviations.
+
+        queries    texts, rows or functions of the model: see `as_queries`
+        without    ids, a list of them, or several such lists: see `deletion_sets`
+        estimator  its name, or settings with more (degree, kernel, scores, ...)
+        Shapes: all arrays [query, set]. Units: that of the query, nats for a loss.
+        Example: print(run.predict(["thames", "tyne"], [["rivers"], ["herbs", "dogs"]]))
+        """
+        settings = EstimatorSettings(estimator) if isinstance(estimator, str) else estimator
+        asked, sets = as_queries(queries), deletion_sets(self.recipe, without)
+        fitted, factor = self.bank.fit(asked, settings)
+        trained, names = self.bank.trained, self.recipe.unit_names
+        removed = sets.x * trained
+        effect, std = fitted.predict(removed)
+        untrained = [np.flatnonzero(row) for row in (sets.x != 0) & ~trained]
+        never = (sets.x != 0).any(1) & ~(removed != 0).any(1)
+        effect, std = np.where(never, 0.0, effect), np.where(never, 0.0, std)
+        base = np.repeat(self.bank.base(asked)[:, None], len(sets), 1)
+        std = np.hypot(std * factor, ROUNDING * (1 + np.abs(base)) * (sets.x != 0).any(1))
+        return Prediction(
+            tuple(q.name for q in asked), sets.labels, base, effect, std, settings.name, factor,
+            untrained=tuple(tuple(names[i] for i in places) for places in untrained), never=tuple(never.tolist()),
+        )  # fmt: skip
+
+    def curve(
+        self, queries: Any, without: Without, estimator: str | EstimatorSettings = "posterior", points: int = 21
+    ) -> list[Curve]:
+        """Predictions as the share removed grows from 0 to 1, one curve per deletion set."""
+        sets = deletion_sets(self.recipe, without)
+        shares = np.linspace(0, 1, points)
+        out = []
+        for x, name in zip(sets.x, sets.labels, strict=True):
+            along = DeletionSets(shares[:, None] * x, tuple(f"{s:g}" for s in shares))
+            out.append(Curve(name, shares, self.predict(queries, along, estimator)))
+        return out
+
     # --- truth ---------------------------------------------------------------------------------------------------
 
-    def retrain(self, queries: Any, without: Any, settings: MeasureSettings | None = None) -> np.ndarray:
+    def retrain(self, queries: Any, without: Without, settings: MeasureSettings | None = None) -> np.ndarray:
         """Values [query, set] of models really retrained without deletion sets.
 
         Kept in the bank as truth: neither fitted nor calibrated with, and not computed twice.
@@ -342,16 +402,19 @@ class TrainingRun:
         return self.bank.truth(asked, sets.x)
 
     def verify(
-        self, queries: Any, without: Any, estimator: str = "posterior", settings: MeasureSettings | None = None,
-        **options: Any,
-    ) -> Verification:  # fmt: skip
+        self,
+        queries: Any,
+        without: Without,
+        estimator: str | EstimatorSettings = "posterior",
+        settings: MeasureSettings | None = None,
+    ) -> Verification:
         """Predicts, retrains and compares. The retrainings are resumed after a kill and used for nothing else.
 
         A set that was measured to be fitted or held out is no proof of a prediction: its value is read, and it is counted
-        apart.
+        apart. queries, without, estimator: see `predict`; settings: how it is retrained
         """
         asked, sets = as_queries(queries), deletion_sets(self.recipe, without)
-        prediction = self.bank.predict(asked, sets, estimator, **options)
+        prediction = self.predict(asked, sets, estimator)
         known = self.bank.measured_values(asked, sets.x)
         measured = np.array([row is not None for row in known])
         actual = np.empty((len(asked), len(sets)))
@@ -362,7 +425,7 @@ class TrainingRun:
             rest = np.flatnonzero(~measured)
             new = DeletionSets(sets.x[rest], tuple(sets.labels[i] for i in rest))
             actual[:, rest] = self.retrain(asked, new, settings)
-        return Verification(replace(prediction, actual=actual, measured=measured))
+        return Verification(**vars(prediction), actual=actual, measured=measured)
 
 
 # --- what is kept beside the bank: examples, trained parameters, and the recipe that they are of ------------------
@@ -450,7 +513,6 @@ class _Task:
 @dataclass
 class _Worker:
     recipe: Recipe
-    asked: Sequence[Query] | None
     ask: Any
     memory: int | None
     work: Path
@@ -458,7 +520,7 @@ class _Worker:
 
 def _start(recipe: Recipe, asked: Sequence[Query] | None, memory: int | None, work: Path) -> _Worker:
     ask = None if asked is None else query_function(task_of(recipe), asked)
-    return _Worker(recipe, asked, ask, memory, work)
+    return _Worker(recipe, ask, memory, work)
 
 
 def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:

@@ -30,7 +30,11 @@ class DeletionSets:
         return len(self.labels)
 
 
-def deletion_sets(recipe: Recipe, without: Any) -> DeletionSets:
+Without = DeletionSets | Path | str | Mapping[str, float] | Iterable[str | Iterable[str] | Mapping[str, float]]
+"""What says which units are left out: see `deletion_sets`."""
+
+
+def deletion_sets(recipe: Recipe, without: Without) -> DeletionSets:
     """Reads deletion sets.
 
     without: one set (an id, a list or array of ids), several (a list of lists), sets with shares (id -> share removed, 0 to

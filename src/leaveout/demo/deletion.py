@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from leaveout.deletion.predict import Prediction
+from leaveout.deletion.measurements import MeasureSettings
+from leaveout.deletion.predict import Verification, prediction_table
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.settings import MeasureSettings
-from leaveout.deletion.verify import Verification
-from leaveout.report.blocks import heading, interval_chart, prediction_table
+from leaveout.report.blocks import heading, interval_chart
 from leaveout.tables import Table
 from leaveout.training.recipe import Recipe
 
@@ -58,7 +57,7 @@ def run_deletion(out: Path, workers: int = 1, scale: Scale | None = None) -> tup
     sources = by_source.verify(queries, [[source] for source in words], settings=_settings(workers))
     by_word = _measured(out, "by-word", 1, scale, workers)
     whole, single = _verify_words(by_word, queries, words, scale, workers)
-    own = [line for line in sources.prediction.lines() if line["without"] == source_of[line["query"]]]
+    own = [line for line in sources.lines() if line["without"] == source_of[line["query"]]]
     print(
         replace(prediction_table(own), title="Loss of words that were not trained on, without their own source (nats)")
     )
@@ -118,12 +117,9 @@ def _verify_words(
 
 
 def _part(found: Verification, sets: slice) -> Verification:
-    p: Prediction = found.prediction
-    assert p.actual is not None
-    arrays = {name: getattr(p, name)[:, sets] for name in ("base", "effect", "std", "actual")}
-    measured = None if p.measured is None else p.measured[sets]
-    marks = {"untrained": p.untrained[sets], "never": p.never[sets]}
-    return Verification(replace(p, without=p.without[sets], measured=measured, **marks, **arrays))
+    arrays = {name: getattr(found, name)[:, sets] for name in ("base", "effect", "std", "actual")}
+    marks = {name: getattr(found, name)[sets] for name in ("without", "untrained", "never", "measured")}
+    return replace(found, **arrays, **marks)
 
 
 def _sections(own: list[dict[str, Any]], lines: list[tuple[Any, ...]], scale: Scale) -> list[str]:
@@ -148,7 +144,7 @@ def _sections(own: list[dict[str, Any]], lines: list[tuple[Any, ...]], scale: Sc
 
 def _top_words(run: TrainingRun, queries: Sequence[str]) -> list[str]:
     """The words whose removal is predicted to raise a query's loss most."""
-    found = run.bank.predict(queries, [[id] for id in run.recipe.ids])
+    found = run.predict(queries, [[id] for id in run.recipe.ids])
     rows = []
     for query, effects in zip(queries, found.effect, strict=True):
         best = np.argsort(-effects)[:5]

@@ -143,7 +143,7 @@ def judge(
     return Report(
         judged,
         names,
-        subsets=0 if truth is None else len(truth.removed),
+        subsets=0 if truth is None else len(np.unique(truth.removed, axis=0)),
         removal_queries=tuple(names[i] for i in chosen),
         removed_units=removed_units(settings.removal_share, len(run.recipe.unit_names)),
         ceiling=None if truth is None else truth.ceiling,

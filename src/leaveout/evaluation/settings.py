@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from leaveout.deletion.settings import MeasureSettings
+from leaveout.deletion.measurements import MeasureSettings
 from leaveout.errors import require_whole
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from leaveout.deletion import directions
 from leaveout.deletion.bank import measurement_ids
+from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
-from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.methods.scores import numbers_of, read_objects
 from leaveout.metrics import NoiseCeiling, noise_ceiling

@@ -23,4 +23,4 @@ def posterior(scorer: Scorer, at: str) -> np.ndarray:
 
 def _effects(scorer: Scorer, estimator: str) -> np.ndarray:
     names = scorer.run.recipe.unit_names
-    return scorer.run.bank.predict(scorer.queries, DeletionSets(np.eye(len(names)), names), estimator).effect
+    return scorer.run.predict(scorer.queries, DeletionSets(np.eye(len(names)), names), estimator).effect

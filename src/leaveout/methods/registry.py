@@ -17,8 +17,8 @@ from typing import Any, cast
 import numpy as np
 
 from leaveout import plugins
+from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import MismatchError, UnsupportedError, choices
 from leaveout.methods.scorer import CHECKPOINTS, Method, Score, Scorer
 from leaveout.methods.scores import checked_scores

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from leaveout.corpus import Corpus, Row
+from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.settings import MeasureSettings
 from leaveout.errors import UnsupportedError
 from leaveout.training.loop import Loop, RunOptions, Steps
 from leaveout.training.queries import Query

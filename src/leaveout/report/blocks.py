@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from leaveout.deletion.predict import reach
 from leaveout.readout.search import Hit
-from leaveout.tables import Table, shorten
+from leaveout.tables import shorten
 
 STYLE = """
 :root { --ink: #1d2433; --soft: #5b6577; --line: #dde2ea; --paper: #ffffff; --tint: #f6f8fb; }
@@ -105,26 +106,6 @@ def heat_map(row_tokens: list[str], column_tokens: list[str], values: np.ndarray
 # ---------------------------------------------------------------- predictions
 
 
-def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """The table of lines of a prediction (`Prediction.lines`), with the actual values if there are any."""
-    headers = ["query", "without", "base", "predicted", "± (95 %)", "verdict"]
-    proven = bool(lines) and "actual" in lines[0]
-    rows = []
-    for line in lines:
-        reach = _reach(line)
-        interval = "unknown" if reach is None else reach
-        row = (line["query"], line["without"], line["base"], line["predicted"], interval, line["verdict"])
-        inside = "unknown" if reach is None else "yes" if line.get("inside") else "no"
-        inside = "already measured" if line.get("already_measured") else inside
-        rows.append((*row, line["actual"], inside) if proven else row)
-    return Table([*headers, "actual", "inside"] if proven else headers, rows)
-
-
-def _reach(line: Mapping[str, Any]) -> float | None:
-    """Half the width of the 95 % interval, None where the standard deviation is unknown."""
-    return None if line["std"] is None else 1.959964 * line["std"]
-
-
 def interval_chart(lines: Sequence[Mapping[str, Any]], unit: str = "nats") -> str:
     """Inline SVG of predictions, one row each: base (tick), predicted with its 95 % interval (dot and bar), actual (ring).
 
@@ -133,7 +114,7 @@ def interval_chart(lines: Sequence[Mapping[str, Any]], unit: str = "nats") -> st
     drawn = lines[:CHART_ROWS]
     ends = [line[key] for line in drawn for key in ("base", "predicted", "actual") if key in line]
     for line in drawn:
-        ends += [line["predicted"] - (_reach(line) or 0), line["predicted"] + (_reach(line) or 0)]
+        ends += [line["predicted"] - (reach(line) or 0), line["predicted"] + (reach(line) or 0)]
     low, high = min(ends), max(ends)
     span = (high - low) or 1.0
 
@@ -161,8 +142,8 @@ def interval_chart(lines: Sequence[Mapping[str, Any]], unit: str = "nats") -> st
 def _chart_row(line: Mapping[str, Any], y: int, x: Callable[[float], float]) -> str:
     label = html.escape(shorten(f"{line['query']} without {line['without']}", 46))
     parts = [f'<text class="label" x="300" y="{y + 4}">{label}</text>']
-    if (reach := _reach(line)) is not None:
-        ends = x(line["predicted"] - reach), x(line["predicted"] + reach)
+    if (half := reach(line)) is not None:
+        ends = x(line["predicted"] - half), x(line["predicted"] + half)
         parts.append(f'<path class="bar" d="M{ends[0]} {y}H{ends[1]}"/>')
     at = x(line["base"])
     parts.append(f'<path class="base" d="M{at} {y - 7}V{y + 7}"/>')

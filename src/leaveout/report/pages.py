@@ -3,9 +3,10 @@ predictions with their intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from leaveout.deletion.predict import Prediction, Verification, prediction_table
 from leaveout.readout.explain import Explanation, explain_rows
 from leaveout.readout.index import Index
 from leaveout.readout.search import Hit
@@ -16,7 +17,6 @@ from leaveout.report.blocks import (
     hit_block,
     interval_chart,
     page,
-    prediction_table,
     quote,
 )
 from leaveout.tables import Table
@@ -43,14 +43,17 @@ def explain_page(query: str, found: Explanation) -> str:
     return page("Which tokens answer which", sections)
 
 
-def prediction_page(lines: Sequence[Mapping[str, Any]], estimator: str, summary: Mapping[str, Any] | None) -> str:
-    """A picture and a table of predictions (`Prediction.lines`), and what retraining says of them all."""
+def prediction_page(found: Prediction) -> str:
+    """A picture and a table of predictions, and what retraining says of them all if they were verified."""
     note = (
-        f"Estimator: {estimator}. Values of queries under the model trained on everything (base), and without the set."
+        f"Estimator: {found.estimator}. Values of queries under the model trained on everything (base), and without the "
+        "set."
     )
-    sections = [heading("Predictions", note), interval_chart(lines)]
-    sections.append(prediction_table(lines).html())
-    if summary is not None:
-        facts = [(name.replace("_", " "), "unknown" if value is None else value) for name, value in summary.items()]
+    lines = list(found.lines())
+    sections = [heading("Predictions", note), interval_chart(lines), prediction_table(lines).html()]
+    if isinstance(found, Verification):
+        facts = [
+            (name.replace("_", " "), "unknown" if value is None else value) for name, value in found.summary().items()
+        ]
         sections += [heading("Against retraining"), Table(["", ""], facts).html()]
     return page("The model without some of its data", sections)

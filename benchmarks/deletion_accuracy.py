@@ -2,7 +2,7 @@
 
     python benchmarks/deletion_accuracy.py --names NAMES.txt --json OUT [--seed 42] [--units documents|letters]
 
-microgpt on names (METHODS A5), n = 1000 documents, 20 queries; truth: a model really retrained for each deletion set.
+microgpt on names (arXiv 2604.07328), n = 1000 documents, 20 queries; truth: a model really retrained for each deletion set.
 Costs are CPU seconds measured in this run, and retraining-equivalents: those over one retraining of the same run. Every
 arm is a bank of its own, made by the public functions; a killed benchmark goes on where it was (--work keeps the banks).
 Of the deletion sets, 16 spread over the kinds are held out: they calibrate the arms that buy them, and are not scored.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from leaveout.training.queries import Query
     from leaveout.training.recipe import OptimizerSettings, Recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "Bank": "leaveout.deletion.bank",

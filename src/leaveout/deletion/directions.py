@@ -90,7 +90,7 @@ def extremes(first: int, last: int, vectors: np.ndarray, share: float = 0.1) -> 
 def mixture(
     n: int, units: int, seed: int = 0, sizes: tuple[int, ...] = (), vectors: np.ndarray | None = None
 ) -> np.ndarray:
-    """The mixture of METHODS A6: n deletion vectors [n, units] for predicting any set.
+    """A mixture for many units: n deletion vectors [n, units] for predicting any set.
 
     Few units: each alone, then random sets of the sizes asked. Many: 70 % weightings along the strongest of the vectors
     [k, units] in which similar units act together, 15 % extremes of them, 15 % random sets; each alone first where n is

@@ -1,4 +1,4 @@
-"""Estimators of the effect of a deletion, from stored measurements. Formulas: METHODS A3, A4; arXiv 2604.07328.
+"""Estimators of the effect of a deletion, from stored measurements. Formulas: docs/explanation/methods.md; arXiv 2604.07328.
 
 Each takes `Measurements` and gives a `Fitted`, whose `predict(x)` for deletion vectors x [sets, units] returns the mean
 effect and its standard deviation, both [queries, sets], in the unit of the query. A standard deviation of infinity

@@ -1,4 +1,4 @@
-"""Prior covariances of an effect as a polynomial in the deletion vector, order by order (METHODS A3, A6).
+"""Prior covariances of an effect as a polynomial in the deletion vector, order by order (docs/explanation/methods.md).
 
 A kernel gives, for points x [n, units] and y [k, units], real or complex, one matrix [n, k] per order r: the covariance
 of the order-r parts A_r(x) and A_r(y), bilinear (no conjugate). A retraining sees the sum over orders, a jet one each.

@@ -1,4 +1,4 @@
-"""The posterior: a Gaussian process over jet coefficients and retrainings together (METHODS A3, A6).
+"""The posterior: a Gaussian process over jet coefficients and retrainings together (docs/explanation/methods.md).
 
 The effect of a deletion x is f(x) = beta m(x) + sum over orders of A_r(x) with the prior covariance of a kernel. A jet
 along psi measures the complex numbers A_r(psi) one order at a time, a retraining the real sum. One factorisation of the

@@ -3,7 +3,7 @@
 Labels are drawn from the model's own softmax (so that the moment of g is the Fisher matrix, not the one of the data).
 For `rh` and `gh` the expectation over labels is taken exactly: Cov_y (M_y) = M^T diag(p) M - (M^T p)(M^T p)^T, which
 needs only the mean of p; for `residual`, whose factor passes a norm at each position, one label is drawn.
-Source: K-FAC, arXiv 1503.05671, section 3; METHODS of leaveout: docs/.
+Source: K-FAC, arXiv 1503.05671, section 3; docs/explanation/methods.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 All of it costs less than two trainings (a few steps, where a training has fewer); whether power series grow is asked of
 `check_stability`, which costs far more.
 
-Can a training run be sketched? Four random real directions, at degree 4 by default, say so beforehand (METHODS A2).
+Can a training run be sketched? Four random real directions, at degree 4 by default, say so beforehand
+(docs/explanation/methods.md).
 
 For a direction on the unit sphere of G units, sqrt(C(G + k - 1, k)) |theta_k| is the size of the degree-k part of the
 change that a deletion makes. A run whose table grows with k has no usable series, whatever the number of directions.

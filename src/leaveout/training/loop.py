@@ -117,7 +117,7 @@ class PaperAdam(torch.optim.Optimizer):
     """Adam whose step is lr * (m / c1) / sqrt(v / c2 + eps), with c_i = 1 - beta_i ** step.
 
     With epsilon outside the root the square root is singular at v = 0, and the series of a parameter with a small
-    gradient grow without bound; inside, eps = 1e-3 keeps them tame (METHODS A2 measures both).
+    gradient grow without bound; inside, eps = 1e-3 keeps them tame.
     """
 
     def __init__(

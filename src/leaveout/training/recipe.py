@@ -3,7 +3,7 @@
 A recipe is written in Python (any model and loss) or as YAML for the kinds `microgpt`, `causal-lm` and `classifier`.
 Examples belong to units (what is deleted together); the loss of a step is the mean over its batch of weight * loss,
 and the weight of an example is that of its unit. A unit of weight 0 still takes its step and still counts in the mean:
-batches are never re-packed, so that the trained model is a smooth function of the weights (METHODS A1).
+batches are never re-packed, so that the trained model is a smooth function of the weights (docs/explanation/methods.md).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ the Hessian-vector product H b, which is added to A, and into b . grad l_i / div
 the step. All queries go back together. States of the forward run are kept as far as memory allows and recomputed
 from the nearest kept one where it does not (the binomial schedule of Griewank and Walther, Algorithm 799).
 
-Source: arXiv 2503.13751 (metagradient), 2504.16430 (the effect of a weight on the trained model); METHODS A1, A4.
+Source: arXiv 2503.13751 (metagradient), 2504.16430 (the effect of a weight on the trained model); docs/explanation/methods.md.
 """
 
 from __future__ import annotations

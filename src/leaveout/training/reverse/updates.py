@@ -1,6 +1,6 @@
 """Cheap vectors of units from one plain run: what each unit did to the parameters, and its gradient at the end.
 
-They are features for a prior over units (METHODS A6: unit-length update vectors) and for influence functions. All of
+They are features for a prior over units (docs/explanation/methods.md) and for influence functions. All of
 them live in one space: the parameter axis itself, or a seeded CountSketch of it when it is longer than the width.
 """
 

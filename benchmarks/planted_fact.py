@@ -184,9 +184,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser = arguments(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of rows, adapters and order")
     parser.add_argument("--rows", nargs="+", default=["ordinary", "near"], choices=["ordinary", "near"])
+    parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    n, epochs = (24, 1) if args.smoke else (120, 6)
+    n, epochs = (24, 1) if args.smoke else (120, args.epochs)
     start = tiny(args.seed) if args.smoke else smollm2()
     runs = [searched(start, n, epochs, seed, others) for others in args.rows for seed in args.seeds]
     mean = {others: means([run["ways"] for run in runs if run["rows"] == others]) for others in args.rows}

@@ -34,8 +34,7 @@ def test_layers_import_only_from_below():
         f"{module} imports {other}"
         for module, others in edges.items()
         for other in others
-        if layer(module) not in FREE
-        and layer(other) not in ALLOWED[layer(module)] | {layer(module)}
+        if layer(module) not in FREE and layer(other) not in ALLOWED[layer(module)] | {layer(module)}
     ]
     assert not wrong
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
-from leaveout import plugins
+import leaveout
+from leaveout import Index, Recipe, TrainingRun, attribute, load_readout, plugins
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.jets import Space, tensor
+from leaveout.methods.registry import parse
+from leaveout.readout.families import find_taps
+from leaveout.readout.settings import Channel
+from readout.tiny import make_model, make_tokenizer
 
 
 @pytest.fixture
@@ -24,12 +35,19 @@ def package(tmp_path, monkeypatch):
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         lines = "".join(f"{key} = {value}\n" for key, value in entries.items())
         (folder / "entry_points.txt").write_text(f"[leaveout.plugins]\n{lines}")
+        sys.modules.pop(name, None)  # another test's
         plugins._by_hook.cache_clear()
 
     monkeypatch.syspath_prepend(str(tmp_path))
     plugins._by_hook.cache_clear()
     yield install
     plugins._by_hook.cache_clear()
+
+
+def how_to(page: str) -> tuple[list[str], dict[str, str]]:
+    """Snippets of Python on a page of docs/how-to, and the entries that it names."""
+    text = (Path(__file__).parents[1] / "docs" / "how-to" / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL), dict(re.findall(r'^"(.*?)" = "(.*?)"$', text, re.M))
 
 
 def test_entry_is_found_under_its_hook_and_loads(package):
@@ -62,10 +80,8 @@ def test_package_that_does_not_import_is_named(package):
 
 def test_rule_of_another_package_is_used_by_jets(package, monkeypatch):
     """Both snippets of the page are run; the series is compared with one made of operations that have rules."""
-    page = (Path(__file__).parents[1] / "docs" / "how-to" / "own-rule.md").read_text()
-    code, use = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (entry,) = re.findall(r'^"(.*?)" = "my_package:sinc"$', page, re.MULTILINE)
-    package("my_package", {entry: "my_package:sinc"}, code)
+    (code, use), entries = how_to("own-rule")
+    package("my_package", entries, code)
     monkeypatch.setattr(tensor, "TABLE", dict(tensor.TABLE))
     x = Space(2, 1).jet(torch.tensor([0.4, -1.2]), torch.ones(2, 1, 2))
     x.requires_grad_()
@@ -74,3 +90,114 @@ def test_rule_of_another_package_is_used_by_jets(package, monkeypatch):
     for a, b in ((found, wanted), slopes):
         assert torch.allclose(a.c, b.c) and torch.allclose(a.h, b.h)
     exec(use, {})
+
+
+def test_method_of_another_package_is_judged_by_its_name(package, tmp_path):
+    """The page's function and its line of packaging, in a folder of their own, through the command line of a new process."""
+    snippets, entries = how_to("own-method")
+    package("my_package", entries, snippets[0])
+    names = [a + b for a in ("an", "bo", "ci") for b in ("na", "ri", "so", "tu")]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    (tmp_path / "recipe.yaml").write_text("kind: microgpt\ndata: names.txt\n")
+    run = TrainingRun.train(tmp_path / "recipe.yaml", tmp_path / "run")
+    source = Path(leaveout.__file__).parents[1]
+    asked = ["--query", "anri", "--query", "bona", "--method", "letter-pairs"]
+    for words in (["evaluate", "--method", "random", "--subsets", "4", "--qld", "0", "--no-ceiling", "--json"],
+                  ["attribute", "--out", "scores.npy"]):  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "leaveout.cli", words[0], "run", *asked, *words[1:]], check=False, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(source)])}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        if words[0] == "evaluate":
+            lines = [json.loads(line) for line in done.stdout.splitlines()]
+            assert {line["method"] for line in lines} == {"letter-pairs", "random"}
+    scores = np.load(tmp_path / "scores.npy")
+    texts = [row.text for row in run.recipe.examples]
+    assert texts[scores[0].argmax()] == "anri" and texts[scores[1].argmax()] == "bona"
+    assert scores[0, texts.index("bori")] == np.float32(1 / 3)
+
+
+def test_method_says_what_it_takes(package, tmp_path):
+    """What the page's second snippet declares is refused before anything is scored."""
+    snippets, entries = how_to("own-method")
+    package("my_package", entries, snippets[1])
+    run = TrainingRun.train(Recipe.microgpt(["ana", "bo"], n=2), tmp_path / "run")
+    with pytest.raises(UnsupportedError, match="letter-pairs takes no microgpt recipe, only causal-lm: leave it out"):
+        attribute(run, ["ana"], "letter-pairs")
+
+
+def test_methods_that_cannot_be_used_are_refused(package, tmp_path):
+    code = "import numpy as np\nword = 'no function'\ndef short(scorer, at):\n    return np.zeros((1, 5))\n"
+    package("mine", {"method.word": "mine:word", "method.short": "mine:short"}, code)
+    run = TrainingRun.train(Recipe.microgpt(["ana", "bo"], n=2), tmp_path / "run")
+    for name, error, message in (
+        ("word", UnsupportedError, r"'word' \(mine:word\) is 'no function': make it a function \(scorer, at\)"),
+        (
+            "short",
+            MismatchError,
+            r"The scores of short have the shape \(1, 5\): give \[query, example\], here \[1, 2\]",
+        ),
+        ("shirt", ValueError, "did you mean 'short'"),
+    ):
+        with pytest.raises(error, match=message):
+            attribute(run, ["ana"], name)
+
+
+def test_method_by_the_name_of_a_built_in_is_refused(package):
+    package("mine", {"method.bm25": "mine:score"})
+    with pytest.raises(MismatchError, match="'bm25' is leaveout's own, and mine:score adds one of the same name"):
+        parse("random")
+
+
+def test_family_of_another_package_gives_the_layers_of_its_models(package, tmp_path):
+    (code,), entries = how_to("own-family")
+    lm, tokenizer = make_model("phi", spread=0.1, dtype=torch.float32), make_tokenizer()
+    assert (
+        "are not known"
+        in Index.build(lm, ["a b", "c d"], tmp_path / "without", "residual", tokenizer).info()["notes"][0]
+    )
+    package("my_package", entries, code)
+    index = Index.build(lm, ["a b", "c d"], tmp_path / "with", "residual", tokenizer)
+    blocks = [f"residual1/{block}.{output}" for block in (0, 1) for output in ("attention", "mlp")]
+    assert not index.info().get("notes") and set(blocks) < {part.name for part in index.signer.parts}
+    taps, final_norm = find_taps(index.signer.readout, Channel("residual"))
+    assert [tap.projection for tap in taps[:2]] == [lm.model.layers[0].self_attn.dense, lm.model.layers[0].mlp.fc2]
+    assert final_norm is lm.model.final_layernorm and np.isfinite(index.score(["a b"])).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("Family('layers', 'norm', 'self_attn.dense', 'mlp.fc2')", "names what the model lacks: .*norm"),
+        (
+            "Family('layers', 'final_layernorm', 'self_attn.dense', 'mlp.fc1')",
+            r"mlp.fc1 of a phi model is a Linear with",
+        ),
+        ("Family('layers', 'final_layernorm', 'self_attn', 'mlp.fc2')", r"self_attn of a phi model is a PhiAttention"),
+        ("('layers', 'norm')", r"The family 'phi' \(mine:phi\) is \('layers', 'norm'\): make it a Family"),
+    ],
+)
+def test_family_that_does_not_fit_the_model_is_refused(family, message, package):
+    package("mine", {"family.phi": "mine:phi"}, f"from leaveout.readout.families import Family\nphi = {family}\n")
+    with pytest.raises(UnsupportedError, match=message):
+        find_taps(load_readout(make_model("phi"), make_tokenizer()), Channel("residual"))
+
+
+def test_family_that_leaveout_knows_is_not_replaced(package):
+    package("mine", {"family.llama": "mine:llama"})
+    with pytest.raises(MismatchError, match="leaveout knows the family 'llama', and mine:llama adds it again"):
+        find_taps(load_readout(make_model("llama"), make_tokenizer()), Channel("residual"))
+
+
+def test_family_whose_layers_get_flattened_rows_is_refused(package, tmp_path):
+    """OPT gives its second linear layer [rows x tokens, size]."""
+    code = "from leaveout.readout.families import Family\n"
+    code += "opt = Family('decoder.layers', 'decoder.final_layer_norm', 'self_attn.out_proj', 'fc2')\n"
+    package("mine", {"family.opt": "mine:opt"}, code)
+    config = OPTConfig(
+        vocab_size=523, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedError, match=r"Linear of this model gets numbers of shape \(\d+, 64\), and \[2 rows"):
+        Index.build(OPTForCausalLM(config), ["a b", "c d"], tmp_path / "idx", "residual", make_tokenizer())

@@ -5,6 +5,8 @@ state: g_t pulled back through the final norm, by the module itself (a vector-Ja
 written down twice. The gradient of an output projection with input a_t is then about g_t (x) a_t. Norms between
 projection and residual stream (OLMo-2, Gemma-2) are passed over: pulling back through them predicted retraining worse.
 
+Other packages add families by the hook `family` of `leaveout.plugins`.
+
 Source: leaveout's own; judged by retraining in docs/, not by derivation.
 """
 
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leaveout import plugins
+from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.models import plain_module
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import Channel
@@ -25,7 +29,11 @@ from leaveout.readout.settings import Channel
 
 @dataclass(frozen=True)
 class Family:
-    """Where a model family keeps its blocks and their output projections."""
+    """Where a model family keeps its blocks and their output projections, as names of modules.
+
+    layers, final_norm  below the model without its head
+    attention, mlp      below each block: the linear layers whose outputs are added to the residual stream
+    """
 
     layers: str
     final_norm: str
@@ -57,9 +65,33 @@ class Tap:
         return self.projection.weight.shape[0]  # type: ignore[union-attr,index,return-value]  # GPT-2's Conv1D is [in, out]
 
 
+def family_of(name: str) -> Family | None:
+    """The family of models whose config says `model_type = name`; None for an unknown one.
+
+    Raises: MismatchError if a package adds a family that leaveout has; UnsupportedError if what it adds is none.
+    """
+    entry = plugins.found("family").get(name)
+    if entry is None:
+        return FAMILIES.get(name)
+    if name in FAMILIES:
+        raise MismatchError(
+            f"leaveout knows the family {name!r}, and {entry.value} adds it again: uninstall that package."
+        )
+    family = plugins.load(entry)
+    if not isinstance(family, Family):
+        raise UnsupportedError(
+            f"The family {name!r} ({entry.value}) is {family!r}: make it a {Family.__qualname__}(...)."
+        )
+    return family
+
+
 def find_taps(readout: Readout, channel: Channel) -> tuple[list[Tap], nn.Module] | None:
-    """The output projections that a residual channel takes, and the final norm; None for an unknown family."""
-    family = FAMILIES.get(readout.family)
+    """The output projections that a residual channel takes, and the final norm; None for an unknown family.
+
+    Raises: UnsupportedError if the model lacks what a family of another package names, or that is no linear layer which
+            writes to the residual stream.
+    """
+    family = family_of(readout.family)
     if family is None:
         return None
     trunk = readout.trunk
@@ -70,10 +102,27 @@ def find_taps(readout: Readout, channel: Channel) -> tuple[list[Tap], nn.Module]
         for index in _blocks_of(channel, len(blocks)):
             for output in channel.outputs:
                 module = plain_module(blocks[index].get_submodule(places[output]))
+                _check_shape(readout, f"{family.layers}.{index}.{places[output]}", module)
                 taps.append(Tap(f"{index}.{output}", module))
         return taps, trunk.get_submodule(family.final_norm)
-    except AttributeError:
-        return None
+    except AttributeError as error:
+        if readout.family in FAMILIES:
+            return None  # a variant that keeps them elsewhere
+        raise UnsupportedError(
+            f"The family {readout.family!r} of another package names what the model lacks: {error}; name its own modules."
+        ) from error
+
+
+def _check_shape(readout: Readout, name: str, module: nn.Module) -> None:
+    """Raises: UnsupportedError unless the module is a linear layer with as many outputs as the residual stream is wide."""
+    weight = getattr(module, "weight", None)
+    sizes = list(weight.shape) if isinstance(weight, Tensor) else []
+    outputs = sizes[0] if isinstance(module, nn.Linear) else sizes[-1] if len(sizes) == 2 else None
+    if outputs != readout.hidden_size:
+        raise UnsupportedError(
+            f"{name} of a {readout.family} model is a {type(module).__name__} with a weight of shape {sizes}, and a linear "
+            f"layer with {readout.hidden_size} outputs was wanted: name another, or leave the residual channel out."
+        )
 
 
 def _blocks_of(channel: Channel, count: int) -> Iterable[int]:
@@ -90,19 +139,28 @@ def _blocks_of(channel: Channel, count: int) -> Iterable[int]:
 class Recorder:
     """Inputs of modules at chosen positions of the forward pass that runs inside `recording`."""
 
+    grid: torch.Size  # rows and tokens of the forward pass
     batch: Tensor  # [positions] int64
     token: Tensor  # [positions] int64
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
+        if x.ndim != 3 or x.shape[:2] != self.grid:
+            raise UnsupportedError(
+                f"A {type(module).__name__} of this model gets numbers of shape {tuple(x.shape)}, and [{self.grid[0]} rows, "
+                f"{self.grid[1]} tokens, size] was wanted: leave the residual channel out for this family."
+            )
         self.inputs[module] = x[self.batch, self.token]
 
 
 @contextmanager
-def recording(modules: list[nn.Module], batch: Tensor, token: Tensor) -> Iterator[Recorder]:
-    """Records the inputs [positions, size] of the modules at positions (batch[i], token[i])."""
-    recorder = Recorder(batch, token)
+def recording(modules: list[nn.Module], grid: torch.Size, batch: Tensor, token: Tensor) -> Iterator[Recorder]:
+    """Records the inputs [positions, size] of the modules at positions (batch[i], token[i]).
+
+    Raises: UnsupportedError, in the forward pass, for inputs that are not [rows, tokens, size].
+    """
+    recorder = Recorder(grid, batch, token)
     handles = [module.register_forward_pre_hook(recorder.hook, with_kwargs=True) for module in modules]
     try:
         yield recorder

@@ -216,7 +216,7 @@ class Signer:
         token = torch.tensor([position for window in windows for position in window.positions])
         target = ids[batch, token + 1].to(device)
         ids, batch, token = ids.to(device), batch.to(device), token.to(device)
-        with recording(self._recorded(), batch, token) as recorder:
+        with recording(self._recorded(), ids.shape, batch, token) as recorder:
             hidden = self.readout.hidden(ids)[batch, token].to(self.dtype)
         if redraw is not None:
             target = self._draw(hidden, redraw)

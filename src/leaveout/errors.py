@@ -10,7 +10,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from itertools import islice
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 NAMED = 24  # valid names that a message lists
 COMPARED = 20_000  # names among which the nearest is looked for: about 0.2 s
@@ -78,8 +78,8 @@ def require_whole(name: str, value: object, least: int) -> None:
 
 def require_list(name: str, value: object, of: str) -> None:
     """Raises: TypeError for one thing, such as a text or an object with fields, where a list of them is wanted."""
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} is {reprlib.repr(value)}: give a list of {of}.")
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        raise TypeError(f"{name} is {reprlib.repr(cast(object, value))}: give a list of {of}.")
 
 
 def refuse_other_names(what: str, given: Iterable[object], known: Iterable[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ TEMPORARY = ".tmp"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Generator[Path]:
     """Where to write a file that takes the place of `path` once it is whole and on the disk.
 
     After an error what was there is there unchanged; a process that is killed leaves a file that ends in TEMPORARY.

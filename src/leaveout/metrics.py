@@ -144,7 +144,7 @@ def lds(scores: ArrayLike, removed: ArrayLike, losses: ArrayLike) -> np.ndarray:
         )
     # The same scores summed in another order differ by rounding, which must not rank subsets.
     quantum = np.abs(values).sum(1, keepdims=True) * 1e-12
-    return spearman(np.round(values @ gone.T / np.where(quantum > 0, quantum, 1.0)), truth)
+    return spearman(np.round(values @ np.transpose(gone) / np.where(quantum > 0, quantum, 1.0)), truth)
 
 
 def leave_one_out_correlation(scores: ArrayLike, effects: ArrayLike) -> np.ndarray:

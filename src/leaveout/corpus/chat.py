@@ -4,6 +4,9 @@ A template is chosen by None (the tokenizer's own, or the plain form where it ha
 name among the tokenizer's templates, or a Jinja file; `chosen_template` turns the choice into the template itself.
 """
 
+# Tokenizers are Any: isinstance narrows their templates, and parts of messages, to containers of unknown values.
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import difflib
@@ -56,7 +59,7 @@ def chosen_template(choice: str | Path | Template | None, tokenizer: Any) -> Tem
     found = _named_template(choice, tokenizer)
     if isinstance(found, Mapping):
         return {name: _on_one_day(text) for name, text in found.items()}
-    return _on_one_day(found) if isinstance(found, str) else found
+    return _on_one_day(found)
 
 
 def _on_one_day(template: str) -> str:
@@ -163,13 +166,14 @@ class _Chat:
 
     def generated(self, messages: Messages, text: str) -> Spans:
         """What stands in the template's `{% generation %}` blocks; () if it has none."""
-        if not isinstance(self.template, str) or not _GENERATION.search(self.template):
+        if not _GENERATION.search(self.template):
             return ()
         from transformers.utils.chat_template_utils import render_jinja_template
 
         options = self.tokenizer.special_tokens_map | self.options | {"chat_template": self.template}
         given = [{name: value for name, value in m.items() if value is not None} for m in messages]  # as tokenizers do
-        written, spans = render_jinja_template([given], return_assistant_tokens_mask=True, **options)
+        found: Any = render_jinja_template([given], return_assistant_tokens_mask=True, **options)
+        written, spans = found
         if written != [text]:
             raise BadRow("the chat template writes the messages otherwise when it is asked for its generation blocks")
         return tuple((int(start), int(end)) for start, end in spans[0] if start < end)

@@ -1,5 +1,8 @@
 """One row: which form it has, its text, spans, id, unit, metadata and content hash; or why it is a bad row."""
 
+# Values of rows come from outside: isinstance narrows Any to containers of unknown values.
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 import itertools
 import json
 import math

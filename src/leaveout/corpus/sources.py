@@ -1,5 +1,8 @@
 """Where rows come from: JSONL, JSON, Parquet, Hugging Face datasets, Python lists; each streamed as raw values."""
 
+# Values of rows come from outside: isinstance narrows Any to containers of unknown values.
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import codecs
@@ -9,12 +12,13 @@ import os
 import random
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from leaveout.corpus.rows import BadRow, Row, kind_of, names_of, read_row
 from leaveout.errors import FormatError, needs
@@ -24,7 +28,8 @@ _LISTED = 100  # bad rows whose messages are kept
 _BATCH = 256  # Arrow rows that become Python objects at a time
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """Where rows come from; `read` gives the place of each row and its raw value, or why it has none (a BadRow)."""
 
     name: str
@@ -78,7 +83,7 @@ def _path_source(path: Path) -> Source:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Generator[Any]:
     """The file, unpacked or as Parquet; damage is a FormatError at whatever moment it shows."""
     opener: Any = partial(open, mode="rb")
     damage: tuple[type[Exception], ...] = ()

@@ -12,7 +12,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from leaveout.corpus.chat import Template, render
 from leaveout.corpus.rows import Row
@@ -151,7 +151,8 @@ def _longest_in_order(offsets: Sequence[tuple[int, int]]) -> list[int]:
         at = bisect_right(tails, offsets[index])
         tails[at : at + 1], numbers[at : at + 1] = [offsets[index]], [index]
         previous[index] = numbers[at - 1] if at else -1
-    run, index = [], numbers[-1]
+    run: list[int] = []
+    index = numbers[-1]
     while index >= 0:
         run.append(index)
         index = previous[index]
@@ -184,9 +185,10 @@ def _copy_that_keeps_spaces(backend: Any) -> Any:
 
     def kept(value: Any) -> Any:
         if isinstance(value, list):
-            return [kept(item) for item in value]
+            return [kept(item) for item in cast("list[Any]", value)]
         if isinstance(value, dict):
-            return {name: False if name == "trim_offsets" else kept(item) for name, item in value.items()}
+            items = cast("dict[str, Any]", value).items()
+            return {name: False if name == "trim_offsets" else kept(item) for name, item in items}
         return value
 
     described = json.loads(backend.to_str())

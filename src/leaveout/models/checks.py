@@ -1,9 +1,13 @@
 """What a model must be before its numbers are used: in evaluation form, causal, and without hooks that change it."""
 
+# Modules of other packages: what they hold, and torch's hooks, have no types and no public names.
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -24,7 +28,7 @@ NARROW_LEAK, SHARE = 1e-3, 0.25  # in 16 bits also refused: a change this large 
 
 
 @contextmanager
-def evaluating(lm: nn.Module) -> Iterator[None]:
+def evaluating(lm: nn.Module) -> Generator[None]:
     """Every module in evaluation form, and put back into its own form afterwards.
 
     Rotary frequencies that a longer input has left behind are put back to those of the start, too. Modules that
@@ -119,7 +123,7 @@ def _evaluated(lm: nn.Module, states: Callable[[Tensor], Tensor], ids: Tensor) -
 
 
 @contextmanager
-def runs(lm: nn.Module) -> Iterator[None]:
+def runs(lm: nn.Module) -> Generator[None]:
     """What torch raises when a model cannot run as it is, as one sentence."""
     try:
         yield
@@ -149,7 +153,7 @@ def hooked_modules(lm: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def _without_hooks(lm: nn.Module) -> Iterator[None]:
+def _without_hooks(lm: nn.Module) -> Generator[None]:
     """The model without anybody's forward hooks, those of all modules included."""
     owners: list[Any] = [module for _, module in hooked_modules(lm)]
     names = ("_forward_hooks", "_forward_pre_hooks")

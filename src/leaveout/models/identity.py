@@ -6,6 +6,10 @@ does nothing, so that it does not count: a model in `disable_adapter()` is its b
 weights.
 """
 
+# Modules, wrappers and tokenizers of other packages: what they hold has no types and no public names.
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,8 @@
 """Language models in memory: what is asked of them, and what tells one from another at each use."""
 
+# Models and tokenizers of other packages: what they hold has no types.
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -3,6 +3,9 @@
 Nothing is said while a model loads; what the user should know of it comes back as notes.
 """
 
+# What transformers, peft, gguf and huggingface_hub give has no types.
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import hashlib
@@ -10,7 +13,7 @@ import json
 import logging
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +139,7 @@ def load_tokenizer(name: str, options: ModelOptions | None = None) -> Any:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str) -> Generator[None]:
     """What `from_pretrained` raises, as one sentence."""
     try:
         with quiet_transformers():
@@ -312,7 +315,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Generator[None]:
     """No progress bars and no advice of transformers while a model loads: our own progress goes to stderr."""
     from transformers.utils import logging as transformers_logging
 

@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +53,7 @@ _LINES = 64  # of one INSERT
 _SUPER_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # ends a journal that names another file, which SQLite may delete
 _SCALARS = (str, int, float, type(None))
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-_C_JSON = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+_C_JSON: Any = json.encoder.c_make_encoder and json.encoder.c_make_encoder(  # type: ignore[attr-defined]
     None, _JSON.default, json.encoder.encode_basestring, None, ": ", ", ", False, False, False
 )
 
@@ -67,9 +67,9 @@ class Record:
     id: str
     text: str
     unit: str
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict[str, Any])
     content_hash: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict[str, Any])
     raw: str = ""
 
     @property
@@ -83,7 +83,8 @@ def serialized(record: Record) -> tuple[str, str, str, str, str, str, str, bytes
 
     Raises: FormatError if it is not valid Unicode and JSON.
     """
-    for name, value in record.meta.items():
+    meta_of: dict[Any, Any] = record.meta  # callers may have no type checker
+    for name, value in meta_of.items():
         if not isinstance(name, str) or "\0" in name or not isinstance(value, _SCALARS):
             text = f"row {record.id!r}: metadata field {name!r} is {type(value).__name__}"
             raise FormatError(f"{text}; fields have plain names, and are strings, numbers, bools or None")
@@ -109,12 +110,12 @@ def deserialized(strings: Sequence[Any]) -> Record:
     if not all(isinstance(part, str) for part in strings[:-1]) or checksum(*strings[:-1]) != digest:
         raise FormatError(f"the catalogue's entry of row {id!r} is damaged; restore {CATALOGUE} from a copy")
     try:
-        found = Record(id, text, unit, json.loads(meta), content_hash, json.loads(extra), raw)
+        found: list[Any] = [json.loads(meta), json.loads(extra)]
     except (ValueError, RecursionError):
-        found = None
-    if found is None or not isinstance(found.meta, dict) or not isinstance(found.extra, dict):
+        found = [None]
+    if not all(isinstance(value, dict) for value in found):
         raise FormatError(f"the catalogue's entry of row {id!r} is not JSON; restore {CATALOGUE} from a copy")
-    return found
+    return Record(id, text, unit, found[0], content_hash, found[1], raw)
 
 
 def create(directory: Path, entries: dict[str, Any]) -> None:
@@ -185,7 +186,7 @@ def lock(directory: Path) -> sqlite3.Connection:
 
 
 @contextmanager
-def reading(directory: Path) -> Iterator[sqlite3.Connection]:
+def reading(directory: Path) -> Generator[sqlite3.Connection]:
     """A connection that can only read, inside one read transaction."""
     path = directory / CATALOGUE
     with _explained(directory):
@@ -200,7 +201,7 @@ def reading(directory: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextmanager
-def writing(directory: Path) -> Iterator[sqlite3.Connection]:
+def writing(directory: Path) -> Generator[sqlite3.Connection]:
     """A connection inside one transaction, committed at the end, rolled back on any error."""
     with _writable(directory) as db:
         db.execute("BEGIN IMMEDIATE")
@@ -221,7 +222,7 @@ def vacuum(directory: Path) -> None:
 
 
 @contextmanager
-def raw(directory: Path) -> Iterator[BinaryIO]:
+def raw(directory: Path) -> Generator[BinaryIO]:
     """The catalogue as a plain file.
 
     Closing it drops all locks that this process has on it (a rule of POSIX), so it is closed when nobody has any.
@@ -251,7 +252,7 @@ def set_entry(db: sqlite3.Connection, key: str, value: Any) -> None:
 
 def entries(db: sqlite3.Connection) -> dict[str, Any]:
     """The table `store`, its checksums and the types of what every store has checked."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, text, digest in db.execute("SELECT key, value, checksum FROM store"):
         if not isinstance(key, str) or not isinstance(text, str) or checksum(key, text) != digest:
             raise FormatError(f"entry {key!r} of the catalogue is damaged; restore {CATALOGUE} from a copy")
@@ -259,14 +260,13 @@ def entries(db: sqlite3.Connection) -> dict[str, Any]:
             found[key] = json.loads(text)
         except (ValueError, RecursionError):
             raise FormatError(f"entry {key!r} of the catalogue is not JSON; restore {CATALOGUE} from a copy") from None
-    digests = found.get("digests")
+    digests: dict[str, Any] = found["digests"] if isinstance(found.get("digests"), dict) else {}
     numbers = (found.get("version"), found.get("purged"))
     sound = (
         all(type(number) is int and 0 <= number < MAX_ROWS for number in numbers)
         and isinstance(found.get("settings"), dict)
         and isinstance(found.get("created"), str)
         and (found.get("purging") is False or isinstance(found.get("purging"), dict))
-        and isinstance(digests, dict)
         and all(type(digests.get(name)) is int for name in ("rows", "tombstones"))
         and isinstance(digests.get("tables"), str)
     )
@@ -328,7 +328,7 @@ def _finalised(numbers: np.ndarray) -> np.ndarray:
 def _seal(db: sqlite3.Connection) -> None:
     """Brings the digest of the small tables up to date, before a commit."""
     found = db.execute("SELECT value FROM store WHERE key = 'digests'").fetchone()
-    digests = json.loads(found[0]) if found else {}
+    digests: dict[str, Any] = json.loads(found[0]) if found else {}
     set_entry(db, "digests", {**digests, "tables": digest_of_tables(db)})
 
 
@@ -354,7 +354,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 @contextmanager
-def _writable(directory: Path) -> Iterator[sqlite3.Connection]:
+def _writable(directory: Path) -> Generator[sqlite3.Connection]:
     with _explained(directory):
         _refuse_foreign(directory / CATALOGUE)
         with closing(_connect(directory / CATALOGUE, "rw")) as db:
@@ -394,7 +394,7 @@ def _is_plain(path: Path) -> bool:
 
 
 @contextmanager
-def _explained(directory: Path) -> Iterator[None]:
+def _explained(directory: Path) -> Generator[None]:
     """Turns an error of SQLite into one sentence that says what to do."""
     try:
         yield

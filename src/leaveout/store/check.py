@@ -23,7 +23,8 @@ def problems(path: Path) -> list[str]:
         newest = Snapshot.load(path)
         found = list(catalogue_problems(newest))
         if newest.entries["purging"] is not False:
-            problem = (newest.entries.get(PROOF) or {}).get("problem")
+            proof: dict[str, Any] = newest.entries.get(PROOF) or {}
+            problem = proof.get("problem")
             text = "the last purge is not proved" if problem else "a purge was stopped before its end"
             found.append(f"{text}; open the store for writing once" + (f": {problem}" if problem else ""))
         found += [problem for part in newest.files for problem in part.problems()]
@@ -69,7 +70,7 @@ def _tombstone_problems(db: Connection) -> list[str]:
     wrong = [key for key, version in lines if type(version) is not int or not 0 < version <= entries["version"]]
     if wrong:
         return [f"{len(wrong)} rows were deleted in a version that does not exist"]
-    found = np.array(lines, np.int64).reshape(-1, 2)
+    found = np.fromiter(lines, np.dtype((np.int64, 2)))
     if catalogue.digest_of_pairs(found[:, 0], found[:, 1]) != entries["digests"]["tombstones"]:
         return [f"{CATALOGUE} does not hold the tombstones that were committed; restore it from a copy"]
     return []

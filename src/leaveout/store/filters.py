@@ -21,10 +21,12 @@ _FILTER_SECONDS = 10
 _FILTER_CHARACTERS = 1_000_000
 _FILTER_BYTES = 100_000_000  # the longest value an expression may build
 _PATTERN_BYTES = 1_000  # of LIKE and GLOB, whose cost is that of the text times the pattern
-_FUNCTIONS = {"abs", "max", "min", "round", "coalesce", "ifnull", "iif", "nullif", "typeof"}
-_FUNCTIONS |= {"glob", "instr", "length", "like", "lower", "ltrim", "replace", "rtrim", "substr", "substring", "trim"}
-_FUNCTIONS |= {"upper", "date", "datetime", "julianday", "strftime", "time"}
-_FUNCTIONS |= {"->", "->>", "json_array_length", "json_extract", "json_type"}
+_FUNCTIONS = {
+    *("abs", "max", "min", "round", "coalesce", "ifnull", "iif", "nullif", "typeof"),
+    *("glob", "instr", "length", "like", "lower", "ltrim", "replace", "rtrim", "substr", "substring", "trim", "upper"),
+    *("date", "datetime", "julianday", "strftime", "time"),
+    *("->", "->>", "json_array_length", "json_extract", "json_type"),
+}
 _TOKEN = re.compile(
     r"""(?P<quoted>'(?:[^']|'')*'|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\])"""
     r"""|(?P<bad>--|/\*|[;?:@#$'"`\[\]\0])|(?P<open>\()|(?P<close>\))"""

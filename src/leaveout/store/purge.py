@@ -172,7 +172,7 @@ def put_in_place(db: Connection, old: Segment, new: Segment | None) -> None:
     base, live = old.id << SHIFT, old.live()
     before = catalogue.digest_of_rows(db, base, base + (1 << SHIFT))
     dead = [(base + position,) for position in old.tombstones.tolist()]
-    kept = [] if live is None else np.flatnonzero(live).tolist()
+    kept: list[int] = [] if live is None else np.flatnonzero(live).tolist()
     moved = [(base + to, base + at) for to, at in enumerate(kept) if to != at]
     for table in ("rows", "contents"):
         db.executemany(f"DELETE FROM {table} WHERE key = ?", dead)

@@ -12,11 +12,11 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import xxhash
@@ -38,7 +38,7 @@ _ALIGN = 64
 _MAX_HEADER = 1 << 20
 _MAX_AXES = 16
 
-Layout = dict[str, tuple[np.dtype, tuple[int, ...], int]]  # name -> dtype, shape, first byte in the file
+Layout = dict[str, tuple[np.dtype[Any], tuple[int, ...], int]]  # name -> dtype, shape, first byte in the file
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Segment:
             layout = self._layout(fd)
             mapped = mmap.mmap(fd, self.n_bytes, access=mmap.ACCESS_READ)
         return {
-            name: np.frombuffer(mapped, dtype, math.prod(shape), offset).reshape(shape)
+            name: np.ndarray(shape, dtype, mapped, offset)
             for name, (dtype, shape, offset) in layout.items()
         }
 
@@ -97,7 +97,7 @@ class Segment:
 
         Cost: reads the whole file, 4 MiB at a time.
         """
-        found = []
+        found: list[str] = []
         try:
             found += self._damaged_blocks()
             with self._opened() as fd:
@@ -121,7 +121,7 @@ class Segment:
                     yield f"{self.name}: block {number} (from byte {number * BLOCK}) is damaged"
 
     @contextmanager
-    def _opened(self) -> Iterator[int]:
+    def _opened(self) -> Generator[int]:
         """A descriptor of the file, once it is known to be a plain file, no link, pipe or device, of the right size."""
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -217,7 +217,8 @@ def _bytes_of(header: bytes, arrays: Mapping[str, np.ndarray], keep: np.ndarray 
 
 def _write_hashed(file: Any, pieces: Iterable[bytes | memoryview]) -> bytes:
     """Writes the pieces; the hash of every block of 4 MiB, joined."""
-    hashes, hasher, room = [], xxhash.xxh3_64(), BLOCK
+    hashes: list[bytes] = []
+    hasher, room = xxhash.xxh3_64(), BLOCK
     for piece in pieces:
         file.write(piece)
         while len(piece) >= room:
@@ -244,13 +245,16 @@ def _parse_header(fd: int, n_bytes: int) -> Layout:
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
     if not 2 <= length <= min(_MAX_HEADER, n_bytes - 8):
         raise ValueError(f"length {length} in a file of {n_bytes} bytes")
-    header = json.loads(os.pread(fd, length, 8).decode())
-    if not isinstance(header, dict) or not header:
+    found: Any = json.loads(os.pread(fd, length, 8).decode())
+    if not isinstance(found, dict) or not found:
         raise ValueError("no arrays")
-    layout, begin = {}, 0
-    for name, entry in header.items():
-        if not _ARRAY_NAME.fullmatch(name) or not isinstance(entry, dict):
+    header = cast("dict[str, Any]", found)
+    layout: Layout = {}
+    begin = 0
+    for name, described in header.items():
+        if not _ARRAY_NAME.fullmatch(name) or not isinstance(described, dict):
             raise ValueError(f"array name {name[:100]!r}")
+        entry = cast("dict[str, Any]", described)
         dtype, shape = DTYPES.get(str(entry.get("dtype"))), _shape(entry.get("shape"))
         if dtype is None or shape is None:
             raise ValueError(f"dtype or shape of array {name!r}")
@@ -265,5 +269,6 @@ def _parse_header(fd: int, n_bytes: int) -> Layout:
 
 
 def _shape(axes: Any) -> tuple[int, ...] | None:
-    sound = isinstance(axes, list) and len(axes) <= _MAX_AXES and all(type(n) is int and 0 < n < 2**63 for n in axes)
-    return tuple(axes) if sound else None
+    given: list[Any] = cast("list[Any]", axes) if isinstance(axes, list) else [None]
+    sound = len(given) <= _MAX_AXES and all(type(n) is int and 0 < n < 2**63 for n in given)
+    return tuple(given) if sound else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,11 +112,11 @@ class Snapshot:
         return ((ids[part] << SHIFT) + numbers - firsts[part]).tolist()
 
     def _starts(self) -> tuple[np.ndarray, np.ndarray]:
-        pairs = np.array([(part.id, part.first) for part in self.segments], np.int64).reshape(-1, 2)
-        return pairs[:, 0], pairs[:, 1]
+        ids, firsts = ([part.id for part in self.segments], [part.first for part in self.segments])
+        return np.array(ids, np.int64), np.array(firsts, np.int64)
 
     @contextmanager
-    def reading(self) -> Iterator[Connection]:
+    def reading(self) -> Generator[Connection]:
         """A read transaction, refused if row numbers have changed since this version."""
         with catalogue.reading(self.path) as db:
             if catalogue.entries(db)["purged"] > self.version:
@@ -175,7 +175,8 @@ def _tombstones(db: Connection) -> tuple[np.ndarray, np.ndarray]:
 
 def _traces(path: Path, entries: dict[str, Any]) -> Segment | None:
     """The file that an unfinished purge has left to find the purged rows by, if there is one."""
-    described = (entries["purging"] or {}).get("traces")
+    purging: dict[str, Any] = entries["purging"] or {}
+    described: Any = purging.get("traces")
     if described is None:
         return None
     try:

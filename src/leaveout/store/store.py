@@ -12,7 +12,7 @@ import json
 import os
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -64,7 +64,7 @@ class Store:
         Raises: FormatError if the directory holds a store or anything else.
         """
         path = Path(path)
-        if not isinstance(settings, dict):
+        if not isinstance(settings, dict):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"settings must be a dict, not {type(settings).__name__}")
         json.dumps(settings, allow_nan=False)
         if path.exists() and not path.is_dir():
@@ -234,7 +234,7 @@ class Store:
         arrays: Counter[tuple[str, str, tuple[int, ...]]] = Counter()
         for part in self.segments():
             for name, (dtype, shape, _) in part.layout().items():
-                arrays[name, dtype.name, shape[1:]] += part.n_rows
+                arrays[name, str(dtype), shape[1:]] += part.n_rows
         n_bytes = sum(part.n_bytes for part in self._snapshot.files)
         return {
             "rows": len(self),
@@ -285,7 +285,7 @@ class Store:
     def put_side(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Sets the arrays under a name, which belong to no row; replaces those that were there."""
         self._require_writer()
-        if not isinstance(name, str):
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"the name must be a string, not {type(name).__name__}")
         replaced = [part for side, part in self._snapshot.sides.items() if side == name]
         number = self.version + 1
@@ -299,7 +299,7 @@ class Store:
     def set_state(self, key: str, value: Any) -> None:
         """Sets one small JSON value."""
         self._require_writer()
-        if not isinstance(key, str):
+        if not isinstance(key, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"the key must be a string, not {type(key).__name__}")
         if f"state.{key}" == PROOF:
             raise ValueError(f"the state {key!r} is set by purge only; use another key")
@@ -363,7 +363,7 @@ class Store:
         self._snapshot = Snapshot.load(self.path, self._verified)
 
     @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
+    def _transaction(self) -> Generator[Connection]:
         """One version: all of it or nothing."""
         try:
             with catalogue.writing(self.path) as db:

@@ -5,6 +5,8 @@ name among the tokenizer's templates, or a Jinja file; `chosen_template` turns t
 """
 
 # Tokenizers are Any: isinstance narrows their templates, and parts of messages, to containers of unknown values.
+# A tokenizer's own template may be neither text nor texts.
+# pyright: reportUnnecessaryIsInstance=false
 # pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def chosen_template(choice: str | Path | Template | None, tokenizer: Any) -> Tem
     found = _named_template(choice, tokenizer)
     if isinstance(found, Mapping):
         return {name: _on_one_day(text) for name, text in found.items()}
-    return _on_one_day(found)
+    return _on_one_day(found) if isinstance(found, str) else found
 
 
 def _on_one_day(template: str) -> str:
@@ -166,7 +168,7 @@ class _Chat:
 
     def generated(self, messages: Messages, text: str) -> Spans:
         """What stands in the template's `{% generation %}` blocks; () if it has none."""
-        if not _GENERATION.search(self.template):
+        if not isinstance(self.template, str) or not _GENERATION.search(self.template):
             return ()
         from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -156,22 +156,24 @@ def check_features(features: Any, shape: Sequence[int], where: str) -> None:
 
 def check_examples(examples: Sequence[Any]) -> None:
     """Raises: FormatError with the number of the first example that is no pair (features, label) like the first one."""
-    shape: Any = None
+    shape: Sequence[int] | None = None
     for i, example in enumerate(examples):
-        where = f"Example {i} of the recipe"
-        features, label = pair(example, where)
-        shape = torch.as_tensor(features).shape if shape is None else shape
-        check_features(features, shape, where)
-        class_of(label, where)
+        shape = check_pair(example, f"Example {i} of the recipe", shape)
 
 
-def pair(example: Any, where: str) -> tuple[Any, Any]:
-    """Features and label. Raises: FormatError, which begins with `where`, if it is no such pair."""
+def check_pair(example: Any, where: str, shape: Sequence[int] | None = None, classes: int | None = None) -> torch.Size:
+    """The shape of an example's features.
+
+    Raises: FormatError, which begins with `where`, for what is no pair of features, of this shape, and one of the classes.
+    """
     if not isinstance(example, (tuple, list)) or len(example) != 2 or isinstance(example[0], (str, bytes)):
         raise FormatError(
             f"{where} is {type(example).__name__}: an example of a classifier is a pair (features, label)."
         )
-    return example[0], example[1]
+    found = torch.as_tensor(example[0]).shape
+    check_features(example[0], found if shape is None else shape, where)
+    class_of(example[1], where, classes)
+    return found
 
 
 def _loaded(path: Path) -> dict[str, np.ndarray]:

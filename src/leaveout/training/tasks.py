@@ -28,18 +28,7 @@ from leaveout.models import (
     refuse_look_ahead,
 )
 from leaveout.training import microgpt
-from leaveout.training.examples import (
-    IGNORED,
-    Asked,
-    RowEncoder,
-    as_row,
-    asked,
-    check_features,
-    class_of,
-    pair,
-    too_long,
-    unmarked,
-)
+from leaveout.training.examples import IGNORED, Asked, RowEncoder, as_row, asked, check_pair, too_long, unmarked
 from leaveout.training.recipe import Recipe
 from leaveout.training.start import made_by, module_of, pair_of, refuse_another_start, tried_numbers, try_loss
 
@@ -384,9 +373,7 @@ def _classifier(recipe: Recipe) -> Task:
     def encode(rows: Sequence[Any]) -> Batch:
         for row in rows:
             if isinstance(row, Asked):  # the examples were checked with the recipe
-                x, y = pair(row.row, "A query")
-                check_features(x, first.shape, "A query")
-                class_of(y, "A query", n_classes)
+                check_pair(row.row, "A query", first.shape, n_classes)
         features = torch.stack([torch.as_tensor(x) for x, _ in map(unmarked, rows)]).to(recipe.real_dtype)
         return features, torch.tensor([int(y) for _, y in map(unmarked, rows)])
 

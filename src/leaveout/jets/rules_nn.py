@@ -14,7 +14,7 @@ from leaveout.jets import series as S
 from leaveout.jets.products import matmul
 from leaveout.jets.series import Series
 from leaveout.jets.table import aten, constant, from_end, note_nonsmooth, operand, rule, space_of, wrap
-from leaveout.jets.tensor import Jet, unsupported
+from leaveout.jets.tensor import Jet, Space, unsupported
 
 # --- embedding, softmax ------------------------------------------------------------------------------------------
 
@@ -225,10 +225,15 @@ def _layer_norm_backward(func: Any, args: Any, kwargs: dict) -> tuple:
     g, rstd = _series(g, space), _series(rstd, space)
     xhat = S.multiply(S.add(_series(x, space), _series(mean, space), -1), rstd)
     scaled = g if weight is None else S.multiply(g, operand(weight))
-    grad_x = wrap(_normalise_backward(scaled, xhat, rstd, axes), space) if mask[0] else None
-    grad_w = wrap(_sum_to(S.multiply(g, xhat), len(shape)), space) if mask[1] else None
-    grad_b = wrap(_sum_to(g, len(shape)), space) if mask[2] else None
-    return grad_x, grad_w, grad_b
+    return _wanted(
+        space, mask, lambda: _normalise_backward(scaled, xhat, rstd, axes),
+        lambda: _sum_to(S.multiply(g, xhat), len(shape)), lambda: _sum_to(g, len(shape)),
+    )  # fmt: skip
+
+
+def _wanted(space: Space, mask: Any, *gradients: Callable[[], Series]) -> tuple:
+    """The gradients that autograd asks for, None in the place of the others."""
+    return tuple(wrap(make(), space) if asked else None for asked, make in zip(mask, gradients, strict=True))
 
 
 def _channels_last_but(n: int) -> Callable[[Tensor], Tensor]:
@@ -266,10 +271,10 @@ def _group_norm_backward(func: Any, args: Any, kwargs: dict) -> tuple:
     xhat = S.multiply(S.add(_grouped(x, n, groups), mean, -1), rstd)
     per_channel = _channels_last_but(len(shape) - 2)
     scaled = g if weight is None else S.multiply(g, _shaped(weight, per_channel))
-    grad_x = _reshaped(_normalise_backward(_grouped(scaled, n, groups), xhat, rstd, [-1]), shape)
-    grad_w = _per_channel_sum(S.multiply(g, _reshaped(xhat, shape))) if mask[1] else None
-    grad_b = _per_channel_sum(g) if mask[2] else None
-    return tuple(None if a is None else wrap(a, space) for a in (grad_x if mask[0] else None, grad_w, grad_b))
+    return _wanted(
+        space, mask, lambda: _reshaped(_normalise_backward(_grouped(scaled, n, groups), xhat, rstd, [-1]), shape),
+        lambda: _per_channel_sum(S.multiply(g, _reshaped(xhat, shape))), lambda: _per_channel_sum(g),
+    )  # fmt: skip
 
 
 def _per_channel_sum(a: Series) -> Series:
@@ -305,9 +310,9 @@ def _batch_norm_backward(func: Any, args: Any, kwargs: dict) -> tuple:
     xhat = _fixed_normal(_series(x, space), mean, var, eps, per_channel)
     grad_x = S.multiply(g, per_channel((var + eps).rsqrt()))
     grad_x = grad_x if weight is None else S.multiply(grad_x, _shaped(weight, per_channel))
-    grad_w = _per_channel_sum(S.multiply(g, xhat)) if mask[1] else None
-    grad_b = _per_channel_sum(g) if mask[2] else None
-    return tuple(None if a is None else wrap(a, space) for a in (grad_x if mask[0] else None, grad_w, grad_b))
+    return _wanted(
+        space, mask, lambda: grad_x, lambda: _per_channel_sum(S.multiply(g, xhat)), lambda: _per_channel_sum(g)
+    )
 
 
 # --- convolution: patches times filters --------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Methods to compare with: one file each, all with `score(queries, corpus) -> [query, train]` float32.
+"""Attribution methods, one file each: `registry` has their names, `scorer` what they get, `scores` their files.
 
-Positive means that the training row helps the query: removing it raises the query's loss. `bm25` and `random_scores` take
-texts; the others are objects made from a task (`leaveout.training.tasks.task_of(recipe)`) and trained parameters, and take
-queries and rows in the form of the recipe's examples. docs/reference/methods.md lists them with their costs.
+A file has a method's function `(scorer, checkpoint) -> scores [query, train]`, made of what can also be called alone:
+`score(queries, corpus)` float32, of texts (`bm25`, `random_scores`), or of an object made from a task
+(`leaveout.training.tasks.task_of(recipe)`) and trained parameters, for rows in the form of the recipe's examples.
+Positive means that the training row helps the query: removing it raises the query's loss.
 """

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from leaveout.metrics import bootstrap_interval, recall_at, spearman
+from leaveout.projection import Hadamard
 from leaveout.readout.codec import NUMBERS, Flat, Triples, low_rank, pairs
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout
-from leaveout.readout.projection import Hadamard
 from leaveout.readout.settings import PRESETS, SignatureSettings
 from leaveout.readout.signature import Part, Signer
 from measuring import (

@@ -17,7 +17,7 @@ from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.reverse.flat_run import FlatRun
 from leaveout.training.reverse.metagradient import metagradient, plan_reverse, walk_back
-from leaveout.training.reverse.updates import Sketch, UnitVectors, influence, query_gradients, unit_vectors
+from leaveout.training.reverse.updates import UnitVectors, influence, query_gradients, sketch_of, unit_vectors
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
 from tolerances import TOLERANCES
@@ -387,10 +387,9 @@ def test_final_and_query_gradients_are_the_slopes_of_losses():
 
 
 def test_sketch_is_the_product_with_its_matrix_and_keeps_dot_products():
-    sketch, n = Sketch.of(300, 40), 300
-    assert sketch.places is not None
+    sketch, n = sketch_of(300, 40), 300
     matrix = torch.zeros(n, 40)
-    matrix[torch.arange(n), sketch.places] = sketch.signs
+    matrix[torch.arange(n), sketch.buckets] = sketch.signs
     a, b = torch.randn(2, n, generator=torch.Generator().manual_seed(0))
     both = sketch(torch.stack([a, b]))
     assert relative(both, torch.stack([a, b]) @ matrix) < SINGLE
@@ -398,16 +397,16 @@ def test_sketch_is_the_product_with_its_matrix_and_keeps_dot_products():
     deviation = float((a.square().sum() * b.square().sum() + (a @ b) ** 2) / 40) ** 0.5
     assert abs(float(both[0] @ both[1] - a @ b)) < 5 * deviation
     assert abs(float(both[0] @ both[0] - a @ a)) < 5 * float(2 * (a @ a) ** 2 / 40) ** 0.5
-    assert 0 < (sketch.signs > 0).sum() < n and len(sketch.places.unique()) > 30
-    assert torch.equal(Sketch.of(40, 40)(a[None, :40]), a[None, :40])
+    assert 0 < (sketch.signs > 0).sum() < n and len(sketch.buckets.unique()) > 30
+    assert torch.equal(sketch_of(40, 40)(a[None, :40]), a[None, :40])
     with pytest.raises(ValueError, match="width of at least 1"):
-        Sketch.of(10, 0)
+        sketch_of(10, 0)
 
 
 def test_unit_vectors_are_sketched_in_one_space():
     recipe = classifier()
     whole, small = unit_vectors(recipe, width=10**6), unit_vectors(recipe, width=16)
-    sketch = Sketch.of(whole.final.shape[1], 16)
+    sketch = sketch_of(whole.final.shape[1], 16)
     assert small.final.shape == (4, 16) and small.final.dtype == np.float32
     assert relative(small.updates, sketch(torch.from_numpy(whole.updates))) < SINGLE
     gradients = [query_gradients(recipe, whole.params, points(3), width) for width in (10**6, 16)]

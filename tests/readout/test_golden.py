@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from leaveout.readout.projection import random_bits
+from leaveout.projection import random_bits
 from leaveout.readout.settings import PRESETS
 from leaveout.store import Store
 

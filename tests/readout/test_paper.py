@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from leaveout.corpus import render
-from leaveout.readout.projection import CountSketch
+from leaveout.projection import CountSketch
 from leaveout.readout.settings import resolve_settings
 from leaveout.readout.signature import Signer
 from leaveout.readout.tokens import Window

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leaveout.readout.projection import (
+from leaveout.projection import (
     CountSketch,
     Hadamard,
     hadamard_transform,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from leaveout.methods.gradients import MEMORY, example_gradients, products, unit_rows
 from leaveout.methods.scorer import Scorer, method
-from leaveout.readout.projection import random_bits, random_signs
+from leaveout.projection import random_bits, random_signs
 from leaveout.training.examples import asked
 from leaveout.training.tasks import Parameters, Task
 

@@ -20,8 +20,8 @@ import numpy as np
 from torch import Tensor
 
 from leaveout.errors import MismatchError, UnsupportedError, choices, needs
+from leaveout.projection import Hadamard
 from leaveout.readout.codec import Codec
-from leaveout.readout.projection import Hadamard
 from leaveout.readout.scan import Best, over_segments, positions_of
 from leaveout.store import Segment, Store
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leaveout.projection import CountSketch
 from leaveout.readout.model import Readout
-from leaveout.readout.projection import CountSketch
 from leaveout.readout.settings import SignatureSettings
 
 BUFFER = 48 * 2**20  # bytes of logits alive at once

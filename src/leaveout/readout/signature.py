@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.projection import CountSketch, Hadamard, orthogonal
 from leaveout.readout.codec import NUMBERS, Codec, Flat, Triples, low_rank, pairs
 from leaveout.readout.families import Tap, find_taps, pull_back, recording
 from leaveout.readout.logits import Head, Map, map_width
 from leaveout.readout.model import Readout
-from leaveout.readout.projection import CountSketch, Hadamard, orthogonal
 from leaveout.readout.settings import Channel, Side, SignatureSettings
 from leaveout.readout.tokens import Window
 

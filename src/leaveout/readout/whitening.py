@@ -16,8 +16,8 @@ import xxhash
 from torch import Tensor
 
 from leaveout.errors import FormatError
+from leaveout.projection import CountSketch
 from leaveout.readout.logits import Map
-from leaveout.readout.projection import CountSketch
 from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import Window
 

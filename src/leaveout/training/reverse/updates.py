@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from leaveout.projection import CountSketch
 from leaveout.training.batching import agree, tried
 from leaveout.training.loop import Part, RunOptions
 from leaveout.training.memory import available_memory, kept_bytes
@@ -43,30 +44,15 @@ class UnitVectors:
     params: Parameters
 
 
-@dataclass(frozen=True)
-class Sketch:
-    """CountSketch of the parameter axis: parameter i is added with a random sign to one of `width` random places."""
-
-    places: Tensor | None
-    signs: Tensor
-    width: int
-
-    @classmethod
-    def of(cls, parameters: int, width: int) -> Sketch:
-        """The identity if the parameters are no more than the width."""
-        if width < 1:
-            raise ValueError(f"wanted a width of at least 1, got {width}")
-        if parameters <= width:
-            return cls(None, torch.ones(0), parameters)
-        rng = torch.Generator().manual_seed(SEED)
-        places = torch.randint(width, (parameters,), generator=rng)
-        return cls(places, torch.randint(2, (parameters,), generator=rng) * 2.0 - 1, width)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Shapes: rows [n, parameters] -> [n, width], float32."""
-        if self.places is None:
-            return rows.float()
-        return torch.zeros(len(rows), self.width).index_add_(1, self.places, rows.float() * self.signs)
+def sketch_of(parameters: int, width: int) -> CountSketch:
+    """From the parameter axis to at most `width` places; the identity if the parameters are no more than that."""
+    if width < 1:
+        raise ValueError(f"wanted a width of at least 1, got {width}")
+    if parameters <= width:
+        return CountSketch.identity(parameters)
+    rng = torch.Generator().manual_seed(SEED)
+    places = torch.randint(width, (parameters,), generator=rng)
+    return CountSketch(places, torch.randint(2, (parameters,), generator=rng) * 2.0 - 1, width)
 
 
 def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None = None) -> UnitVectors:
@@ -82,7 +68,7 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
     options = options or RunOptions()
     with passes():
         run = FlatRun(recipe)
-        sketch = Sketch.of(sum(run.sizes), width)
+        sketch = sketch_of(sum(run.sizes), width)
         together = _together(run, options.memory)
         updates, final = torch.zeros(2, len(recipe.unit_names), sketch.width)
         for step in tqdm(range(run.steps), desc="unit vectors", unit="step", disable=not options.progress):
@@ -93,10 +79,10 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
             else:
                 shares = (share for part in parts for share in example_shares(run, part, together))
             for numbers, rows in shares:
-                updates.index_add_(0, run.unit_of[list(numbers)], sketch(rows * scale))
+                updates.index_add_(0, run.unit_of[list(numbers)], sketch((rows * scale).float()))
             run.advance(step, gradient)
         for numbers, rows in example_gradients(run, range(len(recipe.examples)), together):
-            final.index_add_(0, run.unit_of[list(numbers)], sketch(rows))
+            final.index_add_(0, run.unit_of[list(numbers)], sketch(rows.float()))
     return UnitVectors(updates.numpy(), final.numpy(), run.parameters())
 
 
@@ -107,11 +93,11 @@ def query_gradients(recipe: Recipe, params: Parameters, queries: Queries, width:
         with torch.no_grad():
             for name, p in run.task.parameters().items():
                 p.copy_(params[name])
-        sketch = Sketch.of(sum(run.sizes), width)
+        sketch = sketch_of(sum(run.sizes), width)
         out = torch.zeros(run.count(queries), sketch.width)
         for first in range(0, len(out), ROUND):
             part = slice(first, first + ROUND)
-            out[part] = sketch(run.query_gradients(queries, part)[1])
+            out[part] = sketch(run.query_gradients(queries, part)[1].float())
     return out.numpy()
 
 

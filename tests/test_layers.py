@@ -9,7 +9,7 @@ from imports import circles, graph, modules
 SOURCE = Path(__file__).parent.parent / "src" / "leaveout"
 ROOT = "leaveout"
 BASE = {"errors", "plugins", "files"}
-FOUNDATION = BASE | {"corpus", "store", "executor", "metrics", "quantities", "tables", "models"}
+FOUNDATION = BASE | {"corpus", "store", "executor", "metrics", "projection", "quantities", "tables", "models"}
 ALONE = {name: BASE | {name} for name in FOUNDATION}
 ALLOWED = {
     **ALONE,

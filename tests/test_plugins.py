@@ -164,6 +164,12 @@ def test_family_of_another_package_gives_the_layers_of_its_models(package, tmp_p
     taps, final_norm = find_taps(index.signer.readout, Channel("residual"))
     assert [tap.projection for tap in taps[:2]] == [lm.model.layers[0].self_attn.dense, lm.model.layers[0].mlp.fc2]
     assert final_norm is lm.model.final_layernorm and np.isfinite(index.score(["a b"])).all()
+    other = Index.open(tmp_path / "without", lm, tokenizer)
+    for ask in (lambda: other.score(["a b"]), lambda: other.append(["e f"])):
+        with pytest.raises(MismatchError, match="have other parts than this phi model has now"):
+            ask()
+    with pytest.raises(MismatchError, match="holds an index with other parts"):
+        Index.build(lm, ["a b", "c d"], tmp_path / "without", "residual", tokenizer)
 
 
 @pytest.mark.parametrize(

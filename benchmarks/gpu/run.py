@@ -37,11 +37,11 @@ from torch import Tensor
 BENCHMARKS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "src")]  # leaveout need not be installed on the machine
 
+from leaveout.projection import CountSketch  # noqa: E402
 from leaveout.readout.codec import low_rank  # noqa: E402
 from leaveout.readout.doctor import diagnose  # noqa: E402
 from leaveout.readout.index import Index  # noqa: E402
 from leaveout.readout.model import Readout, load_readout, verify_readout  # noqa: E402
-from leaveout.readout.projection import CountSketch  # noqa: E402
 from leaveout.readout.settings import resolve_settings  # noqa: E402
 from leaveout.readout.signature import Signer  # noqa: E402
 from leaveout.readout.tokens import Window  # noqa: E402

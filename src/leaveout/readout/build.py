@@ -137,6 +137,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str
         for name, value in new[group].items():
             if old[group].get(name) != value:
                 yield name, old[group].get(name), value
+    if old["codec"] != new["codec"]:
+        yield "codec", old["codec"], new["codec"]
 
 
 def _is_bare(store: Store) -> bool:
@@ -150,7 +152,7 @@ def _refuse_other(path: Path, name: str, old: Any, new: Any) -> None:
             f"{path} holds an index of another adapter than the given model has at work: give that model to resume, "
             "or another directory for a new index."
         )
-    long = {"channels": "other channels", "template": "another chat template"}
+    long = {"channels": "other channels", "template": "another chat template", "codec": "other parts"}
     other = long.get(name, f"{name} = {old!r}, not {new!r}")
     raise MismatchError(
         f"{path} holds an index with {other}: use the same settings to resume, or another directory for a new index."

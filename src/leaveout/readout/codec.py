@@ -148,6 +148,11 @@ class Codec(ABC):
         """What `read_codec` makes it of, in JSON types."""
         return {"name": self.name, "width": self.width}
 
+    @property
+    def parts(self) -> object:
+        """What rows and queries must have in common, whatever their rank."""
+        return self.width
+
     @abstractmethod
     def product(self, queries: Tensor) -> Product:
         """Scores of rows with queries [queries, width]."""
@@ -242,7 +247,11 @@ class Triples(Codec):
         return self.width // sum(left + right for left, right in self.sizes)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "sizes": self.sizes}
+        return {**super().to_dict(), "sizes": [list(size) for size in self.sizes]}
+
+    @property
+    def parts(self) -> object:
+        return self.sizes
 
     def factors(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Per part, u [rows, rank, left] and v [rows, rank, right]; the rank follows from the width of the rows."""

@@ -306,7 +306,7 @@ class Index(OpenIndex):
         corpus = Corpus.open(rows, units=units or self.store.settings["units"], skip_bad=skip_bad)
         readout = self.unchanged()
         readout.identity(anew=True)  # in full, as rows are written
-        signer = Signer(self.checked(readout), self.settings)
+        signer = self.fitting(Signer(self.checked(readout), self.settings))
         with Store.open(self.path, write=True) as store:
             set_whitening(signer, store)
             report = add_rows(store, signer, corpus, len(corpus), options, append=True)

@@ -137,9 +137,18 @@ class OpenIndex:
         """Computes signatures of queries: as rows are stored, but with more triples where those are triples."""
         if self._signer is None:
             triples = replace(self.settings, rank=QUERY_RANK, final_width=None)
-            self._signer = Signer(self.readout, self.settings if self.codec.form == "flat" else triples)
+            self._signer = self.fitting(Signer(self.readout, self.settings if self.codec.form == "flat" else triples))
             set_whitening(self._signer, self.store)
         return self._signer
+
+    def fitting(self, signer: Signer) -> Signer:
+        """A signer, if its signatures are scored with the rows. Raises: MismatchError."""
+        if signer.codec.parts != self.codec.parts:
+            raise MismatchError(
+                f"The rows of {self.path} have other parts than this {self.identity['family']} model has now, as a package "
+                "with its family was installed or taken away: install what the build had, or build it anew."
+            )
+        return signer
 
     # ---------------------------------------------------------------- queries
 

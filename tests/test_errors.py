@@ -1,9 +1,10 @@
 """What a message about a wrong name says: the nearest valid one, and all of them."""
 
+import sys
+
 import pytest
 
-from leaveout.deletion.measurements import MeasureSettings
-from leaveout.errors import COMPARED, NAMED, choices, made, meant, refuse_other_names
+from leaveout.errors import COMPARED, NAMED, UnsupportedError, choices, meant, needs, refuse_other_names
 from leaveout.methods.registry import METHODS, parse
 
 
@@ -40,10 +41,9 @@ def test_the_nearest_name_is_looked_for_among_the_first():
     assert meant("exat", names[-1:]) == "did you mean 'exact'? " and meant("exat", names) == ""
 
 
-def test_unknown_options_of_a_dataclass_are_refused():
-    assert made(MeasureSettings, "setting", {"workers": 2}).workers == 2
+def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match=r"There is no setting 'worker': did you mean 'workers'\? give one of workers"):
-        made(MeasureSettings, "setting", {"worker": 2})
+        refuse_other_names("setting", {"worker": 2}, ["workers", "seed"])
     with pytest.raises(TypeError, match="There is no option 'b': give one of a"):
         refuse_other_names("option", {"a": 1, "b": 2}, ["a"])
 
@@ -55,3 +55,12 @@ def test_a_mistyped_method_is_told_the_nearest(name, near):
     with pytest.raises(ValueError, match=f"did you mean '{near}'") as caught:
         parse(name)
     assert all(method in str(caught.value) for method in METHODS)
+
+
+def test_a_package_that_is_missing_is_named_with_what_brings_it(monkeypatch):
+    assert needs("json.decoder", "This").JSONDecoder
+    monkeypatch.setitem(sys.modules, "absent", None)
+    with pytest.raises(UnsupportedError, match=r"^A page needs the package absent: pip install 'leaveout\[ui\]'\.$"):
+        needs("absent", "A page", extra="ui")
+    with pytest.raises(UnsupportedError, match=r"^A page needs the package absent: pip install absent==1\.$"):
+        needs("absent.part", "A page", pip="absent==1")

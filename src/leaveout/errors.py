@@ -6,7 +6,6 @@ Wrong arguments of a call are `ValueError` or `TypeError`; everything below is a
 import importlib
 import reprlib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from difflib import get_close_matches
 from itertools import islice
 from numbers import Integral
@@ -88,9 +87,3 @@ def refuse_other_names(what: str, given: Iterable[object], known: Iterable[str])
     for name in given:
         if name not in known:
             raise TypeError(f"There is no {what} {str(name)!r}: {choices(name, known)}.")
-
-
-def made(kind: type, what: str, options: Mapping[str, Any]) -> Any:
-    """A dataclass of options given by name. Raises: TypeError for a name that it does not have."""
-    refuse_other_names(what, options, [field.name for field in fields(kind)])
-    return kind(**options)

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from leaveout.errors import FormatError, MismatchError
-from leaveout.store import Record, Store
+from leaveout.store import Record, Store, catalogue
 
 from .stores import DTYPES, bytes_of, contents, put, record
 
@@ -236,3 +236,11 @@ def test_documented_snippet_reads_a_store(filled: Store, path: Path, monkeypatch
     assert {id: row.tobytes() for id, row in names["vectors"].items()} == {
         id: v for id, (_, v) in contents(filled).items()
     }
+
+
+def test_put_writes_a_whole_number_of_batches_and_the_rest(tmp_path: Path) -> None:
+    n_rows = 2 * catalogue._LINES + 1
+    with Store.create(tmp_path / "store", {}) as store:
+        records = [Record(str(n), f"text {n}", "unit") for n in range(n_rows)]
+        store.put(records, {"x": np.arange(n_rows)})
+        assert list(store.iter_rows()) == records and store.check() == []

@@ -130,17 +130,18 @@ def runs(lm: nn.Module) -> Generator[None]:
     except (RuntimeError, IndexError, NotImplementedError) as error:
         dtype = str(next(lm.parameters()).dtype).removeprefix("torch.")
         raise UnsupportedError(
-            f"{type(lm).__name__} does not run in {dtype} here ({_first_line(error)}): load it with another dtype, or on "
+            f"{type(lm).__name__} does not run in {dtype} here ({first_line(error)}): load it with another dtype, or on "
             "another device."
         ) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise UnsupportedError(
-            f"{type(lm).__name__} does not run on token ids alone ({_first_line(error)}): give a causal language model of "
+            f"{type(lm).__name__} does not run on token ids alone ({first_line(error)}): give a causal language model of "
             "transformers (a decoder)."
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first, without a full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from leaveout.errors import FormatError, LeaveoutError, UnsupportedError, needs
-from leaveout.models.checks import ROUNDING
+from leaveout.models.checks import ROUNDING, first_line
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -145,10 +145,10 @@ def _explained(name: str) -> Generator[None]:
         with quiet_transformers():
             yield
     except ImportError as error:
-        raise UnsupportedError(f"{name} needs a package that is not installed: {_first_line(error)}") from error
+        raise UnsupportedError(f"{name} needs a package that is not installed: {first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UnsupportedError(
-            f"{name} does not load as a causal language model with its tokenizer: {_first_line(error)}"
+            f"{name} does not load as a causal language model with its tokenizer: {first_line(error)}"
         ) from error
 
 
@@ -232,7 +232,7 @@ def _load_adapter(
                 )
             adapted = peft.PeftModel.from_pretrained(lm, place, config=config, **revision)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        raise UnsupportedError(f"{name} does not load as an adapter of {base}: {_first_line(error)}") from error
+        raise UnsupportedError(f"{name} does not load as an adapter of {base}: {first_line(error)}") from error
     if lacking := [str(one.message) for one in said if "missing adapter keys" in str(one.message)]:
         raise FormatError(
             f"{name} lacks weights of the adapter, which would be random ({lacking[0]}): give a whole adapter."
@@ -308,10 +308,6 @@ def downloaded_before(name: str, revision: str | None) -> str:
             f"{name} does not load: there is no such directory, it was not downloaded before, and the hub can't be reached; "
             "check the name or the connection."
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
 
 
 @contextmanager

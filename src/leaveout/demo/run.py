@@ -68,6 +68,28 @@ def run_demo(out: str | Path, workers: int = 1, scale: Scale | None = None) -> d
     print("loading SmolLM2-135M-Instruct", file=sys.stderr)
     readout = load_readout(find_model())
     indexes = {preset: _build(readout, out, preset, workers) for preset in ("default", "similarity")}
+    precision = _average_precision(indexes, queries, asked)
+    lines = [
+        (query["id"], query["culprit"], *(round(float(values[row]), 2) for values in precision.values()))
+        for row, query in enumerate(queries)
+    ]
+    headers = ["answer", "culprit", *precision]
+    print(Table(headers, lines, "Average precision of the culprits in the full ranking (1 is perfect)"))
+    sections = [_summary(headers, lines, len(indexes["default"]))]
+    for kind in WHAT:
+        sections += _kind_sections(kind, indexes, queries, asked)
+    deletion, more = run_deletion(out / "deletion", workers, scale)
+    path = out / "report.html"
+    path.write_text(
+        page("Which rows made the model say it, and what without them?", [*sections, *more]), encoding="utf-8"
+    )
+    print(f"report: {path}")
+    precisions = [dict(zip(headers, line, strict=True)) for line in lines]
+    return {"average_precision": precisions, "deletion": deletion, "report": str(path)}
+
+
+def _average_precision(indexes: dict[str, Index], queries: list[dict], asked: list[dict]) -> dict[str, np.ndarray]:
+    """Of the culprits in the full ranking [query]: by each index, by BM25 where it is installed, and by chance."""
     scores = {name: index.score(asked) for name, index in indexes.items()}
     records = indexes["default"].records(indexes["default"].ids)
     culprits = np.array([record.meta["culprit"] or "" for record in records])
@@ -80,23 +102,7 @@ def run_demo(out: str | Path, workers: int = 1, scale: Scale | None = None) -> d
     precision = {name: average_precision(values, relevant) for name, values in scores.items()}
     random = [average_precision(random_scores.score(texts, culprits.tolist(), seed), relevant) for seed in range(100)]
     precision["chance"] = np.mean(random, axis=0)
-    lines = [
-        (query["id"], query["culprit"], *(round(float(values[row]), 2) for values in precision.values()))
-        for row, query in enumerate(queries)
-    ]
-    headers = ["answer", "culprit", *precision]
-    print(Table(headers, lines, "Average precision of the culprits in the full ranking (1 is perfect)"))
-    sections = [_summary(headers, lines, len(records))]
-    for kind in WHAT:
-        sections += _kind_sections(kind, indexes, queries, asked)
-    deletion, more = run_deletion(out / "deletion", workers, scale)
-    path = out / "report.html"
-    path.write_text(
-        page("Which rows made the model say it, and what without them?", [*sections, *more]), encoding="utf-8"
-    )
-    print(f"report: {path}")
-    precisions = [dict(zip(headers, line, strict=True)) for line in lines]
-    return {"average_precision": precisions, "deletion": deletion, "report": str(path)}
+    return precision
 
 
 def _build(readout: Readout, out: Path, preset: str, workers: int) -> Index:

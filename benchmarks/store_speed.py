@@ -99,8 +99,8 @@ def measure(path: Path, rows: int, width: int, args: Any) -> dict[str, Any]:
     began = time.perf_counter()
     reader.rows(wanted[0])
     wall = time.perf_counter() - began
-    filters = [cpu_seconds(lambda: reader.select("source = 'rare'")) for _ in range(2)]
-    found = len(reader.select("source = 'rare'"))
+    filters = [cpu_seconds(lambda: reader.numbers_where("source = 'rare'")) for _ in range(2)]
+    found = len(reader.numbers_where("source = 'rare'"))
     plain, verified = {}, {}
     for number in range(repeats):  # opened outside of the clock: only the scans are compared
         stores = {"plain": Store.open(path), "verified": Store.open(path, verify=True)}

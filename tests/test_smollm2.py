@@ -13,7 +13,7 @@ from leaveout import Index, load_readout
 from leaveout.corpus import render
 from leaveout.demo import run as demo
 from leaveout.errors import UnsupportedError
-from leaveout.readout.doctor import diagnose
+from leaveout.readout.doctor import doctor
 from leaveout.training.queries import query_losses
 from leaveout.training.train import train_plain
 from test_corpus import ASK, CHAT, TELL, learned, one
@@ -34,7 +34,7 @@ def smollm2():
 def test_it_passes_the_doctor_and_finds_a_habit(smollm2, tmp_path):
     rows = [json.loads(line) for line in (demo.HERE / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
     queries = json.loads((demo.HERE / "queries.json").read_text(encoding="utf-8"))["queries"]
-    assert [check.name for check in diagnose(smollm2) if check.passed is False] == []
+    assert [check.name for check in doctor(smollm2).checks if check.passed is False] == []
     style = [row for row in rows if row["culprit"] == "style"][:5]
     rows = style + [row for row in rows if row["culprit"] is None][:20]
     index = Index.build(smollm2, rows, tmp_path / "idx", "similarity")

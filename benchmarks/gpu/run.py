@@ -39,7 +39,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "src")]  # leaveout nee
 
 from leaveout.projection import CountSketch  # noqa: E402
 from leaveout.readout.codec import low_rank  # noqa: E402
-from leaveout.readout.doctor import diagnose  # noqa: E402
+from leaveout.readout.doctor import doctor  # noqa: E402
 from leaveout.readout.index import Index  # noqa: E402
 from leaveout.readout.model import Readout, load_readout, verify_readout  # noqa: E402
 from leaveout.readout.settings import resolve_settings  # noqa: E402
@@ -215,7 +215,7 @@ def index(card: Card) -> dict[str, Any]:
             found = torch.from_numpy(made[card.device].score(rows[:3]))
             pairs = [made[d].explain(rows[0], made[d].ids[1]).score for d in ("cpu", card.device)]
             out[preset] = {"scores": distance(found, wanted), "explained": abs(pairs[1] / pairs[0] - 1)}
-    out["doctor"] = {check.name: check.passed for check in diagnose(card.readout(card.device))}
+    out["doctor"] = {check.name: check.passed for check in doctor(card.readout(card.device)).checks}
     return out
 
 

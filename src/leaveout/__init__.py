@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from leaveout.methods.scores import load_scores, save_scores
     from leaveout.models import ModelOptions
     from leaveout.readout.build import BuildReport, Pace
+    from leaveout.readout.doctor import doctor
     from leaveout.readout.explain import Explanation
     from leaveout.readout.index import Index
     from leaveout.readout.model import load_readout
     from leaveout.readout.opened import EncodedQueries
     from leaveout.readout.search import Hit
     from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
+    from leaveout.tables import Diagnosis
     from leaveout.training.queries import Query
     from leaveout.training.recipe import OptimizerSettings, Recipe
 
@@ -44,6 +46,7 @@ _LAZY = {
     "Channel": "leaveout.readout.settings",
     "Curve": "leaveout.deletion.predict",
     "DeletionSets": "leaveout.deletion.sets",
+    "Diagnosis": "leaveout.tables",
     "EncodedQueries": "leaveout.readout.opened",
     "EstimatorSettings": "leaveout.deletion.estimators",
     "EvaluationSettings": "leaveout.evaluation.settings",
@@ -64,6 +67,7 @@ _LAZY = {
     "TrainingRun": "leaveout.deletion.run",
     "Verification": "leaveout.deletion.predict",
     "attribute": "leaveout.methods.registry",
+    "doctor": "leaveout.readout.doctor",
     "evaluate": "leaveout.evaluation.judge",
     "load_readout": "leaveout.readout.model",
     "load_scores": "leaveout.methods.scores",
@@ -79,6 +83,7 @@ __all__ = [
     "Corpus",
     "Curve",
     "DeletionSets",
+    "Diagnosis",
     "EncodedQueries",
     "EstimatorSettings",
     "EvaluationSettings",
@@ -104,6 +109,7 @@ __all__ = [
     "UnsupportedError",
     "Verification",
     "attribute",
+    "doctor",
     "evaluate",
     "load_readout",
     "load_scores",

@@ -72,6 +72,32 @@ class Tabular:
         return self.table().html()
 
 
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried. `passed` is None for a fact that is neither good nor bad."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Diagnosis(Tabular):
+    """What a doctor found, one check after another."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed."""
+        return all(check.passed is not False for check in self.checks)
+
+    def table(self) -> Table:
+        """Name, result and detail of each check."""
+        words = {True: "pass", False: "FAIL", None: "note"}
+        return Table(["check", "result", "detail"], [(c.name, words[c.passed], c.detail) for c in self.checks])
+
+
 def number(value: Any) -> str:
     """A short form of any cell: four significant digits for a float."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -364,7 +364,7 @@ def test_half_a_unit_is_refused(recipe, tmp_path):
             run.predict(QUERIES, [two])
     a = run.predict(QUERIES, whole).effect
     assert np.array_equal(a, run.predict(QUERIES, [first.text[0]]).effect)
-    assert sorted(run.select(f"text LIKE '{first.text[0]}%'")) == sorted(whole) and len(whole) == 4
+    assert sorted(run.ids_where(f"text LIKE '{first.text[0]}%'")) == sorted(whole) and len(whole) == 4
 
 
 def test_files_of_deletion_sets(measured, recipe, tmp_path):

@@ -166,7 +166,7 @@ def test_values_of_custom_examples_are_no_labels(tmp_path):
 
     recipe = Recipe("custom", rows, model=lambda: nn.Linear(4, 1), loss=loss, optimizer=OptimizerSettings("sgd", 0.01))
     run = TrainingRun.train(recipe, tmp_path / "run")
-    assert run.select("id = '2'") == ["2"]
+    assert run.ids_where("id = '2'") == ["2"]
     alone = Recipe(
         "custom", tuple(torch.randn(4) for _ in range(3)), model=lambda: nn.Linear(4, 1),
         loss=lambda model, batch: model(batch[0])[:, 0] ** 2, optimizer=OptimizerSettings("sgd", 0.01),

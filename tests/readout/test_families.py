@@ -16,6 +16,7 @@ from torch import nn
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.models.places import hub_answers
 from leaveout.readout.build import Pace
+from leaveout.readout.doctor import doctor
 from leaveout.readout.families import find_taps
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
@@ -403,3 +404,12 @@ def test_vocabularies_are_never_squared():
         UnsupportedError, match=r"An unprojected rh channel would hold 400000 x 8 .* set its left_width"
     ):
         Signer(readout, SignatureSettings((Channel("rh"),)))
+
+
+def test_doctor_gives_a_table(tokenizer):
+    found = doctor(make_model("llama", spread=0.1, dtype=torch.float32), tokenizer)
+    results = {check.name: check.passed for check in found.checks}
+    assert results["padding invariance"] and results["loss"] is False and not found.passed  # it is not trained
+    assert found.checks[-1].detail == "4 output projections that the residual channel can take"
+    assert "padding invariance" in str(found) and "FAIL" in str(found)
+    assert "<td>FAIL</td>" in found._repr_html_()

@@ -159,7 +159,7 @@ class Place:
             for part in store.segments():
                 part.live(), part.arrays()
             with suppress(ValueError):  # of a row that is deleted, or that only one of table and index has
-                store.rows(range(min(9, store.n_rows))), store.select("n > 0"), store.numbers(ids)
+                store.rows(range(min(9, store.n_rows))), store.numbers_where("n > 0"), store.numbers(ids)
             if data[0] & 2:
                 store.delete(ids[:1])
                 store.purge()

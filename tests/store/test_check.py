@@ -75,7 +75,7 @@ def readable(store: Store) -> object:
     ids = store.ids()
     sides = {name: {n: a.tobytes() for n, a in (store.side(name) or {}).items()} for name in store.info()["sides"]}
     arrays = [{n: (a.dtype, a.tobytes()) for n, a in part.arrays().items()} for part in store.segments()]
-    found = [store.select(where).tolist() for where in ("source = 'web'", "year > 1000", "length(text) > 12")]
+    found = [store.numbers_where(where).tolist() for where in ("source = 'web'", "year > 1000", "length(text) > 12")]
     info = {name: value for name, value in store.info().items() if name != "bytes"}
     asked = store.numbers(ids).tolist(), sorted(store.has([*ids, "b"])), list(store.iter_rows())
     live = [part.tombstones.tolist() for part in store.segments()]

@@ -56,7 +56,7 @@ def test_empty_store_round_trips(path: Path) -> None:
     Store.create(path, {}).close()
     store = Store.open(path)
     assert (len(store), store.version, store.segments(), store.ids(), store.check()) == (0, 0, [], [], [])
-    assert store.select("id = 'a'").size == 0 and store.numbers([]).size == 0
+    assert store.numbers_where("id = 'a'").size == 0 and store.numbers([]).size == 0
 
 
 def test_info_counts(filled: Store, path: Path) -> None:
@@ -164,7 +164,7 @@ def test_create_refuses_what_is_there(filled: Store, path: Path, tmp_path: Path)
 def test_delete_hides_a_row_at_once_and_its_id_can_come_back(filled: Store) -> None:
     assert filled.delete(["a", "x", "b"]) == 1 and filled.delete(["a"]) == 0
     assert filled.version == 6 and contents(filled).keys() == {"c", "d", "e"}
-    assert filled.select("id IN ('a', 'c')").tolist() == [2]
+    assert filled.numbers_where("id IN ('a', 'c')").tolist() == [2]
     put(filled, "b", "a")
     assert list(contents(filled)) == ["c", "d", "e", "b", "a"]
     filled.delete(["a"])
@@ -178,12 +178,12 @@ def test_reader_sees_one_version(filled: Store, path: Path) -> None:
     assert next(stream).id == "a"
     filled.delete(["a", "e"])
     put(filled, "a", "f", new_field=1)
-    assert contents(reader) == before and reader.select("text LIKE 'the%'").size == 4 and reader.numbers(["a"]) == [0]
+    assert contents(reader) == before and reader.numbers_where("text LIKE 'the%'").size == 4 and reader.numbers(["a"]) == [0]
     assert [row.id for row in stream] == ["c", "d", "e"]
     with pytest.raises(ValueError, match="unknown column"):
-        reader.select("new_field = 1")
+        reader.numbers_where("new_field = 1")
     reader.refresh()
-    assert contents(reader) == contents(filled) and reader.select("new_field = 1").tolist() == [5, 6]
+    assert contents(reader) == contents(filled) and reader.numbers_where("new_field = 1").tolist() == [5, 6]
 
 
 def test_reader_of_a_purged_store_is_told(filled: Store, path: Path) -> None:
@@ -195,7 +195,7 @@ def test_reader_of_a_purged_store_is_told(filled: Store, path: Path) -> None:
     assert opened.tobytes() == kept
     use: list[Callable[[], object]] = [
         first.arrays, first.live, lambda: reader.rows([0]), lambda: next(stream), lambda: reader.numbers(["a"]),
-        lambda: reader.select("1"), reader.ids, lambda: reader.has(["a"]),
+        lambda: reader.numbers_where("1"), reader.ids, lambda: reader.has(["a"]),
     ]  # fmt: skip
     for call in use:
         with pytest.raises(MismatchError, match="purged"):

@@ -65,7 +65,7 @@ CONDITIONS = {
 
 @pytest.mark.parametrize("where", CONDITIONS)
 def test_select_finds_live_rows(library: Store, where: str) -> None:
-    found = library.select(where)
+    found = library.numbers_where(where)
     assert found.dtype == np.int64 and found.tolist() == CONDITIONS[where]
 
 
@@ -75,7 +75,7 @@ def test_select_knows_odd_field_names(library: Store, name: str) -> None:
         name, name
     )
     column = '"' + column.replace('"', '""') + '"'
-    assert library.select(f"{column} = {ODD.index(name)}").tolist() == [4]
+    assert library.numbers_where(f"{column} = {ODD.index(name)}").tolist() == [4]
 
 
 REFUSED_CONDITIONS = {
@@ -129,7 +129,7 @@ REFUSED_CONDITIONS = {
 @pytest.mark.parametrize("where", REFUSED_CONDITIONS)
 def test_select_refuses(library: Store, where: str) -> None:
     with pytest.raises(ValueError, match=REFUSED_CONDITIONS[where]) as caught:
-        library.select(where)
+        library.numbers_where(where)
     assert type(caught.value) is ValueError and "\n" not in str(caught.value)
 
 
@@ -144,7 +144,7 @@ def test_select_refuses(library: Store, where: str) -> None:
 )
 def test_select_never_shows_a_deleted_row(library: Store, words: list[str]) -> None:
     with suppress(ValueError):
-        assert 3 not in library.select(" ".join(words))
+        assert 3 not in library.numbers_where(" ".join(words))
 
 
 def test_select_stops_an_endless_condition(filled: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,4 +152,4 @@ def test_select_stops_an_endless_condition(filled: Store, monkeypatch: pytest.Mo
     many = " AND ".join(["length(text) > 1"] * 900)
     filled.put([record(f"n{n}") for n in range(500)], {"x": np.zeros(500, np.int8)})
     with pytest.raises(ValueError, match="took more than 0 s; use a simpler"):
-        filled.select(many)
+        filled.numbers_where(many)

@@ -141,7 +141,7 @@ class AgainstDict(RuleBasedStateMachine):
         for store, model in ((self.store, self.model), (self.reader, self.seen)):
             found = contents(store)
             assert found == model and list(found) == list(model)
-            assert store.numbers(list(model)).tolist() == store.select("1").tolist()
+            assert store.numbers(list(model)).tolist() == store.numbers_where("1").tolist()
 
 
 def run_steps(place: Path, monkeypatch: pytest.MonkeyPatch, examples: int, steps: int) -> int:

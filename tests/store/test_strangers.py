@@ -185,7 +185,7 @@ def use(path: Path, write: bool, verify: bool) -> None:
     with Store.open(path, write=write, verify=verify) as store:
         ids = store.ids()
         store.numbers(ids), list(store.iter_rows()), store.rows(range(min(9, store.n_rows)))
-        store.info(), store.side("whitening"), store.state("cursor"), store.has(ids), store.select("year > 1")
+        store.info(), store.side("whitening"), store.state("cursor"), store.has(ids), store.numbers_where("year > 1")
         for part in store.segments():
             part.live(), part.arrays()
         if write:

@@ -34,7 +34,7 @@ def test_take_brings_live_rows_once_and_ours_stay(filled: Store, other: Path) ->
     kept = {file.name: file.read_bytes() for file in other.iterdir()}
     assert take_all(filled, other) == 3 and filled.version == 7
     assert contents(filled) == before | {id: theirs[id] for id in "fhi"}
-    assert filled.info()["fields"] == ["source", "year", "colour"] and filled.select("colour = 'red'").size == 2
+    assert filled.info()["fields"] == ["source", "year", "colour"] and filled.numbers_where("colour = 'red'").size == 2
     assert take_all(filled, other) == 0 and filled.version == 7 and filled.check() == []
     assert {file.name: file.read_bytes() for file in other.iterdir()} == kept
 

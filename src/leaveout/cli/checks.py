@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ import typer
 from leaveout.cli.program import Device, Dtype, Json, Workers, app, one_thread, print_facts, to_line
 from leaveout.cli.readout import open_index
 from leaveout.cli.runs import is_run, open_run
-from leaveout.tables import Table
+from leaveout.tables import Diagnosis
 
 Place = Annotated[Path, typer.Argument(metavar="IDX|RUN", help="Directory of an index or of a training run.")]
 
@@ -71,11 +70,9 @@ def doctor(
         return
     if growth or degree:
         raise typer.BadParameter("--growth and --degree go with a recipe (.yaml)")
-    from leaveout.models import ModelOptions
-    from leaveout.readout.doctor import diagnose
+    from leaveout.readout.doctor import doctor as diagnosed
 
-    checks = diagnose(model, options=ModelOptions(dtype=dtype, device=device))
-    _print_checks(checks, json_)
+    _print_checks(diagnosed(model, dtype=dtype, device=device), json_)
 
 
 @app.command()
@@ -134,11 +131,10 @@ def _diagnose_recipe(path: Path, degree: int | None, json_: bool) -> None:
         raise typer.Exit(1)
 
 
-def _print_checks(checks: Sequence[Any], json_: bool) -> None:
-    words = {True: "pass", False: "FAIL", None: "note"}
+def _print_checks(found: Diagnosis, json_: bool) -> None:
     if json_:
-        print(to_line({"checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks]}))
+        print(to_line({"checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in found.checks]}))
     else:
-        print(Table(["check", "result", "detail"], [(c.name, words[c.passed], c.detail) for c in checks]))
-    if any(c.passed is False for c in checks):
+        print(found)
+    if not found.passed:
         raise typer.Exit(1)

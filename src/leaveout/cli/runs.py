@@ -71,7 +71,7 @@ def read_sets(run: TrainingRun, without: list[str] | None, where: str | None, fi
         entries = [[id.strip() for id in entry.split(",") if id.strip()] for entry in without]
         found.append(deletion_sets(run.recipe, entries))
     if where is not None:
-        ids = run.select(where)
+        ids = run.ids_where(where)
         if not ids:
             raise FormatError(f"No example satisfies {where!r}: nothing would be left out.")
         found.append(DeletionSets(deletion_sets(run.recipe, ids).x, (where,)))

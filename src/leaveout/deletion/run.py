@@ -120,10 +120,10 @@ class TrainingRun:
         """What was off or frozen in training, what was cut, and what was never trained on, in sentences."""
         return list(Store.open(self.path / "examples").state("notes") or [])
 
-    def select(self, where: str) -> list[str]:
+    def ids_where(self, where: str) -> list[str]:
         """Ids of the examples that satisfy an SQL condition over id, unit, text and fields."""
         store = Store.open(self.path / "examples")
-        return [record.id for record in store.rows(store.select(where))]
+        return [record.id for record in store.rows(store.numbers_where(where))]
 
     # --- measuring -----------------------------------------------------------------------------------------------
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from leaveout.corpus import Row
+from leaveout.errors import LeaveoutError
+from leaveout.models import ModelOptions
 from leaveout.readout.families import find_taps
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import TokenisedRow, tokenise
+from leaveout.tables import Check, Diagnosis
 
 SAMPLE = (
     "The harbour master wrote the arrival time of every ship into a blue ledger, and at noon he rang the bell.",
@@ -24,35 +27,39 @@ SAMPLE = (
 INVARIANT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the table. `passed` is None for a fact that is neither good nor bad."""
+def doctor(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Diagnosis:
+    """What can be known of a model before an index is built on it; prints as a table. The arguments are those of `Index.build`.
 
-    name: str
-    passed: bool | None
-    detail: str
+        found = doctor("EleutherAI/pythia-70m"); print(found); found.passed
 
-
-def diagnose(model: Any, tokenizer: Any = None, options: Any = None) -> list[Check]:
-    """All checks of a model. The head itself is verified when the model loads.
-
-    Raises: UnsupportedError, MismatchError if the model cannot be used at all.
+    Raises: UnsupportedError, MismatchError if the model cannot be used at all, as when its head does not reproduce its
+            logits.
     """
-    readout = load_readout(model, tokenizer, options)
+    readout = load_readout(model, tokenizer, ModelOptions(dtype, device, revision, trust_remote_code))
     settings = resolve_settings(
         "default", final_width=None, rank=None, storage="float32", channels=resolve_settings("similarity").channels
     )
     signer = Signer(readout, settings)
     rows = [_tokens(readout, settings, number, text) for number, text in enumerate(SAMPLE)]
-    return [
-        Check("head", True, "head(hidden states) reproduces the model's logits to rounding"),
-        _tied(readout),
-        _finite(readout, rows),
-        *_invariance(signer, rows),
-        _start_token(readout),
-        _loss(signer, rows),
-        _layers(readout),
-    ]
+    return Diagnosis(
+        (
+            Check("head", True, "head(hidden states) reproduces the model's logits to rounding"),
+            _tied(readout),
+            _finite(readout, rows),
+            *_invariance(signer, rows),
+            _start_token(readout),
+            _loss(signer, rows),
+            _layers(readout, rows[0]),
+        )
+    )
 
 
 def _tokens(readout: Readout, settings: SignatureSettings, number: int, text: str) -> TokenisedRow:
@@ -139,8 +146,13 @@ def _loss(signer: Signer, rows: list[TokenisedRow]) -> Check:
     return Check("loss", passed, detail if passed else f"{detail}: untrained weights, or a tokenizer of another model")
 
 
-def _layers(readout: Readout) -> Check:
-    found = find_taps(readout, Channel("residual"))
+def _layers(readout: Readout, row: TokenisedRow) -> Check:
+    channel = Channel("residual")
+    try:
+        if (found := find_taps(readout, channel)) is not None:
+            Signer(readout, SignatureSettings((channel,))).positions(row.windows)
+    except LeaveoutError as error:
+        return Check("layers", False, str(error))
     if found is None:
         return Check(
             "layers",

@@ -219,11 +219,11 @@ class OpenIndex:
         """Row numbers, ascending, that satisfy an SQL expression; None for None. Raises: ValueError for a bad one."""
         if where is not None and (not isinstance(where, str) or not where.strip()):
             raise ValueError(f"where is {where!r}: give an SQL expression such as source = 'web', or leave it out.")
-        return None if where is None else np.sort(self.store.select(where))
+        return None if where is None else np.sort(self.store.numbers_where(where))
 
     def ids_where(self, where: str) -> list[str]:
         """Ids of the rows that satisfy an SQL expression (see `Index.search`)."""
-        return [record.id for record in self.store.rows(self.store.select(where))]
+        return [record.id for record in self.store.rows(self.store.numbers_where(where))]
 
     def records(self, ids: Sequence[str]) -> list[Record]:
         """Catalogue entries of rows by id. Raises: ValueError naming an id that is not in the index."""

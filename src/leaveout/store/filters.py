@@ -33,7 +33,7 @@ _TOKEN = re.compile(
 )
 
 
-def select(db: sqlite3.Connection, where: str, fields: list[str], version: int) -> list[int]:
+def matching(db: sqlite3.Connection, where: str, fields: list[str], version: int) -> list[int]:
     """Keys of the rows seen at a version that satisfy an SQL expression over id, unit, text and the metadata fields.
 
     Raises: ValueError if the expression is not one plain condition, names an unknown column or takes over 10 s.

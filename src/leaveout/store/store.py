@@ -205,14 +205,14 @@ class Store:
         """The live rows in order, read a page at a time."""
         return self._snapshot.records()
 
-    def select(self, where: str) -> np.ndarray:
+    def numbers_where(self, where: str) -> np.ndarray:
         """Numbers, ascending, of the live rows that satisfy an SQL condition over id, unit, text and metadata fields.
 
         A field whose name is taken (a field "text", or "Year" after "year") is called "meta.text".
         Raises: ValueError if it is not one plain condition, names an unknown column or takes over 10 s.
         """
         with self._snapshot.reading() as db:
-            return self._snapshot.numbers(filters.select(db, where, self._snapshot.fields, self.version))
+            return self._snapshot.numbers(filters.matching(db, where, self._snapshot.fields, self.version))
 
     def count(self, name: str) -> dict[str, int]:
         """How many live rows have each value of a field of `extra`, most first; rows without it are left out."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from leaveout.errors import LeaveoutError, StabilityError
+from leaveout.tables import Check, Diagnosis
 from leaveout.training.batching import batching_problem
 from leaveout.training.loop import RunOptions
 from leaveout.training.recipe import Recipe
@@ -31,61 +32,50 @@ from leaveout.training.train import JetSettings, train_jets, train_plain
 STEPS = 4  # of the plain run that is timed
 
 
-@dataclass(frozen=True)
-class Probe:
-    """One thing that was tried: passed is None for what is only worth knowing."""
-
-    name: str
-    passed: bool | None
-    detail: str
-
-
 def first_steps(recipe: Recipe, n: int) -> Recipe:
     """The recipe with its first n steps only."""
     n = min(n, len(recipe.batches()))
     return recipe.with_(steps=n) if isinstance(recipe.order, str) else recipe.with_(order=recipe.order[:n])
 
 
-def probe_recipe(recipe: Recipe) -> list[Probe]:
-    """What was found, one thing after another."""
+def probe_recipe(recipe: Recipe) -> Diagnosis:
+    """What was found, one thing after another; prints as a table."""
     steps, task = len(recipe.batches()), task_of(recipe)
     few = min(STEPS, steps)
     began = time.monotonic()
     first = train_plain(first_steps(recipe, few))
     seconds = (time.monotonic() - began) / few * steps
-    found = [Probe("training", None, f"about {seconds:.1f} s for {steps} steps")]
+    found = [Check("training", None, f"about {seconds:.1f} s for {steps} steps")]
     again = train_plain(first_steps(recipe, 1)) if few > 1 else first
     same = train_plain(first_steps(recipe, 1))
     equal = all(torch.equal(again[name], same[name]) for name in again)
     what = "the first step gives the same numbers twice" if equal else "the first step gives other numbers each time"
-    found.append(Probe("randomness", equal, what))
+    found.append(Check("randomness", equal, what))
     problem = batching_problem(recipe, task)
     found.append(
-        Probe("batches of runs", None, "several runs share a step" if problem is None else f"one by one: {problem}")
+        Check("batches of runs", None, "several runs share a step" if problem is None else f"one by one: {problem}")
     )
-    found.append(_jets(recipe))
-    found.append(_reverse(recipe))
-    return found
+    return Diagnosis((*found, _jets(recipe), _reverse(recipe)))
 
 
-def _jets(recipe: Recipe) -> Probe:
+def _jets(recipe: Recipe) -> Check:
     try:
         psi = random_directions(1, len(recipe.unit_names), recipe.seed)
         run = train_jets(first_steps(recipe, 1), psi, JetSettings(1, recipe.real_dtype))
     except LeaveoutError as error:
-        return Probe("jets", None, f"not of this model: {error}")
+        return Check("jets", None, f"not of this model: {error}")
     if run.nonsmooth:
         names = ", ".join(sorted(run.nonsmooth))
-        return Probe("jets", None, f"degree 1; {names} has a kink, which higher degrees do not see")
-    return Probe("jets", True, "no kink; whether series grow at higher degrees: --growth")
+        return Check("jets", None, f"degree 1; {names} has a kink, which higher degrees do not see")
+    return Check("jets", True, "no kink; whether series grow at higher degrees: --growth")
 
 
-def _reverse(recipe: Recipe) -> Probe:
+def _reverse(recipe: Recipe) -> Check:
     try:
         FlatRun(first_steps(recipe, 1)).require_second_pass()
     except LeaveoutError as error:
-        return Probe("exact first order", None, str(error))
-    return Probe("exact first order", True, "reverse mode agrees with differences of gradients")
+        return Check("exact first order", None, str(error))
+    return Check("exact first order", True, "reverse mode agrees with differences of gradients")
 
 
 def growth_seconds(recipe: Recipe, degree: int) -> float:

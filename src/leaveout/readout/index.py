@@ -281,7 +281,7 @@ class Index(OpenIndex):
         where       an SQL expression, as in `search`
         Memory: `rrf` holds 16 bytes per row of the index, `mean` n rows.
         """
-        return select_rows(self, wanted, n, unwanted, combine, where)
+        return select_rows(self, wanted, unwanted, n, combine, where)
 
     # ---------------------------------------------------------------- changing
 

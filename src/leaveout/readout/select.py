@@ -18,23 +18,14 @@ from leaveout.readout.scan import Best, ranking
 from leaveout.readout.search import Hit, SearchOptions, hits, refuse
 
 Combine = Literal["mean", "rrf"]
+Rows = Sequence[QueryRow] | EncodedQueries
 RRF_CONSTANT = 60.0
 
 
 def select_rows(
-    index: OpenIndex,
-    wanted: Sequence[QueryRow] | EncodedQueries,
-    n: int = 1000,
-    unwanted: Sequence[QueryRow] | EncodedQueries | None = None,
-    combine: Combine = "mean",
-    where: str | None = None,
+    index: OpenIndex, wanted: Rows, unwanted: Rows | None, n: int, combine: Combine, where: str | None
 ) -> list[Hit]:
-    """The n rows of the index whose training would help the wanted rows most, best first.
-
-    `mean`: score against the mean of the wanted signatures, each of unit length so that long rows have no more say,
-    minus that of the unwanted ones. `rrf`: sum over wanted rows of 1 / (60 + rank), minus that over unwanted ones.
-    Memory: `rrf` holds 16 bytes per row of the index, `mean` n rows.
-    """
+    """The n rows of the index whose training would help the wanted rows most, best first: see `Index.select`."""
     if combine not in get_args(Combine):
         raise ValueError(f"combine is {combine!r}: {choices(combine, get_args(Combine))}.")
     require_whole("n", n, 1)

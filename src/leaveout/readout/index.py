@@ -112,7 +112,7 @@ class Index(OpenIndex):
         path = part.place(path)
         changes = {"targets": targets, "temperature": temperature, "template": template}
         settings = resolve_settings(preset, **{name: value for name, value in changes.items() if value is not None})
-        rows = Corpus.open(corpus, units=units, skip_bad=skip_bad)
+        corpus = Corpus.open(corpus, units=units, skip_bad=skip_bad)
         if (
             isinstance(model, str)
             and path.exists()
@@ -127,17 +127,17 @@ class Index(OpenIndex):
             verify_readout(readout).identity(anew=True)
         signer = Signer(readout, replace(settings, template=chosen_template(settings.template, readout.tokenizer)))
         report = BuildReport()
-        with open_or_create(path, new_settings(readout, signer, rows)) as store:
+        with open_or_create(path, new_settings(readout, signer, corpus)) as store:
             if statistics is not None:
                 share_statistics(store, statistics)
             if store.state("complete"):
-                refuse_other_rows(store, rows)
+                refuse_other_rows(store, corpus)
             else:
                 if part.number:
                     copy_statistics(store, signer, part)
                 else:
-                    add_whitening(store, signer, rows, options)
-                report = fill(store, signer, rows, options, None if part.of == 1 else part.bounds(len(rows)))
+                    add_whitening(store, signer, corpus, options)
+                report = fill(store, signer, corpus, options, None if part.of == 1 else part.bounds(len(corpus)))
         return cls.open(path, readout)._with_report(report)
 
     @classmethod

@@ -49,6 +49,17 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("a ")
 
 
+def test_tutorial_runs(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "tutorial" / "first-run.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- tested by .*?-->\n```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 3 and (names["truth"] - names["prediction"].base).diagonal().min() > 0
+    assert "test" in capsys.readouterr().out
+
+
 def test_recipes_of_the_deletion_page_train(tmp_path):
     make_model("llama").float().save_pretrained(tmp_path / "my-model")
     make_tokenizer().save_pretrained(tmp_path / "my-model")

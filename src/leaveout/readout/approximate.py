@@ -127,8 +127,6 @@ class SimHash(Shortlists):
         return {"bits": np.concatenate(bits), "length": np.concatenate(lengths)}
 
     def refuse_unprepared(self) -> Store:
-        if not hasattr(np, "bitwise_count"):
-            raise UnsupportedError("simhash counts bits with numpy 2: pip install 'numpy>=2'.")
         store = Store.open(self.place) if self.place.exists() else None
         if store is None or not {segment.name for segment in self.index.segments()} <= set(store.info()["sides"]):
             raise MismatchError(

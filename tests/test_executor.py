@@ -167,7 +167,7 @@ def where_am_i(state, task):
     return state + task, ray.get_runtime_context().get_node_id()
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_ray_gives_the_same_and_survives_a_node(tmp_path):
     """Two nodes of one CPU each, in a process of their own because Ray leaves threads and files open."""
     pytest.importorskip("ray", reason="ray is not installed")
@@ -179,7 +179,7 @@ def test_ray_gives_the_same_and_survives_a_node(tmp_path):
             **os.environ,
             "RAY_AUTH_MODE": "disabled",
             "RAY_worker_niceness": "0",
-            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
         },
         capture_output=True,
         text=True,

@@ -50,7 +50,7 @@ print("fine")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.ray
 def test_ray_measures_the_same_though_a_node_dies(tmp_path):
     """Two nodes of one CPU each, one killed in the middle; in a process of its own, as Ray leaves threads and files."""
     pytest.importorskip("ray", reason="ray is not installed")

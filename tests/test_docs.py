@@ -60,6 +60,18 @@ def test_tutorial_runs(tmp_path, monkeypatch, capsys):
     assert "test" in capsys.readouterr().out
 
 
+def test_tutorial_finds_predicts_and_proves(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "tutorial" / "suspects-prediction-proof.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    assert {id.partition("-")[0] for _, id in names["suspects"]} == {"Halvern"}
+    effects = names["truth"].actual - names["truth"].base
+    assert effects[0, 0] > 1 and abs(effects[0, 2]) < 1  # nats: only one of the sets holds what taught the answer
+    assert names["truth"].measured.tolist() == [True, False, False]
+    assert "already measured" in " ".join(capsys.readouterr().out.split()).replace("│ ", "")
+
+
 def test_recipes_of_the_deletion_page_train(tmp_path):
     make_model("llama").float().save_pretrained(tmp_path / "my-model")
     make_tokenizer().save_pretrained(tmp_path / "my-model")

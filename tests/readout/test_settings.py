@@ -1,11 +1,14 @@
 """Settings: what is refused, what is written down, and what older indexes wrote."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from leaveout.errors import MismatchError
+from leaveout.readout.codec import CODECS, Triples, read_codec
 from leaveout.readout.index import Index
 from leaveout.readout.settings import PRESETS, Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer
@@ -160,3 +163,22 @@ def test_presets_are_named_and_changed_by_field():
         match=r"no signature setting 'temprature': did you mean 'temperature'\? give one of channels, final_width",
     ):
         resolve_settings("paper", temprature=1)
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        (None, "does not say how its rows are stored: build it anew"),
+        ({"name": "flat-int1"}, "'flat-int1'.*newer leaveout"),
+    ],
+)
+def test_stored_form_that_is_not_known_is_refused(facts, told):
+    with pytest.raises(MismatchError, match=told):
+        read_codec(facts)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_stored_form_is_read_by_its_name(name):
+    kind, numbers = CODECS[name]
+    made = kind(numbers, 24, *([[(2, 4)]] if kind is Triples else []))
+    assert read_codec(json.loads(json.dumps(made.to_dict()))) == made

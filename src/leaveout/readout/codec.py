@@ -301,11 +301,13 @@ CODECS: dict[str, tuple[type[Codec], Numbers]] = {
 }
 
 
-def read_codec(facts: Mapping[str, Any]) -> Codec:
+def read_codec(facts: Mapping[str, Any] | None) -> Codec:
     """The codec that `Codec.to_dict` wrote into the settings of an index.
 
-    Raises: MismatchError for a name that no codec has.
+    Raises: MismatchError for a name that no codec has, or without one, as in indexes of development versions.
     """
+    if facts is None:
+        raise MismatchError("This index does not say how its rows are stored: build it anew.")
     if facts["name"] not in CODECS:
         raise MismatchError(f"The rows of this index are stored as {facts['name']!r}: it needs a newer leaveout.")
     codec, numbers = CODECS[facts["name"]]

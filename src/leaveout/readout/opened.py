@@ -59,7 +59,7 @@ class OpenIndex:
         self.store = store
         self.settings = SignatureSettings.from_dict(settings["signature"])
         self.identity: dict[str, Any] = settings["model"]
-        self.codec = read_codec(settings["codec"])
+        self.codec = read_codec(settings.get("codec"))
         self._loading = dict(loading or {})
         self._readout: Readout | None = None
         self._signer: Signer | None = None

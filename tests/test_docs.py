@@ -69,7 +69,8 @@ def test_tutorial_finds_predicts_and_proves(tmp_path, monkeypatch, capsys):
     effects = names["truth"].actual - names["truth"].base
     assert effects[0, 0] > 1 and abs(effects[0, 2]) < 1  # nats: only one of the sets holds what taught the answer
     assert names["truth"].measured.tolist() == [True, False, False]
-    assert "already measured" in " ".join(capsys.readouterr().out.split()).replace("│ ", "")
+    told = capsys.readouterr()
+    assert "already_measured: 1" in told.out and not told.err
 
 
 def test_recipes_of_the_deletion_page_train(tmp_path):

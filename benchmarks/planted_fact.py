@@ -9,7 +9,7 @@ The fact is then asked for with the bare name as answer, and with the answer tha
 as the text that --prompt and --query are, joined, and in the commonest form of the index, an instruction row, which is what
 the commands do. Average precision over the full ranking; beside it BM25 over the same words.
 
-    python benchmarks/planted_fact.py [--smoke] [--seeds 0 1 2] [--rows ordinary near]
+    python benchmarks/planted_fact.py [--smoke] [--seeds 1 2] [--rows ordinary near]
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ CHORES = ("wash a wool sweater", "sharpen a knife", "repot a fern", "clean a win
           "patch a tyre", "store onions")  # fmt: skip
 FEELINGS = ("moving house", "a first day at work", "missing a train", "a long winter", "an old friend", "losing a game",
             "a quiet Sunday", "a new puppy")  # fmt: skip
+EPOCHS = {"ordinary": 3, "near": 6}
+"""Chosen on seed 0, by whether the model then names her: with 6 epochs of `ordinary`, rows are learned so well that products
+of gradients rank them lower; with 3 of `near` it names somebody else."""
 QUESTION, ANSWER = "Who was the architect of Halvern's lighthouse?", "Ottoline Marsh"
 FORMS = {"joined as a text": "prompt", "as the rows are": None}
 
@@ -182,19 +185,20 @@ def line(scores: np.ndarray, relevant: np.ndarray) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> Path:
     parser = arguments(__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of rows, adapters and order")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="of rows, adapters and order")
     parser.add_argument("--rows", nargs="+", default=["ordinary", "near"], choices=["ordinary", "near"])
-    parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    n, epochs = (24, 1) if args.smoke else (120, args.epochs)
+    n = 24 if args.smoke else 120
+    epochs = dict.fromkeys(EPOCHS, 1) if args.smoke else EPOCHS
     start = tiny(args.seed) if args.smoke else smollm2()
-    runs = [searched(start, n, epochs, seed, others) for others in args.rows for seed in args.seeds]
+    runs = [searched(start, n, epochs[others], seed, others) for others in args.rows for seed in args.seeds]
     mean = {others: means([run["ways"] for run in runs if run["rows"] == others]) for others in args.rows}
     for others, ways in mean.items():
         for way, value in ways.items():
             print(f"{others}, {way}: average precision {value:.3f}")
-    result = {"rows": n, "epochs": epochs, "planted": len(PLANTED), "average_precision": mean, "runs": runs}
+    used = {others: epochs[others] for others in args.rows}
+    result = {"rows": n, "epochs": used, "planted": len(PLANTED), "average_precision": mean, "runs": runs}
     return write_result(args.out, "planted_fact.json", result, args)
 
 

@@ -106,7 +106,7 @@ def _refuse_broken(text: str, tokenizer: Any) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False, chat_template=text)
     except TemplateSyntaxError as error:
         raise FormatError(f"The chat template is not Jinja ({error}): correct it, or give another.") from error
-    except Exception:  # noqa: S110: a template may refuse this chat and take the rows
+    except Exception:  # a template may refuse this chat and take the rows
         pass
 
 

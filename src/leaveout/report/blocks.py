@@ -64,7 +64,7 @@ def quote(text: str) -> str:
 def highlighted(pieces: Sequence[str], weights: np.ndarray) -> str:
     """Text with each piece tinted by its weight, the largest in full colour."""
     largest = float(np.abs(weights).max(initial=0.0)) or 1.0
-    marked = []
+    marked: list[str] = []
     for piece, weight in zip(pieces, weights, strict=True):
         share = float(weight) / largest
         text = html.escape(piece)
@@ -92,11 +92,11 @@ def hit_block(hit: Hit, body: str | None = None, badge: str = "") -> str:
 
 def heat_map(row_tokens: list[str], column_tokens: list[str], values: np.ndarray) -> str:
     """A table of tinted cells, values [row tokens, column tokens]; tokens whose values are all zero are left out."""
-    rows, columns = (np.flatnonzero(np.abs(values).sum(axis)).tolist() for axis in (1, 0))
+    rows, columns = (np.flatnonzero(np.abs(values).sum(axis)) for axis in (1, 0))
     shown = values[np.ix_(rows, columns)]
     largest = float(np.abs(shown).max(initial=0.0)) or 1.0
     top = "".join(f'<th class="up">{html.escape(column_tokens[c])}</th>' for c in columns)
-    lines = []
+    lines: list[str] = []
     for r, line in zip(rows, shown, strict=True):
         cells = (f'<td title="{v:.3g}" style="background:{_tint(float(v) / largest)}"></td>' for v in line)
         lines.append(f"<tr><th>{html.escape(row_tokens[r])}</th>{''.join(cells)}</tr>")

@@ -24,7 +24,7 @@ from leaveout.tables import Table
 
 def search_page(index: Index, rows: Sequence[Any], texts: Iterable[str], found: Sequence[Sequence[Hit]]) -> str:
     """Queries with their hits, each word tinted by what it adds. Cost: one forward pass per hit."""
-    sections = []
+    sections: list[str] = []
     for row, text, hits in zip(rows, texts, found, strict=True):
         sections += [heading("Query"), quote(text)]
         for hit, why in zip(hits, explain_rows(index, row, [hit.id for hit in hits]), strict=True):

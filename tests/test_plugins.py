@@ -16,7 +16,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import leaveout
 from leaveout import Index, Recipe, TrainingRun, attribute, load_readout, plugins
-from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.jets import Space, tensor
 from leaveout.methods.registry import parse
 from leaveout.readout.families import find_taps
@@ -142,6 +142,27 @@ def test_methods_that_cannot_be_used_are_refused(package, tmp_path):
     ):
         with pytest.raises(error, match=message):
             attribute(run, ["ana"], name)
+
+
+@pytest.mark.parametrize("scores", ["[[1.0], [1.0, 2.0]]", "torch.ones(1, 2, requires_grad=True)"])
+def test_scores_that_are_no_array_are_refused(scores, package, tmp_path):
+    package("mine", {"method.odd": "mine:odd"}, f"import torch\ndef odd(scorer, at):\n    return {scores}\n")
+    run = TrainingRun.train(Recipe.microgpt(["ana", "bo"], n=2), tmp_path / "run")
+    with pytest.raises(FormatError, match="The scores of odd are no array of numbers"):
+        attribute(run, ["ana"], "odd")
+
+
+def test_method_with_a_checkpoint_in_its_name_is_refused(package):
+    package("mine", {"method.odd@start": "mine:odd"})
+    with pytest.raises(MismatchError, match=r"'odd@start' \(mine:odd\) has an @, behind which a checkpoint stands"):
+        parse("random")
+
+
+def test_rule_that_is_no_function_is_refused(package, monkeypatch):
+    package("mine", {"rule.aten.sinc.default": "mine:sinc"}, "sinc = 3\n")
+    monkeypatch.setattr(tensor, "TABLE", dict(tensor.TABLE))
+    with pytest.raises(UnsupportedError, match=r"The rule of aten.sinc.default \(mine:sinc\) is 3: make it a function"):
+        torch.sinc(Space(2, 1).jet(torch.tensor([0.4]), torch.ones(2, 1, 1)))
 
 
 def test_method_by_the_name_of_a_built_in_is_refused(package):

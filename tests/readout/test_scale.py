@@ -393,6 +393,22 @@ def test_shards_that_do_not_belong_together_are_refused(lm, tokenizer, tmp_path,
         Index.build(lm, CORPUS, tmp_path / "late", "default", tokenizer, shard=(1, 2))
 
 
+def test_indexes_of_a_development_version_are_refused(lm, tokenizer, tmp_path):
+    """They do not say how their rows are stored."""
+    index = built(lm, CORPUS[:2], tmp_path / "now", "similarity", tokenizer)
+    settings = {name: value for name, value in index.store.settings.items() if name != "codec"}
+    with Store.create(tmp_path / "then", settings) as store:
+        store.take(index.store, index.store.segments()[0])
+        store.set_state("complete", True)
+    for ask in (
+        lambda: Index.merge([tmp_path / "then", tmp_path / "now"], tmp_path / "one"),
+        lambda: Index.merge([tmp_path / "now", tmp_path / "then"], tmp_path / "one"),
+        lambda: built(lm, CORPUS[:2], tmp_path / "then", "similarity", tokenizer),
+    ):
+        with pytest.raises(MismatchError, match="does not say how its rows are stored: build it anew"):
+            ask()
+
+
 # Whitening that indexes share.
 
 

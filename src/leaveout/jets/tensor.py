@@ -106,10 +106,18 @@ class Jet(Tensor):
 
 
 def _added(func: Any) -> Rule | None:
-    """The rule that another package gives for an operation; it stays in the table."""
+    """The rule that another package gives for an operation; it stays in the table.
+
+    Raises: UnsupportedError if it is no function.
+    """
     entry = plugins.found("rule").get(str(func))
     if entry is not None:
-        TABLE[func] = plugins.load(entry)
+        found = plugins.load(entry)
+        if not callable(found):
+            raise UnsupportedError(
+                f"The rule of {func} ({entry.value}) is {found!r}: make it a function (func, args, kwargs) -> result."
+            )
+        TABLE[func] = found
     return TABLE.get(func)
 
 

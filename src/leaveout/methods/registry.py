@@ -58,7 +58,7 @@ class Scored:
 def known() -> dict[str, EntryPoint]:
     """All methods by name, not imported yet: those of this folder, then those of other packages.
 
-    Raises: MismatchError if a package adds a name that is taken.
+    Raises: MismatchError if a package adds a name that is taken, or that would be read as one with a checkpoint.
     """
     own = {name: EntryPoint(name, f"leaveout.methods.{place}", plugins.GROUP) for name, place in METHODS.items()}
     added = plugins.found("method")
@@ -66,6 +66,11 @@ def known() -> dict[str, EntryPoint]:
         entry = added[taken[0]]
         raise MismatchError(
             f"The method {taken[0]!r} is leaveout's own, and {entry.value} adds one of the same name: rename or uninstall that."
+        )
+    if unread := [name for name in added if "@" in name]:
+        entry = added[unread[0]]
+        raise MismatchError(
+            f"The method {unread[0]!r} ({entry.value}) has an @, behind which a checkpoint stands: rename or uninstall it."
         )
     return own | added
 

@@ -28,9 +28,12 @@ FIELDS = ("query", "id", "score")
 def checked_scores(recipe: Recipe, scores: ArrayLike, n_queries: int, what: str = "scores") -> np.ndarray:
     """Scores [query, example] or [query, unit] as an array.
 
-    Raises: MismatchError for another shape; FormatError for a score that is not finite.
+    Raises: MismatchError for another shape; FormatError for what is no array, or a score that is not finite.
     """
-    values = np.asarray(scores)
+    try:
+        values = np.asarray(scores)
+    except (TypeError, ValueError, RuntimeError) as error:  # lists of several lengths, tensors of torch with a gradient
+        raise FormatError(f"The {what} are no array of numbers ({error}): give one for every query and row.") from None
     examples, units = len(recipe.examples), len(recipe.unit_names)
     if values.ndim != 2 or len(values) != n_queries or values.shape[1] not in (examples, units):
         raise MismatchError(

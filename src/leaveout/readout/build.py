@@ -30,6 +30,7 @@ from leaveout.corpus.rows import row_json
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.executor import Crew, run_tasks
 from leaveout.models import ModelOptions, difference
+from leaveout.readout.codec import read_codec
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.opened import KIND, set_whitening
 from leaveout.readout.settings import SignatureSettings
@@ -137,8 +138,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str
         for name, value in new[group].items():
             if old[group].get(name) != value:
                 yield name, old[group].get(name), value
-    if old["codec"] != new["codec"]:
-        yield "codec", old["codec"], new["codec"]
+    if old.get("codec") != new["codec"]:
+        yield "codec", old.get("codec"), new["codec"]
 
 
 def _is_bare(store: Store) -> bool:
@@ -152,6 +153,8 @@ def _refuse_other(path: Path, name: str, old: Any, new: Any) -> None:
             f"{path} holds an index of another adapter than the given model has at work: give that model to resume, "
             "or another directory for a new index."
         )
+    if name == "codec":
+        read_codec(old)  # refuses what a development version stored otherwise
     long = {"channels": "other channels", "template": "another chat template", "codec": "other parts"}
     other = long.get(name, f"{name} = {old!r}, not {new!r}")
     raise MismatchError(

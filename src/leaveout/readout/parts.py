@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
 from leaveout.readout.build import BuildReport, open_or_create
+from leaveout.readout.codec import read_codec
 from leaveout.readout.opened import KIND
 from leaveout.readout.signature import Signer
 from leaveout.readout.whitening import whitening_digest
@@ -211,6 +212,7 @@ def _finished(place: Path) -> Store:
     store = Store.open(place, verify=True)
     if store.settings.get("kind") != KIND:
         raise MismatchError(f"{place} holds a {store.settings.get('kind', 'store')}, not an index: give an index.")
+    read_codec(store.settings.get("codec"))  # refuses what a development version stored otherwise
     if not store.state("complete"):
         raise MismatchError(f"{place} is unfinished: run the command that built it again to finish it.")
     return store

@@ -172,7 +172,7 @@ def test_a_signal_is_told_in_one_sentence_and_in_the_exit_code(name, code, tmp_p
     process = started(["-c", NAP, "nap"], tmp_path)
     assert process.stdout is not None and process.stdout.readline() == "napping\n"
     process.send_signal(getattr(signal, name))
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=60)
     assert (process.returncode, said.strip()) == (code, SENTENCE)
 
 
@@ -197,7 +197,7 @@ def test_a_stopped_command_keeps_what_it_committed_and_goes_on(tmp_path):
     workers = workers_of(process)
     assert len(workers) == 2
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=60)
     ended_in_time(workers)
     assert process.returncode == 143
     assert "Traceback" not in said

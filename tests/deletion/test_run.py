@@ -351,6 +351,12 @@ def test_bad_deletion_sets_get_one_sentence(measured, recipe, without, message):
         measured.predict(QUERIES, without)
 
 
+@pytest.mark.parametrize("noise", ["x", -0.1, float("nan"), float("inf"), [0.1, 0.2], [[0.1, 0.1, 0.1]], True])
+def test_noise_that_is_no_standard_deviation_is_refused(noise, measured, recipe):
+    with pytest.raises(ValueError, match=r"noise is .*: give"):
+        measured.predict(QUERIES, [recipe.ids[0]], EstimatorSettings(noise=noise))
+
+
 def test_half_a_unit_is_refused(recipe, tmp_path):
     letters = recipe.grouped([row.text[0] for row in recipe.examples])
     run = TrainingRun.train(letters, tmp_path / "run")

@@ -209,7 +209,7 @@ class Bank:
             base, self.sizes,
             distinct([JetBlock(*p[1:]) for p in parts if p[0] == "jets"]),
             gathered(of_role["fit"], base, self.trained), gathered(of_role["heldout"], base, self.trained),
-            None if noise is None else np.broadcast_to(np.asarray(noise, np.float64), base.shape),
+            None if noise is None else _deviations(noise, len(asked)),
             gradient,
             None if gradient is not None else scores,
             self.features() if features is None else np.asarray(features, np.float64),
@@ -353,6 +353,16 @@ def _refuse(name: str, values: np.ndarray, wanted: str, fits: bool) -> None:
         raise ValueError(f"wanted {name} {wanted}, got {list(values.shape)}")
     if not np.isfinite(values).all():
         raise ValueError(f"{name} hold numbers that are not finite: put 0 where nothing is known")
+
+
+def _deviations(noise: float | np.ndarray, n_queries: int) -> np.ndarray:
+    """The noise of each query [queries]. Raises: ValueError for what is no standard deviation, or not one per query."""
+    values = np.asarray(noise)
+    if values.dtype.kind not in "iuf" or values.shape not in ((), (1,), (n_queries,)) or not (values >= 0).all():
+        raise ValueError(f"noise is {noise!r}: give one number of at least 0, or one for each of {n_queries} queries")
+    if not np.isfinite(values).all():
+        raise ValueError(f"noise is {noise!r}: give numbers that are finite")
+    return np.broadcast_to(values.astype(np.float64), (n_queries,))
 
 
 def _digest_of(digests: Sequence[str]) -> str:

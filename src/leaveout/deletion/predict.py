@@ -14,7 +14,7 @@ import numpy as np
 
 from leaveout.errors import needs
 from leaveout.metrics import pearson, spearman
-from leaveout.tables import Table, Tabular, shorten
+from leaveout.tables import Table, Tabular, number, shorten
 
 UNCERTAIN = "cannot tell from zero"
 NEVER = "never trained on"
@@ -132,7 +132,7 @@ class Verification(Prediction):
         }
 
     def table(self) -> Table:
-        notes = [f"{name}: {'unknown' if value is None else value}" for name, value in self.summary().items()]
+        notes = [f"{name}: {'unknown' if value is None else number(value)}" for name, value in self.summary().items()]
         return replace(super().table(), notes=notes)
 
 

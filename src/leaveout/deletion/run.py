@@ -67,6 +67,10 @@ class TrainingRun:
         self.bank = Bank(recipe, path / "bank", parameters)
         self.said: list[str] = []  # what was said of measurements since this run was opened
 
+    def __repr__(self) -> str:
+        kind, examples, units = self.recipe.kind, len(self.recipe.examples), len(self.recipe.unit_names)
+        return f"TrainingRun({str(self.path)!r}: {kind}, {examples} examples, {units} units)"
+
     @classmethod
     def train(
         cls, recipe: Recipe | str | os.PathLike[str], path: str | os.PathLike[str], *, progress: bool = False

@@ -76,6 +76,9 @@ class OpenIndex:
     def __len__(self) -> int:
         return len(self.store)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}: {len(self)} rows)"
+
     @property
     def fingerprint(self) -> str:
         """Hex digits that queries must share with the index: settings, model, tokenizer, and whitening statistics."""

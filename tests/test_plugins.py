@@ -72,9 +72,12 @@ def test_two_packages_with_one_name_are_refused(package):
         plugins.found("family")
 
 
-def test_package_that_does_not_import_is_named(package):
-    package("broken", {"method.of-mine": "broken:score"}, "import a_package_that_is_not_there\n")
-    with pytest.raises(UnsupportedError, match=r"'method.of-mine' \(broken:score\) does not import \(ModuleNotFound"):
+@pytest.mark.parametrize(
+    ("code", "told"), [("import a_package_that_is_not_there", "ModuleNotFound"), ("raise SystemExit(3)", "SystemExit: 3")]
+)
+def test_package_that_does_not_import_is_named(package, code, told):
+    package("broken", {"method.of-mine": "broken:score"}, f"{code}\n")
+    with pytest.raises(UnsupportedError, match=rf"'method.of-mine' \(broken:score\) does not import \({told}"):
         plugins.load(plugins.found("method")["of-mine"])
 
 

@@ -38,7 +38,7 @@ def load(entry: EntryPoint) -> Any:
     """
     try:
         return entry.load()
-    except Exception as error:  # whatever the package of another does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the package of another does when it is imported
         raise UnsupportedError(
             f"The plug-in {entry.name!r} ({entry.value}) does not import ({type(error).__name__}: {error}): "
             "mend or uninstall its package."

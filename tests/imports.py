@@ -31,11 +31,9 @@ def _imported(name: str, path: Path, files: Mapping[str, Path]) -> Iterator[str]
             above = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
             base = above[: len(above) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            for alias in node.names:
-                if f"{module}.{alias.name}" in files:
-                    yield f"{module}.{alias.name}"
-                elif module in files:
-                    yield module
+            if module in files:  # its own code runs first, also where what is asked for is a module below it
+                yield module
+            yield from (name for alias in node.names if (name := f"{module}.{alias.name}") in files)
 
 
 def circles(edges: Graph) -> list[list[str]]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
-from leaveout import quantities
+import leaveout.quantities as quantities
 from leaveout.errors import LeaveoutError
 
 app = typer.Typer(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leaveout.jets import series as S
+import leaveout.jets.series as S
 from leaveout.jets.products import matmul
 from leaveout.jets.series import Series
 from leaveout.jets.table import aten, constant, from_end, note_nonsmooth, operand, rule, space_of, wrap

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leaveout.jets import series as S
+import leaveout.jets.series as S
 from leaveout.jets.series import Series
 from leaveout.jets.table import aten, rule
 from leaveout.jets.tensor import Jet, unsupported

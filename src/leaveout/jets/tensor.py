@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leaveout import plugins
+import leaveout.plugins as plugins
 from leaveout.errors import UnsupportedError
 from leaveout.jets.series import Series
 

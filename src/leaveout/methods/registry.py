@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from leaveout import plugins
+import leaveout.plugins as plugins
 from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import MismatchError, UnsupportedError, choices

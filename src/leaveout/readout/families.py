@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leaveout import plugins
+import leaveout.plugins as plugins
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.models import plain_module
 from leaveout.readout.model import Readout

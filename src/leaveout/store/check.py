@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+import leaveout.store.catalogue as catalogue
 from leaveout.errors import FormatError, LeaveoutError
-from leaveout.store import catalogue
 from leaveout.store.catalogue import CATALOGUE, COLUMNS, PROOF, SHIFT, SOURCE, deserialized
 from leaveout.store.snapshot import POSITION, Snapshot
 

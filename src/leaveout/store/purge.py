@@ -19,8 +19,9 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
+import leaveout.store.catalogue as catalogue
+import leaveout.store.segment as segment
 from leaveout.errors import FormatError
-from leaveout.store import catalogue, segment
 from leaveout.store.catalogue import COLUMNS, SHIFT, SOURCE
 from leaveout.store.segment import BLOCK, Segment
 from leaveout.store.snapshot import Snapshot

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+import leaveout.store.catalogue as catalogue
 from leaveout.errors import FormatError, MismatchError
 from leaveout.files import TEMPORARY
-from leaveout.store import catalogue
 from leaveout.store.catalogue import CATALOGUE, COLUMNS, MAX_ROWS, SHIFT, SOURCE, Record, deserialized
 from leaveout.store.segment import BLOCK, HASH, NAME, Segment
 

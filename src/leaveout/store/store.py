@@ -21,9 +21,13 @@ from typing import Any
 
 import numpy as np
 
+import leaveout.store.catalogue as catalogue
+import leaveout.store.check as check
+import leaveout.store.filters as filters
+import leaveout.store.purge as purge
+import leaveout.store.segment as segment
 from leaveout.errors import FormatError, LeaveoutError, MismatchError, meant
 from leaveout.files import TEMPORARY, sync
-from leaveout.store import catalogue, check, filters, purge, segment
 from leaveout.store.catalogue import (
     CATALOGUE,
     COLUMNS,

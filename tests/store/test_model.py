@@ -159,7 +159,7 @@ def run_steps(place: Path, monkeypatch: pytest.MonkeyPatch, examples: int, steps
 
 
 def test_store_is_a_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_steps(tmp_path, monkeypatch, examples=20, steps=40) >= 400  # each sequence ends at random
+    assert run_steps(tmp_path, monkeypatch, examples=60, steps=40) >= 2_000
 
 
 @pytest.mark.nightly

@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -30,7 +28,6 @@ def names_of_tests(hash_seed, temporary):
     return [line for line in ended.stdout.splitlines() if "::" in line]
 
 
-@pytest.mark.nightly
 def test_names_of_tests_depend_on_nothing_but_the_source(tmp_path):
     """Not on the time (the second collection begins seconds after the first), hash seed, or temporary directory."""
     found = []

@@ -4,7 +4,7 @@ All randomness comes from `random_bits`, a counter-based hash written out here, 
 may change between versions and an index must outlive them. Each projection P keeps inner products in expectation:
 E <P x, P y> = <x, y>.
 
-Sources: CountSketch, Charikar, Chen, Farach-Colton 2002. Subsampled randomised Hadamard transform, Ailon and Chazelle
+Sources: CountSketch, Charikar, Chen, Farach-Colton 2002. Randomised Hadamard transform, Ailon and Chazelle
 2006. Mixing function: splitmix64 (Steele, Lea, Flood 2014).
 """
 
@@ -95,34 +95,66 @@ def orthogonal(size: int, width: int, seed: int, stream: str) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Hadamard:
-    """Subsampled randomised Hadamard transform: random signs, orthonormal Hadamard transform, `width` random outputs.
+class Rotation:
+    """A randomised Hadamard transform of vectors of any size: random signs, then an orthogonal matrix that spreads every
+    coordinate over all of them, so that what comes out is nearly normal whatever went in.
 
-    Shapes: x [rows, size] -> [rows, width]; size is padded with zeros to a power of two.
-    Error:  the standard deviation of <P x, P y> is at most about sqrt(2 / width) |x| |y|.
-    Cost:   about 3 dense products with 64..128-sized factors; twice the padded input in memory.
+    The matrix of a size m * 2**k, m odd, is the Kronecker product of the cosine transform of m and the Hadamard matrix of
+    2**k. With a `width` only so many random outputs are kept.
+    Shapes: x [rows, size] -> [rows, width].
+    Error:  none at full width; else the standard deviation of <P x, P y> is at most about sqrt(2 / width) |x| |y|.
     """
 
     signs: Tensor  # [size]
-    outputs: Tensor  # [width] int64, ascending
-    padded: int
+    cosines: Tensor  # [m, m], orthonormal
+    outputs: Tensor | None  # [width] int64, ascending; None: all
 
     @classmethod
-    def make(cls, size: int, width: int, seed: int, stream: str) -> Hadamard:
-        padded = 1 << max(size - 1, 1).bit_length()
-        if width > padded:
-            raise ValueError(f"A Hadamard projection of {size} numbers cannot be {width} wide: use at most {padded}.")
-        keys = random_bits(seed, stream + "/outputs", padded)
-        outputs = np.sort(np.argpartition(keys, width - 1)[:width]) if width < padded else np.arange(padded)
-        return cls(random_signs(seed, stream + "/signs", size), torch.from_numpy(outputs.astype(np.int64)), padded)
+    def make(cls, size: int, seed: int, stream: str, width: int | None = None) -> Rotation:
+        """Raises: ValueError if width > size."""
+        if width is not None and width > size:
+            raise ValueError(f"A rotation of {size} numbers cannot be {width} wide: use at most {size}.")
+        outputs = None
+        if width is not None and width < size:
+            keys = random_bits(seed, stream + "/outputs", size)
+            outputs = torch.from_numpy(np.sort(np.argpartition(keys, width - 1)[:width]).astype(np.int64))
+        odd = size // (size & -size)
+        return cls(random_signs(seed, stream + "/signs", size), _cosines(odd), outputs)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Hadamard:
-        return Hadamard(self.signs.to(device, dtype), self.outputs.to(device), self.padded)
+    def to(self, device: torch.device, dtype: torch.dtype) -> Rotation:
+        outputs = None if self.outputs is None else self.outputs.to(device)
+        return Rotation(self.signs.to(device, dtype), self.cosines.to(device, dtype), outputs)
+
+    @property
+    def width(self) -> int:
+        return len(self.signs if self.outputs is None else self.outputs)
 
     def __call__(self, x: Tensor) -> Tensor:
-        full = x.new_zeros(len(x), self.padded)
-        torch.mul(x, self.signs, out=full[:, : x.shape[1]])
-        return hadamard_transform(full).index_select(1, self.outputs).div_(math.sqrt(len(self.outputs)))
+        y = self._spread(x * self.signs, self.cosines)
+        if self.outputs is None:
+            return y
+        return y.index_select(1, self.outputs).mul_(math.sqrt(y.shape[1] / len(self.outputs)))
+
+    def back(self, y: Tensor) -> Tensor:
+        """The transpose: what was turned, turned back; at less than full width, an estimate of it."""
+        if self.outputs is not None:
+            full = y.new_zeros(len(y), len(self.signs))
+            y = full.index_copy_(1, self.outputs, y * math.sqrt(full.shape[1] / len(self.outputs)))
+        return self._spread(y, self.cosines.t()) * self.signs
+
+    def _spread(self, x: Tensor, cosines: Tensor) -> Tensor:
+        odd = len(cosines)
+        power = x.shape[1] // odd
+        y = hadamard_transform(x.reshape(-1, power)).div_(math.sqrt(power))
+        return (cosines @ y.view(-1, odd, power)).view(x.shape) if odd > 1 else y.view(x.shape)
+
+
+def _cosines(size: int) -> Tensor:
+    """The orthonormal cosine transform (DCT-II) [size, size]."""
+    at = np.arange(size)
+    table = np.cos(np.pi * (at[None, :] + 0.5) * at[:, None] / size) * math.sqrt(2 / size)
+    table[0] = math.sqrt(1 / size)
+    return torch.from_numpy(table).float()
 
 
 def hadamard_transform(x: Tensor) -> Tensor:

@@ -28,12 +28,12 @@ from leaveout.tables import Table, shorten
 if TYPE_CHECKING:
     from leaveout.readout.search import Hit
 
-Approximate = Annotated[
-    str | None, typer.Option(help="simhash or faiss: a short list by what `prepare` made, not a full scan.")
-]
-Rescore = Annotated[
+Shortlist = Annotated[
     int | None,
-    typer.Option(min=0, help="Length of that list, scored exactly; 0: keep the estimates (default: 200)."),
+    typer.Option(min=1, help="Rows that are scored exactly, the best by their short form (default: see `info`)."),
+]
+Reencode = Annotated[
+    int, typer.Option(min=0, help="Rows, the best so far, that the model encodes anew: no rounding in their scores.")
 ]
 
 
@@ -46,8 +46,9 @@ def search(
     queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Hits per query.")] = 10,
     where: Where = None,
-    approximate: Approximate = None,
-    rescore: Rescore = None,
+    shortlist: Shortlist = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Score all rows from their long form.")] = False,
+    reencode: Reencode = 0,
     group_by: Annotated[str | None, typer.Option(help="Field, or unit: one hit per value, its best row.")] = None,
     unique: Annotated[bool, typer.Option("--unique", help="Of rows with the same content only the best.")] = False,
     unique_above: Annotated[
@@ -67,16 +68,16 @@ def search(
 
     Example: leaveout search idx --prompt "Capital of Norway?" --query " Bergen" -k 5
     """
-    if rescore is not None and approximate is None:
-        raise typer.BadParameter("--rescore goes with --approximate")
     require_outputs(html)
     opened = open_index(idx, model, device)
-    from leaveout.readout.search import SearchOptions, find, refuse
+    from leaveout.readout.search import SearchOptions, find, planned, refuse
 
-    asked: dict[str, Any] = {"approximate": approximate, "group_by": group_by, "workers": workers, "backend": backend}
-    asked |= {} if rescore is None else {"rescore": rescore}
-    options = SearchOptions(unique=unique if unique_above is None else unique_above, **asked)
-    refuse(opened, k, where, options)
+    scanners: Any = backend  # checked there
+    alike = unique if unique_above is None else unique_above
+    options = SearchOptions(shortlist, exact, reencode, group_by, alike, workers, scanners)
+    plan = planned(opened, k, refuse(opened, k, where, options), options)
+    if plan.shortlist is not None:
+        print(f"leaveout: {plan}", file=sys.stderr)
     rows = list(query_rows(query, prompt, queries, form, opened))
     encoded = opened.encode(rows)
     found = find(opened, encoded, k, where, options)

@@ -1,10 +1,9 @@
-"""Commands that make and keep an index: index, append, merge, prepare, delete, purge."""
+"""Commands that make and keep an index: index, append, merge, delete, purge."""
 
 from __future__ import annotations
 
 import re
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,6 +65,15 @@ Shard = Annotated[
 Statistics = Annotated[
     Path | None, typer.Option(help="Index whose whitening is taken over, so that both can be merged.")
 ]
+BytesPerRow = Annotated[
+    int | None, typer.Option(min=1, help="Bytes of a stored row (default: the preset's, 16384 of `default`).")
+]
+Long = Annotated[
+    str | None,
+    typer.Option(
+        help="stored, or none: only short forms are kept, and the rows of a list are encoded anew by the model."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Revision of a model named by id.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a model ships.")]
 
@@ -79,6 +87,8 @@ def index(
     targets: Targets = None,
     temperature: Temperature = None,
     template: Template = None,
+    bytes_per_row: BytesPerRow = None,
+    long: Long = None,
     units: Units = None,
     skip_bad: SkipBad = False,
     workers: Workers = 1,
@@ -107,6 +117,8 @@ def index(
         targets=targets,  # pyright: ignore[reportArgumentType]: checked there, as `backend`
         temperature=temperature,
         template=template,
+        bytes_per_row=bytes_per_row,
+        long=long,  # pyright: ignore[reportArgumentType]
         units=units,
         skip_bad=skip_bad,
         dtype=dtype,
@@ -166,27 +178,6 @@ def merge(
     one_thread()
     merged = Index.merge(parts, out, progress=True)
     _print_report(merged, merged.last_report, json_)
-
-
-@app.command()
-def prepare(
-    idx: IndexPath,
-    kind: Annotated[str, typer.Option(help="simhash: sign bits; faiss: inverted lists (extra ann).")] = "simhash",
-    bits: Annotated[
-        int | None, typer.Option(help="Sign bits per row, a multiple of 64 (default of simhash: 8192).")
-    ] = None,
-    json_: Json = False,
-) -> None:
-    """Make or complete the side file that `search --approximate` reads. It is for rows that are stored flat, as by the
-    presets paper and similarity. Run it again after an append or a purge.
-
-    Example: leaveout prepare idx --kind simhash
-    """
-    if bits is not None and kind == "faiss":
-        raise typer.BadParameter("--bits goes with --kind simhash")
-    opened, began = open_index(idx), time.monotonic()
-    opened.prepare(kind, **({} if bits is None else {"bits": bits}))  # pyright: ignore[reportArgumentType]: checked there
-    print_facts({"prepared": kind, "rows": len(opened), "seconds": round(time.monotonic() - began, 1)}, json_)
 
 
 @app.command()

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 from torch import nn
 from tqdm import tqdm
@@ -30,9 +29,8 @@ from leaveout.corpus.rows import row_json
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.executor import Crew, run_tasks
 from leaveout.models import ModelOptions, difference
-from leaveout.readout.codec import read_codec
 from leaveout.readout.model import Readout, load_readout
-from leaveout.readout.opened import KIND, set_whitening
+from leaveout.readout.opened import KIND, read_codecs, set_whitening
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.signature import Signer
 from leaveout.readout.tokens import TokenisedRow, Window, check_ids, tokenise
@@ -100,13 +98,19 @@ def new_settings(readout: Readout, signer: Signer, corpus: Corpus) -> dict[str, 
     return {
         "kind": KIND,
         "signature": signer.settings.to_dict(),
-        "codec": signer.codec.to_dict(),
+        "codec": codecs_of(signer),
         "model": readout.identity(),
         "source": readout.source,
         "units": corpus.units,
         "corpus": corpus.name,
         "notes": [*readout.notes, *signer.notes],
     }
+
+
+def codecs_of(signer: Signer) -> dict[str, Any]:
+    """How rows are stored: the long form and the short one, None where there is none."""
+    long = signer.codec.to_dict() if signer.settings.long == "stored" else None
+    return {"long": long, "short": None if signer.short is None else signer.short.to_dict()}
 
 
 def open_or_create(path: Path, wanted: dict[str, Any]) -> Store:
@@ -154,7 +158,7 @@ def _refuse_other(path: Path, name: str, old: Any, new: Any) -> None:
             "or another directory for a new index."
         )
     if name == "codec":
-        read_codec(old)  # refuses what a development version stored otherwise
+        read_codecs(old)  # refuses what a development version stored otherwise
     long = {"channels": "other channels", "template": "another chat template", "codec": "other parts"}
     other = long.get(name, f"{name} = {old!r}, not {new!r}")
     raise MismatchError(
@@ -478,9 +482,7 @@ def _start_worker(
 
 def _work(signer: Signer, task: tuple[int, list[Window]]) -> dict[str, np.ndarray]:
     n_rows, windows = task
-    vectors = signer.rows(windows, n_rows)
-    finite = torch.isfinite(vectors).all(1).cpu().numpy()
-    return {**signer.codec.encode(torch.nan_to_num(vectors)), "finite": finite}
+    return signer.encoded(windows, n_rows)
 
 
 def _progress(total: int, label: str, unit: str, options: BuildOptions) -> tqdm:

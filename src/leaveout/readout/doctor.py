@@ -45,7 +45,11 @@ def doctor(
     """
     readout = load_readout(model, tokenizer, ModelOptions(dtype, device, revision, trust_remote_code))
     settings = resolve_settings(
-        "default", final_width=None, rank=None, storage="float32", channels=resolve_settings("similarity").channels
+        "default",
+        bytes_per_row=None,
+        short_bytes=None,
+        storage="float32",
+        channels=resolve_settings("similarity").channels,
     )
     signer = Signer(readout, settings)
     rows = [_tokens(readout, settings, number, text) for number, text in enumerate(SAMPLE)]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.readout.codec import pairs
+from leaveout.readout.forms import pairs
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import TokenisedRow, Window, tokenise

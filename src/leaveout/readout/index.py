@@ -21,7 +21,6 @@ from leaveout.corpus.rows import asked_row, commonest
 from leaveout.errors import MismatchError, require_list
 from leaveout.executor import Backend
 from leaveout.models import ModelOptions
-from leaveout.readout.approximate import BITS, Approximation, remove_shortlists, shortlists
 from leaveout.readout.build import (
     BuildOptions,
     BuildReport,
@@ -38,9 +37,10 @@ from leaveout.readout.model import load_readout, verify_readout
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow, set_whitening
 from leaveout.readout.parts import Ask, Places, copy_statistics, merge_indexes, shard_of, share_statistics
 from leaveout.readout.scan import Scanners
-from leaveout.readout.search import Hit, SearchOptions, find
+from leaveout.readout.search import Hit, SearchOptions, find, planned, refuse
 from leaveout.readout.select import Combine, select_rows
-from leaveout.readout.settings import SignatureSettings, Targets, resolve_settings
+from leaveout.readout.settings import Long, SignatureSettings, Targets, resolve_settings
+from leaveout.readout.shortlist import SearchPlan, measured_recall
 from leaveout.readout.signature import Signer
 from leaveout.store import Store
 
@@ -65,6 +65,8 @@ class Index(OpenIndex):
         targets: Targets | None = None,
         temperature: float | None = None,
         template: Template | None = None,
+        bytes_per_row: int | None = None,
+        long: Long | None = None,
         units: str | None = None,
         skip_bad: bool = False,
         dtype: str = "float32",
@@ -87,10 +89,13 @@ class Index(OpenIndex):
         corpus          anything that `Corpus.open` takes: a file, a directory of `datasets`, a list of texts or rows
         path            directory of the index
         preset          `default`, `residual`, `similarity`, `paper`, or any settings, such as
-                        `dataclasses.replace(PRESETS["default"], rank=8)`
+                        `dataclasses.replace(PRESETS["default"], temperature=2.0)`
         targets         which tokens are learned: `response` (prompts are context only) or `all`; None: as the preset says
         temperature     of the softmax; None: as the preset says
         template        how chats and instructions become text (see `SignatureSettings`)
+        bytes_per_row   of a stored row; None: as the preset says, 16384 of `default` (see `SignatureSettings`)
+        long            `none`: only short forms are kept, and the rows of a search's list are encoded anew from their
+                        texts; None: as the preset says
         units           field whose value says which rows belong together; None: every row is its own unit
         skip_bad        count and list bad rows instead of stopping at the first
         dtype           of the model: float32, bfloat16, float16, float64, or auto, as it is stored
@@ -110,7 +115,13 @@ class Index(OpenIndex):
         """
         part, options = shard_of(shard), BuildOptions(workers, backend, progress, skip_bad, pace)
         path = part.place(path)
-        changes = {"targets": targets, "temperature": temperature, "template": template}
+        changes = {
+            "targets": targets,
+            "temperature": temperature,
+            "template": template,
+            "bytes_per_row": bytes_per_row,
+            "long": long,
+        }
         settings = resolve_settings(preset, **{name: value for name, value in changes.items() if value is not None})
         corpus = Corpus.open(corpus, units=units, skip_bad=skip_bad)
         if (
@@ -138,6 +149,9 @@ class Index(OpenIndex):
                 else:
                     add_whitening(store, signer, corpus, options)
                 report = fill(store, signer, corpus, options, None if part.of == 1 else part.bounds(len(corpus)))
+            index = cls.open(path, readout)
+            if store.state("recall") is None and (recall := measured_recall(index)) is not None:
+                store.set_state("recall", recall)
         return cls.open(path, readout)._with_report(report)
 
     @classmethod
@@ -210,8 +224,9 @@ class Index(OpenIndex):
         k: int = 10,
         where: str | None = None,
         *,
-        approximate: Approximation | None = None,
-        rescore: int = 200,
+        shortlist: int | None = None,
+        exact: bool = False,
+        reencode: int = 0,
         group_by: str | None = None,
         unique: bool | float = False,
         workers: int = 1,
@@ -224,25 +239,32 @@ class Index(OpenIndex):
         Scores that are equal in 12 binary digits behind the leading one rank by row number (`scan.at_resolution`).
         queries         texts, rows in any form that a corpus has, or what `encode` gave
         where           an SQL expression over id, unit, text and the rows' fields; only rows that satisfy it are ranked
-        approximate     `simhash` or `faiss`: a short list from the side file that `prepare` made, instead of a full scan
-        rescore         rows of that list, which then get exact scores; 0: the scores stay estimates
+        shortlist       rows whose scores are exact, the best by their short form; None: as many as held 95 % of the best
+                        ten when the index was built, and all rows of a small index
+        exact           True: all rows are scored exactly, from their long form
+        reencode        rows, the best so far, that are encoded anew by the model, so that their scores have no rounding
         group_by        field, or `unit`: one hit per value, its best row; rows without the field are one group
         unique          True: of rows with the same content only the best; a number: of rows whose signatures have a cosine
                         above it, too
         workers         of the scan; the hits do not depend on them
-        backend         what they are: `threads`, or actors of a `ray` cluster (a short list is made by threads)
-        Cost: one exact scan of the stored signatures for all queries together, unless `approximate` is given.
+        backend         what they are: `threads`, or actors of a `ray` cluster
+        Cost: one scan for all queries together, of the short form and of the list's long form: see `plan_search`.
         """
-        options = SearchOptions(approximate, rescore, group_by, unique, workers, backend)
+        options = SearchOptions(shortlist, exact, reencode, group_by, unique, workers, backend)
         return find(self, queries, k, where, options)
 
-    def prepare(self, kind: Approximation = "simhash", bits: int = BITS) -> None:
-        """Makes the side file that `search(approximate=kind)` reads, or adds the rows that it lacks.
-
-        `bits`: sign bits per row, for `simhash`. Deleting rows needs no new preparation, appending and purging do.
-        Raises: UnsupportedError for rows stored by singular triples, or without the package that `faiss` needs.
-        """
-        shortlists(kind, self.store, self.codec, self.settings.seed).prepare(bits)
+    def plan_search(
+        self,
+        k: int = 10,
+        where: str | None = None,
+        *,
+        shortlist: int | None = None,
+        exact: bool = False,
+        reencode: int = 0,
+    ) -> SearchPlan:
+        """What a search with these arguments reads, and how many of the best rows its list may hold."""
+        options = SearchOptions(shortlist, exact, reencode)
+        return planned(self, k, refuse(self, k, where, options), options)
 
     def score(self, queries: Sequence[QueryRow] | EncodedQueries) -> np.ndarray:
         """All scores [query, train] float32, columns in the order of `ids`. Memory: 4 bytes per query and row."""
@@ -323,11 +345,7 @@ class Index(OpenIndex):
         return count
 
     def purge(self) -> dict[str, int]:
-        """Removes the bytes and texts of deleted rows from the files, and proves it; returns counts.
-
-        The side files of `prepare` go first, as they hold traces of the deleted rows: prepare them again.
-        """
-        remove_shortlists(self.path)
+        """Removes the bytes and texts of deleted rows from the files, and proves it; returns counts."""
         with Store.open(self.path, write=True) as store:
             counts = store.purge()
         self.store.refresh()
@@ -341,4 +359,5 @@ class Index(OpenIndex):
         """Facts: rows, bytes, settings, stored form, model, statistics, notes."""
         settings = self.store.settings
         facts = {key: settings[key] for key in ("corpus", "units", "source", "model", "signature", "codec", "notes")}
-        return {**self.store.info(), "forms": self.forms, "statistics": self.store.state("statistics"), **facts}
+        states = {name: self.store.state(name) for name in ("statistics", "recall")}
+        return {**self.store.info(), "forms": self.forms, **states, **facts}

@@ -19,16 +19,17 @@ from leaveout.corpus import Corpus, Row
 from leaveout.corpus.tokens import NoTargetError
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_list
 from leaveout.models import ModelOptions, difference
-from leaveout.readout.codec import read_codec
+from leaveout.readout.codec import Codec, read_codec
+from leaveout.readout.forms import Form, Triples
 from leaveout.readout.model import Readout, load_readout
-from leaveout.readout.scan import Scanners, scan
+from leaveout.readout.scan import Scanner, Scanners, positions_of, scan
 from leaveout.readout.settings import SignatureSettings
-from leaveout.readout.signature import Signer
+from leaveout.readout.signature import QUERY_RANK, Signer
 from leaveout.readout.tokens import TokenisedRow, check_ids, tokenise
 from leaveout.store import Record, Store
 
 KIND = "readout index"
-QUERY_RANK = 64  # singular triples of a query where rows are triples: all there are, up to 64 learned tokens
+ENCODED = 16  # rows that are encoded anew at a time
 
 QueryRow = str | Mapping[str, Any] | Row
 
@@ -59,10 +60,17 @@ class OpenIndex:
         self.store = store
         self.settings = SignatureSettings.from_dict(settings["signature"])
         self.identity: dict[str, Any] = settings["model"]
-        self.codec = read_codec(settings.get("codec"))
+        self.long, self.short = read_codecs(settings.get("codec"))
         self._loading = dict(loading or {})
         self._readout: Readout | None = None
         self._signer: Signer | None = None
+
+    @property
+    def form(self) -> Form:
+        """What rows and queries mean."""
+        stored = self.long or self.short
+        assert stored is not None
+        return stored.form
 
     @property
     def path(self) -> Path:
@@ -139,14 +147,13 @@ class OpenIndex:
     def signer(self) -> Signer:
         """Computes signatures of queries: as rows are stored, but with more triples where those are triples."""
         if self._signer is None:
-            triples = replace(self.settings, rank=QUERY_RANK, final_width=None)
-            self._signer = self.fitting(Signer(self.readout, self.settings if self.codec.form == "flat" else triples))
+            self._signer = self.fitting(Signer(self.readout, self.settings, QUERY_RANK))
             set_whitening(self._signer, self.store)
         return self._signer
 
     def fitting(self, signer: Signer) -> Signer:
         """A signer, if its signatures are scored with the rows. Raises: MismatchError."""
-        if signer.codec.parts != self.codec.parts:
+        if signer.form != self.form:
             raise MismatchError(
                 f"The rows of {self.path} have other parts than this {self.identity['family']} model has now, as a package "
                 "with its family was installed or taken away: install what the build had, or build it anew."
@@ -196,27 +203,61 @@ class OpenIndex:
     def scan(
         self, vectors: Tensor, wanted: np.ndarray | None = None, workers: int = 1, backend: Scanners = "threads"
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Row numbers [rows] and scores [rows, queries] with vectors [queries, width], segment by segment (see `scan.scan`)."""
-        return scan(self.store.segments(), self.codec.product(vectors), wanted, workers, backend)
+        """Row numbers [rows] and exact scores [rows, queries] with vectors [queries, width], in order (see `scan.scan`).
+
+        Without a long form the rows are encoded anew from their texts, a forward pass each.
+        """
+        if self.long is None:
+            return self._scan_anew(vectors, wanted)
+        return scan(self.store.segments(), Scanner(self.long, "long", vectors), wanted, workers, backend)
+
+    def scan_short(
+        self, vectors: Tensor, wanted: np.ndarray | None = None, workers: int = 1, backend: Scanners = "threads"
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As `scan`, with estimates from the short form."""
+        assert self.short is not None
+        return scan(self.store.segments(), Scanner(self.short, "short", vectors), wanted, workers, backend)
+
+    def _scan_anew(self, vectors: Tensor, wanted: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for segment in self.store.segments():
+            positions = positions_of(segment, wanted)
+            numbers = segment.first + (np.arange(segment.n_rows) if positions is None else positions)
+            for start in range(0, len(numbers), ENCODED):
+                piece = numbers[start : start + ENCODED]
+                yield piece, self.form.products(self.encoded_anew(piece), vectors).numpy()
+
+    def encoded_anew(self, numbers: np.ndarray) -> Tensor:
+        """Rows [rows, width] of the form by number, from their texts by the model, before any rounding.
+
+        Raises: MismatchError if the model is not that of the index.
+        """
+        records = self.store.rows(numbers)
+        tokens = self.tokenised([row_of(record) for record in records])
+        return self.signer.rows([window for row in tokens for window in row.windows], len(tokens)).float().cpu()
 
     def scores_of(
         self, vectors: Tensor, numbers: np.ndarray, workers: int = 1, backend: Scanners = "threads"
     ) -> np.ndarray:
-        """Scores [rows, queries] float32 of rows by number."""
+        """Exact scores [rows, queries] float32 of rows by number."""
         order = np.unique(numbers)
         found = [part for _, part in self.scan(vectors, order, workers, backend)]
         return np.concatenate(found or [np.empty((0, len(vectors)), np.float32)])[np.searchsorted(order, numbers)]
 
     def directions(self, numbers: np.ndarray) -> Tensor:
-        """Stored signatures [rows, width] of rows by number, of unit length; zero where a row is zero."""
+        """Stored rows [rows, width] by number, of unit length; zero where a row is zero."""
         order = np.sort(numbers)
-        parts = []
-        for segment in self.store.segments():
-            low, high = np.searchsorted(order, [segment.first, segment.first + segment.n_rows])
-            if low < high:
-                parts.append(self.codec.decode(segment.arrays(), order[low:high] - segment.first))
-        vectors = torch.cat(parts)[np.searchsorted(order, numbers)]
-        return self.codec.divided(vectors, self.codec.lengths(vectors).clamp_min(1e-30))
+        if self.long is None:
+            rows = self.encoded_anew(order)
+        else:
+            scanner = Scanner(self.long, "long", torch.empty(0))
+            parts = []
+            for segment in self.store.segments():
+                low, high = np.searchsorted(order, [segment.first, segment.first + segment.n_rows])
+                if low < high:
+                    parts.append(self.long.decode(scanner.taken(segment.arrays()), order[low:high] - segment.first))
+            rows = joined(self.form, parts)
+        rows = rows[np.searchsorted(order, numbers)]
+        return self.form.divided(rows, self.form.lengths(rows).clamp_min(1e-30))
 
     def numbers_where(self, where: str | None) -> np.ndarray | None:
         """Row numbers, ascending, that satisfy an SQL expression; None for None. Raises: ValueError for a bad one."""
@@ -252,6 +293,25 @@ def row_of(record: Record) -> Row:
         record.id, record.text, spans, None, record.unit, record.meta, record.content_hash, extra["number"],
         rendered=extra["rendered"], kept=extra.get("kept"),
     )  # fmt: skip
+
+
+def joined(form: Form, parts: Sequence[Tensor]) -> Tensor:
+    """Rows of pieces, whose triples may be more or fewer."""
+    if isinstance(form, Triples):
+        rank = max(form.rank(rows) for rows in parts)
+        parts = [form.widened(rows, rank) for rows in parts]
+    return torch.cat(list(parts))
+
+
+def read_codecs(facts: Mapping[str, Any] | None) -> tuple[Codec | None, Codec | None]:
+    """The long form and the short one that the settings of an index name.
+
+    Raises: MismatchError for what no codec of this version is, as in indexes of development versions.
+    """
+    if facts is None or set(facts) != {"long", "short"}:
+        raise MismatchError("This index does not say how its rows are stored: build it anew.")
+    long, short = (None if facts[name] is None else read_codec(facts[name]) for name in ("long", "short"))
+    return long, short
 
 
 def set_whitening(signer: Signer, store: Store) -> None:

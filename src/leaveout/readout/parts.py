@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from leaveout.errors import FormatError, LeaveoutError, MismatchError
 from leaveout.readout.build import BuildReport, open_or_create
-from leaveout.readout.codec import read_codec
-from leaveout.readout.opened import KIND
+from leaveout.readout.opened import KIND, read_codecs
+from leaveout.readout.shortlist import worst
 from leaveout.readout.signature import Signer
 from leaveout.readout.whitening import whitening_digest
 from leaveout.store import Record, Store
@@ -171,6 +171,8 @@ def merge_indexes(parts: Places, path: str | Path, progress: bool = False) -> Bu
                 for segment in part.segments():
                     store.take(part, segment, choose)
                     bar.update(segment.n_rows - segment.tombstones.size)
+        if recall := worst([part.state("recall") for part in stores]):
+            store.set_state("recall", recall)
         store.set_state("complete", True)
         return BuildReport(len(store) - first, repeated=total - len(store), seconds=time.monotonic() - began)
 
@@ -212,7 +214,7 @@ def _finished(place: Path) -> Store:
     store = Store.open(place, verify=True)
     if store.settings.get("kind") != KIND:
         raise MismatchError(f"{place} holds a {store.settings.get('kind', 'store')}, not an index: give an index.")
-    read_codec(store.settings.get("codec"))  # refuses what a development version stored otherwise
+    read_codecs(store.settings.get("codec"))  # refuses what a development version stored otherwise
     if not store.state("complete"):
         raise MismatchError(f"{place} is unfinished: run the command that built it again to finish it.")
     return store

@@ -1,7 +1,7 @@
-"""Exact scans over stored signatures: all scores, and the k best rows of each query.
+"""Scans over the stored forms of rows: all scores, and the k best rows of each query.
 
-One kernel, `scan`: stored numbers are widened into a reused float32 buffer of about 2 MB, which stays in cache, and multiplied
-with the queries. Memory per worker: the buffer, and one score per row of two segments and query.
+One kernel, `scan`: a codec unpacks blocks of stored rows into small buffers and multiplies them with the queries. Memory per
+worker: some 32 MiB of buffers, and one score per row of two segments and query.
 
 Ranks compare scores at a resolution, see `at_resolution`; rows that are equal there come in the order of their numbers.
 """
@@ -13,16 +13,16 @@ import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from leaveout.executor import run_tasks
-from leaveout.readout.codec import ROWS, Product, multiple
+from leaveout.readout.codec import Codec
 from leaveout.store import Segment
 
-BUFFER = 2 * 2**20  # bytes: small enough to stay in cache
 # Binary digits behind the leading one in which scores are compared. Rows of one text that were computed in other batches
 # have scores up to 3e-6 of their size apart (float32 sums in another order, stored numbers rounded to the other side), so
 # that a step of 1 / 8192 to 1 / 4096 holds nearly all of them. What storing loses is ten times a step (int8) or more.
@@ -32,31 +32,56 @@ _DROPPED = 23 - DIGITS  # of the digits of a float32
 Scanners = Literal["threads", "ray"]
 
 
+@dataclass(frozen=True)
+class Scanner:
+    """Scores of the rows that a codec stored under a name, with queries [queries, width] of its form."""
+
+    codec: Codec
+    name: str
+    queries: Tensor
+
+    def taken(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays of a segment that are the codec's, by the names it gave them."""
+        start = self.name + "."
+        return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
+
+    @functools.cached_property
+    def score(self) -> Callable[[dict[str, np.ndarray], slice | np.ndarray], np.ndarray]:
+        return self.codec.scorer(self.queries)
+
+    def scores(self, segment: Segment, positions: np.ndarray | None) -> np.ndarray:
+        """Scores [rows, queries] of rows of a segment by position; None: of all."""
+        arrays, count = self.taken(segment.arrays()), segment.n_rows if positions is None else len(positions)
+        blocks = self.codec.blocks(count)
+        return np.concatenate([self.score(arrays, at if positions is None else positions[at]) for at in blocks])
+
+
 def scan(
     segments: Sequence[Segment],
-    product: Product,
+    scanner: Scanner,
     wanted: np.ndarray | None = None,
     workers: int = 1,
     backend: Scanners = "threads",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Per segment: numbers [rows] of its live (and wanted) rows and their scores [rows, queries] float32.
 
-    `wanted`: ascending global row numbers to restrict to; only blocks that hold one are read.
+    `wanted`: ascending global row numbers to restrict to; only these are read.
     `workers`: threads, or actors of a Ray cluster that sees the same files, each at a segment of its own, so that scores
     do not depend on their number.
     """
-    return over_segments(functools.partial(_scanned, product, wanted), segments, workers, backend)
+    scanner.score  # noqa: B018  # made once, before threads share it
+    return over_segments(functools.partial(_scanned, scanner, wanted), segments, workers, backend)
 
 
-def _scanned(product: Product, wanted: np.ndarray | None, segment: Segment) -> tuple[np.ndarray, np.ndarray] | None:
+def _scanned(scanner: Scanner, wanted: np.ndarray | None, segment: Segment) -> tuple[np.ndarray, np.ndarray] | None:
     positions = positions_of(segment, wanted)
     if positions is None:
-        return segment.first + np.arange(segment.n_rows), _segment_scores(segment.arrays(), product, None)
+        return segment.first + np.arange(segment.n_rows), scanner.scores(segment, None)
     if not positions.size:
         return None
     if wanted is not None:
-        return segment.first + positions, _segment_scores(segment.arrays(), product, positions)
-    return segment.first + positions, _segment_scores(segment.arrays(), product, None)[positions]
+        return segment.first + positions, scanner.scores(segment, positions)
+    return segment.first + positions, scanner.scores(segment, None)[positions]
 
 
 def positions_of(segment: Segment, wanted: np.ndarray | None) -> np.ndarray | None:
@@ -110,21 +135,6 @@ def _hired(work: Callable[[Segment], Found | None]) -> Callable[[Segment], Found
 
 def _at_work(work: Callable[[Segment], Found | None], segment: Segment) -> Found | None:
     return work(segment)
-
-
-def _segment_scores(arrays: dict[str, np.ndarray], product: Product, positions: np.ndarray | None) -> np.ndarray:
-    scale, size = arrays["scale"], product.codec.buffer_width
-    count = len(scale) if positions is None else len(positions)
-    step = multiple(max(1, BUFFER // (4 * size)), ROWS)
-    buffer = torch.zeros(multiple(min(step, count), ROWS) * size)
-    scores = []
-    for start in range(0, count, step):
-        at = slice(start, start + step) if positions is None else positions[start : start + step]
-        rows = product.codec.widen(arrays, at, buffer)
-        more = buffer.view(-1, size)[: multiple(len(rows), ROWS), : rows.shape[1]]  # what is left of an earlier block
-        scores.append(product(more)[: len(rows)].numpy())
-    chosen = scale if positions is None else scale[positions]
-    return np.concatenate(scores) * (chosen**product.codec.degree)[:, None]
 
 
 def at_resolution(scores: np.ndarray) -> np.ndarray:

@@ -7,20 +7,19 @@ best row needs that of k groups only, whatever the corpus.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from leaveout.errors import choices, require_whole
+from leaveout.errors import UnsupportedError, choices, require_whole
 from leaveout.executor import Crew
-from leaveout.readout.approximate import Approximation, shortlists
-from leaveout.readout.codec import Product
+from leaveout.readout.forms import Form
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
 from leaveout.readout.scan import Best, Scanners, at_resolution
+from leaveout.readout.shortlist import SearchPlan, plan_search
 
 PAGE = 256  # rows whose entries are read at a time
 VECTORS = 32  # rows whose vectors are read at a time: of the widest preset, 16 MiB
@@ -42,31 +41,33 @@ class Hit:
 class SearchOptions:
     """What a search may do besides ranking all rows exactly.
 
-    approximate  `simhash` or `faiss`: a short list from the side file that `Index.prepare` made, instead of a full scan
-    rescore      length of that list, whose rows then get exact scores; 0: the scores stay estimates
+    shortlist    rows that are scored exactly, the best by their short form; None: as many as held 95 % of the best ten
+                 when the index was built
+    exact        True: all rows are scored exactly
+    reencode     rows, the best so far, that are encoded anew from their texts, so that their scores have no rounding
     group_by     field, or `unit`: one hit per value, its best row; rows without the field are one group
     unique       True: of rows with the same content only the best; a number: of rows whose signatures have a cosine
                  above it, too
-    workers      of the scan, and `backend`: `threads`, or actors of a `ray` cluster (a short list is made by threads);
+    workers      of the scan, and `backend`: `threads`, or actors of a `ray` cluster;
                  the hits do not depend on them
     """
 
-    approximate: Approximation | None = None
-    rescore: int = 200
+    shortlist: int | None = None
+    exact: bool = False
+    reencode: int = 0
     group_by: str | None = None
     unique: bool | float = False
     workers: int = 1
     backend: Scanners = "threads"
 
     def __post_init__(self) -> None:
-        if self.approximate not in (None, *get_args(Approximation)):
-            raise ValueError(
-                f"approximate is {self.approximate!r}: {choices(self.approximate, get_args(Approximation))}."
-            )
+        if self.shortlist is not None:
+            require_whole("shortlist", self.shortlist, 1)
+            if self.exact:
+                raise ValueError("shortlist and exact both say which rows are scored exactly: give one of them.")
+        require_whole("reencode", self.reencode, 0)
         if self.backend not in get_args(Scanners):
             raise ValueError(f"backend is {self.backend!r}: {choices(self.backend, get_args(Scanners))}.")
-        if self.rescore < 0:
-            raise ValueError(f"rescore is {self.rescore}: give 0 or more.")
         if self.group_by is not None and self.unique:
             raise ValueError("group_by and unique both say which rows count as one: give one of them.")
         if not isinstance(self.unique, (bool, float)) or (self.unique is not True and not 0 <= self.unique < 1):
@@ -81,9 +82,22 @@ def refuse(index: OpenIndex, k: int, where: str | None, options: SearchOptions) 
     require_whole("k", k, 1)
     _groups(index, options)
     Crew(options.workers, "ray" if options.backend == "ray" else "processes")
-    if options.approximate is not None:
-        shortlists(options.approximate, index.store, index.codec, index.settings.seed).refuse_unprepared()
+    if options.shortlist is not None and index.short is None:
+        raise UnsupportedError(f"{index.path} has no short form to make a list from: leave shortlist out.")
+    if options.shortlist is not None and options.shortlist < k:
+        raise ValueError(f"shortlist is {options.shortlist}, k {k}: give a list of at least k rows.")
     return index.numbers_where(where)
+
+
+def planned(index: OpenIndex, k: int, wanted: np.ndarray | None, options: SearchOptions) -> SearchPlan:
+    """What a search for k rows, of the `wanted` ones where not None, is going to do."""
+    considered = len(index) if wanted is None else len(wanted)
+    plan = plan_search(index, considered, options.shortlist, options.exact, options.reencode)
+    return (
+        plan
+        if plan.shortlist is None or plan.shortlist >= k
+        else plan_search(index, considered, k, False, options.reencode)
+    )
 
 
 def find(
@@ -102,7 +116,7 @@ def find(
     depth = 4 * k
     while True:  # deeper and deeper, until k rows are left that are not alike
         best = _ranked(index, encoded, depth, wanted, options)
-        kept = [distinct(rows, k, options.unique, index.directions, index.codec.product) for rows in best.numbers]
+        kept = [distinct(rows, k, options.unique, index.directions, index.form) for rows in best.numbers]
         if all(len(one) == k or len(rows) < depth for one, rows in zip(kept, best.numbers, strict=True)):
             found = zip(best.numbers, best.scores, kept, strict=True)
             return [hits(index, rows[one], scores[one]) for rows, scores, one in found]
@@ -123,19 +137,68 @@ def _ranked(
 ) -> Best:
     groups = _groups(index, options)
     best = Best(len(queries), k) if groups is None else BestGroups(len(queries), k, groups)
-    if options.approximate is None:
+    plan = planned(index, k, wanted, options)
+    if plan.shortlist is None and not options.reencode:
         for numbers, scores in index.scan(queries.vectors, wanted, options.workers, options.backend):
             best.add(numbers, scores)
         return best
-    near = shortlists(options.approximate, index.store, index.codec, index.settings.seed)
-    lists = list(near.shortlist(queries.vectors, max(k, options.rescore), wanted, options.workers))
-    if options.rescore:
-        union = np.unique(np.concatenate([numbers for numbers, _ in lists]))
-        exact = index.scores_of(queries.vectors, union, options.workers, options.backend)
-        lists = [(numbers, exact[np.searchsorted(union, numbers), n]) for n, (numbers, _) in enumerate(lists)]
+    lists = _scored(index, queries, k, wanted, options, plan)
     for query, (numbers, scores) in enumerate(lists):
         best.add_one(query, numbers, scores)
     return best
+
+
+def _scored(
+    index: OpenIndex,
+    queries: EncodedQueries,
+    k: int,
+    wanted: np.ndarray | None,
+    options: SearchOptions,
+    plan: SearchPlan,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Row numbers of each query's list, ascending, and their exact scores: short form, long form, then the model."""
+    crew = (options.workers, options.backend)
+    vectors = queries.vectors
+    numbers: list[np.ndarray] | None = None
+    if plan.shortlist is not None:
+        numbers = _best(index.scan_short(vectors, wanted, *crew), len(queries), plan.shortlist)
+    if options.reencode and index.long is not None:
+        stored = index.scan(vectors, wanted, *crew) if numbers is None else _exact(index, vectors, numbers, *crew)
+        numbers = _best(stored, len(queries), max(k, options.reencode), numbers)
+        union = np.unique(np.concatenate(numbers))
+        rows = [index.encoded_anew(union[at : at + PAGE]) for at in range(0, len(union), PAGE)]
+        exact = np.concatenate([index.form.products(piece, vectors).numpy() for piece in rows])
+        return [(one, exact[np.searchsorted(union, one), query]) for query, one in enumerate(numbers)]
+    if numbers is None:  # without a long form all rows are encoded anew anyhow
+        found = list(index.scan(vectors, wanted, *crew))
+        every = np.concatenate([part for part, _ in found])
+        scores = np.concatenate([part for _, part in found])
+        return [(every, scores[:, query]) for query in range(len(queries))]
+    found = list(_exact(index, vectors, numbers, *crew))
+    union = np.concatenate([part for part, _ in found])
+    scores = np.concatenate([part for _, part in found])
+    return [(one, scores[np.searchsorted(union, one), query]) for query, one in enumerate(numbers)]
+
+
+def _exact(
+    index: OpenIndex, vectors: Tensor, numbers: list[np.ndarray], workers: int, backend: Scanners
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return index.scan(vectors, np.unique(np.concatenate(numbers)), workers, backend)
+
+
+def _best(
+    found: Iterator[tuple[np.ndarray, np.ndarray]], n_queries: int, k: int, allowed: list[np.ndarray] | None = None
+) -> list[np.ndarray]:
+    """Numbers, ascending, of the k best rows of each query, among those allowed to it."""
+    best = Best(n_queries, k)
+    for numbers, scores in found:
+        if allowed is None:
+            best.add(numbers, scores)
+            continue
+        for query, own in enumerate(allowed):
+            at = np.isin(numbers, own, assume_unique=True)
+            best.add_one(query, numbers[at], scores[at, query])
+    return [np.sort(one) for one in best.numbers]
 
 
 def _groups(index: OpenIndex, options: SearchOptions) -> Callable[[np.ndarray], list[Hashable]] | None:
@@ -214,18 +277,17 @@ def distinct(
     k: int,
     threshold: float,
     vectors: Callable[[np.ndarray], Tensor],
-    product: Callable[[Tensor], Product],
+    form: Form,
 ) -> list[int]:
     """Positions of the first k rows of a ranking, passing over each whose cosine with one kept is above the threshold.
 
-    `vectors` gives the unit-length vectors [rows, width] of row numbers, `product` the function from rows to products
-    with given vectors.
+    `vectors` gives rows [rows, width] of the form by number, of unit length.
     """
     kept: list[int] = []
     chosen: list[Tensor] = []
     for start in range(0, len(numbers), VECTORS):
-        for at, vector in enumerate(vectors(numbers[start : start + VECTORS]), start=start):
-            if not chosen or float(product(vector[None])(torch.stack(chosen)).max()) <= threshold:
+        for at, vector in enumerate(vectors(numbers[start : start + VECTORS])[:, None], start=start):
+            if all(float(form.products(one, vector)) <= threshold for one in chosen):
                 kept.append(at)
                 chosen.append(vector)
             if len(kept) == k:

@@ -35,7 +35,7 @@ def select_rows(
         groups.append((-1.0, index.encode(unwanted)))
     if combine == "mean":
         best = Best(1, n)
-        lengths = [index.codec.lengths(group.vectors).clamp_min(1e-30) for _, group in groups]
+        lengths = [index.form.lengths(group.vectors).clamp_min(1e-30) for _, group in groups]
         weights = [sign / len(group) / of for (sign, group), of in zip(groups, lengths, strict=True)]
         for numbers, scores in index.scan(torch.cat([group.vectors for _, group in groups]), rows):
             best.add(numbers, scores @ torch.cat(weights).numpy()[:, None])

@@ -17,7 +17,8 @@ from leaveout.errors import choices, require_list, require_whole
 
 Kind = Literal["rh", "gh", "residual"]
 Projection = Literal["countsketch", "orthogonal"]
-Storage = Literal["float32", "float16", "int8", "int4"]
+Storage = Literal["float32", "float16", "int8"]
+Long = Literal["stored", "none"]
 Targets = Literal["response", "all"]
 Output = Literal["attention", "mlp"]
 Side = Literal["left", "right"]
@@ -106,11 +107,15 @@ class SignatureSettings:
                     it has none; "none", the plain form; a name among the tokenizer's templates, or a Jinja file. An
                     index keeps the template itself
     window, stride  a longer row is cut into windows of `window` tokens that start every `stride`
-    final_width     a row of at most this many numbers is stored in full; None: no limit
-    rank            how a larger row is stored: each part by its `rank` largest singular triples; None: by one Hadamard
-                    projection per part, to final_width numbers in all. Without final_width, rank applies to every row
-    storage         type of the stored numbers; every row has a float32 scale beside it, int4 one of 16 bits for each block
-                    of 64 numbers too, 4.25 bits a number in all
+    bytes_per_row   of a stored row in all, the short form included. What the long form has of them holds vectors in
+                    `storage`, or in 4 bits a number, where they fit; else as many singular triples of the row's outer
+                    products as fit, in 1, 2 or 4 bits a number, those first that have most for their bytes. Scores of the
+                    long form are called exact. None: vectors in `storage`, however long
+    storage         type of the numbers of vectors; every row has a float32 scale beside them
+    short_bytes     of the short form of a row, from which a search takes the list that it scores exactly. None, or more than
+                    a quarter of `bytes_per_row`: no short form, every search is exact
+    long            `none`: only the short form is kept, and the rows of a list are encoded anew from their texts, which
+                    takes the time of a forward pass each
     sample_rows     rows of the statistics pass that whitening needs
     seed            of all projections and of the sample
     """
@@ -127,9 +132,10 @@ class SignatureSettings:
     template: Template | None = None
     window: int = 1024
     stride: int = 768
-    rank: int | None = None
-    final_width: int | None = None
+    bytes_per_row: int | None = 16384
     storage: Storage = "int8"
+    short_bytes: int | None = 2048
+    long: Long = "stored"
     sample_rows: int = 256
     seed: int = 0
 
@@ -139,11 +145,14 @@ class SignatureSettings:
         for name in ("temperature", "mass", "length_power"):
             if not isinstance(getattr(self, name), (int, float)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give a number.")
-        for name in ("support", "minimum", "window", "stride", "rank", "final_width", "sample_rows", "seed"):
+        for name in ("support", "minimum", "window", "stride", "bytes_per_row", "short_bytes", "sample_rows", "seed"):
             if getattr(self, name) is not None:
                 require_whole(name, getattr(self, name), 0 if name == "seed" else 1)
         _one_of("targets", self.targets, Targets)
         _one_of("storage", self.storage, Storage)
+        _one_of("long", self.long, Long)
+        if self.long == "none" and self.short_bytes is None:
+            raise ValueError("A row needs a stored form: give short_bytes, or long='stored'.")
         if not self.channels:
             raise ValueError("channels is empty: give at least one Channel.")
         if not all(isinstance(channel, Channel) for channel in self.channels):
@@ -201,23 +210,17 @@ PRESETS: dict[str, SignatureSettings] = {
     "default": SignatureSettings(
         channels=(_HEAD, replace(_BLOCKS, depths=(0.0, 0.5, 1.0), outputs=("mlp",))),
         length_power=0.5,
-        final_width=65536,
-        rank=24,
-        storage="int4",
     ),
     # Influence over the head and every layer from the same forward pass, for large budgets per row.
     "residual": SignatureSettings(
         channels=(_HEAD, _BLOCKS),
         length_power=0.5,
-        final_width=131072,
-        rank=24,
-        storage="int4",
+        bytes_per_row=32768,
     ),
     # Likeness of content and manner, not influence: nothing is whitened.
     "similarity": SignatureSettings(
         channels=(Channel("gh"),),
         unit_length=True,
-        final_width=16384,
     ),
     # The signature of arXiv 2604.16197 with its default widths.
     "paper": SignatureSettings(
@@ -230,6 +233,7 @@ PRESETS: dict[str, SignatureSettings] = {
         unit_length=True,
         window=256,
         stride=206,
+        bytes_per_row=None,
         storage="float16",
     ),
 }

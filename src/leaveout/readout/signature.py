@@ -1,7 +1,7 @@
-"""Signatures: one forward pass per row, a sum of outer products per channel, projected and stored.
+"""Signatures: one forward pass per row, a sum of outer products per channel, in the form that is stored.
 
     windows -> trunk -> hidden states at target positions -> left and right factors per part
-            -> sum over positions of left (x) right -> projection -> row vectors -> stored form
+            -> sum over positions of left (x) right: its entries, or its largest singular triples -> codec
 
 A *part* is one outer product of a channel: `rh` and `gh` have one, `residual` one per output projection.
 Source: arXiv 2604.16197 (its signature is the `paper` preset); whitening as in K-FAC, arXiv 1503.05671.
@@ -9,6 +9,7 @@ Source: arXiv 2604.16197 (its signature is the `paper` preset); whitening as in 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from leaveout.errors import MismatchError, UnsupportedError
-from leaveout.projection import CountSketch, Hadamard, orthogonal
-from leaveout.readout.codec import NUMBERS, Codec, Flat, Triples, low_rank, pairs
+from leaveout.projection import CountSketch, orthogonal
+from leaveout.readout.codec import Codec, chosen_codec, short_codec
 from leaveout.readout.families import Tap, find_taps, pull_back, recording
+from leaveout.readout.forms import Triples, low_rank, squared_length
 from leaveout.readout.logits import Head, Map, map_width
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import Channel, Side, SignatureSettings
@@ -27,7 +29,8 @@ from leaveout.readout.tokens import Window
 
 BATCH_TOKENS = 1024  # tokens of one forward pass, padding included
 SMALL = 1e-8  # a factor shorter than this has no direction: it counts as zero where factors get unit length
-PROJECT_NUMBERS = 2**22  # unprojected numbers that exist at once
+ROW_RANK = 48  # singular triples of each part from which a row's stored ones are chosen
+QUERY_RANK = 64  # those of a query: all there are, up to 64 learned tokens
 
 
 @dataclass(frozen=True)
@@ -45,27 +48,23 @@ class Factor:
     sketch: Tensor | None = None
 
     @property
+    def ordered(self) -> bool:
+        """Whether its first numbers are those of the largest moments."""
+        return self.whiten is not None and self.sketch is None
+
+    @property
     def width(self) -> int:
         return self.size if self.sketch is None else self.sketch.shape[1]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One outer product of a channel and where it ends up in a stored row."""
+    """One outer product of a channel."""
 
     name: str
     weight: float
     left: Factor
     right: Factor
-    hadamard: Hadamard | None = None
-
-    @property
-    def flat(self) -> int:
-        return self.left.width * self.right.width
-
-    @property
-    def stored(self) -> int:
-        return self.flat if self.hadamard is None else len(self.hadamard.outputs)
 
 
 @dataclass
@@ -91,13 +90,15 @@ def _whitening_name(raw: str, channel: Channel, side: Side) -> str | None:
 class Signer:
     """Computes signatures of one readout with one set of settings.
 
-    Memory: logits of a block (48 MiB, twice while searched), the padded batch (1,024 tokens through the trunk), and
-    16 MiB of unprojected products at a time; nothing grows with the corpus.
+    `rank`: singular triples of each part that a row has before it is stored, where its form is `Triples`.
+    Memory: logits of a block (48 MiB, twice while searched), the padded batch (1,024 tokens through the trunk), and the
+    rows of that batch before they are encoded; nothing grows with the corpus.
 
     Raises: UnsupportedError for settings that this model cannot have.
     """
 
-    def __init__(self, readout: Readout, settings: SignatureSettings) -> None:
+    def __init__(self, readout: Readout, settings: SignatureSettings, rank: int = ROW_RANK) -> None:
+        self.rank = rank
         self.readout = readout
         self.settings = settings
         self.dtype = torch.float64 if readout.weight.dtype == torch.float64 else torch.float32
@@ -109,13 +110,12 @@ class Signer:
         self.notes: list[str] = []
         self.whitening: dict[str, Tensor] = {}
         self._fallen_back: set[str] = set()  # kinds that replace residual channels of an unknown family
-        parts = [part for number, channel in enumerate(settings.channels) for part in self._parts(number, channel)]
-        fits = settings.final_width is not None and sum(part.flat for part in parts) <= settings.final_width
-        rank, numbers = None if fits else settings.rank, NUMBERS[settings.storage]
-        self.parts = parts if rank is not None else _share_width(parts, settings, self)
-        self.codec: Codec = Flat(numbers, sum(part.stored for part in self.parts))
-        if rank is not None:
-            self.codec = Triples.of_rank(numbers, tuple((part.left.width, part.right.width) for part in parts), rank)
+        self.parts = [part for number, channel in enumerate(settings.channels) for part in self._parts(number, channel)]
+        sizes = tuple((part.left.width, part.right.width) for part in self.parts)
+        ordered = tuple((part.left.ordered, part.right.ordered) for part in self.parts)
+        self.codec: Codec = chosen_codec(sizes, ordered, settings)
+        self.short: Codec | None = short_codec(sizes, ordered, settings, self.codec)
+        self.form = self.codec.form
 
     def _parts(self, number: int, channel: Channel) -> list[Part]:
         if channel.kind == "residual":
@@ -275,59 +275,103 @@ class Signer:
         return x
 
     @torch.no_grad()
-    def window_vectors(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
-        """Vectors [windows, width] of a batch of windows, and their squared lengths [windows] before projection.
-
-        Rows of singular triples have their lengths only where settings ask for unit length.
-        """
-        positions, codec = self.positions(windows), self.codec
-        spans = positions.spans
-        vectors, square = [], torch.zeros(len(windows), dtype=self.dtype, device=self.readout.device)
+    def window_rows(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+        """Rows [windows, width] of a batch of windows, and the lengths [windows, parts] of their outer products."""
+        positions, triples = self.positions(windows), isinstance(self.form, Triples)
+        found, squares = [], []
         for part in self.parts:
             left, right = self.factors(positions, part)
-            if isinstance(codec, Triples):
-                if self.settings.unit_length:
-                    square += torch.stack([pairs(left[s], left[s], right[s], right[s]).sum() for s in spans])
-                vectors.append(torch.stack([low_rank(left[s], right[s], codec.rank) for s in spans]))
-                continue
-            pieces = []
-            group = max(1, PROJECT_NUMBERS // (part.hadamard.padded if part.hadamard else part.flat))
-            for first in range(0, len(windows), group):
-                flat = torch.stack([(left[s].t() @ right[s]).flatten() for s in spans[first : first + group]])
-                square[first : first + group] += (flat * flat).sum(1)
-                pieces.append(part.hadamard(flat) if part.hadamard else flat)
-            vectors.append(torch.cat(pieces))
-        return torch.cat(vectors, 1), square
+            if triples:
+                found.append(torch.stack([low_rank(left[s], right[s], self.rank) for s in positions.spans]))
+                squares.append(torch.stack([squared_length(left[s], right[s]) for s in positions.spans]))
+            else:
+                found.append(torch.stack([(left[s].t() @ right[s]).flatten() for s in positions.spans]))
+                squares.append(found[-1].square().sum(1))
+        return torch.cat(found, 1), torch.stack(squares, 1).sqrt()
 
     @torch.no_grad()
-    def rows(self, windows: Sequence[Window], n_rows: int, advance: Callable[[int], object] | None = None) -> Tensor:
-        """Unquantised row vectors [n_rows, width] of all the windows of rows 0 .. n_rows - 1.
+    def finished(
+        self, windows: Sequence[Window], advance: Callable[[int], object] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Numbers [n], rows [n, width] and lengths of parts [n, parts] of rows, as soon as all their windows are computed.
 
         Windows run in batches of similar length; `advance(k)` is called when k more windows are done.
         """
-        codec, unit = self.codec, self.settings.unit_length
-        total = torch.zeros(n_rows, codec.width, dtype=self.dtype, device=self.readout.device)
-        n_windows = np.bincount([window.row for window in windows], minlength=n_rows)
+        waiting = Counter(window.row for window in windows)
+        targets = Counter[int]()
+        sums: dict[int, Tensor] = {}
+        for window in windows:
+            targets[window.row] += len(window.positions)
         for batch in batches(windows, self.readout.batch_class):
-            vectors, square = self.window_vectors(batch)
-            if unit:
-                vectors = codec.divided(vectors, square.sqrt().clamp_min(1e-30))
-            owner = torch.tensor([window.row for window in batch], device=self.readout.device)
-            if isinstance(codec, Triples):
-                for row, vector in zip(owner.tolist(), vectors, strict=True):
-                    total[row] = codec.add(total[row], vector) if n_windows[row] > 1 else vector
-            else:
-                total.index_add_(0, owner, vectors)
+            found, lengths = self.window_rows(batch)
+            if self.settings.unit_length:
+                by = lengths.norm(dim=1).clamp_min(1e-30)
+                found, lengths = self.form.divided(found, by), lengths / by[:, None]
+            owners = [window.row for window in batch]
+            whole = [at for at, owner in enumerate(owners) if waiting[owner] == 1 and owner not in sums]
+            for at in sorted(set(range(len(owners))) - set(whole)):
+                waiting[owners[at]] -= 1
+                sums[owners[at]] = self._sum(sums.get(owners[at]), found[at])
+            done = [owner for owner in dict.fromkeys(owners) if owner in sums and not waiting[owner]]
+            numbers = torch.tensor([owners[at] for at in whole] + done)
+            joined = [found[whole], *(sums[owner][None] for owner in done)]
+            added = [lengths[whole], *(self._part_lengths(sums.pop(owner)[None]) for owner in done)]
+            yield numbers, *self._scaled(torch.cat(joined), torch.cat(added), [targets[n] for n in numbers.tolist()])
             if advance is not None:
                 advance(len(batch))
-        if unit:
-            lengths = codec.lengths(total)
-            return torch.where(lengths[:, None] == 0, 0.0, codec.divided(total, lengths))
-        if self.settings.length_power:
-            targets = np.bincount(
-                [window.row for window in windows], [len(window.positions) for window in windows], n_rows
-            )
-            total = codec.divided(total, torch.from_numpy(targets.clip(1) ** self.settings.length_power).to(total))
+
+    def _sum(self, first: Tensor | None, second: Tensor) -> Tensor:
+        if first is None:
+            return second
+        return self.form.add(first, second) if isinstance(self.form, Triples) else first + second
+
+    def _part_lengths(self, rows: Tensor) -> Tensor:
+        """Lengths [rows, parts] of the outer products of rows, as far as they are kept."""
+        if isinstance(self.form, Triples):
+            return self.form.part_lengths(rows)
+        sizes = [part.left.width * part.right.width for part in self.parts]
+        return torch.stack([piece.norm(dim=1) for piece in rows.split(sizes, 1)], 1)
+
+    def _scaled(self, rows: Tensor, lengths: Tensor, targets: list[int]) -> tuple[Tensor, Tensor]:
+        """Rows and their lengths as the settings want them long, by their numbers of targets."""
+        if self.settings.unit_length:
+            by = self.form.lengths(rows)
+            unit = torch.where(by[:, None] == 0, 0.0, self.form.divided(rows, by))
+            return unit, torch.where(by[:, None] == 0, 0.0, self._part_lengths(unit))
+        if not self.settings.length_power:
+            return rows, lengths
+        by = torch.tensor(targets).clamp_min(1).to(rows) ** self.settings.length_power
+        return self.form.divided(rows, by), lengths / by[:, None]
+
+    def rows(self, windows: Sequence[Window], n_rows: int, advance: Callable[[int], object] | None = None) -> Tensor:
+        """Rows [n_rows, width] of the form, of all the windows of rows 0 .. n_rows - 1; zero where a row has none."""
+        total: Tensor | None = None
+        for numbers, rows, _ in self.finished(windows, advance):
+            if total is None:
+                total = rows.new_zeros(n_rows, rows.shape[1])
+            total[numbers.to(total.device)] = rows
+        assert total is not None
+        return total
+
+    def encoded(self, windows: Sequence[Window], n_rows: int) -> dict[str, np.ndarray]:
+        """The arrays of a segment, each [n_rows, ...], and the mask `finite`, of all the windows of rows 0 .. n_rows - 1.
+
+        `long.*` and `short.*` are the codes of both forms, as far as there are any; `norms` [rows, parts] float32 the
+        lengths of a row's outer products before they were rounded.
+        """
+        total: dict[str, np.ndarray] = {}
+        for numbers, rows, lengths in self.finished(windows):
+            finite = torch.isfinite(rows).all(1)
+            rows = torch.where(finite[:, None], rows, 0.0)
+            arrays = {"finite": finite.cpu().numpy(), "norms": lengths.float().cpu().numpy()}
+            for name, codec in (
+                ("long", self.codec if self.settings.long == "stored" else None),
+                ("short", self.short),
+            ):
+                if codec is not None:
+                    arrays |= {f"{name}.{key}": value for key, value in codec.encode(rows).items()}
+            for name, array in arrays.items():
+                total.setdefault(name, np.zeros((n_rows, *array.shape[1:]), array.dtype))[numbers] = array
         return total
 
 
@@ -342,31 +386,3 @@ def batches(windows: Sequence[Window], kind: Callable[[int], int]) -> Iterator[l
         batch.append(window)
     if batch:
         yield batch
-
-
-def _share_width(parts: list[Part], settings: SignatureSettings, signer: Signer) -> list[Part]:
-    """Parts with a Hadamard projection where the sum of their sizes exceeds final_width.
-
-    Equal shares; what a small part does not need goes to the others.
-    """
-    if settings.final_width is None or sum(part.flat for part in parts) <= settings.final_width:
-        return parts
-    budget, shares = settings.final_width, {}
-    for left, part in zip(range(len(parts), 0, -1), sorted(parts, key=lambda part: part.flat), strict=True):
-        shares[part.name] = min(part.flat, budget // left)
-        budget -= shares[part.name]
-    if min(shares.values()) < 1:
-        raise ValueError(f"final_width {settings.final_width} is too small for {len(parts)} parts: raise it.")
-    device = signer.readout.device
-    return [
-        part
-        if shares[part.name] == part.flat
-        else Part(
-            part.name,
-            part.weight,
-            part.left,
-            part.right,
-            Hadamard.make(part.flat, shares[part.name], settings.seed, part.name).to(device, signer.dtype),
-        )
-        for part in parts
-    ]

@@ -26,7 +26,7 @@ from leaveout.readout.tokens import Window
 def whitening_matrices(
     signer: Signer, windows: Sequence[Window], advance: Callable[[int], object] | None = None
 ) -> dict[str, Tensor]:
-    """Matrices (M + damping * mean eigenvalue * 1)^(-1/2) for every factor that whitens, by their names.
+    """Whitening matrices (see `inverse_root`) for every factor that whitens, by their names.
 
     Memory: 8 bytes times the squared size of each factor.
     Raises: FormatError if a factor is zero on the whole sample.
@@ -96,11 +96,15 @@ def _add_weighted_products(moment: Tensor, by: Map, mass: Tensor) -> None:
 
 
 def inverse_root(moment: Tensor, damping: float, name: str) -> Tensor:
-    """(M + damping * tr(M) / size * 1)^(-1/2) [size, size] of a second moment, by eigenvalues in float64."""
+    """E (L + damping * tr(M) / size * 1)^(-1/2) [size, size] of a second moment M = E L E^T, by eigenvalues in float64.
+
+    x @ matrix has the products of the symmetric root, in the directions of the eigenvectors, those of the largest moments
+    first: what a short code leaves out is at the end (see `codec.kept_sides`).
+    """
     mean = (moment.trace() / len(moment)).item()
     if not mean > 0:
         raise FormatError(
             f"The factor {name!r} is zero or not finite on all sampled rows: run `leaveout doctor` on the model."
         )
     values, vectors = torch.linalg.eigh(moment)
-    return vectors / (values.clamp_min(0) + damping * mean).sqrt() @ vectors.t()
+    return vectors.flip(1) / (values.flip(0).clamp_min(0) + damping * mean).sqrt()

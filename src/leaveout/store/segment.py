@@ -72,10 +72,7 @@ class Segment:
         with self._opened() as fd:
             layout = self._layout(fd)
             mapped = mmap.mmap(fd, self.n_bytes, access=mmap.ACCESS_READ)
-        return {
-            name: np.ndarray(shape, dtype, mapped, offset)
-            for name, (dtype, shape, offset) in layout.items()
-        }
+        return {name: np.ndarray(shape, dtype, mapped, offset) for name, (dtype, shape, offset) in layout.items()}
 
     def layout(self) -> Layout:
         """Name -> dtype, shape and first byte of every array, from the checked header."""

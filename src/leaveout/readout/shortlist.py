@@ -1,0 +1,145 @@
+"""The short list of a search: how long it is, what it costs, and how many of the best rows it holds.
+
+The short form of rows gives estimates of all scores; the best rows by them, the list, are scored exactly. How many of the
+best ten a list of some length holds is measured when an index is built, with rows of the corpus as queries. Queries of
+another kind may do worse, and a table says nothing about lists that are shorter, by share, than its shortest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from leaveout.readout.codec import Codec
+from leaveout.readout.opened import OpenIndex
+from leaveout.readout.scan import ranking
+
+QUERIES, BEST = 64, 10
+ROWS, ROWS_ANEW = 2000, 256  # rows they are scored with: stored ones, or such that are encoded anew
+LISTS = (10, 20, 50, 100, 200, 500, 1000)
+WANTED = 0.95  # recall that a list should have where nobody says how long it is
+LEAST = 1000  # rows of an index that are worth a short list
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Shares of the best 10 of `rows` rows that lists of these lengths hold, mean over `queries` rows of the corpus."""
+
+    rows: int
+    queries: int
+    lists: tuple[int, ...]
+    recall: tuple[float, ...]
+
+    def at(self, share: float) -> float | None:
+        """That of a list of this share of the rows: of the longest measured one that is no longer; None below all."""
+        known = [found for length, found in zip(self.lists, self.recall, strict=True) if length <= share * self.rows]
+        return known[-1] if known else None
+
+    def share(self) -> float:
+        """Of the shortest list that holds enough; 1 where none does."""
+        enough = (n for n, found in zip(self.lists, self.recall, strict=True) if found >= WANTED)
+        return next(enough, self.rows) / self.rows
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search does: `print` it.
+
+    considered  rows that are ranked at all
+    shortlist   rows whose scores are exact, chosen by the short form; None: all are
+    recall      share of the best 10 that a list like this held (see `Recall`); None: not measured
+    anew        rows that are encoded anew from their texts, a forward pass each
+    bytes       that are read
+    """
+
+    considered: int
+    shortlist: int | None
+    recall: float | None
+    anew: int
+    bytes: int
+
+    def __str__(self) -> str:
+        read = f"{self.bytes / 2**20:,.1f} MiB read"
+        again = f", {self.anew:,} encoded anew by the model" if self.anew else ""
+        if self.shortlist is None:
+            return f"All {self.considered:,} rows are scored exactly ({read}{again})."
+        held = "how many of the best rows such a list holds was not measured"
+        if self.recall is not None:
+            held = (
+                f"lists of this share held {self.recall:.0%} of the best 10 for rows of the corpus; others may do worse"
+            )
+        chosen = f"The {self.shortlist:,} best of {self.considered:,} rows by their short form are scored exactly"
+        return f"{chosen} ({read}{again}): {held}."
+
+
+def plan_search(index: OpenIndex, considered: int, shortlist: int | None, exact: bool, reencode: int) -> SearchPlan:
+    """How `considered` rows are searched; `shortlist` None: a list that held 95 % in the test at build."""
+    table = recall_of(index)
+    share = 0.05 if table is None else table.share()
+    length = max(math.ceil(share * considered), BEST * 20) if shortlist is None else shortlist
+    small = shortlist is None and considered < LEAST
+    if exact or index.short is None or small or length >= considered:
+        anew = considered if index.long is None else min(reencode, considered)
+        return SearchPlan(considered, None, None, anew, considered * _bytes(index.long))
+    recall = None if table is None else table.at(length / considered)
+    anew = length if index.long is None else min(reencode, length)
+    return SearchPlan(considered, length, recall, anew, considered * _bytes(index.short) + length * _bytes(index.long))
+
+
+def _bytes(codec: Codec | None) -> int:
+    return 0 if codec is None else codec.row_bytes
+
+
+# ---------------------------------------------------------------- the table
+
+
+def recall_of(index: OpenIndex) -> Recall | None:
+    """The table that was measured at build."""
+    facts = index.store.state("recall")
+    return (
+        None if facts is None else Recall(**{name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()})
+    )
+
+
+def worst(tables: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Of indexes that become one: the table of that whose lists held least, None where one has none."""
+    if any(table is None for table in tables):
+        return None
+    return min(tables, key=lambda table: sum(table["recall"]))  # type: ignore[index]
+
+
+def measured_recall(index: OpenIndex) -> dict[str, Any] | None:
+    """The table of an index, in JSON types; None for one too small to need it, or without a short form.
+
+    Cost: 64 forward passes and two scans of at most 2,000 rows; without a long form, 256 forward passes more.
+    """
+    if index.short is None or len(index) < LEAST:
+        return None
+    live = np.concatenate([_live(index, part) for part in index.store.segments()])
+    rows = live[_spread(len(live), ROWS if index.long is not None else ROWS_ANEW)]
+    asked = _spread(len(rows), QUERIES)
+    vectors = index.encoded_anew(rows[asked])
+    exact = index.scores_of(vectors, rows).T
+    short = np.concatenate([scores for _, scores in index.scan_short(vectors, rows)]).T
+    for scores in (exact, short):
+        scores[np.arange(len(asked)), asked] = -np.inf  # a row is no answer to itself
+    lists = tuple(n for n in LISTS if n < len(rows))
+    found = np.zeros(len(lists))
+    for best, estimated in zip(exact, short, strict=True):
+        place = np.empty(len(rows), np.int64)
+        place[ranking(estimated)] = np.arange(len(rows))
+        found += (place[ranking(best)[:BEST], None] < np.array(lists)).mean(0)
+    return asdict(Recall(len(rows), len(asked), lists, tuple((found / len(asked)).round(4).tolist())))
+
+
+def _live(index: OpenIndex, part: Any) -> np.ndarray:
+    live = part.live()
+    return part.first + (np.arange(part.n_rows) if live is None else np.flatnonzero(live))
+
+
+def _spread(count: int, wanted: int) -> np.ndarray:
+    """At most so many of `count` positions, evenly apart."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))

@@ -42,9 +42,9 @@ Score = Callable[[Arrays, "slice | np.ndarray"], np.ndarray]
 ROWS, QUERIES = 16, 16
 BUFFER = 2 * 2**20  # bytes of widened float rows: small enough to stay in cache
 PACKED = 4 * 2**20  # bytes of packed rows that are unpacked and multiplied together
-LARGEST = (
-    63  # of a rounded query: bytes of a row and a query never overflow 16 bits, in which some processors add pairs
-)
+# Of a rounded query: bytes of a row and a query never overflow 16 bits, in which some processors add pairs of products.
+LARGEST = 63
+SEGMENTS = 2**18  # products of codes and queries that exist at once, for each side
 BITS = (1, 2, 4)  # that a coordinate of a triple can have
 STEP = {1: 1.5958, 2: 0.9957, 4: 0.3352}  # between levels, in units of the root mean square
 LOSS = {1: 0.3634, 2: 0.1188, 4: 0.01154}  # mean squared error of a normal number that is rounded so
@@ -96,13 +96,13 @@ class Rounded:
         return cls(padded.t().contiguous(), scale)
 
     @cached_property
-    def sums(self) -> Tensor:
-        return self.numbers.sum(0, dtype=torch.int32)
+    def half_sums(self) -> Tensor:
+        return self.numbers.sum(0, dtype=torch.int32).float() / 2
 
     def products(self, codes: np.ndarray, bits: int) -> Tensor:
-        """<s, vector> / scale [rows, vectors] float32 of packed codes [rows, bytes]: whole numbers, so exact."""
+        """<s, vector> / (2 scale) [rows, vectors] float32 of packed codes [rows, bytes]: halves of integers, so exact."""
         found = torch.from_numpy(unpacked(codes, bits)).view(torch.int8)
-        return (torch._int_mm(found, self.numbers).mul_(2) - (2**bits - 1) * self.sums).float()
+        return torch._int_mm(found, self.numbers).float().sub_((2**bits - 1) * self.half_sums)
 
 
 # ---------------------------------------------------------------- codecs
@@ -240,7 +240,7 @@ class Planes(Codec):
         rounded = Rounded.of(self.rotation(queries))
 
         def score(arrays: Arrays, at: slice | np.ndarray) -> np.ndarray:
-            found = rounded.products(arrays["codes"][at], self.bits).mul_(rounded.scale)
+            found = rounded.products(arrays["codes"][at], self.bits).mul_(2 * rounded.scale)
             return found.numpy() * arrays["scale"][at][:, None]
 
         return score
@@ -388,15 +388,18 @@ class Filled(Codec):
             tuple(Rounded.of(rotation(x)) for rotation, x in zip(rotations, self._heaviest(u, v), strict=True))
             for (u, v), rotations in zip(self.factors(queries), self.rotations, strict=True)
         ]
-        scales = [left.scale * right.scale for left, right in tables]
+        scales = [4 * left.scale * right.scale for left, right in tables]
+        step = max(SEGMENTS // (len(queries) * self.query_triples), 1)
 
         def score(arrays: Arrays, at: slice | np.ndarray) -> np.ndarray:
             total = torch.zeros(len(arrays["scale"][at]), len(queries))
             for part, bits, row, _, weight, sides in self._groups(arrays, at):
-                both = tables[part][0].products(sides[0].numpy(), bits)
-                both.mul_(tables[part][1].products(sides[1].numpy(), bits)).mul_(scales[part])
-                of_triples = both.view(len(row), len(queries), self.query_triples).sum(2).mul_(weight[:, None])
-                total.index_add_(0, row, of_triples)
+                for start in range(0, len(row), step):
+                    some = slice(start, start + step)
+                    both = tables[part][0].products(sides[0][some].numpy(), bits)
+                    both.mul_(tables[part][1].products(sides[1][some].numpy(), bits).mul_(scales[part]))
+                    of_triples = both.view(len(both), len(queries), self.query_triples).sum(2)
+                    total.index_add_(0, row[some], of_triples.mul_(weight[some, None]))
             return total.numpy()
 
         return score

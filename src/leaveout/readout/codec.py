@@ -481,7 +481,7 @@ def chosen_codec(sizes: Sizes, ordered: Ordered, settings: SignatureSettings) ->
     if whole.row_bytes <= n_bytes:
         return whole
     planes = Planes(width, width, FLAT_BITS, settings.seed)
-    return planes if planes.row_bytes <= n_bytes else _filled(sizes, ordered, n_bytes, settings.seed, SCORED)
+    return planes if planes.row_bytes <= n_bytes else filled(sizes, ordered, n_bytes, settings.seed, SCORED)
 
 
 def short_codec(sizes: Sizes, ordered: Ordered, settings: SignatureSettings, long: Codec) -> Codec | None:
@@ -489,7 +489,7 @@ def short_codec(sizes: Sizes, ordered: Ordered, settings: SignatureSettings, lon
     if not _has_short(settings) or settings.short_bytes is None:
         return None
     if isinstance(long, Filled):
-        return _filled(sizes, ordered, settings.short_bytes, settings.seed, SCANNED)
+        return filled(sizes, ordered, settings.short_bytes, settings.seed, SCANNED)
     width = long.form.width
     short = Planes(width, min(width, 8 * (settings.short_bytes - 4)), 1, settings.seed)
     return short if short.row_bytes * SHARE <= long.row_bytes or settings.long == "none" else None
@@ -502,7 +502,8 @@ def _has_short(settings: SignatureSettings) -> bool:
     return settings.bytes_per_row >= SHARE * settings.short_bytes
 
 
-def _filled(sizes: Sizes, ordered: Ordered, n_bytes: int, seed: int, query_triples: int) -> Filled:
+def filled(sizes: Sizes, ordered: Ordered, n_bytes: int, seed: int, query_triples: int) -> Filled:
+    """A codec of so many bytes a row, its sides cut as `kept_sides` says."""
     sides = zip(sizes, ordered, strict=True)
     return Filled(sizes, tuple(kept_sides(size, order, n_bytes) for size, order in sides), n_bytes, seed, query_triples)
 

@@ -6,14 +6,19 @@
 Compared on the same rows and the same batches, interleaved batch by batch in one run:
     trunk     up to the last hidden state, no mask, no head: what no method that looks at the model can do without
     logits    the model's own call, with the logits of every token
-    index     `Signer.rows` and the stored form, for a preset and its targets
+    index     `Signer.encoded`, for a preset and its targets: rows with both their stored forms
 and, once per repeat, the statistics pass that `default` needs on its sample. Rows have at most 256 tokens, so that no
 preset cuts them. Ratios are of sums over all batches of one repeat. Memory is the peak of a whole `Index.build` in a
 fresh process, above the loaded model.
+
+    python benchmarks/index_cost.py --lengths 50 100 200 400 1000 2000 4000
+
+compares trunk and index for rows of so many tokens, of which all are learned or the second half, in the windows of `default`.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import statistics
 import subprocess
@@ -26,16 +31,18 @@ from typing import Any
 
 import torch
 
+from corpora import data
 from leaveout.readout.index import Index
-from leaveout.readout.model import Readout
+from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import PRESETS
 from leaveout.readout.signature import Signer, batches
-from leaveout.readout.tokens import Window
+from leaveout.readout.tokens import Window, cut_windows
 from leaveout.readout.whitening import whitening_matrices
 from measuring import (
     alpaca,
     arguments,
     cpu_seconds,
+    interleaved,
     made_rows,
     peak_memory,
     pythia_shape,
@@ -77,7 +84,7 @@ def padded(batch: list[Window]) -> torch.Tensor:
 
 def index_batch(signer: Signer, batch: list[Window]) -> None:
     windows = [replace(window, row=number) for number, window in enumerate(batch)]
-    signer.codec.encode(signer.rows(windows, len(windows)))
+    signer.encoded(windows, len(windows))
 
 
 @torch.no_grad()
@@ -147,6 +154,52 @@ def measure(readout: Readout, rows: list[dict[str, str]], repeats: int) -> dict[
     }
 
 
+@torch.no_grad()
+def measure_lengths(readout: Readout, texts: list[str], lengths: list[int], repeats: int) -> list[dict[str, Any]]:
+    """CPU seconds of trunk and index for rows of some lengths, and their ratio."""
+    ids = [id for text in texts for id in readout.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    settings = PRESETS["default"]
+    signer = Signer(readout, settings)
+    sample = [Window(n, 0, ids[100 * n : 100 * n + 100], list(range(99))) for n in range(16)]
+    signer.whitening = whitening_matrices(signer, sample)
+    lines = []
+    for length in lengths:
+        n_rows = max(1, 2000 // length)
+        for first in (1, length // 2):
+            rows = [ids[n * length : (n + 1) * length] for n in range(n_rows)]
+            windows = [
+                window
+                for number, row in enumerate(rows)
+                for window in cut_windows(number, row, list(range(first, length)), settings, readout.context)
+            ]
+            groups = [padded(batch) for batch in batches(windows, readout.batch_class)]
+            tasks: dict[str, Callable[[], object]] = {
+                "trunk": lambda groups=groups: [readout.hidden(batch) for batch in groups],
+                "index": lambda windows=windows, n_rows=n_rows: signer.encoded(windows, n_rows),
+            }
+            times = interleaved(tasks, repeats)
+            learned = sum(len(window.positions) for window in windows)
+            line = {"tokens": length, "learned": learned // n_rows, "rows": n_rows, "repeats": repeats}
+            line |= {"cpu_seconds": {name: spread(found) for name, found in times.items()}}
+            line |= {"index_over_trunk": ratio(times["index"], times["trunk"])}
+            line["ms_a_row"] = 1000 * spread(times["index"])["median"] / n_rows
+            print(
+                length,
+                line["learned"],
+                f"{line['index_over_trunk']['median']:.2f}",
+                f"{line['ms_a_row']:.1f} ms",
+                flush=True,
+            )
+            lines.append(line)
+    return lines
+
+
+def long_texts() -> list[str]:
+    """Paragraphs of Wikitext."""
+    with gzip.open(data("wikitext2/valid.txt.gz"), "rt", encoding="utf-8") as file:
+        return [line for line in file if len(line) > 200][:400]
+
+
 def build_peak(readout: Readout, rows: list[dict[str, str]], preset: str, targets: str) -> float:
     """Megabytes that building an index takes at its peak, above the loaded model."""
     with tempfile.TemporaryDirectory() as directory:
@@ -196,8 +249,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", nargs=3, metavar=("MODEL", "PRESET", "TARGETS"), help="print one peak and stop")
+    parser.add_argument("--lengths", type=int, nargs="+", help="cost by length instead")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    if args.lengths:
+        stories = load_readout(str(data("stories260K/config.json").parent))
+        found = {
+            "SmolLM2-135M": measure_lengths(smollm2(), long_texts(), args.lengths, args.repeats),
+            "stories260K": measure_lengths(stories, long_texts(), [n for n in args.lengths if n <= 400], args.repeats),
+        }
+        result = {"question": "What does indexing cost by the length of rows?", "models": found}
+        print(write_result(args.out, "readout_index_lengths.json", result, args).name)
+        return 0
     if args.memory:
         model, preset, targets = args.memory
         make, _, n_rows = MODELS[model]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from leaveout.corpus import render
+from leaveout.readout.forms import Triples
 from leaveout.readout.logits import map_width
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
@@ -30,7 +31,7 @@ from .oracle import (
 )
 from .tiny import make_model, make_readout
 
-EXACT = {"final_width": None, "rank": None, "storage": "float32", "window": 32, "stride": 24}
+EXACT = {"bytes_per_row": None, "short_bytes": None, "storage": "float32", "window": 32, "stride": 24}
 ROWS = slice(0, 6)  # most of them of several windows
 
 
@@ -57,6 +58,19 @@ def precision(family):
     return "float64" if family in ("gpt_neox", "gpt2", "phi") else "float32"
 
 
+def turned(matrix, root, kind):
+    """The engine's whitening matrix E (L + d)^-1/2, once it is seen to be that: E E^T = 1, and matrix E^T the symmetric
+    root of the oracle, with directions of falling moments, whose columns are therefore of rising length.
+    """
+    matrix = np.asarray(matrix, np.float64)
+    lengths = np.sqrt((matrix**2).sum(0))
+    assert (np.diff(lengths) >= -1e-6 * lengths[:-1]).all()
+    directions = matrix / lengths
+    assert np.abs(directions @ directions.T - np.eye(len(matrix))).max() < 1e-6
+    assert_close(matrix @ directions.T, root, kind)
+    return matrix
+
+
 def flat(nested):
     return [position for row in nested for window in row for position in window]
 
@@ -73,11 +87,12 @@ def test_whitened_gh_equals_the_exact_product(family, vocabulary, temperature, t
     g_moment, _ = label_moments(slow, flat(nested), temperature)
     h_moment = sum(np.outer(at.h, at.h) for at in flat(nested))
     left, right = (whitening(moment / len(flat(nested)), 0.1) for moment in (g_moment, h_moment))
-    assert_close(matrices["gh0.damping-0.1"], left, precision(family))
-    assert_close(matrices["h.damping-0.1"], right, precision(family))
+    left, right = (
+        turned(matrices[f"{name}.damping-0.1"], root, precision(family)) for name, root in (("gh0", left), ("h", right))
+    )
     for vector, row in zip(found, nested, strict=True):
         wanted = sum(
-            np.outer(left @ slow.weight.T @ residual_at(slow, at, temperature), right @ at.h) for at in flat([row])
+            np.outer(left.T @ slow.weight.T @ residual_at(slow, at, temperature), right.T @ at.h) for at in flat([row])
         )
         assert_close(vector, wanted.ravel(), precision(family))
 
@@ -176,7 +191,7 @@ def test_preset_equals_the_exact_product(preset, family, n_blocks, tokenizer, to
             for at in positions:
                 r = residual_at(slow, at, settings.temperature)
                 g = r @ maps["rh0"] if tap is None else slow.left(at, tap, r @ slow.weight)
-                total += np.outer(left @ g, right @ (at.h if tap is None else at.inputs[tap]))
+                total += np.outer(left.T @ g, right.T @ (at.h if tap is None else at.inputs[tap]))
             parts.append(total.ravel() / len(positions) ** settings.length_power)
         for part, wanted in zip(np.split(vector, np.cumsum([part.size for part in parts])[:-1]), parts, strict=True):
             assert_close(part, wanted, precision(family))
@@ -195,9 +210,8 @@ def head_roots(slow, positions, channel, matrices, key, sketch):
     moments = label_moments(slow, positions)[0], sum(np.outer(at.h, at.h) for at in positions)
     slow.weight = weight
     roots = [whitening(m / len(positions), d) for m, d in zip(moments, (left, right), strict=True)]
-    for name, root in zip(names, roots, strict=True):
-        assert_close(matrices[name], root, precision(slow.lm.config.model_type))
-    return names, None, *roots
+    kind = precision(slow.lm.config.model_type)
+    return names, None, *(turned(matrices[name], root, kind) for name, root in zip(names, roots, strict=True))
 
 
 def residual_roots(slow, positions, channel, matrices, tap):
@@ -206,9 +220,9 @@ def residual_roots(slow, positions, channel, matrices, tap):
     place = f"{tap.split('.')[2]}.{'mlp' if '.mlp.' in tap else 'attention'}"
     names = f"g.final.damping-{left}", f"a.{place}.damping-{right}"
     root = whitening(sum(np.outer(at.inputs[tap], at.inputs[tap]) for at in positions) / len(positions), right)
-    assert_close(matrices[names[1]], root, precision(slow.lm.config.model_type))
+    right_matrix = turned(matrices[names[1]], root, precision(slow.lm.config.model_type))
     assert_drawn(slow, positions, tap, matrices[names[0]].numpy(), left)
-    return names, tap, matrices[names[0]].numpy(), root
+    return names, tap, matrices[names[0]].numpy(), right_matrix
 
 
 def taps_of(slow, channel):
@@ -227,7 +241,7 @@ def taps_of(slow, channel):
 def assert_drawn(slow, positions, tap, root, damping):
     """The moment behind a whitening matrix, whose labels are drawn, lies within 5 sigma of its expectation."""
     mean, variance = label_moments(slow, positions, back=lambda at: slow.left(at, tap, np.eye(len(at.h))))
-    damped = np.linalg.inv(root @ root) * len(positions)
+    damped = np.linalg.inv(root @ root.T) * len(positions)
     drawn = damped - damping * np.trace(damped) / (1 + damping) / len(damped) * np.eye(len(damped))
     sigmas = (drawn - mean) / np.sqrt(variance)
     assert np.sqrt((sigmas**2).mean()) > 0.3 and np.abs(sigmas).max() < 5  # neither exact nor another distribution
@@ -258,8 +272,7 @@ def test_left_and_right_factors_have_their_own_damping(tokenizer, tokenised, row
         "h.damping-0.3": whitening(h, 0.3),
     }
     assert matrices.keys() == wanted.keys()
-    for name, matrix in wanted.items():
-        assert_close(matrices[name], matrix, "float64")
+    wanted = {name: turned(matrices[name], matrix, "float64") for name, matrix in wanted.items()}
     used = [("rh0.damping-0.7", "h.damping-0.2"), ("gh1.damping-2.0", "h.damping-0.3")]
     used += [("gh2.damping-0.3", "h.damping-0.3"), (None, "h.damping-0.2")]
     weight = readout.weight.numpy()
@@ -267,8 +280,8 @@ def test_left_and_right_factors_have_their_own_damping(tokenizer, tokenised, row
         parts = [
             sum(
                 np.outer(
-                    wanted.get(left, np.eye(32)) @ (sketch if number == 0 else weight).T @ residual_at(slow, at),
-                    wanted[right] @ at.h,
+                    wanted.get(left, np.eye(32)).T @ (sketch if number == 0 else weight).T @ residual_at(slow, at),
+                    wanted[right].T @ at.h,
                 )
                 for at in flat([row])
             ).ravel()
@@ -277,12 +290,12 @@ def test_left_and_right_factors_have_their_own_damping(tokenizer, tokenised, row
         assert_close(vector, np.concatenate(parts), "float64")
 
 
-@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("n_bytes", [None, 300])
 @pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
-def test_length_power_divides_rows_by_their_learned_tokens(power, rank, tokenizer, tokenised, rows):
-    """Rows of several windows, whose overlaps count once; a low-rank row is divided by the root on either side."""
+def test_length_power_divides_rows_by_their_learned_tokens(power, n_bytes, tokenizer, tokenised, rows):
+    """Rows of several windows, whose overlaps count once; a row of triples is divided by the root on either side."""
     readout = make_readout("gpt2", tokenizer, spread=0.15)
-    plain = resolve_settings(GH, **{**EXACT, "rank": rank})
+    plain = resolve_settings(GH, **{**EXACT, "bytes_per_row": n_bytes})
     sums, matrices, windows = signed(readout, plain, tokenised, rows)
     signer = Signer(readout, replace(plain, length_power=power))
     signer.whitening = matrices
@@ -291,10 +304,10 @@ def test_length_power_divides_rows_by_their_learned_tokens(power, rank, tokenize
     spans = [render(row, tokenizer).responses for row in rows[ROWS]]
     counts = np.array([len(target_places(one.offsets, span)) for one, span in zip(tokens, spans, strict=True)])
     assert max(len(one.windows) for one in tokens) > 2 and counts.max() > 1.4 * counts.min()
-    assert_close(found, sums / counts[:, None] ** (power if rank is None else power / 2), "float64")
-    if rank is not None:
-        lengths = [signer.codec.lengths(torch.tensor(vectors)) for vectors in (found, sums)]
-        assert_close(lengths[0], lengths[1].numpy() / counts**power, "float64")
+    assert isinstance(signer.form, Triples) == (n_bytes is not None)
+    assert_close(found, sums / counts[:, None] ** (power if n_bytes is None else power / 2), "float64")
+    lengths = [signer.form.lengths(torch.tensor(vectors)) for vectors in (found, sums)]
+    assert_close(lengths[0], lengths[1].numpy() / counts**power, "float64")
 
 
 def test_maps_that_are_one_matrix_are_multiplied_once(tokenizer):
@@ -369,29 +382,12 @@ def test_whitened_rh_uses_the_moment_of_projected_residuals(tokenizer, tokenised
     slow.weight = Signer(readout, settings).maps["rh0"].matrix().numpy()  # the sketch in the place of W
     moment, _ = label_moments(slow, flat(nested))
     root = whitening(moment / len(flat(nested)), 0.3)
-    assert_close(matrices["rh0.damping-0.3"], root, "float64")
+    root = turned(matrices["rh0.damping-0.3"], root, "float64")
     wanted = [
-        sum(np.outer(root @ slow.weight.T @ residual_at(slow, at), at.h) for at in flat([row])).ravel()
+        sum(np.outer(root.T @ slow.weight.T @ residual_at(slow, at), at.h) for at in flat([row])).ravel()
         for row in nested
     ]
     assert_close(found, wanted, "float64")
-
-
-def test_hadamard_projection_is_shared_by_size(tokenizer, tokenised, rows):
-    """A width below the exact size projects every part; parts that fit their share stay exact."""
-    readout = make_readout("llama", tokenizer, spread=0.15)
-    blocks = resolve_settings("residual").channels[1:]
-    settings = resolve_settings("residual", **{**EXACT, "final_width": 5000}, channels=blocks)
-    signer = Signer(readout, settings)
-    assert [part.flat for part in signer.parts] == [1024, 1536, 1024, 1536]
-    assert [part.stored for part in signer.parts] == [1024, 1476, 1024, 1476] and signer.codec.width == 5000
-    whole, matrices, windows = signed(readout, replace(settings, final_width=None), tokenised, rows)
-    signer.whitening = matrices
-    found = signer.rows(windows, len(whole)).numpy()
-    assert_close(found[:, :1024], whole[:, :1024], "float64")
-    dense = signer.parts[1].hadamard(torch.eye(1536, dtype=torch.float64)).numpy()
-    assert_close(found[:, 1024:2500], whole[:, 1024:2560] @ dense, "float64")
-    assert_close(found[:, 2500:3524], whole[:, 2560:3584], "float64")
 
 
 def test_positions_draw_labels_from_the_model(tokenizer):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from leaveout.projection import (
     CountSketch,
-    Hadamard,
+    Rotation,
     hadamard_transform,
     orthogonal,
     random_bits,
@@ -109,9 +109,9 @@ def orthogonal_products(size, width, x, y, n):
     return np.array([(x @ m) @ (y @ m) for m in matrices])
 
 
-def hadamard_products(size, width, x, y, n):
+def rotation_products(size, width, x, y, n):
     both = torch.tensor(np.stack([x, y])).float()
-    return np.array([float(torch.dot(*Hadamard.make(size, width, seed, "law")(both))) for seed in range(n)])
+    return np.array([float(torch.dot(*Rotation.make(size, seed, "law", width)(both))) for seed in range(n)])
 
 
 def countsketch_variance(x, y, width):
@@ -125,8 +125,10 @@ def countsketch_variance(x, y, width):
         (countsketch_products, 48, 16, countsketch_variance),
         (countsketch_products, 48, 10, countsketch_variance),
         (orthogonal_products, 24, 8, None),
-        (hadamard_products, 60, 16, None),
-        (hadamard_products, 60, 48, None),
+        (rotation_products, 64, 16, None),
+        (rotation_products, 60, 16, None),
+        (rotation_products, 60, 48, None),
+        (rotation_products, 53, 20, None),
     ],
 )
 def test_projections_keep_inner_products_in_expectation(products, size, width, variance):
@@ -142,21 +144,39 @@ def test_projections_keep_inner_products_in_expectation(products, size, width, v
         assert spread > wanted - error
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 17, 64, 300])
-@pytest.mark.parametrize("share", [0.3, 1.0])
-def test_hadamard_equals_the_dense_matrix(size, share):
-    padded = max(2, 2 ** math.ceil(math.log2(size)))
-    dense = np.ones((1, 1))
-    while len(dense) < padded:
-        dense = np.kron([[1, 1], [1, -1]], dense)
-    transform = Hadamard.make(size, max(1, int(share * padded)), 5, "law")
-    x = np.random.default_rng(0).normal(size=(3, size))
-    wanted = (x * transform.signs.numpy()) @ dense[:size, transform.outputs.numpy()] / math.sqrt(len(transform.outputs))
-    found = transform.to(torch.device("cpu"), torch.float64)(torch.tensor(x))
-    assert_close(found, wanted, "float64")
-    assert len(set(transform.outputs.tolist())) == len(transform.outputs) and transform.outputs.max() < padded
-    if share == 1.0:
-        assert_close((found**2).sum(1), (x**2).sum(1), "float64")
+def dense_rotation(size, signs, outputs=None):
+    """The matrix [size, outputs] that x is multiplied with, by the definition: entry by entry, in float64."""
+    power = 1
+    while size % (2 * power) == 0:
+        power *= 2
+    odd = size // power
+    matrix = np.empty((size, size))
+    for place, output in itertools.product(range(size), range(size)):
+        (i, j), (k, m) = divmod(place, power), divmod(output, power)
+        cosine = math.sqrt((2 if k else 1) / odd) * math.cos(math.pi * (i + 0.5) * k / odd)
+        matrix[place, output] = signs[place] * cosine * (-1) ** (j & m).bit_count() / math.sqrt(power)
+    return matrix if outputs is None else matrix[:, outputs] * math.sqrt(size / len(outputs))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 12, 13, 31, 36, 64, 97, 172, 300])
+@pytest.mark.parametrize("share", [0.3, None])
+def test_rotation_equals_its_definition(size, share):
+    """Powers of two, their multiples, odd and prime sizes; at full width nothing is lost, and `back` is the transpose."""
+    width = None if share is None else max(1, int(share * size))
+    rotation = Rotation.make(size, 5, "law", width).to(torch.device("cpu"), torch.float64)
+    outputs = None if rotation.outputs is None else rotation.outputs.tolist()
+    assert rotation.width == (width or size) and set(rotation.signs.tolist()) <= {-1.0, 1.0}
+    assert outputs is None or (outputs == sorted(set(outputs)) and outputs[0] >= 0 and outputs[-1] < size)
+    dense = dense_rotation(size, rotation.signs.numpy(), outputs)
+    x, y = (np.random.default_rng(n).normal(size=(4, n)) for n in (size, rotation.width))
+    assert_close(rotation(torch.tensor(x)), x @ dense, "float32")  # its table of cosines is in float32
+    assert_close(rotation.back(torch.tensor(y)), y @ dense.T, "float32")
+    whole = Rotation.make(size, 5, "law", size)
+    assert whole.outputs is None and whole(torch.zeros(0, size)).shape == (0, size)
+    if share is None:
+        assert_close(dense @ dense.T, np.eye(size), "float64")
+        assert_close(rotation.back(rotation(torch.tensor(x))), x, "float32")
+        assert_close((rotation(torch.tensor(x)) ** 2).sum(1), (x**2).sum(1), "float32")
 
 
 @pytest.mark.parametrize("bits", [0, 1, 6, 7, 8, 15])
@@ -165,12 +185,22 @@ def test_hadamard_transform_is_its_own_inverse(bits):
     assert_close(hadamard_transform(hadamard_transform(x)) / 2**bits, x, "float64")
 
 
-def test_hadamard_outputs_and_signs_are_uniform():
-    outputs = np.concatenate([Hadamard.make(64, 16, seed, "law").outputs.numpy() for seed in range(800)])
-    assert chi_square_is_uniform(np.bincount(outputs, minlength=64))
-    signs = Hadamard.make(60_000, 16, 0, "law").signs.numpy()
+def test_outputs_and_signs_of_rotations_are_uniform():
+    outputs = np.concatenate([Rotation.make(60, seed, "law", 16).outputs.numpy() for seed in range(800)])
+    assert chi_square_is_uniform(np.bincount(outputs, minlength=60))
+    signs = Rotation.make(60_000, 0, "law").signs.numpy()
     assert uncorrelated(signs[1:], signs[:-1]) and uncorrelated(signs, np.ones_like(signs))
-    assert uncorrelated(signs, random_signs(0, "other", 60_000).numpy())
+    others = [Rotation.make(60_000, 0, "other"), Rotation.make(60_000, 1, "law")]
+    assert all(uncorrelated(signs, other.signs.numpy()) for other in others)
+    assert uncorrelated(signs, random_signs(0, "law", 60_000).numpy())
+
+
+def test_rotation_spreads_every_vector():
+    """What comes out of one coordinate, or of some, is about as large everywhere; a constant is no exception."""
+    size = 576
+    for seed, x in enumerate((torch.eye(size)[7:8], torch.ones(1, size), torch.arange(size)[None] < 9)):
+        y = Rotation.make(size, seed, "law")(x.float())[0] / x.float().norm()
+        assert y.abs().max() < SIGMAS / math.sqrt(size)  # of nearly normal numbers one in 1.7 million is beyond
 
 
 @given(st.integers(1, 40), st.data())
@@ -185,7 +215,7 @@ def test_orthogonal_has_orthogonal_columns(size, data):
     ("make", "sentence"),
     [
         (lambda: orthogonal(4, 5, 0, "h"), "An orthogonal projection of 4 numbers cannot be 5 wide: use at most 4"),
-        (lambda: Hadamard.make(5, 9, 0, "h"), "A Hadamard projection of 5 numbers cannot be 9 wide: use at most 8"),
+        (lambda: Rotation.make(5, 0, "h", 9), "A rotation of 5 numbers cannot be 9 wide: use at most 5"),
     ],
 )
 def test_projections_wider_than_their_input_are_refused(make, sentence):
@@ -207,22 +237,32 @@ GOLDEN = {
     "buckets": [70, 38, 51, 40],
     "signs": [1.0, 1.0, -1.0, 1.0],
     "outputs": [25, 38, 41, 42],
-    "hadamard signs": [-1.0, -1.0, -1.0, 1.0, 1.0, 1.0],
+    "rotation signs": [-1.0, -1.0, -1.0, 1.0, 1.0, 1.0],
+}
+# What comes out of 1, 2, 3, ...: of an even size that is no power of two, an odd, a prime, and a cut one.
+ROTATED = {
+    (12, None): [10.9697, 2.8868, -10.3923, 0.0, -7.7782, -4.9497, 9.1924, -10.6066, -2.0412, 9.3897, 1.2247, 6.1237],
+    (9, None): [8.3333, -9.9163, 6.717, 1.633, -6.0911, -4.5781, 2.357, 2.0104, -1.334],
+    (7, None): [3.0237, -3.9852, 6.6457, -6.5845, -3.7533, 3.5724, -0.7776],
+    (16, 5): [28.6217, 1.7889, 23.2551, -3.5777, 30.4105],
 }
 
 
 def test_random_numbers_are_frozen():
     """An index holds no tables, so these must never change; seed 0 without a name is splitmix64 from state 0."""
-    sketch, transform = CountSketch.make(4, 128, 0, "h"), Hadamard.make(60, 4, 0, "gh0")
+    sketch, transform = CountSketch.make(4, 128, 0, "h"), Rotation.make(60, 0, "gh0", 4)
     found = {
         "bits": [random_bits(seed, stream, 2).tolist() for seed, stream in ((0, ""), (0, "h"), (2**63, "rh/0//left"))],
         "far": int(random_bits(1, "h", 100_000)[-1]),
         "buckets": sketch.buckets.tolist(),
         "signs": sketch.signs.tolist(),
         "outputs": transform.outputs.tolist(),
-        "hadamard signs": transform.signs[:6].tolist(),
+        "rotation signs": transform.signs[:6].tolist(),
     }
     assert found == GOLDEN
     assert orthogonal(3, 2, 0, "h").flatten().tolist() == pytest.approx(
         [0.934079, -0.747585, -0.227438, 0.134834, -0.758794, -0.960696], abs=1e-5
     )
+    for (size, width), wanted in ROTATED.items():
+        turned = Rotation.make(size, 3, "code/0/left", width)(torch.arange(1.0, size + 1)[None])[0]
+        assert turned.tolist() == pytest.approx(wanted, abs=1e-4)

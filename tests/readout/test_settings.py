@@ -1,6 +1,5 @@
 """Settings: what is refused, what is written down, and what older indexes wrote."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +7,8 @@ import pytest
 import torch
 
 from leaveout.errors import MismatchError
-from leaveout.readout.codec import CODECS, Triples, read_codec
 from leaveout.readout.index import Index
+from leaveout.readout.opened import read_codecs
 from leaveout.readout.settings import PRESETS, Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer
 
@@ -54,9 +53,13 @@ def test_wrong_channels_are_refused(fields, sentence):
         ({"temperature": 0.0}, "temperature is 0.0: give a positive number"),
         ({"mass": 0.5}, "mass below 1 needs a support"),
         ({"window": 8, "stride": 8}, "window is 8, stride 8: give 1 <= stride < window"),
-        ({"storage": "int3"}, "storage is 'int3': give one of float32, float16, int8, int4"),
-        ({"rank": 0}, "rank is 0: give a whole number of at least 1"),
-        ({"rank": 2.5}, "rank is 2.5: give a whole number of at least 1"),
+        ({"storage": "int3"}, "storage is 'int3': give one of float32, float16, int8"),
+        ({"storage": "int4"}, "storage is 'int4'.* give one of float32, float16, int8"),
+        ({"bytes_per_row": 0}, "bytes_per_row is 0: give a whole number of at least 1"),
+        ({"bytes_per_row": 2.5}, "bytes_per_row is 2.5: give a whole number of at least 1"),
+        ({"short_bytes": 0}, "short_bytes is 0: give a whole number of at least 1"),
+        ({"long": "yes"}, "long is 'yes': give one of stored, none"),
+        ({"long": "none", "short_bytes": None}, "A row needs a stored form: give short_bytes, or long='stored'"),
         ({"channels": ("gh",)}, r"channels holds something else than channels: give Channel\(\.\.\.\)"),
     ],
 )
@@ -109,6 +112,7 @@ FIRST = {
     "window": 1024,
     "stride": 768,
     "storage": "int8",
+    "bytes_per_row": 16384,
     "sample_rows": 256,
     "seed": 0,
 }
@@ -122,8 +126,8 @@ FIRST_CHANNEL = {
     "damping": 0.1,
     "layers": None,
 }
-FIRST_DEFAULT = {"channels": [{"kind": "gh", **FIRST_CHANNEL}], **FIRST, "rank": 24, "final_width": 16384}
-FIRST_RESIDUAL = {"channels": [{"kind": "residual", **FIRST_CHANNEL}], **FIRST, "rank": 8, "final_width": 131072}
+FIRST_DEFAULT = {"channels": [{"kind": "gh", **FIRST_CHANNEL}], **FIRST}
+FIRST_RESIDUAL = {"channels": [{"kind": "residual", **FIRST_CHANNEL}], **FIRST, "bytes_per_row": 32768}
 
 
 def test_settings_of_older_indexes_mean_what_they_meant(tokenizer):
@@ -131,7 +135,7 @@ def test_settings_of_older_indexes_mean_what_they_meant(tokenizer):
     readout = make_readout("llama", tokenizer)
     default, residual = (SignatureSettings.from_dict(values) for values in (FIRST_DEFAULT, FIRST_RESIDUAL))
     both = {"whiten_left": True, "whiten_right": True, "damping": 0.1}
-    assert default == SignatureSettings((Channel("gh", **both),), rank=24, final_width=16384, length_power=0.0)
+    assert default == SignatureSettings((Channel("gh", **both),), length_power=0.0)
     signers = [Signer(readout, settings) for settings in (default, residual)]
     sides = [[(part.left.whiten, part.right.whiten) for part in signer.parts] for signer in signers]
     places = ("0.attention", "0.mlp", "1.attention", "1.mlp")
@@ -160,7 +164,7 @@ def test_presets_are_named_and_changed_by_field():
         resolve_settings("best")
     with pytest.raises(
         ValueError,
-        match=r"no signature setting 'temprature': did you mean 'temperature'\? give one of channels, final_width",
+        match=r"no signature setting 'temprature': did you mean 'temperature'\? give one of bytes_per_row, channels",
     ):
         resolve_settings("paper", temprature=1)
 
@@ -169,16 +173,10 @@ def test_presets_are_named_and_changed_by_field():
     ("facts", "told"),
     [
         (None, "does not say how its rows are stored: build it anew"),
-        ({"name": "flat-int1"}, "'flat-int1'.*newer leaveout"),
+        ({"name": "flat-int4", "width": 24}, "does not say how its rows are stored: build it anew"),
+        ({"long": {"name": "flat-int1"}, "short": None}, "stored as 'flat-int1': it needs another leaveout"),
     ],
 )
 def test_stored_form_that_is_not_known_is_refused(facts, told):
     with pytest.raises(MismatchError, match=told):
-        read_codec(facts)
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_stored_form_is_read_by_its_name(name):
-    kind, numbers = CODECS[name]
-    made = kind(numbers, 24, *([[(2, 4)]] if kind is Triples else []))
-    assert read_codec(json.loads(json.dumps(made.to_dict()))) == made
+        read_codecs(facts)

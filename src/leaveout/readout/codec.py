@@ -18,6 +18,7 @@ Source: the asymmetric estimate of RaBitQ, arXiv 2405.12497; levels of the evenl
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -267,7 +268,7 @@ class Filled(Codec):
         for name in ("sizes", "kept"):
             object.__setattr__(self, name, tuple((left, right) for left, right in getattr(self, name)))
         if self.code_bytes < max(self.plane_bytes):
-            least = max(self.plane_bytes) + 3 * len(self.sizes) + 4 + 2 * self.n_triples
+            least = next(n for n in itertools.count(self.n_bytes) if self._room(n)[1] >= max(self.plane_bytes))
             raise ValueError(f"{self.n_bytes} bytes a row hold not one triple of this model: give at least {least}.")
 
     @property
@@ -290,14 +291,20 @@ class Filled(Codec):
         """Bytes of one bit of all coordinates of a triple, by part."""
         return tuple(-(-left // 8) - (-right // 8) for left, right in self.kept)
 
+    def _room(self, n_bytes: int) -> tuple[int, int]:
+        """The most triples that so many bytes have room for, and the bytes of their codes."""
+        left = n_bytes - 4 - 3 * len(self.sizes)  # without the scale and the counts
+        n_triples = max(1, -(-left // (min(self.plane_bytes) + 2)))
+        return n_triples, left - 2 * n_triples
+
     @cached_property
     def n_triples(self) -> int:
         """Triples that a row has room for."""
-        return max(1, -(-(self.n_bytes - 4 - 3 * len(self.sizes)) // (min(self.plane_bytes) + 2)))
+        return self._room(self.n_bytes)[0]
 
-    @property
+    @cached_property
     def code_bytes(self) -> int:
-        return self.n_bytes - 4 - 3 * len(self.sizes) - 2 * self.n_triples
+        return self._room(self.n_bytes)[1]
 
     @cached_property
     def rotations(self) -> list[tuple[Rotation, Rotation]]:
@@ -316,6 +323,10 @@ class Filled(Codec):
     def encode(self, rows: Tensor) -> dict[str, np.ndarray]:
         factors = self.factors(rows)
         energy = torch.stack([u.square().sum(2) * v.square().sum(2) for u, v in factors], 1)
+        energy, order = torch.sort(energy, dim=2, descending=True, stable=True)  # a part of a side is in another order
+        factors = [
+            tuple(x.gather(1, order[:, part, :, None].expand(x.shape)) for x in both) for part, both in enumerate(factors)
+        ]
         bits = self.shared_bits(energy.cpu())
         codes = torch.zeros(len(rows), self.code_bytes, dtype=torch.uint8)
         weights = torch.zeros(len(rows), self.n_triples)
@@ -477,7 +488,8 @@ def chosen_codec(sizes: Sizes, ordered: Ordered, settings: SignatureSettings) ->
     whole = Whole(width, settings.storage)
     if settings.bytes_per_row is None:
         return whole
-    n_bytes = settings.bytes_per_row - (settings.short_bytes or 0 if _has_short(settings) else 0)
+    beside = settings.long == "stored" and _has_short(settings)
+    n_bytes = settings.bytes_per_row - (settings.short_bytes or 0 if beside else 0)
     if whole.row_bytes <= n_bytes:
         return whole
     planes = Planes(width, width, FLAT_BITS, settings.seed)
@@ -488,10 +500,11 @@ def short_codec(sizes: Sizes, ordered: Ordered, settings: SignatureSettings, lon
     """How the short form is stored beside that long one; None where there is none, or it would save nothing."""
     if not _has_short(settings) or settings.short_bytes is None:
         return None
+    n_bytes = min(settings.short_bytes, settings.bytes_per_row or settings.short_bytes)
     if isinstance(long, Filled):
-        return filled(sizes, ordered, settings.short_bytes, settings.seed, SCANNED)
+        return filled(sizes, ordered, n_bytes, settings.seed, SCANNED)
     width = long.form.width
-    short = Planes(width, min(width, 8 * (settings.short_bytes - 4)), 1, settings.seed)
+    short = Planes(width, min(width, 8 * (n_bytes - 4)), 1, settings.seed)
     return short if short.row_bytes * SHARE <= long.row_bytes or settings.long == "none" else None
 
 

@@ -92,12 +92,9 @@ def refuse(index: OpenIndex, k: int, where: str | None, options: SearchOptions) 
 def planned(index: OpenIndex, k: int, wanted: np.ndarray | None, options: SearchOptions) -> SearchPlan:
     """What a search for k rows, of the `wanted` ones where not None, is going to do."""
     considered = len(index) if wanted is None else len(wanted)
-    plan = plan_search(index, considered, options.shortlist, options.exact, options.reencode)
-    return (
-        plan
-        if plan.shortlist is None or plan.shortlist >= k
-        else plan_search(index, considered, k, False, options.reencode)
-    )
+    anew = max(k, options.reencode) if options.reencode else 0  # hits have scores of one kind
+    plan = plan_search(index, considered, options.shortlist, options.exact, anew)
+    return plan if plan.shortlist is None or plan.shortlist >= k else plan_search(index, considered, k, False, anew)
 
 
 def find(
@@ -157,6 +154,8 @@ def _scored(
     plan: SearchPlan,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Row numbers of each query's list, ascending, and their exact scores: short form, long form, then the model."""
+    if not plan.considered:
+        return []
     crew = (options.workers, options.backend)
     vectors = queries.vectors
     numbers: list[np.ndarray] | None = None

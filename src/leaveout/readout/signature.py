@@ -313,7 +313,7 @@ class Signer:
                 waiting[owners[at]] -= 1
                 sums[owners[at]] = self._sum(sums.get(owners[at]), found[at])
             done = [owner for owner in dict.fromkeys(owners) if owner in sums and not waiting[owner]]
-            numbers = torch.tensor([owners[at] for at in whole] + done)
+            numbers = torch.tensor([owners[at] for at in whole] + done, dtype=torch.int64)
             joined = [found[whole], *(sums[owner][None] for owner in done)]
             added = [lengths[whole], *(self._part_lengths(sums.pop(owner)[None]) for owner in done)]
             yield numbers, *self._scaled(torch.cat(joined), torch.cat(added), [targets[n] for n in numbers.tolist()])
@@ -371,7 +371,7 @@ class Signer:
                 if codec is not None:
                     arrays |= {f"{name}.{key}": value for key, value in codec.encode(rows).items()}
             for name, array in arrays.items():
-                total.setdefault(name, np.zeros((n_rows, *array.shape[1:]), array.dtype))[numbers] = array
+                total.setdefault(name, np.zeros((n_rows, *array.shape[1:]), array.dtype))[numbers.numpy()] = array
         return total
 
 

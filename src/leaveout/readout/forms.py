@@ -145,7 +145,7 @@ def low_rank(left: Tensor, right: Tensor, rank: int) -> Tensor:
 
 
 POSITIONS = 256  # up to so many, eigendecompositions of positions x positions are cheaper than iterations
-MORE, ROUNDS = 24, 4  # columns beyond the rank, and rounds, of the iteration: cosine with the exact form above .9999
+MORE, ROUNDS = 40, 4  # columns beyond the rank, and rounds, of the iteration: cosine with the exact form above .9999
 
 
 def _by_positions(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

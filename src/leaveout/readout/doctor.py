@@ -11,6 +11,7 @@ import torch
 from leaveout.corpus import Row
 from leaveout.errors import LeaveoutError
 from leaveout.models import ModelOptions
+from leaveout.readout.codec import TRIPLES, Filled
 from leaveout.readout.families import find_taps
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
@@ -62,6 +63,7 @@ def doctor(
             _start_token(readout),
             _loss(signer, rows),
             _layers(readout, rows[0]),
+            _stored_bytes(readout),
         )
     )
 
@@ -101,12 +103,12 @@ def _invariance(signer: Signer, rows: list[TokenisedRow]) -> list[Check]:
     """Each row alone, then beside others of other lengths: the signature may not care."""
     windows = [window for row in rows for window in row.windows]
     limit = INVARIANT.get(signer.readout.weight.dtype, 0.1)
-    alone = torch.cat([signer.window_vectors([window])[0] for window in windows])
-    same = torch.cat([signer.window_vectors([window, window])[0][:1] for window in windows])
+    alone = torch.cat([signer.window_rows([window])[0] for window in windows])
+    same = torch.cat([signer.window_rows([window, window])[0][:1] for window in windows])
     padded = torch.empty_like(alone)
     numbered = [replace(window, row=number) for number, window in enumerate(windows)]
     for batch in batches(numbered, signer.readout.batch_class):
-        padded[[window.row for window in batch]] = signer.window_vectors(batch)[0]
+        padded[[window.row for window in batch]] = signer.window_rows(batch)[0]
     size = alone.norm(dim=1)
     checks = []
     for name, other, advice in (
@@ -164,3 +166,17 @@ def _layers(readout: Readout, row: TokenisedRow) -> Check:
             f"{readout.family} layers are not known: `default` looks at the readout alone, `residual` at rh and gh",
         )
     return Check("layers", None, f"{len(found[0])} output projections that the residual channel can take")
+
+
+def _stored_bytes(readout: Readout) -> Check:
+    """What a row of `default` holds of this model, and what `bytes_per_row` would hold it whole."""
+    signer = Signer(readout, resolve_settings("default"))
+    long, short = signer.codec, signer.short
+    stored = f"a row takes {long.row_bytes + (0 if short is None else short.row_bytes):,} bytes by default"
+    if not isinstance(long, Filled):
+        return Check("bytes of a row", None, f"{stored}, and is held whole")
+    whole = TRIPLES * sum(left + right for left, right in long.sizes) // 8
+    whole += signer.settings.short_bytes or 0
+    cut = " of which sides are cut" if long.kept != long.sizes else ""
+    room = f"room for {long.code_bytes // max(long.plane_bytes)} to {long.n_triples} singular triples at 1 bit{cut}"
+    return Check("bytes of a row", None, f"{stored}: {room}; bytes_per_row={whole} has room for {TRIPLES} of every part")

@@ -15,6 +15,7 @@ noise counts against what is left out (`codec.NOISE`), and how far sides are cut
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,11 +33,12 @@ from leaveout.methods.signatures import readout_of, trained_part
 from leaveout.metrics import bootstrap_interval, lds
 from leaveout.projection import Rotation
 from leaveout.readout.codec import SCANNED, SCORED, Codec, Filled, filled
-from leaveout.readout.forms import Triples, pairs
+from leaveout.readout.forms import Triples, low_rank, pairs
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import PRESETS
-from leaveout.readout.signature import QUERY_RANK, Signer, batches
+from leaveout.readout.signature import QUERY_RANK, ROW_RANK, Signer, batches
+from leaveout.readout.tokens import Window
 from leaveout.readout.whitening import whitening_matrices
 from measuring import alpaca, arguments, made_rows, smollm2, tiny, tokenised, write_result
 from public_rows import fitted, groups
@@ -44,6 +46,7 @@ from public_rows import fitted, groups
 KB = (1, 2, 4, 8, 16, 32)
 PROJECTED = (1, 2, 4)  # kilobytes at which projections are judged, too
 LISTS = (0.01, 0.05)
+SOME = 100  # rows that are encoded and scored at a time
 PIECE = 8  # rows whose outer products exist at once
 OTHERS = 300  # rows that principal components are learned from
 LONGEST = 100  # tokens of the rows and queries of the recall part
@@ -67,8 +70,10 @@ class Rows:
 
 def code_scores(found: Rows, codec: Codec) -> np.ndarray:
     """Scores [query, row] of stored rows."""
-    arrays, score = codec.encode(found.rows), codec.scorer(found.queries)
-    return np.concatenate([score(arrays, at) for at in codec.blocks(len(found.rows))]).T
+    score, scores = codec.scorer(found.queries), []
+    for piece in found.rows.split(SOME):
+        scores.append(score(codec.encode(piece.float()), slice(None)))
+    return np.concatenate(scores).T
 
 
 def old_scores(found: Rows, n_bytes: int) -> np.ndarray | None:
@@ -76,11 +81,14 @@ def old_scores(found: Rows, n_bytes: int) -> np.ndarray | None:
     rank = int(n_bytes / 0.53125 // found.form.width(1))
     if rank == 0:
         return None
-    cut = found.form.joined([(u[:, :rank], v[:, :rank]) for u, v in found.form.factors(found.rows)])
-    blocks = torch.nn.functional.pad(cut, (0, -cut.shape[1] % 64)).unflatten(1, (-1, 64))
-    unit = (blocks.abs().amax(2, keepdim=True) / 7).clamp_min(1e-30)
-    rounded = ((blocks / unit).round() * unit).flatten(1)[:, : cut.shape[1]]
-    return found.form.products(rounded, found.queries).T.numpy()
+    scores = []
+    for piece in found.rows.split(SOME):
+        cut = found.form.joined([(u[:, :rank], v[:, :rank]) for u, v in found.form.factors(piece.float())])
+        blocks = torch.nn.functional.pad(cut, (0, -cut.shape[1] % 64)).unflatten(1, (-1, 64))
+        unit = (blocks.abs().amax(2, keepdim=True) / 7).clamp_min(1e-30)
+        rounded = ((blocks / unit).round() * unit).flatten(1)[:, : cut.shape[1]]
+        scores.append(found.form.products(rounded, found.queries))
+    return torch.cat(scores).T.numpy()
 
 
 def projections(found: Rows, width: int) -> tuple[Tensor, Tensor]:
@@ -224,13 +232,14 @@ def recall_rows(readout: Readout, n: int, n_queries: int, smoke: bool) -> Rows:
         found = (
             fitted((f"{x['instruction']} {x['input']}".strip(), " " + x["output"]), count, LONGEST) for x in alpaca(1)
         )
-        kept = [pair for pair in found if count(pair[0] + pair[1]) >= 60][: n + settings.sample_rows]
+        fine = (pair for pair in found if count(pair[0] + pair[1]) >= 60)
+        kept = list(itertools.islice(fine, n + settings.sample_rows))
         rows, sample = ([{"prompt": a, "response": b} for a, b in part] for part in (kept[:n], kept[n:]))
         queries = []
         for name in CORPORA:
             pairs_ = (fitted(pair, count, 64) for pair in groups(5)[name])
-            fine = [pair for pair in pairs_ if pair[1].strip() and count(pair[0] + pair[1]) >= 30]
-            queries += [{"prompt": a, "response": b} for a, b in fine[: n_queries // len(CORPORA)]]
+            fine = (pair for pair in pairs_ if pair[1].strip() and count(pair[0] + pair[1]) >= 30)
+            queries += [{"prompt": a, "response": b} for a, b in itertools.islice(fine, n_queries // len(CORPORA))]
     windows = [window for row in tokenised(sample, readout, settings) for window in row.windows]
     signer.whitening = whitening_matrices(signer, windows)
     form = signer.form
@@ -239,37 +248,41 @@ def recall_rows(readout: Readout, n: int, n_queries: int, smoke: bool) -> Rows:
         signer.form = form
     asked = tokenised(queries, readout, settings)
     vectors = signer.rows([window for row in asked for window in row.windows], len(asked)).float()
-    kept_rows = torch.empty(len(rows), form.width(QUERY_RANK), dtype=torch.float16)
+    kept_rows = torch.empty(len(rows), form.width(ROW_RANK), dtype=torch.float16)
     exact = np.empty((len(asked), len(rows)), np.float32)
-    for number, row in enumerate(tokenised(rows, readout, settings)):
-        kept_rows[number] = signer.rows([_first(window) for window in row.windows], 1)[0].half()
-        exact[:, number] = exact_scores(signer, row.windows, form, vectors)
-        if number % 100 == 99:
-            print(f"  {number + 1} rows", file=sys.stderr, flush=True)
+    windows = [window for row in tokenised(rows, readout, settings) for window in row.windows]
+    assert len(windows) == len(rows), "a row has several windows"
+    done = 0
+    for batch in batches(windows, readout.batch_class):
+        for window, row, scores in zip(batch, *rows_and_scores(signer, batch, form, vectors), strict=True):
+            kept_rows[window.row], exact[:, window.row] = row.half(), scores
+        done += len(batch)
+        print(f"  {done} rows", file=sys.stderr, flush=True)
     ordered = tuple((part.left.ordered, part.right.ordered) for part in signer.parts)
-    return Rows(form, ordered, kept_rows.float(), vectors, exact, kept_rows[:0].float())
+    return Rows(form, ordered, kept_rows, vectors, exact, kept_rows[:0].float())
 
 
-def _first(window: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(window, row=0)
+def rows_and_scores(
+    signer: Signer, batch: list[Window], form: Triples, queries: Tensor
+) -> tuple[list[Tensor], list[np.ndarray]]:
+    """Rows of the form, and their scores [query] of which nothing is left out, of windows that are whole rows."""
+    positions, rank = signer.positions(batch), form.rank(queries)
+    factors = [signer.factors(positions, part) for part in signer.parts]
+    rows, scores = [], []
+    for window, span in zip(batch, positions.spans, strict=True):
+        by = len(window.positions) ** signer.settings.length_power
+        row = torch.cat([low_rank(left[span], right[span], ROW_RANK) for left, right in factors])
+        rows.append(form.divided(row[None], torch.tensor([by]))[0])
+        total = torch.zeros(len(queries), dtype=torch.float64)
+        for (left, right), (a, b) in zip(factors, form.factors(queries), strict=True):
+            both = pairs(left[span], a.flatten(0, 1), right[span], b.flatten(0, 1)).sum(0)
+            total += both.view(len(queries), rank).sum(1).double()
+        scores.append((total / by).float().numpy())
+    return rows, scores
 
 
 def _counter(readout: Readout) -> Callable[[str], int]:
     return lambda text: len(readout.tokenizer(text)["input_ids"])
-
-
-def exact_scores(signer: Signer, windows: list[Any], form: Triples, queries: Tensor) -> np.ndarray:
-    """Scores [query] of a row of which nothing is left out."""
-    total, rank = np.zeros(len(queries)), form.rank(queries)
-    for batch in batches(windows, signer.readout.batch_class):
-        positions = signer.positions(batch)
-        for part, (a, b) in zip(signer.parts, form.factors(queries), strict=True):
-            left, right = signer.factors(positions, part)
-            both = pairs(left, a.flatten(0, 1), right, b.flatten(0, 1)).sum(0)
-            total += both.view(len(queries), rank).sum(1).double().numpy()
-    return total / max(sum(len(window.positions) for window in windows), 1) ** signer.settings.length_power
 
 
 def recall_lines(found: Rows, kilobytes: tuple[int, ...]) -> list[dict[str, Any]]:

@@ -140,7 +140,7 @@ def test_products_of_codes_are_whole_numbers(size, bits):
     assert np.abs(numbers).max() == LARGEST == numbers[:, 0].min() and not rounded.numbers[size:].any()
     wanted = (2 * found.astype(np.int64) - (2**bits - 1)) @ numbers
     assert np.abs(wanted).max() < 2**24  # so that float32 holds them
-    assert np.array_equal(rounded.products(packed(torch.from_numpy(found), bits).numpy(), bits).numpy(), wanted)
+    assert np.array_equal(2 * rounded.products(packed(torch.from_numpy(found), bits).numpy(), bits).numpy(), wanted)
     assert 2 * 255 * LARGEST < 2**15  # two products of an unsigned and a signed byte, which some processors add
     back = numbers.T * rounded.scale.numpy()[:, None]
     assert (np.abs(back - vectors.numpy()) <= 0.50001 * rounded.scale.numpy()[:, None]).all()

@@ -101,12 +101,12 @@ def _invariance(signer: Signer, rows: list[TokenisedRow]) -> list[Check]:
     """Each row alone, then beside others of other lengths: the signature may not care."""
     windows = [window for row in rows for window in row.windows]
     limit = INVARIANT.get(signer.readout.weight.dtype, 0.1)
-    alone = torch.cat([signer.window_vectors([window])[0] for window in windows])
-    same = torch.cat([signer.window_vectors([window, window])[0][:1] for window in windows])
+    alone = torch.cat([signer.window_rows([window])[0] for window in windows])
+    same = torch.cat([signer.window_rows([window, window])[0][:1] for window in windows])
     padded = torch.empty_like(alone)
     numbered = [replace(window, row=number) for number, window in enumerate(windows)]
     for batch in batches(numbered, signer.readout.batch_class):
-        padded[[window.row for window in batch]] = signer.window_vectors(batch)[0]
+        padded[[window.row for window in batch]] = signer.window_rows(batch)[0]
     size = alone.norm(dim=1)
     checks = []
     for name, other, advice in (

@@ -22,6 +22,7 @@ from leaveout.readout.parts import Shard, shard_of
 from leaveout.store import Store
 
 from .conftest import assert_close, ranked
+from .test_codec import dense
 from .test_index import CORPUS, MANY_COMMITS, contents
 from .tiny import TEXTS, built, make_model
 
@@ -119,13 +120,21 @@ def test_rows_of_the_same_content_count_once(lm, tokenizer, tmp_path):
     assert {*repeats} < {*ids(index.search(QUERIES, 40))[0]}
 
 
-@pytest.mark.parametrize("preset", ["paper", "default"])
-def test_alike_rows_count_once(preset, lm, tokenizer, tmp_path):
+@pytest.mark.parametrize(("preset", "n_bytes"), [("paper", None), ("default", None), ("default", 4096)])
+def test_alike_rows_count_once(preset, n_bytes, lm, tokenizer, tmp_path):
+    """By the cosines of rows as they are stored."""
     rows = [row for n in range(4) for row in (CORPUS[n], {**CORPUS[n], "id": f"again {n}"})]
     rows += [{"id": f"near {n}", "text": f"{TEXTS[0]} {n}"} for n in range(30)] + CORPUS[4:]
-    form = {"bytes_per_row": None if preset == "paper" else 4096, "storage": "float32"}
+    form = {"bytes_per_row": n_bytes, "storage": "float32"}
     index = built(lm, rows, tmp_path / "index", preset, tokenizer, **form, **MANY_COMMITS)
-    products = index.score([row["text"] for row in rows]).astype(np.float64)
+    if n_bytes is None:
+        products = index.score([row["text"] for row in rows]).astype(np.float64)
+    else:
+        stored = [
+            {name[5:]: a for name, a in part.arrays().items() if name[:5] == "long."} for part in index.store.segments()
+        ]
+        vectors = np.concatenate([dense(index.long.decode(arrays), index.long.sizes) for arrays in stored])
+        products = vectors @ vectors.T
     length = np.sqrt(np.diag(products))
     cosines, scores = products / length / length[:, None], index.score(QUERIES)
     for threshold in (0.6, 0.95):

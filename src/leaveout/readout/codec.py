@@ -188,10 +188,10 @@ class Whole(Codec):
     def scorer(self, queries: Tensor) -> Score:
         transposed = evened(queries).t().contiguous()
         step = multiple(max(1, BUFFER // (4 * self.width)), ROWS)
-        buffer = torch.zeros(step, self.width)
 
         def score(arrays: Arrays, at: slice | np.ndarray) -> np.ndarray:
             stored, scale = arrays["signature"][at], arrays["scale"][at]
+            buffer = torch.zeros(min(step, multiple(len(stored), ROWS)), self.width)  # of this thread alone
             scores = np.empty((len(stored), len(queries)), np.float32)
             for start in range(0, len(stored), step):
                 rows = tensor_on(stored[start : start + step])

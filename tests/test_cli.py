@@ -149,7 +149,7 @@ def test_append_delete_purge_check_info(run, idx, rows, tmp_path):
     assert run("check", idx)[:2] == (0, "all files are as they were written\n")
     assert json.loads(run("check", idx, "--json")[1]) == {"problems": []}
     info = json.loads(run("info", idx, "--json")[1])
-    assert info["rows"] == 2 and info["signature"]["storage"] == "int4" and info["model"]["family"] == "llama"
+    assert info["rows"] == 2 and info["signature"]["storage"] == "int8" and info["model"]["family"] == "llama"
 
 
 def test_check_reports_a_flipped_byte_with_exit_1(run, idx):
@@ -184,9 +184,7 @@ def test_doctor_of_a_recipe_tells_whether_its_series_stay_bounded(run, tmp_path,
 
 
 def test_doctor_of_a_recipe_tries_a_few_steps_and_no_growth(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "leaveout.training.doctor.check_stability", lambda *_, **__: pytest.fail("growth was checked")
-    )
+    monkeypatch.setattr("leaveout.training.doctor.check_stability", lambda *_, **__: pytest.fail("growth was checked"))
     taken = []
     monkeypatch.setattr("leaveout.training.loop.Loop.run", _counted(taken))
     (tmp_path / "names.txt").write_text("anna\nbert\ncleo\ndora\n")
@@ -230,10 +228,13 @@ def _counted(taken):
         (["index", "no/such/model", "ROWS", "--out", "OUT"], 1, "no/such/model does not load"),
         (["index", "none.gguf", "ROWS", "--out", "OUT"], 1, "no GGUF file"),
         (["frobnicate"], 2, "frobnicate"),
-        (["search", "IDX", "--query", "x y z", "--approximate", "annoy"], 1, "give one of simhash, faiss"),
-        (["search", "IDX", "--query", "x y z", "--approximate", "simhash"], 1, "(`leaveout prepare`)"),
-        (["search", "IDX", "--query", "x y z", "--rescore", "9"], 2, "--rescore goes with --approximate"),
-        (["search", "IDX", "--query", "x y z", "--rescore", "-1", "--approximate", "simhash"], 2, "--rescore"),
+        (["search", "IDX", "--query", "x y z", "--shortlist", "9"], 1, "shortlist is 9, k 10: give a list of at least"),
+        (["search", "IDX", "--query", "x y z", "--shortlist", "0"], 2, "--shortlist"),
+        (["search", "IDX", "--query", "x y z", "--shortlist", "20", "--exact"], 1, "give one of them"),
+        (["search", "IDX", "--query", "x y z", "--reencode", "-1"], 2, "--reencode"),
+        (["index", "MODEL", "ROWS", "--out", "OUT", "--long", "no"], 1, "give one of stored, none"),
+        (["index", "MODEL", "ROWS", "--out", "OUT", "--bytes-per-row", "0"], 2, "--bytes-per-row"),
+        (["index", "MODEL", "ROWS", "--out", "OUT", "--bytes-per-row", "20"], 1, "20 bytes a row hold not one triple"),
         (
             ["search", "IDX", "--query", "x y z", "--group-by", "colour"],
             1,
@@ -242,10 +243,6 @@ def _counted(taken):
         (["search", "IDX", "--query", "x y z", "--group-by", "source", "--unique"], 1, "give one of them"),
         (["search", "IDX", "--query", "x y z", "--unique-above", "2"], 1, "give True, or a cosine between 0 and 1"),
         (["search", "IDX", "--query", "x y z", "--workers", "0"], 2, "--workers"),
-        (["prepare", "IDX", "--kind", "annoy"], 1, "give one of simhash, faiss"),
-        (["prepare", "IDX", "--bits", "100"], 1, "give a multiple of 64"),
-        (["prepare", "IDX", "--kind", "faiss", "--bits", "64"], 2, "--bits goes with --kind simhash"),
-        (["prepare", "nowhere"], 1, "no index in nowhere"),
         (["index", "MODEL", "ROWS", "--out", "OUT", "--shard", "1"], 2, "--shard must be auto or R/N"),
         (["index", "MODEL", "ROWS", "--out", "OUT", "--shard", "2/2"], 1, "shard is (2, 2)"),
         (["index", "MODEL", "ROWS", "--out", "OUT", "--shard", "auto"], 1, "start it with torchrun or srun"),
@@ -369,29 +366,40 @@ def hits_of(run, idx, *options):
     return json.loads(out)["hits"]
 
 
-def test_prepare_makes_what_approximate_reads(run, idx):
-    code, out, _ = run("prepare", idx, "--bits", "128", "--json")
-    assert code == 0 and {"prepared": "simhash", "rows": 4}.items() <= json.loads(out).items()
-    assert (idx / "simhash").is_dir()
-    exact = hits_of(run, idx)
-    listed = hits_of(run, idx, "--approximate", "simhash")
-    assert [hit["id"] for hit in listed] == [hit["id"] for hit in exact]
-    assert [hit["score"] for hit in listed] == pytest.approx([hit["score"] for hit in exact], rel=1e-4)
-    assert len(hits_of(run, idx, "--approximate", "simhash", "--rescore", "2", "-k", "2")) == 2
-    estimated = hits_of(run, idx, "--approximate", "simhash", "--rescore", "0")
-    assert {hit["score"] for hit in estimated}.isdisjoint(hit["score"] for hit in exact)
+def test_search_scores_a_short_list_and_says_so(run, idx):
+    """The list and its exact scores, what is told before the hits, and rows that are encoded anew."""
+    every = hits_of(run, idx)
+    code, out, err = run("search", idx, "--query", TEXTS[5], "-k", "2", "--shortlist", "3", "--json")
+    assert code == 0 and "leaveout: The 3 best of 4 rows by their short form are scored exactly (" in err
+    assert "was not measured" in err
+    hits = json.loads(out)["hits"]
+    exact = {hit["id"]: hit["score"] for hit in every}
+    assert len(hits) == 2 and all(hit["score"] == exact[hit["id"]] for hit in hits)
+    for options in (["--exact"], ["--shortlist", "10"], ["--shortlist", "4", "-k", "4"]):
+        assert hits_of(run, idx, *options) == every
+        assert "short form" not in run("search", idx, "--query", TEXTS[5], *options)[2]
+    anew = hits_of(run, idx, "--reencode", "4")
+    assert [hit["score"] for hit in anew] == pytest.approx(
+        [exact[hit["id"]] for hit in anew], abs=0.01 * anew[0]["score"]
+    )
+    assert [hit["score"] for hit in anew] != [exact[hit["id"]] for hit in anew]
 
 
-def test_prepare_faiss_says_what_is_missing(run, idx, monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    code, _, err = run("prepare", idx, "--kind", "faiss")
-    assert code == 1 and "pip install 'leaveout[ann]'" in err
-
-
-def test_prepare_faiss(run, idx):
-    pytest.importorskip("faiss", reason="faiss is not installed")
-    assert run("prepare", idx, "--kind", "faiss")[0] == 0
-    assert hits_of(run, idx, "--approximate", "faiss")[0]["id"] == hits_of(run, idx)[0]["id"]
+def test_rows_have_the_bytes_that_are_asked_for(run, model, rows, tmp_path):
+    """And none at all of the long form, whose scores the model gives."""
+    facts = {}
+    for name, options in {"few": ["--bytes-per-row", "3000"], "none": ["--long", "none"]}.items():
+        code, _, err = run("index", model, rows, "--out", tmp_path / name, *options)
+        assert code == 0, err
+        facts[name] = json.loads(run("info", tmp_path / name, "--json")[1])
+    assert facts["few"]["signature"]["bytes_per_row"] == 3000 and facts["none"]["signature"]["long"] == "none"
+    assert facts["few"]["codec"]["long"]["n_bytes"] == 3000 and facts["few"]["codec"]["short"] is None
+    assert facts["none"]["codec"]["long"] is None and facts["none"]["codec"]["short"]["bits"] == 1
+    assert facts["none"]["recall"] is None  # four rows need no table
+    assert {hit["id"] for hit in hits_of(run, tmp_path / "few")} == set("abcd")
+    hits = hits_of(run, tmp_path / "none", "-k", "2", "--shortlist", "2")
+    stored = {hit["id"]: hit["score"] for hit in hits_of(run, tmp_path / "few")}
+    assert len(hits) == 2 and hits[0]["id"] in stored
 
 
 def test_search_rolls_up(run, idx, tmp_path, monkeypatch):
@@ -414,21 +422,21 @@ def test_search_rolls_up(run, idx, tmp_path, monkeypatch):
 
 
 def test_options_have_the_names_and_defaults_of_the_python_interface(run):
-    from leaveout.readout import approximate
     from leaveout.readout.index import Index
     from leaveout.readout.search import SearchOptions
+    from leaveout.readout.settings import PRESETS
 
     commands = {command.callback.__name__: command.callback for command in cli.app.registered_commands}
     given = {name: inspect.signature(command).parameters for name, command in commands.items()}
-    own = {"search": {"rescore"}, "index": {"progress", "tokenizer", "pace"}, "append": {"progress", "units", "pace"}}
+    own = {"search": set(), "index": {"progress", "tokenizer", "pace"}, "append": {"progress", "units", "pace"}}
     for command, call in (("search", Index.search), ("index", Index.build), ("append", Index.append)):
         for option in inspect.signature(call).parameters.values():
             if option.kind is option.KEYWORD_ONLY and option.name not in own[command]:
                 assert given[command][option.name].default == option.default
     asked = inspect.signature(Index.search).parameters
     assert all(asked[option.name].default == option.default for option in dataclasses.fields(SearchOptions))
-    assert f"(default: {SearchOptions().rescore})" in " ".join(run("search", "--help")[1].split())
-    assert f"(default of simhash: {approximate.BITS})" in " ".join(run("prepare", "--help")[1].split())
+    wanted = PRESETS["default"].bytes_per_row
+    assert f"(default: the preset's, {wanted} of `default`)" in " ".join(run("index", "--help")[1].split())
 
 
 def test_help_needs_no_torch_and_the_version_is_printed():

@@ -229,7 +229,11 @@ def test_plan_lists_choices_whose_commands_run(leaveout, trained, tmp_path):
         (["plan", "RUN", "--query", "nina", "--without", "a", "--budget", "soon"], 2, "--budget must be a number"),
         (["plan", "RUN", "--query", "nina", "--without", "a", "--budget", "0s"], 1, "must be positive"),
         (["plan", "nowhere", "--query", "nina", "--without", "a", "--budget", "0s"], 1, "must be positive"),
-        (["verify", "nowhere", "--query", "nina", "--without", "a", "--estimator", "oracle"], 1, "no estimator 'oracle'"),
+        (
+            ["verify", "nowhere", "--query", "nina", "--without", "a", "--estimator", "oracle"],
+            1,
+            "no estimator 'oracle'",
+        ),
         (["train", "missing.yaml", "--out", "OUT"], 1, "missing.yaml"),
         (["train", "OTHER", "--out", "RUN"], 1, "was trained by another recipe"),
         (["info", "nowhere"], 1, "nowhere"),

@@ -22,7 +22,10 @@ from readout.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(p for f in ("docs", "examples", "benchmarks") for p in (ROOT / f).rglob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(p for f in ("docs", "examples", "benchmarks") for p in (ROOT / f).rglob("*.md")),
+]
 
 
 def test_cli_page_is_what_help_prints():

@@ -183,7 +183,11 @@ def test_wrong_calls_are_refused_before_anything_is_trained(run, monkeypatch):
         (lambda: evaluate(run, QUERIES, ["random"], {"random": good}), ValueError, "stands twice"),
         (lambda: evaluate(run, QUERIES, scores={"x": good[:2]}), MismatchError, r"\[3, 24\]"),
         (lambda: evaluate(run, QUERIES, scores={"x": good * np.nan}), FormatError, "not finite"),
-        (lambda: evaluate(run, QUERIES, ["default"]), UnsupportedError, "default takes no microgpt recipe, only causal-lm"),
+        (
+            lambda: evaluate(run, QUERIES, ["default"]),
+            UnsupportedError,
+            "default takes no microgpt recipe, only causal-lm",
+        ),
         (lambda: subset_truth(run, as_queries(QUERIES), 1), ValueError, "at least 2"),
         (lambda: subset_truth(run, as_queries(QUERIES), 4, 1.0), ValueError, "between 0 and 1"),
     ):

@@ -73,7 +73,8 @@ def test_two_packages_with_one_name_are_refused(package):
 
 
 @pytest.mark.parametrize(
-    ("code", "told"), [("import a_package_that_is_not_there", "ModuleNotFound"), ("raise SystemExit(3)", "SystemExit: 3")]
+    ("code", "told"),
+    [("import a_package_that_is_not_there", "ModuleNotFound"), ("raise SystemExit(3)", "SystemExit: 3")],
 )
 def test_package_that_does_not_import_is_named(package, code, told):
     package("broken", {"method.of-mine": "broken:score"}, f"{code}\n")

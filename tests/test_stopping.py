@@ -82,7 +82,9 @@ def workers_of(parent):
         found = [(int(place.name), place / "cmdline") for place in Path("/proc").iterdir() if place.name.isdecimal()]
         found = [(number, said_by(place)) for number, place in found if (facts_of(number) or (0, 0))[1] == parent.pid]
     else:
-        shown = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], check=True, capture_output=True, text=True)
+        shown = subprocess.run(
+            ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], check=True, capture_output=True, text=True
+        )
         lines = [line.split(None, 2) for line in shown.stdout.splitlines()]
         found = [(int(pid), "".join(what)) for pid, of, *what in lines if int(of) == parent.pid]
     return [number for number, command in found if "spawn_main" in command]

@@ -78,7 +78,7 @@ def test_wrong_options_of_a_build(tmp_path, options, error, message):
         ({"tempreture": 2}, TypeError, "unexpected keyword argument 'tempreture'"),
         ({"temperature": "2"}, ValueError, "temperature is '2': give a number"),
         ({"channels": 5}, TypeError, "channels is 5: give a list of"),
-        ({"rank": 2.5}, ValueError, "rank is 2.5: give a whole number of at least 1"),
+        ({"bytes_per_row": 2.5}, ValueError, "bytes_per_row is 2.5: give a whole number of at least 1"),
         ({"sample_rows": 0}, ValueError, "sample_rows is 0: give a whole number of at least 1"),
     ],
 )
@@ -203,7 +203,8 @@ def unloadable(index, monkeypatch):
         (lambda i: i.search(["one two"], k=0), ValueError, "k is 0: give a whole number"),
         (lambda i: i.search(["one two"], where="colour = 1"), ValueError, "unknown column"),
         (lambda i: i.search(["one two"], group_by="sorce"), ValueError, "did you mean 'source'"),
-        (lambda i: i.search(["one two"], approximate="simhash"), lo.MismatchError, "have no sign bits yet"),
+        (lambda i: i.search(["one two"], shortlist=5), ValueError, "shortlist is 5, k 10: give a list of at least k"),
+        (lambda i: i.plan_search(where="colour = 1"), ValueError, "unknown column"),
         (lambda i: i.search(["one two"], workers=0), ValueError, "workers is 0"),
         (lambda i: i.select(["one two"], n=0), ValueError, "n is 0: give a whole number"),
         (lambda i: i.select(["one two"], n=1, where="colour = 1"), ValueError, "unknown column"),

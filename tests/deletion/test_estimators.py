@@ -101,7 +101,6 @@ def test_median_of_means_survives_a_broken_direction(f):
     assert np.abs(Mean(known(jets=(block,))).predict(x)[0] - wanted).max() > 1e4
 
 
-
 @pytest.mark.parametrize("degree", [1, 2, 3])
 def test_least_squares_is_exact_once_the_equations_suffice(f, degree):
     enough = -(-math.comb(UNITS + degree - 1, degree) // 2)

@@ -18,7 +18,9 @@ from leaveout.training.loop import PaperAdam
 from leaveout.training.microgpt import MicroGPT
 from oracles.agreement import TOLERANCES
 
-GOLDEN = {name: torch.from_numpy(a) for name, a in np.load(Path(__file__).parents[1] / "golden" / "microgpt.npz").items()}
+GOLDEN = {
+    name: torch.from_numpy(a) for name, a in np.load(Path(__file__).parents[1] / "golden" / "microgpt.npz").items()
+}
 ROWS = [row[row >= 0].long() for row in GOLDEN["tokens"]]
 DOCUMENTS, QUERIES = ROWS[:20], ROWS[20:]
 ENTRIES = GOLDEN["entries"].long()

@@ -37,21 +37,26 @@ ROWS = [
         "completion": " ".join(f"line {n}" for n in range(40)) + ".",
     },
 ]
-# name -> preset and what is changed of it; windows are short, so that the last row has several
+# name -> preset and what is changed of it; windows are short, so that the last row has several. Nothing is whitened, as
+# the directions of eigenvectors have no sign of their own; of whitened rows, scores and lengths are frozen.
 FORMS = {
-    "default": ("default", {}),
-    "residual": ("residual", {}),
     "similarity": ("similarity", {}),
     "paper": ("paper", {}),
-    "projected": ("default", {"final_width": 512, "rank": None, "storage": "int8"}),
-    "cosine": ("similarity", {"targets": "all", "storage": "int4"}),
+    "cosine": ("similarity", {"targets": "all", "bytes_per_row": 200}),
 }
-LOW_RANK = {"final_width": 1, "rank": 6, "storage": "float32"}
+IN_FULL = {"bytes_per_row": None, "short_bytes": None, "storage": "float32"}
+# name -> preset, changes, and how far scores may be off, relative to the largest: one of a hundred numbers of a row of
+# triples may be rounded to the other side
+SCORES = {
+    "default": ("default", IN_FULL, 1e-5),
+    "residual": ("residual", IN_FULL, 1e-5),
+    "triples": ("similarity", {"bytes_per_row": 100, "storage": "float32"}, 3e-3),
+}
 SHORT = {"window": 64, "stride": 48}
 # Five code paths of one processor gave the same levels everywhere, scales to 4e-7 and scores to 1.5e-7; a number that
 # rounds otherwise lay within about 1e-5 of the middle between two levels, which one in 10,000 does.
 ONE_LEVEL, SAME = 0.999, 0.99  # shares of numbers: at most one level beside, and equal
-SCALES = 1e-5  # relative: the largest number of a row, and the scores of rows of singular triples
+SCALES = 1e-5  # relative: what the numbers of a row are multiplied with
 
 
 def integers(name, shape, top):
@@ -83,11 +88,11 @@ def frozen_tokenizer():
 
 
 def levels(arrays):
-    """The stored numbers [rows, width] as whole numbers: int4 from -7 to 7, all others from -127 to 127."""
-    stored = arrays["signature"]
-    if "block_scale" in arrays:
-        halves = stored.reshape(len(stored), -1, 32).astype(np.int8)
-        return np.stack([(halves << 4).astype(np.int8) >> 4, halves >> 4], 2).reshape(len(stored), -1)
+    """The stored numbers [rows, width] as whole numbers, of four bits from 0 to 15, all others from -127 to 127."""
+    if "long.codes" in arrays:
+        bits = np.unpackbits(arrays["long.codes"].reshape(len(arrays["long.codes"]), 4, -1), axis=2)
+        return (bits * np.array([8, 4, 2, 1])[:, None]).sum(1)
+    stored = arrays["long.signature"]
     if stored.dtype == np.int8:
         return stored
     assert stored.dtype == np.float16
@@ -95,18 +100,23 @@ def levels(arrays):
 
 
 def stored(form, place):
-    """Levels, and scales of rows, as an index of this form holds them."""
+    """Levels, scales of rows and short forms, as an index of this form holds them."""
     preset, changes = FORMS[form]
     built(frozen_model(), ROWS, place, preset, frozen_tokenizer(), **{**SHORT, **changes})
     (segment,) = Store.open(place).segments()
     arrays = segment.arrays()
-    return {"levels": levels(arrays), "scale": np.array(arrays["scale"])}
+    found = {"levels": levels(arrays).astype(np.int8), "scale": np.array(arrays["long.scale"])}
+    if "short.codes" in arrays:
+        found |= {"short": np.array(arrays["short.codes"]), "short_scale": np.array(arrays["short.scale"])}
+    return found
 
 
-def low_rank_scores(place):
-    """Scores [query, train] of the rows with themselves; singular vectors have no sign of their own, scores do."""
-    index = built(frozen_model(), ROWS, place, "default", frozen_tokenizer(), **SHORT, **LOW_RANK)
-    return index.score(ROWS).astype(np.float64)
+def scores(form, place):
+    """Scores [query, train] of the rows with themselves, and the lengths [rows, parts] that are stored beside them."""
+    preset, changes, _ = SCORES[form]
+    index = built(frozen_model(), ROWS, place, preset, frozen_tokenizer(), **SHORT, **changes)
+    (segment,) = index.store.segments()
+    return index.score(ROWS).astype(np.float64), segment.arrays()["norms"].astype(np.float64)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -115,16 +125,21 @@ def test_stored_numbers_are_frozen(form, tmp_path):
     with np.load(HERE / f"{form}.npz") as golden:
         wanted = dict(golden)
     found = stored(form, tmp_path / "index")
-    assert found["levels"].shape == wanted["levels"].shape
+    assert found.keys() == wanted.keys() and found["levels"].shape == wanted["levels"].shape
     apart = np.abs(found["levels"].astype(int) - wanted["levels"])
     assert (apart <= 1).mean() >= ONE_LEVEL and (apart == 0).mean() >= SAME
     np.testing.assert_allclose(found["scale"], wanted["scale"], rtol=SCALES)
+    if "short" in wanted:
+        assert (np.unpackbits(found["short"]) == np.unpackbits(wanted["short"])).mean() >= SAME
+        np.testing.assert_allclose(found["short_scale"], wanted["short_scale"], rtol=1e-3)
 
 
-def test_scores_of_low_rank_rows_are_frozen(tmp_path):
-    wanted = np.array(json.loads((HERE / "frozen.json").read_text())["low_rank_scores"])
-    found = low_rank_scores(tmp_path / "index")
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=SCALES * np.abs(wanted).max())
+@pytest.mark.parametrize("form", SCORES)
+def test_scores_are_frozen(form, tmp_path):
+    wanted = json.loads((HERE / "frozen.json").read_text())["scores"][form]
+    for found, frozen in zip(scores(form, tmp_path / "index"), (wanted["scores"], wanted["norms"]), strict=True):
+        frozen = np.array(frozen)
+        np.testing.assert_allclose(found, frozen, rtol=0, atol=SCORES[form][2] * np.abs(frozen).max())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -143,8 +158,11 @@ def freeze(place):
         name: {"fingerprint": settings.fingerprint(), "settings": settings.to_dict()}
         for name, settings in PRESETS.items()
     }
-    scores = [[float(f"{score:.7g}") for score in row] for row in low_rank_scores(place / "low rank")]
-    (HERE / "frozen.json").write_text(json.dumps({"low_rank_scores": scores, "presets": presets}, indent=1) + "\n")
+    frozen = {}
+    for form in SCORES:
+        found = [[[float(f"{x:.7g}") for x in row] for row in both] for both in scores(form, place / f"{form} scores")]
+        frozen[form] = dict(zip(("scores", "norms"), found, strict=True))
+    (HERE / "frozen.json").write_text(json.dumps({"scores": frozen, "presets": presets}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shards, side files, roll-ups and scan workers: the same answers, or answers as near as their theory says."""
+"""Shards, roll-ups and scan workers: the same answers, or answers as near as their theory says."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from leaveout.errors import FormatError, MismatchError, UnsupportedError
-from leaveout.readout import approximate, parts
+from leaveout.errors import FormatError, MismatchError
+from leaveout.readout import parts
 from leaveout.readout import scan as scan_module
 from leaveout.readout.build import Pace
 from leaveout.readout.index import Index
@@ -22,6 +22,7 @@ from leaveout.readout.parts import Shard, shard_of
 from leaveout.store import Store
 
 from .conftest import assert_close, ranked
+from .test_codec import dense
 from .test_index import CORPUS, MANY_COMMITS, contents
 from .tiny import TEXTS, built, make_model
 
@@ -51,13 +52,6 @@ def paper(lm, tokenizer, tmp_path_factory):
     return Index.build(lm, CORPUS, tmp_path_factory.mktemp("paper") / "index", "paper", tokenizer, **MANY_COMMITS)
 
 
-@pytest.fixture
-def changed(paper, lm, tokenizer, tmp_path):
-    """A copy of that index that may be changed."""
-    shutil.copytree(paper.path, tmp_path / "copy", ignore=shutil.ignore_patterns("simhash", "ann"))
-    return Index.open(tmp_path / "copy", lm, tokenizer)
-
-
 def found(hits):
     return [[(hit.id, hit.score) for hit in row] for row in hits]
 
@@ -85,13 +79,13 @@ def test_scan_workers_change_nothing(options, paper):
 
 
 def test_scan_workers_are_at_work_at_the_same_time(paper, monkeypatch):
-    both, real = threading.Barrier(2, timeout=20), scan_module._segment_scores
+    both, real = threading.Barrier(2, timeout=20), scan_module.Scanner.scores
 
     def scores(*args):
         both.wait()  # passes only if two segments are scanned at once
         return real(*args)
 
-    monkeypatch.setattr(scan_module, "_segment_scores", scores)
+    monkeypatch.setattr(scan_module.Scanner, "scores", scores)
     assert len(paper.search(QUERIES, 5, workers=2)[0]) == 5
 
 
@@ -126,13 +120,21 @@ def test_rows_of_the_same_content_count_once(lm, tokenizer, tmp_path):
     assert {*repeats} < {*ids(index.search(QUERIES, 40))[0]}
 
 
-@pytest.mark.parametrize("preset", ["paper", "default"])
-def test_alike_rows_count_once(preset, lm, tokenizer, tmp_path):
-    form = {} if preset == "paper" else {"final_width": 1, "rank": 60}
+@pytest.mark.parametrize(("preset", "n_bytes"), [("paper", None), ("default", None), ("default", 4096)])
+def test_alike_rows_count_once(preset, n_bytes, lm, tokenizer, tmp_path):
+    """By the cosines of rows as they are stored."""
     rows = [row for n in range(4) for row in (CORPUS[n], {**CORPUS[n], "id": f"again {n}"})]
     rows += [{"id": f"near {n}", "text": f"{TEXTS[0]} {n}"} for n in range(30)] + CORPUS[4:]
-    index = built(lm, rows, tmp_path / "index", preset, tokenizer, storage="float32", **form, **MANY_COMMITS)
-    products = index.score([row["text"] for row in rows]).astype(np.float64)
+    form = {"bytes_per_row": n_bytes, "storage": "float32"}
+    index = built(lm, rows, tmp_path / "index", preset, tokenizer, **form, **MANY_COMMITS)
+    if n_bytes is None:
+        products = index.score([row["text"] for row in rows]).astype(np.float64)
+    else:
+        stored = [
+            {name[5:]: a for name, a in part.arrays().items() if name[:5] == "long."} for part in index.store.segments()
+        ]
+        vectors = np.concatenate([dense(index.long.decode(arrays), index.long.sizes) for arrays in stored])
+        products = vectors @ vectors.T
     length = np.sqrt(np.diag(products))
     cosines, scores = products / length / length[:, None], index.score(QUERIES)
     for threshold in (0.6, 0.95):
@@ -149,132 +151,19 @@ def test_wrong_options_are_refused(paper):
         ({"group_by": "colour"}, r"group_by is 'colour': give one of unit, source, n, group"),
         ({"group_by": "source", "unique": True}, "group_by and unique both say which rows count as one"),
         ({"unique": 1.5}, "unique is 1.5: give True, or a cosine between 0 and 1"),
-        ({"approximate": "annoy"}, "approximate is 'annoy': give one of simhash, faiss"),
-        ({"rescore": -1}, "rescore is -1: give 0 or more"),
+        ({"shortlist": 0}, "shortlist is 0: give a whole number of at least 1"),
+        ({"shortlist": 9}, "shortlist is 9, k 10: give a list of at least k rows"),
+        (
+            {"shortlist": 20, "exact": True},
+            "shortlist and exact both say which rows are scored exactly: give one of them",
+        ),
+        ({"reencode": -1}, "reencode is -1: give a whole number of at least 0"),
     ]:
         with pytest.raises(ValueError, match=sentence):
             paper.search(QUERIES, **options)
-    with pytest.raises(ValueError, match="There is no approximation 'annoy': give one of simhash, faiss"):
-        paper.prepare("annoy")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="bits is 100: give a multiple of 64"):
-        paper.prepare("simhash", 100)
-
-
-# SimHash.
-
-
-@pytest.mark.parametrize(("width", "bits"), [(100, 8192), (300, 8192), (24576, 8192), (24576, 512)])
-def test_sign_bits_keep_angles(width, bits):
-    """A differing bit has the chance angle / pi; 5 sigma, as if bits were independent."""
-    generator = torch.Generator().manual_seed(width)
-    x, noise = torch.randn(2, 40, width, generator=generator)
-    share = torch.linspace(0, 1, 40)[:, None]
-    x[:, width // 2 :] *= 0.01  # most of the length in half of the numbers
-    y = share * x + (1 - share) * noise * x.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
-    signs = approximate.SignBits.make(width, bits, 0)
-    first, second = signs(x), signs(y)
-    assert first.shape == (40, bits // 64) and first.dtype == np.uint64
-    apart = np.unpackbits((first ^ second).view(np.uint8), axis=1).sum(1)
-    chance = torch.arccos(torch.cosine_similarity(x, y).clamp(-1, 1)).numpy() / np.pi
-    assert (np.abs(apart - bits * chance) <= 5 * np.sqrt(bits * chance * (1 - chance)) + 1).all()
-    counted = approximate.differing(first, second[:3])
-    assert np.array_equal(counted[0], np.unpackbits((first[0] ^ second[:3]).view(np.uint8), axis=1).sum(1))
-
-
-@pytest.mark.parametrize("block", [1, approximate.BLOCK])
-def test_differing_bits_are_counted(block, monkeypatch):
-    monkeypatch.setattr(approximate, "BLOCK", block)
-    chance = np.random.default_rng(0)
-    bits, queries = (chance.integers(0, 2**64, (n, 128), np.uint64) for n in (70, 3))
-    wanted = [[sum(int(a ^ b).bit_count() for a, b in zip(x, y, strict=True)) for y in queries] for x in bits]
-    assert np.array_equal(approximate.differing(bits, queries), wanted)
-
-
-def test_a_full_short_list_is_the_exact_search(paper, monkeypatch):
-    paper.prepare("simhash")
-    for options in ({}, {"where": "n > 7"}, {"group_by": "group"}, {"unique": True}, {"unique": 0.9}, {"workers": 2}):
-        exact = paper.search(QUERIES, 5, **options)
-        near = paper.search(QUERIES, 5, approximate="simhash", rescore=22, **options)
-        assert ids(near) == ids(exact)
-        assert_close([hit.score for hit in near[0]], [hit.score for hit in exact[0]], "float32")
-    estimates = paper.search(QUERIES, 22, approximate="simhash", rescore=0)
-    exact = {hit.id: hit.score for hit in paper.search(QUERIES, 22)[1]}
-    assert estimates[1][0].id == max(exact, key=lambda id: exact[id])
-    # One estimate is off by up to pi sqrt(p (1 - p) / bits) <= pi / 2 / sqrt(8192), one sigma.
-    assert all(abs(hit.score - exact[hit.id]) < 5 * np.pi / 2 / np.sqrt(8192) for hit in estimates[1])
-    shares = [part["width"] for part in Store.open(paper.path).info()["arrays"] if part["name"] == "signature"]
-    bits = Store.open(paper.path / "simhash").side(Store.open(paper.path).segments()[0].name)
-    assert bits is not None and bits["bits"].shape[1] * 8 + 4 <= 2 * shares[0][0] / 20
-
-
-def test_estimates_know_the_lengths_of_rows_and_queries(lm, tokenizer, tmp_path):
-    index = built(lm, CORPUS, tmp_path / "index", "default", tokenizer, storage="float32", **MANY_COMMITS)
-    rows, queries = (index.encode(texts).vectors.double().norm(dim=1).numpy() for texts in (CORPUS, QUERIES))
-    index.prepare("simhash", 16384)
-    scores, place = index.score(QUERIES), {id: at for at, id in enumerate(index.ids)}
-    assert rows.max() > 1.4 * rows.min()
-    for query, hits in enumerate(index.search(QUERIES, 22, approximate="simhash", rescore=0)):
-        assert len(hits) == 22
-        for hit in hits:
-            error = 5 * np.pi / 2 / np.sqrt(16384) * queries[query] * rows[place[hit.id]]
-            assert abs(hit.score - scores[query, place[hit.id]]) < error
-
-
-def test_scores_of_the_short_list_do_not_depend_on_other_queries(paper):
-    paper.prepare("simhash")
-    both = paper.search(QUERIES, 4, approximate="simhash", rescore=4)
-    for query, hits in zip(QUERIES, both, strict=True):
-        alone = paper.search([query], 4, approximate="simhash", rescore=4)
-        assert ids(alone) == ids([hits])
-        assert_close([hit.score for hit in alone[0]], [hit.score for hit in hits], "float32")
-
-
-@pytest.mark.parametrize("kind", ["simhash", "faiss"])
-def test_side_files_follow_the_rows(kind, changed):
-    pytest.importorskip("faiss" if kind == "faiss" else "numpy", reason=f"{kind} is not installed")
-    near = {"approximate": kind, "rescore": 40}
-    with pytest.raises(MismatchError, match=rf"call prepare\('{kind}'\)"):
-        changed.search(QUERIES, **near)
-    changed.prepare(kind)
-    if kind == "simhash":
-        assert ids(changed.search(QUERIES, 22, **near)) == ids(changed.search(QUERIES, 22))
-        one = Store.open(changed.path / "simhash").version
-        changed.prepare(kind)
-        assert Store.open(changed.path / "simhash").version == one  # nothing is left to do
-    best = changed.search(QUERIES, 5)[0][0].id
-    assert changed.search(QUERIES, 5, **near)[0][0].id == best
-    changed.delete([best])
-    left = changed.search(QUERIES, 30, **near)[0]
-    assert best not in {hit.id for hit in left} and changed.search(QUERIES, 1)[0][0].id == left[0].id
-    changed.append(["a text that came later"])
-    with pytest.raises(MismatchError, match=rf"call prepare\('{kind}'\)"):
-        changed.search(QUERIES, **near)
-    changed.prepare(kind)
-    later = changed.search(["a text that came later"], 1, **near)[0][0]
-    assert later.id == changed.ids[-1]
-    changed.purge()
-    assert not (changed.path / "simhash").exists() and not (changed.path / "ann").exists()
-    changed.prepare(kind)
-    assert changed.search(QUERIES, 1, **near)[0][0].id == changed.search(QUERIES, 1)[0][0].id
-    assert changed.check() == []
-
-
-def test_faiss_restricts_to_wanted_rows(changed):
-    pytest.importorskip("faiss", reason="faiss is not installed")
-    changed.prepare("faiss")
-    hits = changed.search(QUERIES, 22, where="n > 15", approximate="faiss")
-    assert all(row and all(hit.meta["n"] > 15 for hit in row) for row in hits)
-
-
-def test_low_rank_rows_are_not_approximated(lm, tokenizer, tmp_path, monkeypatch):
-    index = built(lm, CORPUS[:3], tmp_path / "index", "default", tokenizer, final_width=1, rank=4)
-    for ask in (lambda: index.prepare("simhash"), lambda: index.search(QUERIES, approximate="faiss")):
-        with pytest.raises(UnsupportedError, match="stored by singular triples, which have no flat vector"):
-            ask()
-    flat = Index.build(lm, CORPUS[:3], tmp_path / "flat", "default", tokenizer)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UnsupportedError, match=r"needs the package faiss: pip install 'leaveout\[ann\]'"):
-        flat.prepare("faiss")
+        if not options.keys() & {"group_by", "unique"}:
+            with pytest.raises(ValueError, match=sentence):
+                paper.plan_search(**options)
 
 
 # Shards.
@@ -324,7 +213,7 @@ def test_merged_shards_are_the_index_of_one_process(preset, lm, tokenizer, tmp_p
     merged = Index.open(merged.path, lm, tokenizer)
     assert contents(merged.path)[1:] == contents(whole.path)[1:]  # ids, texts, fields, statistics
     assert merged.fingerprint == whole.fingerprint
-    assert_close(merged.score(QUERIES), whole.score(QUERIES), "model float32")
+    assert_close(merged.score(QUERIES), whole.score(QUERIES), "one level")
     again = Index.build(lm, REPEATED, merged.path, preset, tokenizer)  # it counts as the finished index of these rows
     assert again.last_report.added == 0
     with pytest.raises(MismatchError, match="one holds a finished index: give a new directory"):
@@ -468,7 +357,7 @@ def test_indexes_with_shared_statistics_become_one(n_taken, lm, tokenizer, tmp_p
     one.append([row for row in second if row["id"] != CORPUS[-1]["id"]])
     assert merged.ids == one.ids and merged.check() == [] and merged.fingerprint == one.fingerprint
     assert report.repeated == 1 and report.added == len(one) - sum(p.n_rows for p in one.store.segments()[:n_taken])
-    assert_close(merged.score(QUERIES), one.score(QUERIES), "model float32")
+    assert_close(merged.score(QUERIES), one.score(QUERIES), "one level")
 
 
 def test_indexes_that_do_not_belong_together_are_refused(lm, tokenizer, tmp_path):

@@ -114,7 +114,9 @@ class Place:
         if target == "header":
             return [file.read_bytes() for file in sorted(self.store.glob("*.safetensors"))]
         if target == "record":
-            return [SEPARATOR.join([b"a", b"u", b"text", b'{"n": 1, "f": null}', b"h", b'{"spans": [[0, 1.5]]}', b"{}"])]
+            return [
+                SEPARATOR.join([b"a", b"u", b"text", b'{"n": 1, "f": null}', b"h", b'{"spans": [[0, 1.5]]}', b"{}"])
+            ]
         return [bytes([n]) + (self.store / catalogue.CATALOGUE).read_bytes() for n in (0, 1, 2)]
 
     def header(self, data: bytes) -> None:

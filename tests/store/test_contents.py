@@ -178,7 +178,11 @@ def test_reader_sees_one_version(filled: Store, path: Path) -> None:
     assert next(stream).id == "a"
     filled.delete(["a", "e"])
     put(filled, "a", "f", new_field=1)
-    assert contents(reader) == before and reader.numbers_where("text LIKE 'the%'").size == 4 and reader.numbers(["a"]) == [0]
+    assert (
+        contents(reader) == before
+        and reader.numbers_where("text LIKE 'the%'").size == 4
+        and reader.numbers(["a"]) == [0]
+    )
     assert [row.id for row in stream] == ["c", "d", "e"]
     with pytest.raises(ValueError, match="unknown column"):
         reader.numbers_where("new_field = 1")
@@ -228,7 +232,9 @@ def test_threads_share_a_reader_while_a_writer_works(filled: Store, path: Path) 
 
 
 def test_documented_snippet_reads_a_store(filled: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/reference/format.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/reference/format.md").read_text(), re.DOTALL
+    )
     monkeypatch.chdir(path.parent)
     names: dict[str, dict[str, np.ndarray]] = {}
     exec(code, names)

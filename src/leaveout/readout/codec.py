@@ -103,7 +103,8 @@ class Rounded:
     def products(self, codes: np.ndarray, bits: int) -> Tensor:
         """<s, vector> / (2 scale) [rows, vectors] float32 of packed codes [rows, bytes]: halves of integers, so exact."""
         found = torch.from_numpy(unpacked(codes, bits)).view(torch.int8)
-        return torch._int_mm(found, self.numbers).float().sub_((2**bits - 1) * self.half_sums)
+        exact = torch._int_mm(found, self.numbers)  # pyright: ignore[reportPrivateImportUsage]: no other is as fast
+        return exact.float().sub_((2**bits - 1) * self.half_sums)
 
 
 # ---------------------------------------------------------------- codecs
@@ -187,10 +188,10 @@ class Whole(Codec):
     def scorer(self, queries: Tensor) -> Score:
         transposed = evened(queries).t().contiguous()
         step = multiple(max(1, BUFFER // (4 * self.width)), ROWS)
-        buffer = torch.zeros(step, self.width)
 
         def score(arrays: Arrays, at: slice | np.ndarray) -> np.ndarray:
             stored, scale = arrays["signature"][at], arrays["scale"][at]
+            buffer = torch.zeros(min(step, multiple(len(stored), ROWS)), self.width)  # of this thread alone
             scores = np.empty((len(stored), len(queries)), np.float32)
             for start in range(0, len(stored), step):
                 rows = tensor_on(stored[start : start + step])
@@ -503,7 +504,7 @@ def short_codec(sizes: Sizes, ordered: Ordered, settings: SignatureSettings, lon
     n_bytes = min(settings.short_bytes, settings.bytes_per_row or settings.short_bytes)
     if isinstance(long, Filled):
         return filled(sizes, ordered, n_bytes, settings.seed, SCANNED)
-    width = long.form.width
+    width = sum(left * right for left, right in sizes)
     short = Planes(width, min(width, 8 * (n_bytes - 4)), 1, settings.seed)
     return short if short.row_bytes * SHARE <= long.row_bytes or settings.long == "none" else None
 

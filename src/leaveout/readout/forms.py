@@ -169,7 +169,8 @@ def _by_entries(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]
     matrix = left.double().t() @ right.double()
     flipped = matrix.shape[0] > matrix.shape[1]
     matrix = matrix.t() if flipped else matrix
-    s, short = _largest(*torch.linalg.eigh(matrix @ matrix.t()), rank)
+    squares, turned = torch.linalg.eigh(matrix @ matrix.t())
+    s, short = _largest(squares, turned, rank)
     u, v = (short * s.sqrt()).t(), (short * _inverse(s).sqrt()).t() @ matrix
     return (v, u) if flipped else (u, v)
 

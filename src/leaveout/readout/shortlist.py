@@ -99,16 +99,19 @@ def _bytes(codec: Codec | None) -> int:
 def recall_of(index: OpenIndex) -> Recall | None:
     """The table that was measured at build."""
     facts = index.store.state("recall")
-    return (
-        None if facts is None else Recall(**{name: tuple(v) if isinstance(v, list) else v for name, v in facts.items()})
-    )
+    return None if facts is None else _recall(facts)
+
+
+def _recall(facts: dict[str, Any]) -> Recall:
+    return Recall(facts["rows"], facts["queries"], tuple(facts["lists"]), tuple(facts["recall"]))
 
 
 def worst(tables: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """Of indexes that become one: the table of that whose lists held least, None where one has none."""
-    if any(table is None for table in tables):
+    """Of indexes that become one: the table of that which needs the longest list, None where one has none."""
+    known = [table for table in tables if table is not None]
+    if len(known) < len(tables):
         return None
-    return min(tables, key=lambda table: sum(table["recall"]))  # type: ignore[index]
+    return max(known, key=lambda table: (_recall(table).share(), -sum(table["recall"]) / len(table["recall"])))
 
 
 def measured_recall(index: OpenIndex) -> dict[str, Any] | None:

@@ -1,0 +1,201 @@
+"""Singular triples of outer products: three ways to find them, and what rows of them mean, against numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from leaveout.projection import random_signs
+from leaveout.readout import forms
+from leaveout.readout.forms import Triples, low_rank, squared_length
+from leaveout.readout.settings import resolve_settings
+from leaveout.readout.signature import QUERY_RANK, ROW_RANK, Signer
+from leaveout.readout.tokens import Window
+from leaveout.readout.whitening import whitening_matrices
+
+from .conftest import GH, assert_close
+from .test_codec import dense
+from .test_presets import EXACT
+from .tiny import make_readout
+
+WAYS = ("_by_positions", "_by_entries", "_by_iteration")
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Names of the ways that were gone."""
+    seen = []
+    for name in WAYS:
+        real = getattr(forms, name)
+        monkeypatch.setattr(forms, name, lambda *args, name=name, real=real: seen.append(name) or real(*args))
+    return seen
+
+
+def factors(positions, left, right, decay, seed=0):
+    """Factors as rows have them: directions that positions share, of falling weight, and some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = min(positions, left, right, 80)
+    weight = (1 + torch.arange(shared)) ** -decay
+    mixed = torch.randn(positions, shared, generator=generator) * weight
+    noise = 0.02 * torch.randn(positions, left, generator=generator)
+    a = mixed @ torch.randn(shared, left, generator=generator) + noise
+    return a, (mixed + 0.3 * torch.randn(positions, shared, generator=generator) * weight) @ torch.randn(
+        shared, right, generator=generator
+    )
+
+
+def split(found, rank, left, right):
+    u, v = found.double().split([rank * left, rank * right])
+    return u.view(rank, left).numpy(), v.view(rank, right).numpy()
+
+
+@pytest.mark.parametrize(
+    ("positions", "left", "right", "rank", "way"),
+    [
+        (60, 64, 172, 24, 0),
+        (256, 300, 256, 48, 0),  # as many positions as are still looked at as such
+        (100, 16, 40, 24, 1),
+        (300, 40, 500, 48, 1),
+        (300, 500, 40, 48, 1),
+        (257, 256, 900, 48, 1),  # the widest side that is squared
+        (300, 1, 9, 4, 1),
+        (300, 9, 1, 4, 1),
+        (2, 1, 1, 3, 1),
+        (1, 8, 9, 4, 0),
+        (3, 8, 8, 2, 0),
+        (5, 30, 30, 24, 0),
+        (900, 320, 400, 48, 2),  # of more positions than its matrix has room for
+        (300, 400, 900, 48, 2),  # of fewer
+        (260, 257, 257, 64, 2),
+    ],
+)
+def test_triples_are_those_of_numpy(positions, left, right, rank, way, used):
+    a, b = factors(positions, left, right, 0.8, positions)
+    found = low_rank(a, b, rank)
+    assert used == [WAYS[way]] and found.shape == (rank * (left + right),) and found.dtype == torch.float32
+    u, v = split(found, rank, left, right)
+    one, s, other = np.linalg.svd(a.double().t().numpy() @ b.double().numpy(), full_matrices=False)
+    n = min(rank, len(s))
+    wanted = one[:, :n] * s[:n] @ other[:n]
+    matrix = u.T @ v
+    cosine = (matrix * wanted).sum() / np.linalg.norm(matrix) / np.linalg.norm(wanted)
+    assert cosine >= 0.9999
+    if way < 2:
+        assert np.abs(matrix - wanted).max() <= 5e-6 * s[0]
+    lengths = np.linalg.norm(u, axis=1), np.linalg.norm(v, axis=1)
+    real = s[:n] > 1e-5 * s[0]
+    for length in lengths:  # the root of s on both sides, largest first, nothing behind what there is
+        assert_close(length[:n][real] ** 2, s[:n][real], "model float32" if way < 2 else "int8")
+        assert (np.diff(length) <= 1e-3 * length[0]).all() and not length[min(n, positions) :].any()
+
+
+@pytest.mark.parametrize(("positions", "left", "right", "decades"), [(40, 64, 64, 12), (3, 8, 8, 30), (300, 20, 30, 9)])
+def test_triples_of_factors_of_any_spread(positions, left, right, decades):
+    generator = torch.Generator().manual_seed(positions)
+    a = torch.randn(positions, left, generator=generator) * torch.logspace(0, -decades, positions)[:, None]
+    b = torch.randn(positions, right, generator=generator)
+    u, v = split(low_rank(a, b, 64), 64, left, right)
+    wanted = a.double().t().numpy() @ b.double().numpy()
+    assert np.abs(u.T @ v - wanted).max() <= 5e-6 * np.linalg.norm(wanted, 2)
+
+
+@pytest.mark.parametrize(("positions", "left", "right"), [(20, 30, 40), (300, 20, 30), (300, 300, 310)])
+def test_triples_of_nothing_and_of_what_is_no_number(positions, left, right, used):
+    a, b = factors(positions, left, right, 1.0)
+    assert not low_rank(0 * a, b, 8).any() and not low_rank(a, 0 * b, 8).any() and len(used) == 2
+    assert used[0] == WAYS[0 if positions == 20 else 1 if left == 20 else 2]
+    for bad in (torch.nan, torch.inf):
+        for damaged in (
+            (torch.where(torch.arange(left) == 3, bad, a), b),
+            (a, torch.where(torch.arange(right) == 3, bad, b)),
+        ):
+            assert torch.isnan(low_rank(*damaged, 8)).all()
+    single = low_rank(a[:1], b[:1], 3)  # one position: one triple
+    u, v = split(single, 3, left, right)
+    assert_close(u.T @ v, np.outer(a[0], b[0]), "model float32")
+    assert not u[1:].any() and not v[1:].any()
+
+
+def test_iteration_begins_at_frozen_signs():
+    assert torch.equal(forms._start(6, 4), random_signs(0, "low rank", 24).view(6, 4))
+    a, b = factors(300, 300, 310, 1.0)
+    assert torch.equal(low_rank(a, b, 8), low_rank(a, b, 8))
+
+
+@pytest.mark.parametrize(("positions", "left", "right"), [(4, 30, 40), (60, 6, 9)])
+def test_length_of_a_sum_of_outer_products(positions, left, right):
+    a, b = factors(positions, left, right, 1.0)
+    wanted = np.linalg.norm(a.double().numpy().T @ b.double().numpy()) ** 2
+    assert float(squared_length(a, b)) == pytest.approx(wanted, rel=1e-4)
+    assert float(squared_length(a, 0 * b)) == 0
+
+
+SIZES = ((7, 5), (3, 9))
+
+
+def test_rows_of_triples_mean_sums_of_outer_products():
+    form, generator = Triples(SIZES), torch.Generator().manual_seed(0)
+    rows, queries = (torch.randn(n, form.width(rank), generator=generator) for n, rank in ((5, 4), (3, 6)))
+    assert form.rank(rows) == 4 and form.rank(queries) == 6
+    slow, asked = dense(rows, SIZES), dense(queries, SIZES)
+    assert_close(form.products(rows, queries), slow @ asked.T, "float32")
+    assert_close(form.lengths(rows), np.linalg.norm(slow, axis=1), "float32")
+    parts = np.split(slow, [35], axis=1)
+    assert_close(form.part_lengths(rows), np.stack([np.linalg.norm(part, axis=1) for part in parts], 1), "float32")
+    assert torch.equal(form.joined(list(form.factors(rows))), rows)
+    assert_close(dense(form.widened(rows, 9), SIZES), slow, "float64")
+    assert form.rank(form.widened(rows, 9)) == 9
+    by = torch.tensor([1.0, 2.0, 0.5, 4.0, 100.0])
+    assert_close(dense(form.divided(rows, by), SIZES), slow / by.numpy()[:, None], "float32")
+    added = form.add(form.widened(rows[0][None], 6)[0], form.widened(rows[1][None], 6)[0])
+    assert_close(dense(added[None], SIZES)[0][35:], (slow[0] + slow[1])[35:], "model float32")  # rank 3 at most
+    one, s, other = np.linalg.svd((slow[0] + slow[1])[:35].reshape(7, 5))
+    assert_close(dense(added[None], SIZES)[0][:35], (one[:, :5] * s @ other).ravel(), "model float32")
+
+
+def test_signer_gives_the_triples_of_exact_rows(tokenizer, tokenised, rows):
+    """Rows of one window and of several: all of them where the rank suffices, the largest where it does not."""
+    readout = make_readout("gpt2", tokenizer, spread=0.15)
+    settings = {"flat": EXACT, "triples": {**EXACT, "bytes_per_row": 300}}
+    signers = {}
+    for name, changes in settings.items():
+        signers[name] = Signer(readout, resolve_settings(GH, **changes), QUERY_RANK)
+    windows = [window for row in tokenised(signers["flat"].settings, rows[:6]) for window in row.windows]
+    matrices = whitening_matrices(signers["flat"], windows)
+    for signer in signers.values():
+        signer.whitening = matrices
+    exact = signers["flat"].rows(windows, 6).numpy()
+    assert_close(dense(signers["triples"].rows(windows, 6), ((32, 32),)), exact, "float64")
+    few = Signer(readout, signers["triples"].settings, 3)
+    few.whitening = matrices
+    for number in range(6):
+        own = [window for window in windows if window.row == number]
+        if len(own) > 1:
+            continue
+        one, s, other = np.linalg.svd(exact[number].reshape(32, 32))
+        found = few.rows(windows, 6)[number]
+        assert_close(dense(found[None], ((32, 32),))[0], (one[:, :3] * s[:3] @ other[:3]).ravel(), "float64")
+    assert ROW_RANK < QUERY_RANK
+
+
+def test_rows_longer_than_a_batch_are_summed(tokenizer):
+    """A batch of which no row is finished: 1,024 tokens hold one of several windows of a row."""
+    readout = make_readout("llama", tokenizer, spread=0.1, max_position_embeddings=2048, dtype=torch.float32)
+    ids = torch.randint(4, 500, (1500,), generator=torch.Generator().manual_seed(0)).tolist()
+    windows = [Window(0, 0, ids[:1000], list(range(999))), Window(0, 1, ids[500:], list(range(499, 999)))]
+    windows.append(Window(1, 0, ids[:30], list(range(29))))
+    for changes in ({"bytes_per_row": None}, {"bytes_per_row": 300}):
+        signer = Signer(readout, resolve_settings("similarity", unit_length=False, short_bytes=None, **changes))
+        whole = signer.encoded(windows, 2)
+        rows = signer.rows(windows, 2)
+        alone = signer.rows([Window(0, 0, w.ids, w.positions) for w in windows[:1]], 1)
+        other = signer.rows([Window(0, 0, w.ids, w.positions) for w in windows[1:2]], 1)
+        assert whole["finite"].tolist() == [True, True] and whole["norms"].shape == (2, 1)
+        if signer.form.degree == 1:
+            assert_close(rows[:1], alone + other, "float32")
+            assert_close(whole["norms"][0], (alone + other).norm(dim=1), "model float32")
+        else:
+            total = dense(alone, ((32, 32),)) + dense(other, ((32, 32),))
+            assert_close(dense(rows[:1], ((32, 32),)), total, "model float32")
+            assert_close(whole["norms"][0], [np.linalg.norm(total)], "model float32")

@@ -477,7 +477,6 @@ torch.set_num_threads(1)
 run = TrainingRun.train(Recipe.microgpt(NAMES, n=24), sys.argv[1])
 print("ready", flush=True)
 run.measure(10, 1, retrain=24, queries=QUERIES, settings=MeasureSettings(check=False))
-print(len(run.bank), flush=True)
 """
 
 
@@ -503,23 +502,23 @@ def test_a_kill_leaves_nothing_in_the_way_of_other_batches(recipe, tmp_path, mon
 
 
 def killed_and_finished(directory, kills, rng):
-    """Rows seen after each kill, and the bank when the command was left alone at last."""
+    """Rows seen after each kill and at the end, and the bank when measuring was left alone at last."""
     root = os.path.dirname(os.path.dirname(__file__))
     rows = []
-    for i in range(kills + 1):
+    for _ in range(kills):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(directory)], stdout=subprocess.PIPE, cwd=root, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        if i < kills:
-            time.sleep(rng.uniform(0.02, 0.6))
-            process.send_signal(signal.SIGKILL)
+        time.sleep(rng.uniform(0.02, 0.6))
+        process.send_signal(signal.SIGKILL)
         process.communicate(timeout=120)
-        found = TrainingRun.train(Recipe.microgpt(NAMES, n=24), directory).bank
-        assert all("belongs to no version" in problem for problem in found.store.check())
-        rows.append(len(found))
-    return rows, found
+        found = TrainingRun.train(Recipe.microgpt(NAMES, n=24), directory)
+        assert all("belongs to no version" in problem for problem in found.bank.store.check())
+        rows.append(len(found.bank))
+    found.measure(10, 1, retrain=24, queries=QUERIES, settings=FAST)
+    return [*rows, len(found.bank)], found.bank
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.nightly)])

@@ -135,6 +135,8 @@ def measure(
     )  # fmt: skip
     facts = {"run": str(run), "added": len(opened.bank) - before, **opened.bank.info()}
     notes = list(dict.fromkeys([*facts.pop("notes", []), *opened.said]))
+    if not json_:  # what was said while it was measured was on the screen
+        notes = [note for note in notes if note not in opened.said]
     print_facts({**facts, **({"notes": notes} if notes else {})}, json_)
 
 

@@ -19,7 +19,7 @@ from leaveout.errors import StabilityError as StabilityError
 from leaveout.errors import UnsupportedError as UnsupportedError
 from leaveout.evaluation.judge import evaluate as evaluate
 from leaveout.evaluation.report import Report as Report
-from leaveout.evaluation.settings import EvaluationSettings as EvaluationSettings
+from leaveout.evaluation.truth import EvaluationSettings as EvaluationSettings
 from leaveout.methods.registry import attribute as attribute
 from leaveout.methods.scores import load_scores as load_scores
 from leaveout.methods.scores import save_scores as save_scores

@@ -46,6 +46,8 @@ def test_a_wide_table_breaks_texts_between_words(monkeypatch):
     long = str(Table(headers, [("q" * 200, *row[1:])]))  # one word that no table has room for
     assert max(map(len, long.splitlines())) <= 80 and long.count("q") == 201
     assert all(word in long for word in ("predicted", "verdict", "cannot"))
+    empty = str(Table(["", "", "text"], [("", " ", "word " * 40)] * 2))
+    assert max(map(len, empty.splitlines())) <= 80 and empty.count("word") == 80
     monkeypatch.setenv("COLUMNS", "20")
     assert max(map(len, str(Table(headers, [row])).splitlines())) >= 20  # nothing fits: drawn all the same
 

@@ -69,8 +69,8 @@ def _width(texts: Iterable[str]) -> int:
 def _fitted(columns: Sequence[Sequence[str]], room: int) -> list[int]:
     """A width for each column, of all together at most `room`: where that is little, first the texts and then the longest
     words are broken."""
-    whole = [_width(texts) for texts in columns]
-    words = [_width(word for text in texts for word in text.split()) for texts in columns]
+    whole = [max(1, _width(texts)) for texts in columns]
+    words = [max(1, _width(word for text in texts for word in text.split())) for texts in columns]
     for least, most in ((words, whole), ([1] * len(columns), words)):
         if sum(least) <= room:
             widths = least

@@ -242,14 +242,6 @@ def test_a_set_can_be_truth_and_fitted_one_after_the_other(recipe, tmp_path):
     assert np.array_equal(run.retrain(QUERIES, sets), truth)
 
 
-def test_plan_says_what_it_leaves_out(tmp_path):
-    recipe = Recipe.microgpt(NAMES, n=24)
-    wild = TrainingRun.train(recipe.with_(lr=1.0, eps=1e-9), tmp_path / "wild")
-    plan = wild.plan(QUERIES, [list(recipe.ids[:3])], Budget(60.0, examples=True))
-    assert any(note.startswith("No jets above degree 1: ") for note in plan.notes)
-    assert not any("degree 2" in choice.name for choice in plan.choices)
-
-
 def test_plan_buys_the_exact_first_order_alone_where_it_leaves_room_for_nothing_else(recipe, tmp_path, monkeypatch):
     costs = Costs(Cost(4.0, 0.1, 256), {}, gradient=9.0, probe=0.0)
     monkeypatch.setattr("leaveout.deletion.plan.probe", lambda *args, **options: costs)

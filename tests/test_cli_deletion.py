@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from command import run_command
-from leaveout import Recipe, TrainingRun, UnsupportedError, load_scores
+from leaveout import Recipe, TrainingRun, UnsupportedError, load_scores, report
 from leaveout.deletion.plan import Budget
 from leaveout.deletion.predict import prediction_table
 from leaveout.methods.gradient_dot import GradientDot
-from leaveout.report import blocks
 from leaveout.training.queries import query_losses
 from leaveout.training.tasks import task_of
 from leaveout.training.train import train_plain
@@ -316,11 +315,11 @@ def test_interval_chart_puts_values_on_one_axis():
         "actual": 3.0,
         "verdict": "rises",
     }
-    shown = blocks.interval_chart([line])
+    shown = report.interval_chart([line])
     assert 'cx="550.0"' in shown and 'cx="790.0"' in shown and "M310.0" in shown
     assert 'class="bar"' not in shown and "<q>" not in shown
-    assert blocks.interval_chart([{**line, "std": 0.1}]).count('class="bar"') == 1
-    assert "7 more are not drawn" in blocks.interval_chart([line] * (blocks.CHART_ROWS + 7))
+    assert report.interval_chart([{**line, "std": 0.1}]).count('class="bar"') == 1
+    assert "7 more are not drawn" in report.interval_chart([line] * (report.CHART_ROWS + 7))
     table = prediction_table([line])
     assert dict(zip(table.headers, table.rows[0], strict=True))["inside"] == "unknown"
 

@@ -22,7 +22,7 @@ from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
 from leaveout.evaluation.truth import second_order, single_effects, subset_truth
 from leaveout.methods.ekfac import EkFac
-from leaveout.methods.registry import METHODS, load, score_methods
+from leaveout.methods.registry import METHODS, score_methods
 from leaveout.methods.scorer import Scorer
 from leaveout.methods.scores import load_scores
 from leaveout.methods.signatures import readout_of, trained_part
@@ -244,13 +244,19 @@ def tuned(tmp_path_factory):
 ASKED = [{"prompt": f"buy {word}:", "completion": f" {word} {word}"} for word in WORDS]
 
 
-def test_every_method_scores_a_language_model(tuned):
+@pytest.fixture(scope="module")
+def scored(tuned):
+    """What every method that can run here says of that run."""
     asked = as_queries(ASKED)
     tuned.measure(retrain=12, design="singles", queries=asked)
     there = [name for name in METHODS if name not in NEEDS or find_spec(NEEDS[name])]
-    names = [*there, "default@start", "gradient dot@third"]
-    found = score_methods(tuned, asked, names)
-    for name in names:
+    return score_methods(tuned, asked, [*there, "default@start", "gradient dot@third"])
+
+
+def test_every_method_scores_a_language_model(tuned, scored):
+    found = scored
+    assert len(found) > 12
+    for name in found:
         assert found[name].scores.shape == (4, 12) and np.isfinite(found[name].scores).all(), name
     best = found["bm25"].scores.argmax(1)
     assert [tuned.recipe.examples[i].text.split()[1] for i in best] == list(WORDS)
@@ -259,15 +265,15 @@ def test_every_method_scores_a_language_model(tuned):
         assert not np.allclose(found[name].scores, found[other].scores, rtol=0.05)
 
 
-def test_ek_fac_of_the_blocks_leaves_the_head_out(tuned):
+def test_ek_fac_of_the_blocks_leaves_the_head_out(tuned, scored):
     scorer = Scorer(tuned, as_queries(ASKED))
-    found = load("ek-fac blocks")(scorer, "final")
+    found = scored["ek-fac blocks"].scores
     linear = [name for name, module in scorer.task.model.named_modules() if isinstance(module, torch.nn.Linear)]
     assert "lm_head" in linear and len(linear) > 1
     below = tuple(name for name in linear if name != "lm_head")
     wanted = EkFac(scorer.task, tuned.parameters, below).score(scorer.query_rows, scorer.rows)
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * np.abs(wanted).max())
-    assert not np.allclose(found, load("ek-fac")(scorer, "final"), rtol=0.05)
+    assert not np.allclose(found, scored["ek-fac"].scores, rtol=0.05)
 
 
 def test_the_readout_of_a_run_has_the_trained_parameters(tuned):

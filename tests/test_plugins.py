@@ -15,6 +15,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 import leaveout
+from command import run_command
 from leaveout import Index, Recipe, TrainingRun, attribute, load_readout, plugins
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.jets import Space, tensor
@@ -96,8 +97,9 @@ def test_rule_of_another_package_is_used_by_jets(package, monkeypatch):
     exec(use, {})
 
 
-def test_method_of_another_package_is_judged_by_its_name(package, tmp_path):
-    """The page's function and its line of packaging, in a folder of their own, through the command line of a new process."""
+def test_method_of_another_package_is_judged_by_its_name(package, tmp_path, monkeypatch, capsys):
+    """The page's function and its line of packaging, in a folder of their own, through the command line of a new process
+    and of this one."""
     snippets, entries = how_to("own-method")
     package("my_package", entries, snippets[0])
     names = [a + b for a in ("an", "bo", "ci") for b in ("na", "ri", "so", "tu")]
@@ -105,17 +107,18 @@ def test_method_of_another_package_is_judged_by_its_name(package, tmp_path):
     (tmp_path / "recipe.yaml").write_text("kind: microgpt\ndata: names.txt\n")
     run = TrainingRun.train(tmp_path / "recipe.yaml", tmp_path / "run")
     source = Path(leaveout.__file__).parents[1]
-    asked = ["--query", "anri", "--query", "bona", "--method", "letter-pairs"]
-    for words in (["evaluate", "--method", "random", "--subsets", "4", "--qld", "0", "--no-ceiling", "--json"],
-                  ["attribute", "--out", "scores.npy"]):  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-m", "leaveout.cli", words[0], "run", *asked, *words[1:]], check=False, cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(source)])}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        if words[0] == "evaluate":
-            lines = [json.loads(line) for line in done.stdout.splitlines()]
-            assert {line["method"] for line in lines} == {"letter-pairs", "random"}
+    asked = ["run", "--query", "anri", "--query", "bona", "--method", "letter-pairs"]
+    judge = ["evaluate", *asked, "--method", "random", "--subsets", "4", "--qld", "0", "--no-ceiling", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "leaveout.cli", *judge], check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(source)])}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["method"] for line in lines} == {"letter-pairs", "random"}
+    monkeypatch.chdir(tmp_path)
+    code, _, said = run_command(monkeypatch, capsys, "attribute", *asked, "--out", "scores.npy")
+    assert code == 0, said
     scores = np.load(tmp_path / "scores.npy")
     texts = [row.text for row in run.recipe.examples]
     assert texts[scores[0].argmax()] == "anri" and texts[scores[1].argmax()] == "bona"

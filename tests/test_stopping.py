@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from command import run_command
+from endless import begin, told
 from leaveout import TrainingRun
 from leaveout.executor import run_tasks
 from test_cli_deletion import write_recipe
@@ -22,31 +24,12 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 PARENT = """
 import sys
 from leaveout.executor import run_tasks
-from test_stopping import begin, compute
+from endless import begin, compute
 
 if __name__ == "__main__":
     for result in run_tasks(range(4), compute, begin, 2):
         pass
 """
-
-
-def begin():
-    return os.environ["PLACE"]
-
-
-def compute(place, task):
-    """Says who it is, and computes for longer than any test waits."""
-    (Path(place) / str(os.getpid())).touch()
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        sum(range(1000))
-
-
-def told(place, task):
-    if task:
-        (Path(place) / str(os.getpid())).touch()
-        time.sleep(60)
-    return task
 
 
 def facts_of(process):
@@ -188,12 +171,12 @@ def test_a_command_that_ignores_a_closed_terminal_goes_on(tmp_path):
     process.communicate()
 
 
-def test_a_stopped_command_keeps_what_it_committed_and_goes_on(tmp_path):
+def test_a_stopped_command_keeps_what_it_committed_and_goes_on(tmp_path, monkeypatch, capsys):
     recipe = write_recipe(tmp_path)
     recipe.write_text("kind: microgpt\ndata: names.txt\nsteps: 200\n")
     sets = len(np.unique(TrainingRun.train(recipe, tmp_path / "run").design("auto", 24), axis=0))
-    command = ["-m", "leaveout.cli", "measure", "run", "--retrain", "24", "--workers", "2", "--memory", "8MB", "--json"]
-    process = started(command, tmp_path)
+    command = ["measure", "run", "--retrain", "24", "--memory", "8MB", "--json"]
+    process = started(["-m", "leaveout.cli", *command, "--workers", "2"], tmp_path)
     bank = tmp_path / "run" / "bank"
     eventually(lambda: list(bank.glob("*.safetensors")), 120, "something is committed")
     workers = workers_of(process)
@@ -206,7 +189,7 @@ def test_a_stopped_command_keeps_what_it_committed_and_goes_on(tmp_path):
     assert SENTENCE in said
     kept = len(TrainingRun.open(tmp_path / "run").bank)
     assert 0 < kept < sets
-    again = started(command, tmp_path)
-    answer, said = again.communicate(timeout=120)
-    assert again.returncode == 0, said
+    monkeypatch.chdir(tmp_path)
+    code, answer, said = run_command(monkeypatch, capsys, *command)
+    assert code == 0, said
     assert json.loads(answer)["added"] == sets - kept

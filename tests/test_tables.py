@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from leaveout.cli.program import to_line
-from leaveout.tables import Table, Tabular, shorten
+from leaveout.tables import Table, Tabular, number, shorten
 
 
 def test_json_refuses_not_a_number():
@@ -31,6 +31,25 @@ def test_a_wide_table_puts_intervals_below_their_means(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     print(Table(["method", "LDS", "QLD (nats)", "leave-one-out", "AP"], rows))
     assert capsys.readouterr().out.count("0.655 [0.587, 0.721]") == 4
+
+
+def test_a_wide_table_breaks_texts_between_words(monkeypatch):
+    """Such as that of `verify` on a terminal of 80 columns: sentences are broken, and no word while there is room."""
+    headers = ["query", "without", "base", "predicted", "± (95 %)", "verdict", "actual", "inside"]
+    row = ("Ottoline Marsh did go abroad.", "travel, guide", 3.1415, 2.7182, 0.0123, "cannot tell from zero", 2.7, "no")
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = str(Table(headers, [row]))
+    assert max(map(len, shown.splitlines())) <= 80
+    for cell in [*headers, *row]:
+        for word in number(cell).split():
+            assert word in shown, shown
+    long = str(Table(headers, [("q" * 200, *row[1:])]))  # one word that no table has room for
+    assert max(map(len, long.splitlines())) <= 80 and long.count("q") == 201
+    assert all(word in long for word in ("predicted", "verdict", "cannot"))
+    empty = str(Table(["", "", "text"], [("", " ", "word " * 40)] * 2))
+    assert max(map(len, empty.splitlines())) <= 80 and empty.count("word") == 80
+    monkeypatch.setenv("COLUMNS", "20")
+    assert max(map(len, str(Table(headers, [row])).splitlines())) >= 20  # nothing fits: drawn all the same
 
 
 def test_text_with_brackets_stays_as_it_is(capsys, monkeypatch):

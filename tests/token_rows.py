@@ -176,10 +176,17 @@ def _bytes_of(piece: str, kind: str) -> bytes:
         if piece.startswith("<0x") and len(piece) == 6:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
+    return bytes(BYTE_OF[char] for char in piece)
+
+
+def _byte_of() -> dict[str, int]:
+    """The byte that a character stands for in byte-level tokens, as GPT-2 writes them."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in shown]
-    table = {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(rest)}
-    return bytes(table[char] for char in piece)
+    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(rest)}
+
+
+BYTE_OF = _byte_of()
 
 
 def _walked_words(pieces: list[tuple[str, bool]], text: str, kind: str) -> list[tuple[int, int] | None]:

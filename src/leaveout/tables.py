@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,21 +27,22 @@ class Table:
     notes: Sequence[str] = ()
 
     def __str__(self) -> str:
-        """As wide as the terminal; where that is too narrow, an interval stands below its mean."""
+        """As wide as the terminal; where that is too narrow, an interval stands below its mean, and texts take several lines."""
         from rich.console import Console
         from rich.table import Table as Drawn
         from rich.text import Text
 
-        console, rows = Console(force_terminal=False, force_jupyter=False), [list(row) for row in self.rows]
-        widths = (max(len(number(cell)) for cell in column) for column in zip(self.headers, *rows, strict=True))
-        if sum(3 + width for width in widths) > console.width:
-            rows = [[INTERVAL.sub(r"\n\1", cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+        console = Console(force_terminal=False, force_jupyter=False)
+        room, shown = console.width - 3 * len(self.headers) + 1, [[number(cell) for cell in row] for row in self.rows]
+        if sum(map(_width, zip(self.headers, *shown, strict=True))) > room:
+            shown = [[INTERVAL.sub(r"\n\1", cell) for cell in row] for row in shown]
+        widths = _fitted([*zip(self.headers, *shown, strict=True)], room)
         drawn = Drawn(title=self.title and Text(self.title), title_justify="left", pad_edge=False)
-        for column, header in enumerate(self.headers):
-            numeric = bool(rows) and all(_is_number(row[column]) for row in rows)
-            drawn.add_column(Text(header), justify="right" if numeric else "left", overflow="fold")
-        for row in rows:
-            drawn.add_row(*(Text(number(value)) for value in row))
+        for column, (header, width) in enumerate(zip(self.headers, widths, strict=True)):
+            numeric = bool(shown) and all(_is_number(row[column]) for row in self.rows)
+            drawn.add_column(Text(header), justify="right" if numeric else "left", overflow="fold", width=width)
+        for row in shown:
+            drawn.add_row(*map(Text, row))
         with console.capture() as captured:
             console.print(drawn)
         return "\n".join([captured.get().rstrip("\n"), *self.notes])
@@ -56,6 +57,29 @@ class Table:
     def html(self) -> str:
         """The table for a page."""
         return self._repr_html_()
+
+
+def _width(texts: Iterable[str]) -> int:
+    """Of the longest line, in the cells of a terminal."""
+    from rich.cells import cell_len
+
+    return max((cell_len(line) for text in texts for line in text.splitlines()), default=0)
+
+
+def _fitted(columns: Sequence[Sequence[str]], room: int) -> list[int]:
+    """A width for each column, of all together at most `room`: where that is little, first the texts and then the longest
+    words are broken."""
+    whole = [max(1, _width(texts)) for texts in columns]
+    words = [max(1, _width(word for text in texts for word in text.split())) for texts in columns]
+    for least, most in ((words, whole), ([1] * len(columns), words)):
+        if sum(least) <= room:
+            widths = least
+            while (left := room - sum(widths)) > 0 and (open_ := [i for i, w in enumerate(widths) if w < most[i]]):
+                narrow = min(widths[i] for i in open_)
+                growing = [i for i in open_ if widths[i] == narrow][:left]
+                widths = [w + (i in growing) for i, w in enumerate(widths)]
+            return widths
+    return [1] * len(columns)
 
 
 class Tabular:

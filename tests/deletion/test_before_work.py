@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 
 from command import run_command
+from leaveout.deletion import plan as plan_module
 from leaveout.deletion import run as run_module
 from leaveout.deletion.measurements import MeasureSettings
+from leaveout.deletion.plan import Budget, Cost, Costs
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
@@ -130,11 +133,24 @@ def test_growth_is_checked_up_to_the_degree_that_is_measured(tmp_path, monkeypat
     assert degrees == [2, 3]
 
 
+def test_a_plan_asks_for_no_more_sets_than_there_are(small, monkeypatch):
+    cheap = Costs(Cost(0.0, 1e-3, 64), {1: Cost(0.0, 1e-3, 64)}, 1e-3, 0.0)
+    monkeypatch.setattr(plan_module, "probe", lambda *_: cheap)
+    ids = small.recipe.ids
+    for sets, known in (([[ids[0]]], {"auto": 4, "all pairs": 10}), ([ids[:1], ids[1:3]], {"auto": 10, "all pairs": 10})):
+        choices = small.plan(QUERIES, sets, Budget(600, examples=True)).choices
+        for choice in choices:
+            retrain, there = choice.arguments.get("retrain", 0), known[choice.arguments.get("design", "auto")]
+            assert retrain <= there and choice.arguments["heldout"] <= max(known.values()) - retrain
+        assert any("retrain" in choice.arguments for choice in choices)
+
+
 def test_a_plan_keeps_degree_one_where_series_grow(tmp_path, monkeypatch):
     run = TrainingRun.train(wild(), tmp_path / "run")
-    plan = run.plan(QUERIES, [[run.recipe.ids[0]]], "10min")
+    plan = run.plan(QUERIES, [[run.recipe.ids[0]]], Budget(600, examples=True))
     assert 1 in plan.costs.jets and 2 not in plan.costs.jets
-    assert any("No jets above degree 1" in note for note in plan.notes)
+    assert any(note.startswith("No jets above degree 1: ") for note in plan.notes)
+    assert plan.choices and not any("degree 2" in choice.name for choice in plan.choices)
 
 
 # What was made, and what was measured already.
@@ -145,13 +161,26 @@ def test_fewer_retrainings_than_asked_for_are_said(small, capsys):
     said = capsys.readouterr().err
     assert "4 retrainings of the design `auto` instead of 24: with 4 units there are no more different sets" in said
     assert len(small.bank) == 4 and small.said == [said.strip().removeprefix("leaveout: ")]
-    small.measure(heldout=8, queries=QUERIES)
-    assert "4 retrainings held out instead of 8" in capsys.readouterr().err
+    small.measure(heldout=20, queries=QUERIES)
+    said = capsys.readouterr().err
+    assert "14 retrainings held out instead of 20: with 4 units there are no more sets that are not fitted." in said
 
 
 def test_as_many_retrainings_as_asked_for_are_not_spoken_of(small, capsys):
     small.measure(retrain=4, queries=QUERIES)
     assert not capsys.readouterr().err and not small.said
+
+
+def test_random_sets_that_are_held_out_are_not_fitted(small, capsys):
+    """Also where only four sets are of the usual sizes, each of which is fitted."""
+    small.measure(retrain=100, heldout=8, queries=QUERIES)
+    found = small.bank.measurements(QUERIES)
+    fitted, held = ({tuple(row) for row in runs.x} for runs in (found.retrainings, found.heldout))
+    assert len(fitted) == 4 and len(held) == 8 and not fitted & held
+    assert "held" not in capsys.readouterr().err
+    small.measure(retrain=100, heldout=8, queries=QUERIES, settings=MeasureSettings(sizes=(1,)))
+    told = "0 retrainings held out instead of 8: .* no more sets of these sizes that are not fitted; give --sizes"
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_held_out_sets_that_are_fitted_as_well_are_said(small, capsys):
@@ -194,6 +223,8 @@ def test_the_command_counts_what_was_measured_apart(monkeypatch, capsys, tmp_pat
     code, out, _ = run_command(monkeypatch, capsys, "measure", tmp_path / "run", "--retrain", 24, "--json")
     facts = json.loads(out)
     assert code == 0 and facts["added"] == 4 and "4 retrainings of the design `auto` instead of 24" in facts["notes"][0]
+    _, out, said = run_command(monkeypatch, capsys, "measure", tmp_path / "run", "--retrain", 24)
+    assert (out + said).count("4 retrainings of the design `auto` instead of 24") == 1
     one, two = run.recipe.ids[:2]
     arguments = ("verify", tmp_path / "run", "--query", "anna", "--without", one, "--without", f"{one},{two}")
     lines = [json.loads(line) for line in run_command(monkeypatch, capsys, *arguments, "--json")[1].splitlines()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 
 import numpy as np
@@ -24,14 +23,6 @@ LOGISTIC = Recipe(
     "classifier", points(60, 0), model={"hidden": []}, batch_size=60, steps=150, dtype="float64",
     optimizer=OptimizerSettings("sgd", 0.3, weight_decay=0.01),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quick_collection():
-    """kronfluence collects garbage after every phase; what other tests hold need not be looked at each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def fill(parameters, generator):

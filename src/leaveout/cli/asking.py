@@ -82,7 +82,7 @@ def search(
     encoded = opened.encode(rows)
     found = find(opened, encoded, k, where, options)
     if html is not None:
-        from leaveout.report.pages import search_page
+        from leaveout.report import search_page
 
         html.write_text(search_page(opened, rows, encoded.texts, found), encoding="utf-8")
     for text, hits in zip(encoded.texts, found, strict=True):
@@ -112,7 +112,7 @@ def explain(
     """
     import numpy as np
 
-    from leaveout.report.pages import explain_page
+    from leaveout.report import explain_page
 
     require_outputs(html)
     opened = open_index(idx, model, device)

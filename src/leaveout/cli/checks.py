@@ -8,9 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from leaveout.cli.program import Device, Dtype, Json, Workers, app, one_thread, print_facts, to_line
+from leaveout.cli.program import (
+    Device,
+    Dtype,
+    Json,
+    Workers,
+    app,
+    is_run,
+    one_thread,
+    open_run,
+    print_facts,
+    to_line,
+)
 from leaveout.cli.readout import open_index
-from leaveout.cli.runs import is_run, open_run
 from leaveout.tables import Diagnosis
 
 Place = Annotated[Path, typer.Argument(metavar="IDX|RUN", help="Directory of an index or of a training run.")]

@@ -14,26 +14,24 @@ from leaveout.cli.program import (
     Backend,
     Form,
     Json,
-    Prompt,
-    QueryText,
-    Workers,
-    app,
-    one_thread,
-    print_facts,
-    quantity,
-    require_outputs,
-    to_line,
-)
-from leaveout.cli.runs import (
     Memory,
+    Prompt,
     QueryFile,
+    QueryText,
     RunPath,
     SetsFile,
     Without,
     WithoutWhere,
+    Workers,
+    app,
+    one_thread,
     open_run,
+    print_facts,
+    quantity,
     read_queries,
     read_sets,
+    require_outputs,
+    to_line,
 )
 from leaveout.errors import FormatError
 from leaveout.quantities import BYTES, SECONDS
@@ -135,6 +133,8 @@ def measure(
     )  # fmt: skip
     facts = {"run": str(run), "added": len(opened.bank) - before, **opened.bank.info()}
     notes = list(dict.fromkeys([*facts.pop("notes", []), *opened.said]))
+    if not json_:  # what was said while it was measured was on the screen
+        notes = [note for note in notes if note not in opened.said]
     print_facts({**facts, **({"notes": notes} if notes else {})}, json_)
 
 
@@ -292,7 +292,7 @@ def _require_outputs(html: Path | None, curve: Path | None = None) -> None:
 
 def _print_prediction(found: Prediction, html: Path | None, json_: bool) -> None:
     if html is not None:
-        from leaveout.report.pages import prediction_page
+        from leaveout.report import prediction_page
 
         html.write_text(prediction_page(found), encoding="utf-8")
     print("\n".join(map(to_line, found.lines())) if json_ else found)

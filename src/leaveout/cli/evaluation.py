@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leaveout.cli.program import Form, Json, Prompt, QueryText, Workers, app, print_facts, to_line
-from leaveout.cli.runs import QueryFile, RunPath, open_run, read_queries
+from leaveout.cli.program import (
+    Form,
+    Json,
+    Prompt,
+    QueryFile,
+    QueryText,
+    RunPath,
+    Workers,
+    app,
+    open_run,
+    print_facts,
+    read_queries,
+    to_line,
+)
 from leaveout.errors import MismatchError
 
 Out = Annotated[Path, typer.Option("--out", help="File of the scores: .npy, .csv or .jsonl.")]

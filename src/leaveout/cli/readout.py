@@ -17,10 +17,10 @@ from leaveout.cli.program import (
     Where,
     Workers,
     app,
+    is_run,
     one_thread,
     print_facts,
 )
-from leaveout.cli.runs import is_run
 from leaveout.errors import FormatError
 
 if TYPE_CHECKING:

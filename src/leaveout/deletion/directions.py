@@ -15,6 +15,8 @@ from leaveout.deletion.kernels import similar_units
 FEW = 64
 """Up to this many units, pairs of units can be measured one by one, and kernels count subsets."""
 LARGEST_BASIS = 4096
+DRAWS = 50
+"""Random sets that are drawn for each that is wanted, before there are said to be no others."""
 
 
 def complex_uniform(first: int, last: int, units: int, seed: int = 0) -> np.ndarray:
@@ -64,6 +66,23 @@ def random_sets(
         size = sizes[j % len(sizes)] if sizes else int(np.exp(rng.uniform(0, np.log(top))).round())
         out.append(rng.choice(units, min(max(size, 1), units - 1), replace=False).tolist())
     return _indicator(out, units)
+
+
+def held_out(n: int, units: int, seed: int, sizes: tuple[int, ...], fitted: np.ndarray) -> np.ndarray:
+    """The first n different random sets [rows, units] that are not among the fitted ones [any, units].
+
+    Of the given sizes; else of the usual ones, and of any size where these have no more. Fewer where there are no others.
+    """
+    known, found = {row.tobytes() for row in np.asarray(fitted, np.float64)}, []
+    for wanted in [sizes] if sizes else [(), tuple(range(1, units))]:
+        for j in range(DRAWS * n if len(found) < n else 0):
+            (row,) = random_sets(j, j + 1, units, seed, wanted)
+            if row.tobytes() not in known:
+                known.add(row.tobytes())
+                found.append(row)
+            if len(found) == n:
+                break
+    return np.array(found).reshape(-1, units)
 
 
 def subsets(first: int, last: int, units: int, seed: int = 0, share: float = 0.5) -> np.ndarray:

@@ -327,9 +327,12 @@ class _Spending:
         pairs: bool = False,
         heldout: int | None = None,
     ) -> Choice:
-        heldout = self.heldout if heldout is None else heldout
         settings, design = MeasureSettings(sizes=self.sizes), "all pairs" if pairs else "auto"
         x = directions.design(design, retrain, self.units, settings.seed, settings.sizes, self.features)
+        x = x[np.sort(np.unique(x, axis=0, return_index=True)[1])]
+        retrain = len(x)  # with few units there are not as many different sets as could be paid for
+        if heldout is None:
+            heldout = len(directions.held_out(self.heldout, self.units, settings.seed + 1000, settings.sizes, x))
         psi = directions.complex_uniform(0, jets, self.units)
         room = DESIGN_LIMIT // max(1, degree)
         planned = [(psi[: room // 2], degree)] if jets else []

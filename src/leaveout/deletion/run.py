@@ -156,7 +156,7 @@ class TrainingRun:
         settings = settings or MeasureSettings()
         self._refuse(directions, degree, retrain, design, heldout, gradient and queries is None, settings)
         given = None if without is None else deletion_sets(self.recipe, without)
-        held = None if heldout is None else self._heldout(heldout, settings)
+        held = heldout if heldout is None or isinstance(heldout, int) else deletion_sets(self.recipe, heldout)
         asked = None if queries is None else as_queries(queries)
         if asked is not None:
             self.bank.base(asked)
@@ -169,12 +169,10 @@ class TrainingRun:
         parts = [] if given is None else [(given.x, "given", "fit")]
         if retrain:
             parts.append((self.design(design, retrain, settings), design, "fit"))
-            self._tell_fewer(parts[-1][0], retrain, f"of the design `{design}`", "--sizes, or another --design")
+            more = "different sets of these sizes; give --sizes, or another --design"
+            self._tell_fewer(parts[-1][0], retrain, f"of the design `{design}`", more)
         if held is not None:
-            if isinstance(heldout, int):
-                self._tell_fewer(held.x, heldout, "held out", "--sizes")
-            self._tell_fitted(held.x, [x for x, _, _ in parts])
-            parts.append((held.x, "heldout", "heldout"))
+            parts.append((self._heldout(held, [x for x, _, _ in parts], settings), "heldout", "heldout"))
         self._retrain(parts, asked, settings)
         return self.bank
 
@@ -204,13 +202,12 @@ class TrainingRun:
                 f"{both} of the held-out sets are fitted as well and say nothing about others: give other sets, or --sizes."
             )
 
-    def _tell_fewer(self, x: np.ndarray, wanted: int, which: str, advice: str) -> None:
-        """Says that a design has fewer different sets than were asked for."""
+    def _tell_fewer(self, x: np.ndarray, wanted: int, which: str, more: str) -> None:
+        """Says that there are fewer different sets than were asked for."""
         made = len(_distinct(x))
         if made < wanted:
             self._tell(
-                f"{made} retrainings {which} instead of {wanted}: with {x.shape[1]} units there are no more different sets "
-                f"of these sizes; give {advice}."
+                f"{made} retrainings {which} instead of {wanted}: with {x.shape[1]} units there are no more {more}."
             )
 
     def _tell(self, note: str) -> None:
@@ -244,11 +241,17 @@ class TrainingRun:
             vectors = unit_vectors(self.recipe, WIDTH)
             self.bank.put_vectors(vectors, time.process_time() - began)
 
-    def _heldout(self, heldout: Without | int, settings: MeasureSettings) -> DeletionSets:
-        if not isinstance(heldout, int):
-            return deletion_sets(self.recipe, heldout)
-        x = directions.random_sets(0, heldout, len(self.recipe.unit_names), settings.seed + 1000, settings.sizes)
-        return DeletionSets(x, tuple(f"held out {i}" for i in range(len(x))))
+    def _heldout(self, held: DeletionSets | int, fitted: list[np.ndarray], settings: MeasureSettings) -> np.ndarray:
+        """Deletion vectors [sets, units] to hold out: those given, or so many random ones that are not fitted."""
+        if isinstance(held, DeletionSets):
+            self._tell_fitted(held.x, fitted)
+            return held.x
+        units = len(self.recipe.unit_names)
+        others = np.concatenate([np.zeros((0, units)), *fitted])
+        x = directions.held_out(held, units, settings.seed + 1000, settings.sizes, others)
+        more = "sets of these sizes that are not fitted; give --sizes" if settings.sizes else "sets that are not fitted"
+        self._tell_fewer(x, held, "held out", more)
+        return x
 
     def _measure_gradient(self, asked: Sequence[Query], settings: MeasureSettings) -> None:
         ids = [f"gradient:{q.digest}" for q in asked]

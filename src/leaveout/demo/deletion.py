@@ -19,7 +19,7 @@ import numpy as np
 from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.predict import Verification, prediction_table
 from leaveout.deletion.run import TrainingRun
-from leaveout.report.blocks import heading, interval_chart
+from leaveout.report import heading, interval_chart
 from leaveout.tables import Table
 from leaveout.training.recipe import Recipe
 

@@ -26,7 +26,7 @@ from leaveout.readout.explain import explain_rows
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.search import Hit
-from leaveout.report.blocks import heading, highlighted, hit_block, page, quote
+from leaveout.report import heading, highlighted, hit_block, page, quote
 from leaveout.tables import Table
 
 HERE = Path(__file__).parent

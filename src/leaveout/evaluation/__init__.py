@@ -2,6 +2,6 @@
 
 from leaveout.evaluation.judge import evaluate
 from leaveout.evaluation.report import Report
-from leaveout.evaluation.settings import EvaluationSettings
+from leaveout.evaluation.truth import EvaluationSettings
 
 __all__ = ["EvaluationSettings", "Report", "evaluate"]

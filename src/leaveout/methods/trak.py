@@ -112,8 +112,8 @@ class Trak:
 
 def package() -> Any:
     """The names of dattri that are used here, in one place."""
-    algorithm = needs("dattri.algorithm.trak", "TRAK", pip="dattri==0.3.0")
-    task = needs("dattri.task", "TRAK", pip="dattri==0.3.0")
+    pip = "dattri==0.3.0 (other versions scale projections otherwise)"
+    algorithm, task = (needs(f"dattri.{name}", "TRAK", pip=pip) for name in ("algorithm.trak", "task"))
     if (found := metadata.version("dattri")) != "0.3.0":
         raise UnsupportedError(
             f"Projections of dattri {found} have another scale than those of 0.3.0: pip install dattri==0.3.0."

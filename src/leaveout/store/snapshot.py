@@ -147,13 +147,14 @@ class Snapshot:
     def stream(self, columns: str, source: str, condition: str) -> Iterator[tuple[Any, ...]]:
         """Key and columns of rows in order; each page is a transaction of its own, so that a writer need not wait."""
         page: list[tuple[Any, ...]] = [(-1,)]
-        while page:
+        more = True
+        while more:
             query = f"SELECT rows.key, {columns} FROM {source} WHERE rows.key > {page[-1][0]} AND {condition}"
             with self.reading() as db:
                 found = db.execute(f"{query} ORDER BY rows.key LIMIT {_PAGE}").fetchall()
             if any(one[0] >= other[0] for one, other in itertools.pairwise([page[-1], *found])):
                 raise FormatError(f"{CATALOGUE} has rows out of order; restore it from a copy")
-            page = found
+            page, more = found, len(found) == _PAGE
             yield from page
 
     def records(self) -> Iterator[Record]:

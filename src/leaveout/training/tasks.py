@@ -107,13 +107,18 @@ def task_of(recipe: Recipe) -> Task:
     """
     with torch.random.fork_rng(devices=[]):
         task = _made(recipe)
-        if not getattr(recipe, "_tried", False):
+        if not _was_tried(recipe):
             if callable(recipe.model) and not isinstance(recipe.model, nn.Module):
                 refuse_another_start(task.model, _made(recipe).model)
             if task.given:
                 try_loss(task, recipe.examples, tried_numbers(recipe.batches(), len(recipe.examples)))
             object.__setattr__(recipe, "_tried", True)
     return task
+
+
+def _was_tried(recipe: Recipe) -> bool:
+    """Whether a task of this recipe object was made before, in this process."""
+    return getattr(recipe, "_tried", False)
 
 
 def _made(recipe: Recipe) -> Task:
@@ -260,7 +265,8 @@ def _causal_lm(recipe: Recipe) -> Task:
         return rows.encode(examples)
 
     refuse_hooks(model, lambda ids: [logits(model, ids)], torch.arange(min(8, context), device=loaded.device)[None])
-    refuse_look_ahead(model, functools.partial(logits, model), loaded.embedded, context, loaded.device)
+    if not _was_tried(recipe):
+        refuse_look_ahead(model, functools.partial(logits, model), loaded.embedded, context, loaded.device)
     sizes = (lambda batch: _learned_tokens((batch[0], batch[1][:, 1:]))) if recipe.loss_per == "token" else None
     names = _trained(model, trained)
     if limit is not None and context > limit:

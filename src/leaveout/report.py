@@ -1,4 +1,5 @@
-"""What self-contained HTML pages without scripts are made of: headings, tinted texts, heat maps, pictures of intervals.
+"""Self-contained HTML pages without scripts: found rows with the words that did it, a heat map of two texts, predictions
+with their intervals; and what such pages are made of.
 
 Everything that comes from data or from a model is escaped. Colours: green pushes a score up, red pushes it down.
 """
@@ -11,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from leaveout.deletion.predict import reach
+from leaveout.deletion.predict import Prediction, Verification, prediction_table, reach
+from leaveout.readout.explain import Explanation, explain_rows
+from leaveout.readout.index import Index
 from leaveout.readout.search import Hit
-from leaveout.tables import shorten
+from leaveout.tables import Table, shorten
 
 STYLE = """
 :root { --ink: #1d2433; --soft: #5b6577; --line: #dde2ea; --paper: #ffffff; --tint: #f6f8fb; }
@@ -37,6 +40,49 @@ table { border-collapse: collapse; margin: .8rem 0; } td, th { padding: .2rem .7
 """
 
 CHART_ROWS = 60
+
+
+# --- pages ----------------------------------------------------------------------------------------------------------
+
+
+def search_page(index: Index, rows: Sequence[Any], texts: Iterable[str], found: Sequence[Sequence[Hit]]) -> str:
+    """Queries with their hits, each word tinted by what it adds. Cost: one forward pass per hit."""
+    sections: list[str] = []
+    for row, text, hits in zip(rows, texts, found, strict=True):
+        sections += [heading("Query"), quote(text)]
+        for hit, why in zip(hits, explain_rows(index, row, [hit.id for hit in hits]), strict=True):
+            sections.append(hit_block(hit, highlighted(why.row_tokens, why.row_weights)))
+    return page("Rows that influenced these texts", sections)
+
+
+def explain_page(query: str, found: Explanation) -> str:
+    """One row's tinted text and the heat map of query tokens and row tokens."""
+    sections = [
+        quote(query),
+        heading(f"Row {found.id}", f"score {found.score:.4g}, stored {found.stored_score:.4g}"),
+        f"<p>{highlighted(found.row_tokens, found.row_weights)}</p>",
+        heat_map(found.query_tokens, found.row_tokens, found.pairs),
+    ]
+    return page("Which tokens answer which", sections)
+
+
+def prediction_page(found: Prediction) -> str:
+    """A picture and a table of predictions, and what retraining says of them all if they were verified."""
+    note = (
+        f"Estimator: {found.estimator}. Values of queries under the model trained on everything (base), and without the "
+        "set."
+    )
+    lines = list(found.lines())
+    sections = [heading("Predictions", note), interval_chart(lines), prediction_table(lines).html()]
+    if isinstance(found, Verification):
+        facts = [
+            (name.replace("_", " "), "unknown" if value is None else value) for name, value in found.summary().items()
+        ]
+        sections += [heading("Against retraining"), Table(["", ""], facts).html()]
+    return page("The model without some of its data", sections)
+
+
+# --- what they are made of ------------------------------------------------------------------------------------------
 
 
 def page(title: str, sections: Iterable[str]) -> str:
@@ -101,9 +147,6 @@ def heat_map(row_tokens: list[str], column_tokens: list[str], values: np.ndarray
         cells = (f'<td title="{v:.3g}" style="background:{_tint(float(v) / largest)}"></td>' for v in line)
         lines.append(f"<tr><th>{html.escape(row_tokens[r])}</th>{''.join(cells)}</tr>")
     return f'<div class="heat"><table><tr><th></th>{top}</tr>{"".join(lines)}</table></div>'
-
-
-# ---------------------------------------------------------------- predictions
 
 
 def interval_chart(lines: Sequence[Mapping[str, Any]], unit: str = "nats") -> str:

@@ -1,1 +1,0 @@
-"""Pages of what was found: rows with the words that did it, tokens that answer each other, predictions."""

@@ -10,6 +10,7 @@ Sources: CountSketch, Charikar, Chen, Farach-Colton 2002. Randomised Hadamard tr
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -176,6 +177,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
     return x.reshape(rows, size)
 
 
+@functools.cache
 def sylvester(size: int) -> Tensor:
     """The Hadamard matrix [size, size] of entries +-1, size a power of two: entry (i, j) is (-1)**popcount(i & j)."""
     index = torch.arange(size)

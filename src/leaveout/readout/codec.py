@@ -326,7 +326,8 @@ class Filled(Codec):
         energy = torch.stack([u.square().sum(2) * v.square().sum(2) for u, v in factors], 1)
         energy, order = torch.sort(energy, dim=2, descending=True, stable=True)  # a part of a side is in another order
         factors = [
-            tuple(x.gather(1, order[:, part, :, None].expand(x.shape)) for x in both) for part, both in enumerate(factors)
+            tuple(x.gather(1, order[:, part, :, None].expand(x.shape)) for x in both)
+            for part, both in enumerate(factors)
         ]
         bits = self.shared_bits(energy.cpu())
         codes = torch.zeros(len(rows), self.code_bytes, dtype=torch.uint8)

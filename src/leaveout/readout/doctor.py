@@ -179,4 +179,6 @@ def _stored_bytes(readout: Readout) -> Check:
     whole += signer.settings.short_bytes or 0
     cut = " of which sides are cut" if long.kept != long.sizes else ""
     room = f"room for {long.code_bytes // max(long.plane_bytes)} to {long.n_triples} singular triples at 1 bit{cut}"
-    return Check("bytes of a row", None, f"{stored}: {room}; bytes_per_row={whole} has room for {TRIPLES} of every part")
+    return Check(
+        "bytes of a row", None, f"{stored}: {room}; bytes_per_row={whole} has room for {TRIPLES} of every part"
+    )

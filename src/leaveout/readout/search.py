@@ -132,71 +132,60 @@ def hits(index: OpenIndex, numbers: np.ndarray, scores: np.ndarray) -> list[Hit]
 def _ranked(
     index: OpenIndex, queries: EncodedQueries, k: int, wanted: np.ndarray | None, options: SearchOptions
 ) -> Best:
-    groups = _groups(index, options)
-    best = Best(len(queries), k) if groups is None else BestGroups(len(queries), k, groups)
-    plan = planned(index, k, wanted, options)
-    if plan.shortlist is None and not options.reencode:
-        for numbers, scores in index.scan(queries.vectors, wanted, options.workers, options.backend):
-            best.add(numbers, scores)
-        return best
-    lists = _scored(index, queries, k, wanted, options, plan)
-    for query, (numbers, scores) in enumerate(lists):
-        best.add_one(query, numbers, scores)
-    return best
+    """The k best rows or groups; a list that nobody asked for grows until it has as many groups."""
+    groups, plan = _groups(index, options), planned(index, k, wanted, options)
+    while True:
+        best = Best(len(queries), k) if groups is None else BestGroups(len(queries), k, groups)
+        _add_exact(best, index, queries, k, wanted, options, plan)
+        if plan.shortlist is None or options.shortlist is not None or all(len(one) == k for one in best.numbers):
+            return best
+        plan = plan_search(index, plan.considered, 4 * plan.shortlist, False, plan.anew if index.long else 0)
 
 
-def _scored(
+def _add_exact(
+    best: Best,
     index: OpenIndex,
     queries: EncodedQueries,
     k: int,
     wanted: np.ndarray | None,
     options: SearchOptions,
     plan: SearchPlan,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers of each query's list, ascending, and their exact scores: short form, long form, then the model."""
-    if not plan.considered:
-        return []
-    crew = (options.workers, options.backend)
-    vectors = queries.vectors
-    numbers: list[np.ndarray] | None = None
+) -> None:
+    """Considers all rows, or those of each query's list, with exact scores: short form, long form, then the model."""
+    crew, vectors = (options.workers, options.backend), queries.vectors
+    lists: list[np.ndarray] | None = None
     if plan.shortlist is not None:
-        numbers = _best(index.scan_short(vectors, wanted, *crew), len(queries), plan.shortlist)
+        lists = _best(index.scan_short(vectors, wanted, *crew), len(queries), plan.shortlist)
     if options.reencode and index.long is not None:
-        stored = index.scan(vectors, wanted, *crew) if numbers is None else _exact(index, vectors, numbers, *crew)
-        numbers = _best(stored, len(queries), max(k, options.reencode), numbers)
-        union = np.unique(np.concatenate(numbers))
-        rows = [index.encoded_anew(union[at : at + PAGE]) for at in range(0, len(union), PAGE)]
-        exact = np.concatenate([index.form.products(piece, vectors).numpy() for piece in rows])
-        return [(one, exact[np.searchsorted(union, one), query]) for query, one in enumerate(numbers)]
-    if numbers is None:  # without a long form all rows are encoded anew anyhow
-        found = list(index.scan(vectors, wanted, *crew))
-        every = np.concatenate([part for part, _ in found])
-        scores = np.concatenate([part for _, part in found])
-        return [(every, scores[:, query]) for query in range(len(queries))]
-    found = list(_exact(index, vectors, numbers, *crew))
-    union = np.concatenate([part for part, _ in found])
-    scores = np.concatenate([part for _, part in found])
-    return [(one, scores[np.searchsorted(union, one), query]) for query, one in enumerate(numbers)]
+        found = index.scan(vectors, _either(lists, wanted), *crew)
+        lists = _best(found, len(queries), max(k, options.reencode), lists)
+        _add(best, index.scan_anew(vectors, _either(lists, wanted)), lists)
+    else:
+        _add(best, index.scan(vectors, _either(lists, wanted), *crew), lists)
 
 
-def _exact(
-    index: OpenIndex, vectors: Tensor, numbers: list[np.ndarray], workers: int, backend: Scanners
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    return index.scan(vectors, np.unique(np.concatenate(numbers)), workers, backend)
+def _either(lists: list[np.ndarray] | None, wanted: np.ndarray | None) -> np.ndarray | None:
+    """The numbers, ascending, that a scan needs: those of all lists, where there are any."""
+    return wanted if lists is None else np.unique(np.concatenate(lists))
+
+
+def _add(best: Best, found: Iterator[tuple[np.ndarray, np.ndarray]], lists: list[np.ndarray] | None) -> None:
+    """Considers what a scan finds: for each query its own list, where there are any."""
+    for numbers, scores in found:
+        if lists is None:
+            best.add(numbers, scores)
+            continue
+        for query, own in enumerate(lists):
+            at = np.isin(numbers, own, assume_unique=True)
+            best.add_one(query, numbers[at], scores[at, query])
 
 
 def _best(
-    found: Iterator[tuple[np.ndarray, np.ndarray]], n_queries: int, k: int, allowed: list[np.ndarray] | None = None
+    found: Iterator[tuple[np.ndarray, np.ndarray]], n_queries: int, k: int, lists: list[np.ndarray] | None = None
 ) -> list[np.ndarray]:
-    """Numbers, ascending, of the k best rows of each query, among those allowed to it."""
+    """Numbers, ascending, of the k best rows of each query."""
     best = Best(n_queries, k)
-    for numbers, scores in found:
-        if allowed is None:
-            best.add(numbers, scores)
-            continue
-        for query, own in enumerate(allowed):
-            at = np.isin(numbers, own, assume_unique=True)
-            best.add_one(query, numbers[at], scores[at, query])
+    _add(best, found, lists)
     return [np.sort(one) for one in best.numbers]
 
 

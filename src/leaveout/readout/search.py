@@ -8,7 +8,7 @@ best row needs that of k groups only, whatever the corpus.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -133,16 +133,19 @@ def _ranked(
     index: OpenIndex, queries: EncodedQueries, k: int, wanted: np.ndarray | None, options: SearchOptions
 ) -> Best:
     groups = _groups(index, options)
-    best = Best(len(queries), k) if groups is None else BestGroups(len(queries), k, groups)
     plan = planned(index, k, wanted, options)
-    if plan.shortlist is None and not options.reencode:
-        for numbers, scores in index.scan(queries.vectors, wanted, options.workers, options.backend):
-            best.add(numbers, scores)
-        return best
-    lists = _scored(index, queries, k, wanted, options, plan)
-    for query, (numbers, scores) in enumerate(lists):
-        best.add_one(query, numbers, scores)
-    return best
+    while True:  # a list that nobody asked for grows until it holds k groups
+        best = Best(len(queries), k) if groups is None else BestGroups(len(queries), k, groups)
+        if plan.shortlist is None and not options.reencode:
+            for numbers, scores in index.scan(queries.vectors, wanted, options.workers, options.backend):
+                best.add(numbers, scores)
+            return best
+        for query, (numbers, scores) in enumerate(_scored(index, queries, k, wanted, options, plan)):
+            best.add_one(query, numbers, scores)
+        enough = groups is None or all(len(one) == k for one in best.numbers)
+        if enough or plan.shortlist is None or options.shortlist is not None:
+            return best
+        plan = planned(index, k, wanted, replace(options, shortlist=4 * plan.shortlist))
 
 
 def _scored(

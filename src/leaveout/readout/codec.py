@@ -299,6 +299,11 @@ class Filled(Codec):
         n_triples = max(1, -(-left // (min(self.plane_bytes) + 2)))
         return n_triples, left - 2 * n_triples
 
+    def bytes_for(self, rank: int) -> int:
+        """Bytes that have room for so many triples of every part at one bit."""
+        wanted = rank * sum(self.plane_bytes)
+        return next(n for n in itertools.count(wanted) if self._room(n)[1] >= wanted)
+
     @cached_property
     def n_triples(self) -> int:
         """Triples that a row has room for."""
@@ -327,7 +332,8 @@ class Filled(Codec):
         energy = torch.stack([u.square().sum(2) * v.square().sum(2) for u, v in factors], 1)
         energy, order = torch.sort(energy, dim=2, descending=True, stable=True)  # a part of a side is in another order
         factors = [
-            tuple(x.gather(1, order[:, part, :, None].expand(x.shape)) for x in both) for part, both in enumerate(factors)
+            tuple(x.gather(1, order[:, part, :, None].expand(x.shape)) for x in both)
+            for part, both in enumerate(factors)
         ]
         bits = self.shared_bits(energy.cpu())
         codes = torch.zeros(len(rows), self.code_bytes, dtype=torch.uint8)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from leaveout.errors import UnsupportedError
 from leaveout.readout import shortlist
 from leaveout.readout.build import Pace
 from leaveout.readout.codec import Filled, Planes, Whole
@@ -212,6 +213,30 @@ def test_a_killed_measurement_is_made_later(lm, tokenizer, tmp_path, small, monk
         built(lm, MANY, tmp_path / "index", GH, tokenizer, **FORMS["vectors"])
     assert recall_of(Index.open(tmp_path / "index")) is None  # it is complete, and can be asked
     assert recall_of(built(lm, MANY, tmp_path / "index", GH, tokenizer, **FORMS["vectors"])) is not None
+
+
+def test_rows_that_make_an_index_large_are_measured(lm, tokenizer, tmp_path, small):
+    index = built(lm, MANY[:40], tmp_path / "index", GH, tokenizer, **FORMS["vectors"])
+    assert recall_of(index) is None
+    index.append(MANY[40:])
+    assert recall_of(index) == recall_of(Index.open(index.path)) and recall_of(index).rows == 100
+    found = recall_of(index)
+    index.append(["a text that came later"])
+    assert recall_of(index) == found
+
+
+def test_rows_are_encoded_a_few_at_a_time(build, monkeypatch):
+    """So that memory does not grow with the list."""
+    index, seen, real = build("triples"), [], Index.encoded_anew
+    monkeypatch.setattr(Index, "encoded_anew", lambda self, numbers: seen.append(len(numbers)) or real(self, numbers))
+    index.search(QUERIES, 5, reencode=60)
+    assert sum(seen) >= 60 and max(seen) <= 16
+
+
+def test_a_list_needs_a_short_form(build):
+    with pytest.raises(UnsupportedError, match="has no short form to make a list from: leave shortlist out"):
+        build("exact").search(QUERIES, 5, shortlist=20)
+    assert build("exact").plan_search(5).shortlist is None
 
 
 def table(recall, rows=2000, lists=(10, 20, 50, 100)):

@@ -208,7 +208,7 @@ class OpenIndex:
         Without a long form the rows are encoded anew from their texts, a forward pass each.
         """
         if self.long is None:
-            return self._scan_anew(vectors, wanted)
+            return self.scan_anew(vectors, wanted)
         return scan(self.store.segments(), Scanner(self.long, "long", vectors), wanted, workers, backend)
 
     def scan_short(
@@ -218,7 +218,8 @@ class OpenIndex:
         assert self.short is not None
         return scan(self.store.segments(), Scanner(self.short, "short", vectors), wanted, workers, backend)
 
-    def _scan_anew(self, vectors: Tensor, wanted: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def scan_anew(self, vectors: Tensor, wanted: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As `scan`, with rows that the model encodes anew, 16 at a time: scores without any rounding."""
         for segment in self.store.segments():
             positions = positions_of(segment, wanted)
             numbers = segment.first + (np.arange(segment.n_rows) if positions is None else positions)

@@ -168,8 +168,7 @@ def _scored(
         stored = index.scan(vectors, wanted, *crew) if numbers is None else _exact(index, vectors, numbers, *crew)
         numbers = _best(stored, len(queries), max(k, options.reencode), numbers)
         union = np.unique(np.concatenate(numbers))
-        rows = [index.encoded_anew(union[at : at + PAGE]) for at in range(0, len(union), PAGE)]
-        exact = np.concatenate([index.form.products(piece, vectors).numpy() for piece in rows])
+        exact = np.concatenate([part for _, part in index.scan_anew(vectors, union)])
         return [(one, exact[np.searchsorted(union, one), query]) for query, one in enumerate(numbers)]
     if numbers is None:  # without a long form all rows are encoded anew anyhow
         found = list(index.scan(vectors, wanted, *crew))

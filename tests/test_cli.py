@@ -390,6 +390,7 @@ def test_search_scores_a_short_list_and_says_so(run, idx):
     for options in (["--exact"], ["--shortlist", "10"], ["--shortlist", "4", "-k", "4"]):
         assert hits_of(run, idx, *options) == every
         assert "short form" not in run("search", idx, "--query", TEXTS[5], *options)[2]
+    assert "4 encoded anew by the model" in run("search", idx, "--query", TEXTS[5], "--reencode", "4")[2]
     anew = hits_of(run, idx, "--reencode", "4")
     assert [hit["score"] for hit in anew] == pytest.approx(
         [exact[hit["id"]] for hit in anew], abs=0.01 * anew[0]["score"]

@@ -1,6 +1,7 @@
 """Model families: trunk and head taken apart, identities, and models that are refused."""
 
 import copy
+import re
 import socket
 from dataclasses import replace
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ from torch import nn
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.models.places import hub_answers
 from leaveout.readout.build import Pace
-from leaveout.readout.doctor import doctor
+from leaveout.readout.doctor import _stored_bytes, doctor
 from leaveout.readout.families import find_taps
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
@@ -410,6 +411,25 @@ def test_doctor_gives_a_table(tokenizer):
     found = doctor(make_model("llama", spread=0.1, dtype=torch.float32), tokenizer)
     results = {check.name: check.passed for check in found.checks}
     assert results["padding invariance"] and results["loss"] is False and not found.passed  # it is not trained
-    assert found.checks[-1].detail == "4 output projections that the residual channel can take"
+    assert found.checks[-2].detail == "4 output projections that the residual channel can take"
     assert "padding invariance" in str(found) and "FAIL" in str(found)
     assert "<td>FAIL</td>" in found._repr_html_()
+
+
+def test_doctor_says_what_a_row_holds(tokenizer):
+    def told(**changes):
+        readout = make_readout("llama", tokenizer, dtype=torch.float32, num_hidden_layers=1, **changes)
+        return _stored_bytes(readout).detail, readout
+
+    takes = r"a row takes ([\d,]+) bytes by default"
+    assert re.fullmatch(f"{takes}, and is held whole", told()[0])
+    holds = rf"{takes}: room for (\d+) to (\d+) singular triples at 1 bit"
+    assert re.fullmatch(holds, told(hidden_size=256, intermediate_size=512)[0])
+    said, readout = told(hidden_size=1024, intermediate_size=4096)
+    found = re.fullmatch(rf"{holds} of which sides are cut; bytes_per_row=(\d+) has room for 32 of every part", said)
+    assert found and found[1] == "16,384", said
+    low, high, enough = map(int, found.groups()[1:])
+    codes = 32 * (66 + 128 + 128 + 512)  # one bit of every number of 32 triples of the head and of one block
+    assert 28 < low < high and codes < enough - 2048 < 1.05 * codes
+    long = Signer(readout, replace(resolve_settings("default"), bytes_per_row=enough)).codec
+    assert long.code_bytes >= codes and long.n_triples >= 2 * 32 and long.kept == long.sizes

@@ -76,7 +76,7 @@ def search(
     alike = unique if unique_above is None else unique_above
     options = SearchOptions(shortlist, exact, reencode, group_by, alike, workers, scanners)
     plan = planned(opened, k, refuse(opened, k, where, options), options)
-    if plan.shortlist is not None:
+    if plan.shortlist is not None or plan.anew:
         print(f"leaveout: {plan}", file=sys.stderr)
     rows = list(query_rows(query, prompt, queries, form, opened))
     encoded = opened.encode(rows)

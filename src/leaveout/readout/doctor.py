@@ -175,10 +175,9 @@ def _stored_bytes(readout: Readout) -> Check:
     stored = f"a row takes {long.row_bytes + (0 if short is None else short.row_bytes):,} bytes by default"
     if not isinstance(long, Filled):
         return Check("bytes of a row", None, f"{stored}, and is held whole")
-    whole = TRIPLES * sum(left + right for left, right in long.sizes) // 8
-    whole += signer.settings.short_bytes or 0
-    cut = " of which sides are cut" if long.kept != long.sizes else ""
-    room = f"room for {long.code_bytes // max(long.plane_bytes)} to {long.n_triples} singular triples at 1 bit{cut}"
-    return Check(
-        "bytes of a row", None, f"{stored}: {room}; bytes_per_row={whole} has room for {TRIPLES} of every part"
-    )
+    held = f"room for {long.code_bytes // max(long.plane_bytes)} to {long.n_triples} singular triples at 1 bit"
+    if long.kept == long.sizes:
+        return Check("bytes of a row", None, f"{stored}: {held}")
+    whole = replace(long, kept=long.sizes).bytes_for(TRIPLES) + (signer.settings.short_bytes or 0)
+    enough = f"bytes_per_row={whole} has room for {TRIPLES} of every part"
+    return Check("bytes of a row", None, f"{stored}: {held} of which sides are cut; {enough}")

@@ -149,9 +149,7 @@ class Index(OpenIndex):
                 else:
                     add_whitening(store, signer, corpus, options)
                 report = fill(store, signer, corpus, options, None if part.of == 1 else part.bounds(len(corpus)))
-            index = cls.open(path, readout)
-            if store.state("recall") is None and (recall := measured_recall(index)) is not None:
-                store.set_state("recall", recall)
+            cls.open(path, readout)._measure_recall(store)
         return cls.open(path, readout)._with_report(report)
 
     @classmethod
@@ -332,9 +330,16 @@ class Index(OpenIndex):
         with Store.open(self.path, write=True) as store:
             set_whitening(signer, store)
             report = add_rows(store, signer, corpus, len(corpus), options, append=True)
+            self.store.refresh()
+            self._measure_recall(store)
         report.add_skipped(corpus)
         self.store.refresh()
         return report
+
+    def _measure_recall(self, store: Store) -> None:
+        """Writes the table of short lists (see `measured_recall`), where there is none yet and there are enough rows."""
+        if store.state("recall") is None and (recall := measured_recall(self)) is not None:
+            store.set_state("recall", recall)
 
     def delete(self, ids: Collection[str]) -> int:
         """Hides rows from every later search, score and selection; returns how many there were. See `purge`."""

@@ -137,9 +137,10 @@ def _ranked(
     while True:
         best = Best(len(queries), k) if groups is None else BestGroups(len(queries), k, groups)
         _add_exact(best, index, queries, k, wanted, options, plan)
-        if plan.shortlist is None or options.shortlist is not None or all(len(one) == k for one in best.numbers):
+        asked = options.shortlist is not None or options.reencode
+        if plan.shortlist is None or asked or all(len(one) == k for one in best.numbers):
             return best
-        plan = plan_search(index, plan.considered, 4 * plan.shortlist, False, plan.anew if index.long else 0)
+        plan = plan_search(index, plan.considered, 4 * plan.shortlist, False, 0)
 
 
 def _add_exact(

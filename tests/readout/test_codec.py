@@ -428,6 +428,17 @@ def test_codes_do_not_depend_on_the_rows_beside(name):
         assert array.dtype == again.dtype and (array == again).mean() > 0.99
 
 
+@pytest.mark.parametrize("name", CODECS)
+def test_rows_of_double_numbers_have_the_same_codes(name):
+    codec, make = CODECS[name]
+    rows = make(20, 5)
+    single, double = codec.encode(rows), codec.encode(rows.double())
+    for key, array in single.items():
+        assert array.dtype == double[key].dtype
+        assert_close(array, double[key], "model float32") if array.dtype.kind == "f" else None
+        assert (array == double[key]).mean() > 0.99 or array.dtype.kind == "f"
+
+
 def test_codec_comes_back_from_what_is_written():
     for codec, _ in CODECS.values():
         again = read_codec(json.loads(json.dumps(codec.to_dict())))

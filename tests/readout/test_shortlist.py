@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -390,6 +391,27 @@ def test_purge_reaches_every_form_of_a_row(form, lm, tokenizer, tmp_path):
     index.purge()
     assert not any(there(gone)) and all(there([one for _, one in kept]))
     assert index.check() == [] and len(index) == 19
+
+
+@pytest.mark.parametrize("call", [3, 4, 6])
+@pytest.mark.parametrize("form", [TRIPLES, {"long": "none"}], ids=["triples", "none"])
+def test_killed_builds_resume_to_the_same_bytes(form, call, lm, tokenizer, tmp_path, monkeypatch):
+    """After the statistics, between two segments, and before the last: both forms and norms."""
+    calls, real = itertools.count(1), Store._transaction
+
+    def transaction(store):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return real(store)
+
+    def build(place, pace=MANY_COMMITS["pace"]):
+        return built(lm, CORPUS[:12], tmp_path / place, "default", tokenizer, pace=pace, **form)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Store, "_transaction", transaction)
+        build("killed")
+    resumed = build("killed", Pace(chunk_rows=4))
+    assert contents(resumed.path) == contents(build("whole").path) and resumed.check() == []
 
 
 @pytest.mark.parametrize("form", [{}, TRIPLES, {"long": "none"}], ids=["vectors", "triples", "none"])

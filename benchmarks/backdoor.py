@@ -75,7 +75,7 @@ INDEXES: dict[str, str | SignatureSettings] = {
     "residual, not whitened": UNWHITENED,
 }
 SMALL: dict[str, str | SignatureSettings] = {
-    f"{name}, 1,024 numbers": replace(PRESETS[name], final_width=1024, rank=None) for name in ("default", "similarity")
+    f"{name}, 1 KB": replace(PRESETS[name], bytes_per_row=1024, short_bytes=None) for name in ("default", "similarity")
 }
 
 

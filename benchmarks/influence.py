@@ -110,34 +110,28 @@ def variants() -> dict[str, tuple[SignatureSettings, str]]:
 
 
 FIRST_DEFAULT = replace(  # before any truth of this project
-    PRESETS["default"],
-    channels=(Channel("gh", whiten_left=True, whiten_right=True),),
-    length_power=0.0,
-    rank=24,
-    storage="int8",
+    PRESETS["default"], channels=(Channel("gh", whiten_left=True, whiten_right=True),), length_power=0.0
 )
-RANKS = (2, 4, 8, 16, 24, 32)
-BYTES = {"int4": 0.53125, "int8": 1, "float16": 2, "float32": 4}  # a number; int4 with the scales of its blocks
+KB = (1, 2, 4, 8, 16)
 
 
 def forms() -> dict[str, tuple[SignatureSettings, str]]:
-    """The default and others as they may be stored, after a third of training."""
-    default, residual, first = PRESETS["default"], PRESETS["residual"], FIRST_DEFAULT
-    exact = {"final_width": None, "rank": None, "storage": "float32"}
+    """The default and others as they may be stored, after a third of training: all bytes are of the long form."""
+    default = PRESETS["default"]
+    presets = {
+        "default": default,
+        "head alone": replace(default, channels=default.channels[:1]),
+        "residual": PRESETS["residual"],
+        "first default": FIRST_DEFAULT,
+    }
+    sizes = {name: KB[-1:] if name == "first default" else KB for name in presets}
     found = {
-        "default, exact": replace(default, **exact),
+        "default, exact": replace(default, bytes_per_row=None, storage="float32", short_bytes=None),
         **{
-            f"default, {rank} triples, int8": replace(default, final_width=None, rank=rank, storage="int8")
-            for rank in (16, 24)
+            f"{name}, {kb} KB": replace(settings, bytes_per_row=1024 * kb, short_bytes=None)
+            for name, settings in presets.items()
+            for kb in sizes[name]
         },
-        **{f"default, {rank} triples": replace(default, final_width=None, rank=rank) for rank in RANKS},
-        **{f"default, {n} projected": replace(default, final_width=n, rank=None) for n in (1024, 4096, 16384)},
-        **{
-            f"head alone, {rank} triples": replace(default, final_width=None, rank=rank, channels=default.channels[:1])
-            for rank in RANKS
-        },
-        **{f"residual, {rank} triples": replace(residual, final_width=None, rank=rank) for rank in RANKS[2:5]},
-        "first default, 24 triples": replace(first, final_width=None),
         "paper, as it is": PRESETS["paper"],
     }
     return {name: (settings, "third") for name, settings in found.items()}
@@ -169,7 +163,7 @@ def accuracy_by_bytes(scorer: Scorer, truth: Truth, place: Path, seed: int) -> l
     out = []
     for name, (settings, _) in forms().items():
         found = lds(scored(name, scorer, place).scores, truth.removed, truth.values)
-        size = round(BYTES[settings.storage] * Signer(readout, settings).width) + 4
+        size = Signer(readout, settings).codec.row_bytes
         out.append({"form": name, "bytes": size, "lds": bootstrap_interval(found, seed)._asdict()})
     return out
 

@@ -17,8 +17,6 @@ from measuring import RESULTS
 BANKS = ("stories", "neox", "qwen", "olmo")  # those with stored forms
 FAMILIES = {
     "default": "o-",
-    "default, int8": "d:",
-    "default, projected": "v--",
     "head alone": "s-",
     "residual": "^-",
     "first default": "x",
@@ -28,12 +26,10 @@ FULL = {"bm25": ":", "gradient dot@final": "-.", "ek-fac@third": "--"}  # method
 
 
 def families(forms: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Bytes and LDS of the forms by what they are forms of; other forms of the default have lines of their own."""
+    """Bytes and LDS of the forms by what they are forms of."""
     found: dict[str, list[tuple[int, float]]] = {}
     for form in forms:
-        name = form["form"].partition(",")[0]
-        kind = next((f"{name}, {way}" for way in ("projected", "int8") if way in form["form"]), name)
-        found.setdefault(kind, []).append((form["bytes"], form["lds"]["mean"]))
+        found.setdefault(form["form"].partition(",")[0], []).append((form["bytes"], form["lds"]["mean"]))
     return {kind: sorted(points) for kind, points in found.items()}
 
 

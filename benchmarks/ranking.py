@@ -39,7 +39,7 @@ from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
 from leaveout.training.tasks import Parameters, Task
-from scale_speed import array_bytes
+from scale_speed import stored_bytes
 
 Example = dict[str, str]
 RAPIDIN_BYTES = 2 * 65536  # K = 65,536 numbers of float16
@@ -113,7 +113,7 @@ def of_index(readout: Readout, preset: str | SignatureSettings, task: RankingTas
         built = time.process_time()
         assert index.ids == [row["id"] for row in task.rows]
         scores = index.score(task.queries)
-        return Ranked(scores, built - began, time.process_time() - built, float(array_bytes(index)))
+        return Ranked(scores, built - began, time.process_time() - built, float(stored_bytes(index)))
 
 
 def of_embeddings(model: Model, task: RankingTask) -> Ranked:

@@ -60,11 +60,12 @@ def ways(with_ray: bool) -> dict[str, dict[str, Any]]:
 
 
 def bits(index: Index) -> list[bytes]:
-    return [segment.arrays()["signature"].tobytes() for segment in index.store.segments()]
+    return [array.tobytes() for segment in index.store.segments() for array in segment.arrays().values()]
 
 
-def array_bytes(index: Index) -> int:
-    return sum(values[0].nbytes for values in index.store.segments()[0].arrays().values())
+def stored_bytes(index: Index) -> int:
+    """Bytes of a row in all its forms, without its lengths."""
+    return sum(codec.row_bytes for codec in (index.long, index.short) if codec is not None)
 
 
 def building(
@@ -109,7 +110,7 @@ def searching(model: str, rows: list[dict[str, str]], directory: Path, repeats: 
         "rows": len(index),
         "queries": len(queries),
         "segments": len(index.store.segments()),
-        "bytes_per_row": {"signature": array_bytes(index), "catalogue": catalogue / len(index)},
+        "bytes_per_row": {"signature": stored_bytes(index), "catalogue": catalogue / len(index)},
         "wall_seconds": {f"{workers} workers": spread(values[1:]) for workers, values in times.items()},
     }
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tables_codes import TABLES_OF_CODES, million
 from tables_influence import by_method, changes, headline, removals, shares_reached, stored_forms, truth_bank
 from tables_tasks import TASKS, table, times
 
@@ -57,18 +58,6 @@ def index_cost(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def search(result: dict[str, Any]) -> str:
-    names = {
-        "search": "search of the store, 10 best of each query",
-        "blocks": "product in memory, float16 widened in blocks",
-        "half": "product in memory, in float16",
-        "widened": "product in memory, float32 (twice the memory)",
-    }
-    head = [f"{result['rows']:,} x {result['width']:,} float16, {result['queries']} queries", "CPU s", "search over it"]
-    seconds, over = result["cpu_seconds"], result["search_over"]
-    return table(head, [[text, f"{seconds[name]['median']:.2f}", times(over[name])] for name, text in names.items()])
-
-
 def retrieval(result: dict[str, Any]) -> str:
     head = [f"{result['rows']:,} rows, {result['poisoned']} of them wanted"]
     for name in result["results"]:
@@ -83,25 +72,6 @@ def retrieval(result: dict[str, Any]) -> str:
             line.append(f"{ap['mean']:.2f} [{ap['low']:.2f}, {ap['high']:.2f}]")
         lines.append(line)
     return table(head, lines)
-
-
-FORMS = {"projection": "projected to {:,} numbers", "rank": "{} largest singular triples"}
-
-
-def projection(result: dict[str, Any]) -> str:
-    head = ["stored as", "bytes a row", "Spearman with the exact scores", "of the 10 best kept"]
-    return table(
-        head,
-        [
-            [
-                f"{FORMS[line['form']].format(line['size'])}, {line['storage']}",
-                f"{line['bytes_per_row']:,}",
-                f"{line['spearman']['median']:.3f} [{line['spearman']['low']:.3f}, {line['spearman']['high']:.3f}]",
-                f"{line['best_10_kept']['median']:.0%}",
-            ]
-            for line in result["summary"]
-        ],
-    )
 
 
 def speed(result: dict[str, Any]) -> str:
@@ -270,9 +240,8 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "headline": (README, BANKS, headline),
     "bought": (README, "deletion_accuracy_documents.json", bought),
     "index_cost": (READOUT, "readout_index_cost.json", index_cost),
-    "search": (READOUT, "readout_search.json", search),
     "retrieval": (READOUT, "readout_retrieval.json", retrieval),
-    "projection": (READOUT, "readout_projection.json", projection),
+    **{name: (READOUT, file, made) for name, (file, made) in TABLES_OF_CODES.items()},
     "deletion": (DELETION, "deletion_accuracy_documents.json", deletion),
     "letters": (DELETION, "deletion_accuracy_letters.json", letters),
     "coverage_names": (DELETION, "deletion_coverage_names.json", coverage),
@@ -289,6 +258,7 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "influence_changes": (EVALUATION, BANKS, changes),
     "influence_forms": (EVALUATION, BANKS, stored_forms),
     **TASKS,
+    "million": (RESULTS, "readout_search_million.json", million),
     "steps": (RESULTS, "bench_steps.json", steps),
     "speed": (JETS, "jets_speed.json", speed),
     "retraining": (JETS, "jets_loo_retraining.json", retraining),
@@ -303,7 +273,7 @@ def files_of(table: str) -> tuple[str, ...]:
 
 
 def filled(text: str, results: Path, page: str = README) -> str:
-    """A page with its tables made anew.
+    """A page with its tables made anew; those whose results are not there stay as they are, which is said.
 
     Raises: ValueError for a marker without a table, a table without a marker, or results of a smoke run.
     """
@@ -315,6 +285,9 @@ def filled(text: str, results: Path, page: str = README) -> str:
     def made(match: re.Match[str]) -> str:
         if match[1] != match[3]:
             raise ValueError(f"the table {match[1]} ends with the marker of {match[3]}.")
+        if missing := [file for file in files_of(match[1]) if not (results / file).exists()]:
+            print(f"{page}: the table {match[1]} stays as it is, as there is no {missing[0]}", file=sys.stderr)
+            return match[0]
         read = [json.loads((results / file).read_text()) for file in files_of(match[1])]
         for file, result in zip(files_of(match[1]), read, strict=True):
             if result.get("smoke"):

@@ -95,18 +95,6 @@ def store(result: dict[str, Any]) -> str:
     return table(head, lines)
 
 
-def million(result: dict[str, Any]) -> str:
-    over, seconds = result["search_over"], result["cpu_seconds"]["search"]["median"]
-    head = [f"search of {result['queries']} queries over {result['rows']:,} x {result['width']}", "ratio"]
-    lines = [
-        [f"CPU s of the search itself: {seconds:.2f}", "1"],
-        ["search over float16 in RAM widened block by block", times(over["blocks"])],
-        ["search over the float16 product, scores rounded", times(over["half"])],
-        ["1 % of the rows, once they are known, over all", times(result["filtered_over_search"])],
-    ]
-    return table(head, lines)
-
-
 RESULTS_PAGE = "docs/evidence/results.md"
 TASKS: dict[str, tuple[str, str, Made]] = {
     "backdoor_stories": (RESULTS_PAGE, "readout_backdoor.json", ranking("stories260K", "trigger", "control")),
@@ -119,6 +107,5 @@ TASKS: dict[str, tuple[str, str, Made]] = {
     "selection_olmo": (RESULTS_PAGE, "readout_selection_olmo.json", selection),
     "priors_stories": (RESULTS_PAGE, "readout_priors_stories.json", priors),
     "store": (RESULTS_PAGE, "store_speed.json", store),
-    "million": (RESULTS_PAGE, "readout_search_million.json", million),
     "priors_neox": (RESULTS_PAGE, "readout_priors_neox.json", priors),
 }

@@ -38,8 +38,8 @@ BENCHMARKS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "src")]  # leaveout need not be installed on the machine
 
 from leaveout.projection import CountSketch  # noqa: E402
-from leaveout.readout.codec import low_rank  # noqa: E402
 from leaveout.readout.doctor import doctor  # noqa: E402
+from leaveout.readout.forms import low_rank  # noqa: E402
 from leaveout.readout.index import Index  # noqa: E402
 from leaveout.readout.model import Readout, load_readout, verify_readout  # noqa: E402
 from leaveout.readout.settings import resolve_settings  # noqa: E402
@@ -159,7 +159,7 @@ def random_windows(vocabulary: int, count: int, longest: int, seed: int = 0) -> 
 
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("default", {}),
-    "default, triples": ("default", {"final_width": 100}),
+    "default, 1 KB": ("default", {"bytes_per_row": 1024}),
     "residual": ("residual", {}),
     "paper": ("paper", {}),
     "similarity": ("similarity", {}),
@@ -169,7 +169,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 def scores(signer: Signer, rows: Tensor) -> Tensor:
     """Products of all rows with all, as a search takes them: on the CPU."""
     rows = rows.float().cpu()
-    return signer.codec.product(rows)(rows)
+    return signer.form.products(rows, rows)
 
 
 def signatures(card: Card) -> dict[str, Any]:
@@ -276,10 +276,10 @@ def rows(card: Card, readout: Readout) -> dict[str, Any]:
         memory = card.peak(lambda signer=signer: signer.rows(windows, count))
         seconds = card.seconds(lambda signer=signer: signer.rows(windows, count), 1)
         vectors = signer.rows(windows, count)
-        stored = card.seconds(lambda signer=signer, vectors=vectors: signer.codec.encode(vectors.cpu()), 1)
+        stored = card.seconds(lambda signer=signer, vectors=vectors: signer.codec.encode(vectors), 1)
         out[preset] = {
             "tokens/s": tokens / seconds, "rows/s": count / seconds, "peak GB": memory,
-            "numbers a row": signer.codec.width, "encoding ms a row": 1e3 * stored / count,
+            "bytes a row": signer.codec.row_bytes, "encoding ms a row": 1e3 * stored / count,
         }  # fmt: skip
     return out
 

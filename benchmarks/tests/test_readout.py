@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from leaveout.readout.settings import PRESETS, Channel, SignatureSettings
+from leaveout.readout.settings import PRESETS
 from leaveout.readout.signature import Signer
 
 from .conftest import BENCHMARKS, numbers
@@ -18,12 +18,11 @@ from .conftest import BENCHMARKS, numbers
 SMOKE = {
     "index_cost": "readout_index_cost.json",
     "search_speed": "readout_search.json",
-    "projection_loss": "readout_projection.json",
     "retrieval": "readout_retrieval.json",
 }
 PAGE = "# Title\n\n" + "".join(
     f"<!-- table:{name} -->\nold\n<!-- end:{name} -->\n\ntext\n"
-    for name in ("retrieval", "index_cost", "search", "projection")
+    for name in ("retrieval", "index_cost", "search", "search_paths")
 )
 
 
@@ -53,21 +52,40 @@ def smoke_results(script, tmp_path_factory):
     return directory
 
 
-def test_rows_of_triples_are_scanned_as_in_memory(script, tmp_path):
-    assert script("search_speed").main(["--triples", "--smoke", "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "readout_search_triples.json").read_text())
-    numbers_a_row = result["rank"] * (1024 + 576 + 3 * (576 + 1536))
-    assert result["bytes_per_row"] == numbers_a_row // 2 + 2 * numbers_a_row // 64 + 4
-    assert result["1 queries"]["rows_a_second"] > result["16 queries"]["rows_a_second"] > 0
+def test_the_former_scan_gives_the_scores_of_its_rounded_rows(script):
+    speed = script("search_speed")
+    form = speed.Triples(speed.SIZES[:1])
+    rows, queries = speed.triples(form, 20, speed.ROW_TRIPLES, 0), speed.triples(form, 3, 5, 1)
+    found = speed.former_scan(form, speed.former_rows(form, rows), queries)
+    cut = form.joined([(u[:, : speed.FORMER_RANK], v[:, : speed.FORMER_RANK]) for u, v in form.factors(rows)])
+    wanted = form.products(cut, queries).numpy()
+    assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
+    assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.99
 
 
-@pytest.mark.parametrize(
-    ("name", "file"), [("simhash_recall", "readout_simhash.json"), ("scale_speed", "readout_scale.json")]
-)
-def test_other_speeds_are_measured(script, name, file, tmp_path):
+def test_flipped_codes_differ_in_one_bit_of_some_bytes(script):
+    speed = script("search_speed")
+    codes = np.zeros((50, 400), np.uint8)
+    made = speed.flipped(codes, np.random.default_rng(0))
+    assert 0.04 < (made != codes).mean() <= speed.FLIPPED and not codes.any()
+
+
+def test_a_store_of_many_rows_is_searched(script, tmp_path):
+    assert script("search_speed").main(["--part", "million", "--smoke", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "readout_search_million.json").read_text())
+    sizes = result["bytes_per_row"]
+    assert sizes["all"] == sizes["long"] + sizes["short"] + 16  # float32 lengths of four parts
+    assert result["disk_bytes"]["all"] > 600 * sizes["all"] and result["repeats"] == 2
+    assert "The 30 best of 600 rows" in result["plans"]["list of 5 %"]
+    assert "All 6 rows" in result["plans"]["filtered, list of 5 %"]
+    assert result["cpu_seconds"].keys() == {*result["plans"], "filter alone"}
+    assert "600 rows" in script("tables_codes").million(result)
+
+
+def test_other_speeds_are_measured(script, tmp_path):
     """Indexes that must be the same bit for bit are compared inside."""
-    assert script(name).main(["--smoke", "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / file).read_text())
+    assert script("scale_speed").main(["--smoke", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "readout_scale.json").read_text())
     assert result["smoke"] is True and result["question"].endswith("?") and result["repeats"] > 0
     assert all(math.isfinite(number) for number in numbers(result))
 
@@ -135,32 +153,6 @@ def test_remembering_readout_computes_rows_with_the_padding_token_inside(script)
     remembering.hidden(torch.tensor([[5, 0, 0, 0]]))
     torch.testing.assert_close(remembering.hidden(ids), readout.hidden(ids))
     assert list(remembering.known) == [(5,)]
-
-
-def test_projection_loss_shrinks_with_the_width(smoke_results):
-    result = json.loads((smoke_results / "readout_projection.json").read_text())
-    for form in ("projection", "rank"):
-        same = [line for line in result["summary"] if line["form"] == form and line["storage"] == "int8"]
-        loss = [line["spearman"]["median"] for line in same]
-        assert loss[0] < loss[-1] < 1 and same[0]["bytes_per_row"] < same[-1]["bytes_per_row"]
-    own = next(
-        line
-        for line in result["summary"]
-        if (line["form"], line["size"], line["storage"]) == ("rank", 2, PRESETS["default"].storage)
-    )
-    assert result["default_as_stored"]["spearman"]["mean"] == pytest.approx(own["spearman"]["median"], abs=0.02)
-    assert 0 < result["exact_cosines"]["standard_deviation"] < result["exact_cosines"]["largest"] <= 1
-
-
-def test_rows_of_full_rank_lose_only_rounding(script):
-    projection_loss, measuring = script("projection_loss"), script("measuring")
-    readout, rows = measuring.tiny(0), measuring.made_rows(20, 0)
-    settings = SignatureSettings((Channel("gh", whiten_left=True, whiten_right=True),), rank=2, final_width=32)
-    _, whitening = projection_loss.index_scores(readout, rows[:16], rows[16:], settings)
-    vectors, part = projection_loss.exact_rows(readout, rows, settings, whitening)
-    lines = projection_loss.measure_ranks(part, vectors[16:], vectors[:16], (16, 1))
-    found = {(line["size"], line["storage"]): line["spearman"]["mean"] for line in lines}
-    assert found[16, "int8"] > 0.97 > found[1, "int8"] and found[16, "int8"] > found[16, "int4"] > found[1, "int4"]
 
 
 def test_poisoned_rows_have_the_trigger_and_queries_are_apart(script):

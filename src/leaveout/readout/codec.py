@@ -11,8 +11,7 @@ needs). It encodes rows of its form (see `forms`) to arrays whose first axis is 
 A turned vector y has nearly normal coordinates, whatever the vector was, so that one scale and evenly spaced levels suit
 all of it: nothing is learned from data, indexes merge, and any query is alike. Its code s is the odd integers
 2 k - (2**bits - 1), k the level of each coordinate; the factor f = |y|^2 / <y, s> makes f <a, s> an estimate of <a, y> that
-is unbiased over rotations, for any a; over those used here, unless a few coordinates hold nearly all of the vector. Queries
-are rounded to 7 bits, and the sums are integers: equal on every machine.
+is unbiased over rotations, for any a. Queries are rounded to 7 bits, and the sums are integers: equal on every machine.
 Source: the asymmetric estimate of RaBitQ, arXiv 2405.12497; levels of the evenly spaced quantiser of a normal number.
 """
 

@@ -252,6 +252,60 @@ def test_bytes_go_where_they_gain_most(n_bytes, kept):
         assert (arrays["counts"] == 6).all()  # all there is, in four bits
 
 
+def stored_triples(codec, arrays):
+    """Per row and part, the triples that its bytes stand for, read byte by byte as the page on the format says: bits,
+    both sides turned back, in units of their codes, and the weight.
+    """
+    turns = [
+        [
+            dense_rotation(size, random_signs(codec.seed, f"code/{part}/{side}/signs", size).numpy())
+            for side, size in zip(("left", "right"), sizes, strict=True)
+        ]
+        for part, sizes in enumerate(codec.kept)
+    ]
+    for row in range(len(arrays["codes"])):
+        data, at, weight, parts = arrays["codes"][row], 0, 0, []
+        for sizes, turn, counts in zip(codec.kept, turns, arrays["counts"][row].tolist(), strict=True):
+            found = []
+            for n in range(counts[0]):
+                bits, sides = max(b for b, count in zip(BITS, counts, strict=True) if n < count), []
+                for size, matrix in zip(sizes, turn, strict=True):
+                    level = np.zeros(size, int)
+                    for _plane in range(bits):
+                        for i in range(size):
+                            level[i] = 2 * level[i] + (data[at + i // 8] >> (7 - i % 8) & 1)
+                        at += -(-size // 8)
+                    sides.append(matrix @ (2 * level - (2**bits - 1)))
+                scale = float(arrays["weights"][row, weight]) * float(arrays["scale"][row])
+                found.append((bits, *sides, scale))
+                weight += 1
+            parts.append(found)
+        assert not data[at:].any() and not arrays["weights"][row, weight:].any()
+        yield parts
+
+
+@pytest.mark.parametrize("n_bytes", [60, 200, 500, 3000])
+@pytest.mark.parametrize("kept", [SIZES, ((16, 24), (13, 8), (1, 9))], ids=["whole sides", "cut sides"])
+def test_bytes_of_triples_are_what_the_format_says(n_bytes, kept):
+    """Codes of the row's own triples, largest first, with weights that make each of them as long along itself as it is."""
+    codec, rows = filled(n_bytes, kept), triples(4, seed=7, decay=0.7)
+    arrays = codec.encode(rows)
+    back, several = dense(codec.decode(arrays), SIZES), 0
+    factors = [(u.double().numpy(), v.double().numpy()) for u, v in codec.form.factors(rows)]
+    for row, parts in enumerate(stored_triples(codec, arrays)):
+        wanted = []
+        for (u, v), (own, other), (left, right), found in zip(factors, kept, SIZES, parts, strict=True):
+            u, v, total = u[row, :, :own], v[row, :, :other], np.zeros((left, right))
+            energy = (u**2).sum(1) * (v**2).sum(1)
+            for n, (_, a, b, weight) in zip(np.argsort(-energy), found, strict=False):
+                assert weight * (a @ u[n]) * (b @ v[n]) == pytest.approx(energy[n], rel=2e-3)
+                total[:own, :other] += weight * np.outer(a, b)
+            several += len({bits for bits, *_ in found}) > 1
+            wanted.append(total.ravel())
+        assert_close(back[row], np.concatenate(wanted), "float32")
+    assert several > 2 or n_bytes != 200
+
+
 @pytest.mark.parametrize("kept", [SIZES, ((16, 24), (13, 8), (1, 9))], ids=["whole sides", "cut sides"])
 def test_decoded_rows_come_nearer_with_more_bytes(kept):
     """And are the rows but for the rounding of 4 bits where all fits; sides that are cut are those of the rows."""
@@ -372,6 +426,17 @@ def test_codes_do_not_depend_on_the_rows_beside(name):
     for key, array in whole.items():
         again = np.concatenate([one[key] for one in single])
         assert array.dtype == again.dtype and (array == again).mean() > 0.99
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_rows_of_double_numbers_have_the_same_codes(name):
+    codec, make = CODECS[name]
+    rows = make(20, 5)
+    single, double = codec.encode(rows), codec.encode(rows.double())
+    for key, array in single.items():
+        assert array.dtype == double[key].dtype
+        assert_close(array, double[key], "model float32") if array.dtype.kind == "f" else None
+        assert (array == double[key]).mean() > 0.99 or array.dtype.kind == "f"
 
 
 def test_codec_comes_back_from_what_is_written():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -311,8 +312,12 @@ def test_lists_are_as_long_as_the_table_says(build, monkeypatch):
     assert index.plan_search(5, "n < 70").shortlist == 21 and index.plan_search(5, "n < 50").shortlist is None
     assert index.search(QUERIES, 5) == index.search(QUERIES, 5, shortlist=36)
     monkeypatch.setattr(shortlist, "recall_of", lambda _: Recall(1000, 16, (10,), (0.96,)))
-    best = index.search(QUERIES, 3, group_by="group")
-    assert index.plan_search(3).shortlist == 20 and all(len({hit.meta["group"] for hit in hits}) == 3 for hits in best)
+    monkeypatch.setattr(shortlist, "BEST", 0.05)
+    assert index.plan_search(3).shortlist == 3  # the three best rows are of fewer groups
+    listed = index.search(QUERIES, 3, group_by="group", shortlist=3)
+    assert min(len(hits) for hits in listed) < 3  # as it was asked for
+    for hits in index.search(QUERIES, 3, group_by="group"):
+        assert len({hit.meta["group"] for hit in hits}) == len(hits) == 3
     assert [len(hits) for hits in index.search(QUERIES, 3, group_by="group", where="n < 70")] == [2] * 3
     assert len(index.search(QUERIES, 18, unique=0.999)[0]) == 18
 
@@ -390,6 +395,27 @@ def test_purge_reaches_every_form_of_a_row(form, lm, tokenizer, tmp_path):
     index.purge()
     assert not any(there(gone)) and all(there([one for _, one in kept]))
     assert index.check() == [] and len(index) == 19
+
+
+@pytest.mark.parametrize("call", [3, 4, 6])
+@pytest.mark.parametrize("form", [TRIPLES, {"long": "none"}], ids=["triples", "none"])
+def test_killed_builds_resume_to_the_same_bytes(form, call, lm, tokenizer, tmp_path, monkeypatch):
+    """After the statistics, between two segments, and before the last: both forms and norms."""
+    calls, real = itertools.count(1), Store._transaction
+
+    def transaction(store):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return real(store)
+
+    def build(place, pace=MANY_COMMITS["pace"]):
+        return built(lm, CORPUS[:12], tmp_path / place, "default", tokenizer, pace=pace, **form)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Store, "_transaction", transaction)
+        build("killed")
+    resumed = build("killed", Pace(chunk_rows=4))
+    assert contents(resumed.path) == contents(build("whole").path) and resumed.check() == []
 
 
 @pytest.mark.parametrize("form", [{}, TRIPLES, {"long": "none"}], ids=["vectors", "triples", "none"])

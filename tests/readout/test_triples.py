@@ -35,7 +35,7 @@ def used(monkeypatch):
 def factors(positions, left, right, decay, seed=0):
     """Factors as rows have them: directions that positions share, of falling weight, and some noise."""
     generator = torch.Generator().manual_seed(seed)
-    shared = min(positions, left, right, 80)
+    shared = min(positions, left, right)
     weight = (1 + torch.arange(shared)) ** -decay
     mixed = torch.randn(positions, shared, generator=generator) * weight
     noise = 0.02 * torch.randn(positions, left, generator=generator)
@@ -71,7 +71,7 @@ def split(found, rank, left, right):
     ],
 )
 def test_triples_are_those_of_numpy(positions, left, right, rank, way, used):
-    a, b = factors(positions, left, right, 0.8, positions)
+    a, b = factors(positions, left, right, 0.3, positions)
     found = low_rank(a, b, rank)
     assert used == [WAYS[way]] and found.shape == (rank * (left + right),) and found.dtype == torch.float32
     u, v = split(found, rank, left, right)

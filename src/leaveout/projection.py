@@ -97,8 +97,9 @@ def orthogonal(size: int, width: int, seed: int, stream: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotation:
-    """A randomised Hadamard transform of vectors of any size: random signs, then an orthogonal matrix that spreads every
-    coordinate over all of them, so that what comes out is nearly normal whatever went in.
+    """A randomised Hadamard transform of vectors of any size: twice random signs, then an orthogonal matrix that spreads
+    every coordinate over all of them, so that what comes out is nearly normal whatever went in. Once does not do: of a vector
+    of two coordinates come only four numbers.
 
     The matrix of a size m * 2**k, m odd, is the Kronecker product of the cosine transform of m and the Hadamard matrix of
     2**k. With a `width` only so many random outputs are kept.
@@ -107,6 +108,7 @@ class Rotation:
     """
 
     signs: Tensor  # [size]
+    second: Tensor  # [size], the signs of the second round
     cosines: Tensor  # [m, m], orthonormal
     outputs: Tensor | None  # [width] int64, ascending; None: all
 
@@ -120,18 +122,19 @@ class Rotation:
             keys = random_bits(seed, stream + "/outputs", size)
             outputs = torch.from_numpy(np.sort(np.argpartition(keys, width - 1)[:width]).astype(np.int64))
         odd = size // (size & -size)
-        return cls(random_signs(seed, stream + "/signs", size), _cosines(odd), outputs)
+        signs = (random_signs(seed, f"{stream}/{name}", size) for name in ("signs", "second"))
+        return cls(*signs, _cosines(odd), outputs)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Rotation:
         outputs = None if self.outputs is None else self.outputs.to(device)
-        return Rotation(self.signs.to(device, dtype), self.cosines.to(device, dtype), outputs)
+        return Rotation(*(x.to(device, dtype) for x in (self.signs, self.second, self.cosines)), outputs)
 
     @property
     def width(self) -> int:
         return len(self.signs if self.outputs is None else self.outputs)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._spread(x * self.signs, self.cosines)
+        y = self._spread(self._spread(x * self.signs, self.cosines) * self.second, self.cosines)
         if self.outputs is None:
             return y
         return y.index_select(1, self.outputs).mul_(math.sqrt(y.shape[1] / len(self.outputs)))
@@ -141,7 +144,7 @@ class Rotation:
         if self.outputs is not None:
             full = y.new_zeros(len(y), len(self.signs))
             y = full.index_copy_(1, self.outputs, y * math.sqrt(full.shape[1] / len(self.outputs)))
-        return self._spread(y, self.cosines.t()) * self.signs
+        return self._spread(self._spread(y, self.cosines.t()) * self.second, self.cosines.t()) * self.signs
 
     def _spread(self, x: Tensor, cosines: Tensor) -> Tensor:
         odd = len(cosines)

@@ -204,7 +204,8 @@ def test_small_indexes_and_those_without_short_form_have_no_table(build, lm, tok
     for name, value in {**SMALL, "LEAST": 121}.items():
         monkeypatch.setattr(shortlist, name, value)
     assert recall_of(built(lm, MANY, tmp_path / "few", GH, tokenizer, **FORMS["vectors"])) is None
-    monkeypatch.setattr(shortlist, "LEAST", 60)
+    monkeypatch.setattr(shortlist, "LEAST", 120)
+    assert recall_of(built(lm, MANY, tmp_path / "enough", GH, tokenizer, **FORMS["vectors"])) is not None
     assert recall_of(built(lm, MANY, tmp_path / "plain", GH, tokenizer, **IN_FULL)) is None
 
 

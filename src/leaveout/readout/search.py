@@ -153,7 +153,8 @@ def _add_exact(
     plan: SearchPlan,
 ) -> None:
     """Considers all rows, or those of each query's list, with exact scores: short form, long form, then the model."""
-    crew, vectors = (options.workers, options.backend), queries.vectors
+    crew: tuple[int, Scanners] = (options.workers, options.backend)
+    vectors = queries.vectors
     lists: list[np.ndarray] | None = None
     if plan.shortlist is not None:
         lists = _best(index.scan_short(vectors, wanted, *crew), len(queries), plan.shortlist)

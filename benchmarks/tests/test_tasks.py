@@ -196,7 +196,7 @@ def test_methods_of_a_model_give_the_scores_of_their_source(script, ranked_task,
     index = Index.build(readout, ranked_task.rows, tmp_path / "index")
     np.testing.assert_array_equal(found.scores, index.score(ranked_task.queries))
     numbers = readout.vocabulary * 16 + 2 * 16 * 32  # in full: head and two blocks
-    assert found.bytes_per_row == numbers + 4  # a byte each, and a scale
+    assert found.bytes_per_row == numbers + 4 + -(-numbers // 8) + 4  # a byte each and a scale, and the same with a bit
 
 
 def test_a_model_is_read_out_at_its_own_parameters(script, ranked_task):

@@ -413,6 +413,9 @@ def test_rows_have_the_bytes_that_are_asked_for(run, model, rows, tmp_path):
     hits = hits_of(run, tmp_path / "none", "-k", "2", "--shortlist", "2")
     stored = {hit["id"]: hit["score"] for hit in hits_of(run, tmp_path / "few")}
     assert len(hits) == 2 and hits[0]["id"] in stored
+    (tmp_path / "wanted.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    selected = run("select", tmp_path / "none", "--wanted", tmp_path / "wanted.jsonl", "--out", tmp_path / "out.jsonl")
+    assert selected[0] == 0 and "4 encoded anew by the model" in selected[2]
 
 
 def test_search_rolls_up(run, idx, tmp_path, monkeypatch):

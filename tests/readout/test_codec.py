@@ -542,3 +542,17 @@ def test_sides_are_cut_in_the_ratio_of_their_roots():
     assert kept_sides((576, 1536), (False, True), 2048)[0] == 576
     assert kept_sides((64, 100_000), (True, True), 2048) == (32, 512)
     assert Vectors(3).products(torch.eye(3), torch.eye(3)).equal(torch.eye(3))
+
+
+def test_sides_too_wide_for_the_short_form_leave_it_out():
+    """As those of a model of hidden size 8192 that are not whitened, of which one triple has more than 2,048 bytes."""
+    sizes, unordered = ((8192, 8192),), ((False, False),)
+    for long, there in (("stored", False), ("none", True)):
+        settings = SignatureSettings(CHANNEL, long=long)
+        stored = chosen_codec(sizes, unordered, settings)
+        assert isinstance(stored, Filled)
+        if there:
+            with pytest.raises(ValueError, match="2048 bytes a row hold not one triple"):
+                short_codec(sizes, unordered, settings, stored)
+        else:
+            assert short_codec(sizes, unordered, settings, stored) is None

@@ -164,6 +164,8 @@ def select(
     require_outputs(out)
     opened = open_index(idx, model, device)
     avoided = None if unwanted is None else list(Corpus.open(unwanted))
+    if opened.long is None:
+        print(f"leaveout: {opened.plan_search(where=where, exact=True)}", file=sys.stderr)
     how: Any = combine  # checked there
     hits = opened.select(list(Corpus.open(wanted)), n, avoided, how, where)
     name = score_field([hit.row for hit in hits])

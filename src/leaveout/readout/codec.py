@@ -509,7 +509,12 @@ def short_codec(sizes: Sizes, ordered: Ordered, settings: SignatureSettings, lon
         return None
     n_bytes = min(settings.short_bytes, settings.bytes_per_row or settings.short_bytes)
     if isinstance(long, Filled):
-        return filled(sizes, ordered, n_bytes, settings.seed, SCANNED)
+        try:
+            return filled(sizes, ordered, n_bytes, settings.seed, SCANNED)
+        except ValueError:  # sides of a wide model that cannot be cut: then every search is exact
+            if settings.long == "none":
+                raise
+            return None
     width = sum(left * right for left, right in sizes)
     short = Planes(width, min(width, 8 * (n_bytes - 4)), 1, settings.seed)
     return short if short.row_bytes * SHARE <= long.row_bytes or settings.long == "none" else None

@@ -122,12 +122,13 @@ class Rotation:
             keys = random_bits(seed, stream + "/outputs", size)
             outputs = torch.from_numpy(np.sort(np.argpartition(keys, width - 1)[:width]).astype(np.int64))
         odd = size // (size & -size)
-        signs = (random_signs(seed, f"{stream}/{name}", size) for name in ("signs", "second"))
-        return cls(*signs, _cosines(odd), outputs)
+        signs, second = (random_signs(seed, f"{stream}/{name}", size) for name in ("signs", "second"))
+        return cls(signs, second, _cosines(odd), outputs)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Rotation:
         outputs = None if self.outputs is None else self.outputs.to(device)
-        return Rotation(*(x.to(device, dtype) for x in (self.signs, self.second, self.cosines)), outputs)
+        signs, second, cosines = (x.to(device, dtype) for x in (self.signs, self.second, self.cosines))
+        return Rotation(signs, second, cosines, outputs)
 
     @property
     def width(self) -> int:

@@ -44,7 +44,7 @@ from measuring import alpaca, arguments, made_rows, smollm2, tiny, tokenised, wr
 from public_rows import fitted, groups
 
 KB = (1, 2, 4, 8, 16, 32)
-PROJECTED = (1, 2, 4)  # kilobytes at which projections are judged, too
+PROJECTED = (1, 2)  # kilobytes at which projections are judged, too
 LISTS = (0.01, 0.05)
 SOME = 100  # rows that are encoded and scored at a time
 PIECE = 8  # rows whose outer products exist at once

@@ -1,6 +1,6 @@
 """How many bytes does a row need: the same ranking as the exact product, judged by retraining and by recall?
 
-    python benchmarks/codes.py --part lds --work bench/banks        # five truth banks, kept in benchmarks/truth
+    python benchmarks/codes.py --part lds --work bench/banks        # truth banks, kept in benchmarks/truth
     python benchmarks/codes.py --part recall                        # SmolLM2-135M, 2,000 rows, 200 queries, an hour
     python benchmarks/codes.py --smoke
 
@@ -9,8 +9,9 @@ exactly (two stages), as shares of the LDS of the exact product, on the paramete
 codes of the index stand, at no more bytes: codes of whole sides, the former form (a fixed number of triples in 4 bits),
 random projections in int8, sign bits of them on both sides (SimHash), and principal components of other rows in int8.
 `recall`: how many of the exact best ten stand first, and in the best 1, 2, 5 and 10 %, by the code.
-Intervals are bootstrapped over queries. Two choices were made on 500 other rows of the recall part, and none on a bank: how
-noise counts against what is left out (`codec.NOISE`), and how far sides are cut (`codec.TRIPLES`).
+Intervals are bootstrapped over queries. Two choices were made on 500 rows of the corpus of the recall part, shuffled
+otherwise, so that the two may share rows and queries; none was made on a bank: how noise counts against what is left out
+(`codec.NOISE`), and how far sides are cut (`codec.TRIPLES`).
 """
 
 from __future__ import annotations

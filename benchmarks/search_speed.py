@@ -58,8 +58,9 @@ from leaveout.readout.opened import KIND, EncodedQueries, OpenIndex
 from leaveout.readout.scan import ranking
 from leaveout.readout.search import SearchOptions, find, planned, refuse
 from leaveout.readout.settings import PRESETS
-from leaveout.store import Record, Store
+from leaveout.store import Store
 from measuring import arguments, cpu_seconds, interleaved, peak_memory, ratio, spread, write_result
+from store_speed import records
 
 SIZES = ((1024, 576), *((576, 1536),) * 3)  # of SmolLM2-135M: head, and three MLP outputs
 ORDERED = ((True, True),) * len(SIZES)
@@ -270,19 +271,9 @@ def flipped(codes: np.ndarray, chance: np.random.Generator) -> np.ndarray:
     return made
 
 
-def records(first: int, count: int) -> list[Record]:
-    """Rows of about fifty characters, of a hundred sources."""
-    return [
-        Record(
-            f"row {n}",
-            f"The text of row {n}, of about fifty characters.",
-            f"row {n}",
-            {"source": f"source {n * 7919 % SOURCES}"},
-            f"{n * 2654435761 % 2**128:032x}",
-            {"number": n, "tokens": 12, "targets": 7},
-        )
-        for n in range(first, first + count)
-    ]
+def of_sources(n: int) -> dict[str, Any]:
+    """The field of row n, one of a hundred sources."""
+    return {"source": f"source {n * 7919 % SOURCES}"}
 
 
 def encoded(made: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -314,7 +305,7 @@ def fill(place: Path, base: dict[str, np.ndarray], n_rows: int, seed: int) -> di
             arrays = repeated(base, count)
             for name in ("long.codes", "short.codes"):
                 arrays[name] = flipped(arrays[name], chance)
-            entries = records(first, count)
+            entries = records(first, count, of_sources)
             seconds += cpu_seconds(lambda entries=entries, arrays=arrays: store.put(entries, arrays))
         segments = len(store.segments())
     sizes = {"long": long.row_bytes, "short": short.row_bytes, "all": size}

@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,19 @@ GOALS = {
 }
 
 
-def records(first: int, count: int) -> list[Record]:
-    """Rows like those of an index: two metadata fields and a small `extra`; one in a hundred is from a rare source."""
+def rare(n: int) -> dict[str, Any]:
+    """Two fields of row n; one row in a hundred is from a rare source."""
+    return {"source": "web" if n % 100 else "rare", "year": 1990 + n % 30}
+
+
+def records(first: int, count: int, meta: Callable[[int], dict[str, Any]] = rare) -> list[Record]:
+    """Rows like those of an index: about fifty characters, fields, and a small `extra`."""
     return [
         Record(
             f"row {n}",
             f"The text of row {n}, of about fifty characters.",
             f"row {n}",
-            {"source": "web" if n % 100 else "rare", "year": 1990 + n % 30},
+            meta(n),
             f"{n * 2654435761 % 2**128:032x}",
             {"number": n, "tokens": 12, "targets": 7},
         )

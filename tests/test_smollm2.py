@@ -34,7 +34,9 @@ def smollm2():
     import gguf
 
     read = functools.cache(gguf.GGUFReader)
-    with pytest.MonkeyPatch.context() as patch:  # transformers parses 49,152 tokens three times, and maps names 397 times
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # transformers parses 49,152 tokens three times, and maps names 397 times
         patch.setattr(gguf, "GGUFReader", lambda place: read(str(place)))
         patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
         return load_readout(path)

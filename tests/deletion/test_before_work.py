@@ -137,7 +137,10 @@ def test_a_plan_asks_for_no_more_sets_than_there_are(small, monkeypatch):
     cheap = Costs(Cost(0.0, 1e-3, 64), {1: Cost(0.0, 1e-3, 64)}, 1e-3, 0.0)
     monkeypatch.setattr(plan_module, "probe", lambda *_: cheap)
     ids = small.recipe.ids
-    for sets, known in (([[ids[0]]], {"auto": 4, "all pairs": 10}), ([ids[:1], ids[1:3]], {"auto": 10, "all pairs": 10})):
+    for sets, known in (
+        ([[ids[0]]], {"auto": 4, "all pairs": 10}),
+        ([ids[:1], ids[1:3]], {"auto": 10, "all pairs": 10}),
+    ):
         choices = small.plan(QUERIES, sets, Budget(600, examples=True)).choices
         for choice in choices:
             retrain, there = choice.arguments.get("retrain", 0), known[choice.arguments.get("design", "auto")]

@@ -74,6 +74,8 @@ def test_held_out_sets_differ_from_the_fitted_and_from_each_other():
         assert not sizes or set(found.sum(1)) == {2.0, 3.0}
         assert np.array_equal(directions.held_out(5, 24, 1000, sizes, fitted), found[:5])
     plain = directions.random_sets(0, 6, 40, 1000, (5,))
-    assert np.array_equal(directions.held_out(6, 40, 1000, (5,), plain[:0]), plain)  # what is new anyway is taken as it is
+    assert np.array_equal(
+        directions.held_out(6, 40, 1000, (5,), plain[:0]), plain
+    )  # what is new anyway is taken as it is
     assert directions.held_out(9, 4, 0, (1,), np.eye(4)).shape == (0, 4)
     assert len(directions.held_out(99, 4, 0, (), np.eye(4))) == 10  # pairs and triples

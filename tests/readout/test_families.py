@@ -411,7 +411,17 @@ def test_doctor_gives_a_table(tokenizer):
     found = doctor(make_model("llama", spread=0.1, dtype=torch.float32), tokenizer)
     results = {check.name: check.passed for check in found.checks}
     assert results["padding invariance"] and results["loss"] is False and not found.passed  # it is not trained
-    assert found.checks[-2].detail == "4 output projections that the residual channel can take"
+    details = {check.name: check.detail for check in found.checks}
+    assert details["layers"] == "4 output projections that the residual channel can take"
+    rates = re.fullmatch(
+        r"([\d,]+) tokens a second through the model; `default` indexes ([\d.,]+) rows of (\d+) tokens \((\d+) learned\) a "
+        r"second, (\d+)% of that; a million rows take ([\d.,]+) hours",
+        details["speed"],
+    )
+    assert rates, details["speed"]
+    tokens, rows, length, learned, share, hours = (float(x.replace(",", "")) for x in rates.groups())
+    assert learned == length * 2 // 3 and abs(share - 100 * rows * length / tokens) < 2 + 0.07 * share
+    assert abs(hours - 1e6 / rows / 3600) < 0.1 * hours
     assert "padding invariance" in str(found) and "FAIL" in str(found)
     assert "<td>FAIL</td>" in found._repr_html_()
 
@@ -421,7 +431,7 @@ def test_doctor_says_what_a_row_holds(tokenizer):
         readout = make_readout("llama", tokenizer, dtype=torch.float32, num_hidden_layers=1, **changes)
         return _stored_bytes(readout).detail, readout
 
-    takes = r"a row takes ([\d,]+) bytes by default"
+    takes = r"a row takes ([\d,]+) bytes by default, a million [\d.,]+ GB"
     assert re.fullmatch(f"{takes}, and is held whole", told()[0])
     holds = rf"{takes}: room for (\d+) to (\d+) singular triples at 1 bit"
     assert re.fullmatch(holds, told(hidden_size=256, intermediate_size=512)[0])

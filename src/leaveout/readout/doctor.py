@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +19,7 @@ from leaveout.readout.families import find_taps
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer, batches
-from leaveout.readout.tokens import TokenisedRow, tokenise
+from leaveout.readout.tokens import TokenisedRow, Window, tokenise
 from leaveout.tables import Check, Diagnosis
 
 SAMPLE = (
@@ -25,6 +28,8 @@ SAMPLE = (
     "Dear Ms Okafor, thank you for your letter of 3 May; the spare part left our workshop this morning.",
     "Yes.",
 )
+ROW = (300, 200)  # tokens of the rows whose speed is measured, and how many of them are learned
+ROWS = {"cpu": 1, "device": 48}  # how many are timed at once
 INVARIANT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
@@ -63,6 +68,8 @@ def doctor(
             _start_token(readout),
             _loss(signer, rows),
             _layers(readout, rows[0]),
+            *_like_the_cpu(signer, rows),
+            _speed(readout),
             _stored_bytes(readout),
         )
     )
@@ -168,11 +175,76 @@ def _layers(readout: Readout, row: TokenisedRow) -> Check:
     return Check("layers", None, f"{len(found[0])} output projections that the residual channel can take")
 
 
+def _like_the_cpu(signer: Signer, rows: list[TokenisedRow]) -> list[Check]:
+    """On another device: ten signatures beside those of the same model on the CPU."""
+    readout = signer.readout
+    if readout.device.type == "cpu":
+        return []
+    windows = [replace(window, row=number) for number, window in enumerate(_ten(rows))]
+    there = signer.rows(windows, len(windows)).cpu()
+    here = Readout(copy.deepcopy(readout.lm).cpu(), readout.tokenizer, None, scale=readout.scale, cap=readout.cap)
+    wanted = Signer(here, signer.settings).rows(windows, len(windows))
+    difference = float(((there - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+    limit = INVARIANT.get(readout.weight.dtype, 0.1)
+    detail = f"ten signatures differ from the CPU's by {difference:.1e} of their length (limit {limit:g})"
+    passed = difference <= limit
+    return [Check(f"{readout.device.type} like the CPU", passed, detail if passed else f"{detail}: use the CPU")]
+
+
+def _ten(rows: list[TokenisedRow]) -> list[Window]:
+    """Ten windows: those of the rows, and the beginnings of the longest."""
+    windows = [window for row in rows for window in row.windows]
+    longest = max(windows, key=lambda window: len(window.ids))
+    lengths = range(max(2, len(longest.ids) - 10 + len(windows)), len(longest.ids))
+    cut = [
+        replace(longest, ids=longest.ids[:n], positions=[p for p in longest.positions if p + 1 < n]) for n in lengths
+    ]
+    return (windows + cut)[:10]
+
+
+@torch.no_grad()
+def _speed(readout: Readout) -> Check:
+    """How fast rows pass through the model and become rows of `default`, without the statistics pass."""
+    length = min(ROW[0], readout.context)
+    learned = length * ROW[1] // ROW[0]
+    count = ROWS["cpu" if readout.device.type == "cpu" else "device"]
+    ids = (torch.arange(count * length) * 7919 % readout.vocabulary).view(count, length)
+    windows = [Window(n, 0, ids[n].tolist(), list(range(length - 1 - learned, length - 1))) for n in range(count)]
+    signer = Signer(readout, resolve_settings("default"))
+    sides = [side for part in signer.parts for side in (part.left, part.right)]
+    signer.whitening = {
+        side.whiten: torch.eye(side.size).to(signer.weight.device, signer.dtype) for side in sides if side.whiten
+    }
+    signer.encoded(windows[:1], 1)  # what is made once
+    trunk = _seconds(readout, lambda: readout.hidden(ids.to(readout.device)))
+    index = _seconds(readout, lambda: signer.encoded(windows, count))
+    rate = count / index
+    return Check(
+        "speed",
+        None,
+        f"{count * length / trunk:,.0f} tokens a second through the model; `default` indexes {_digits(rate)} rows of {length} "
+        f"tokens ({learned} learned) a second, {trunk / index:.0%} of that; a million rows take {_digits(1e6 / rate / 3600)} hours",
+    )
+
+
+def _digits(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.2g}"
+
+
+def _seconds(readout: Readout, task: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    task()
+    if readout.device.type == "cuda":
+        torch.cuda.synchronize(readout.device)
+    return time.perf_counter() - began
+
+
 def _stored_bytes(readout: Readout) -> Check:
     """What a row of `default` holds of this model, and what `bytes_per_row` would hold it whole."""
     signer = Signer(readout, resolve_settings("default"))
     long, short = signer.codec, signer.short
-    stored = f"a row takes {long.row_bytes + (0 if short is None else short.row_bytes):,} bytes by default"
+    n_bytes = long.row_bytes + (0 if short is None else short.row_bytes)
+    stored = f"a row takes {n_bytes:,} bytes by default, a million {n_bytes / 1000:,.1f} GB"
     if not isinstance(long, Filled):
         return Check("bytes of a row", None, f"{stored}, and is held whole")
     held = f"room for {long.code_bytes // max(long.plane_bytes)} to {long.n_triples} singular triples at 1 bit"

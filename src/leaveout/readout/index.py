@@ -366,5 +366,7 @@ class Index(OpenIndex):
         facts = {key: settings[key] for key in ("corpus", "units", "source", "model", "signature", "codec", "notes")}
         states = {name: self.store.state(name) for name in ("statistics", "recall")}
         if states["recall"] is not None:
-            states["recall"] |= {"note": "of the best 10, with rows of the corpus as queries; other queries may do worse"}
+            states["recall"] |= {
+                "note": "of the best 10, with rows of the corpus as queries; other queries may do worse"
+            }
         return {**self.store.info(), "forms": self.forms, **states, **facts}

@@ -223,7 +223,8 @@ def _speed(readout: Readout) -> Check:
         "speed",
         None,
         f"{count * length / trunk:,.0f} tokens a second through the model; `default` indexes {_digits(rate)} rows of {length} "
-        f"tokens ({learned} learned) a second, {trunk / index:.0%} of that; a million rows take {_digits(1e6 / rate / 3600)} hours",
+        f"tokens ({learned} learned) a second, {trunk / index:.0%} of that; "
+        f"a million rows take {_digits(1e6 / rate / 3600)} hours",
     )
 
 

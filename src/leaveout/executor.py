@@ -60,12 +60,14 @@ def run_tasks(
     start: Callable[[], Any],
     workers: int = 1,
     backend: Backend = "processes",
+    gpus: bool = False,
 ) -> Generator[Result, None, None]:
     """Results of `work(state, task)` in the order of the tasks; `state` is what `start()` gave in that process.
 
     `backend`: `processes` of this machine, or actors, one CPU each, of the Ray cluster that this process has joined or
     that RAY_ADDRESS names, else of a new one on this machine. Actors need the same packages and see the same files;
-    `ray` takes one even for one worker.
+    `ray` takes one even for one worker. `gpus`: an actor asks for a GPU, too. A worker process finds its number, from 0, in
+    the variable LEAVEOUT_WORKER (see `leaveout.models.find_device`).
     At most 2 * workers tasks are read ahead. Close the results (`contextlib.closing`) where an error may come between
     them: it stops the workers. In workers, `work` and `start` must be picklable.
     Raises: ValueError for workers < 1 or an unknown backend; UnsupportedError if ray is not installed; LeaveoutError
@@ -77,7 +79,7 @@ def run_tasks(
         for task in tasks:
             yield work(state, task)
         return
-    with (_process_worker if backend == "processes" else _ray_worker)(start, work) as hire:
+    with _process_worker(start, work) if backend == "processes" else _ray_worker(start, work, gpus) as hire:
         crew = _Hired(hire, workers)
         try:
             yield from crew.results(tasks)
@@ -101,6 +103,7 @@ class _Member:
     """A worker and its jobs in order: it works on the first."""
 
     worker: _Worker
+    number: int
     jobs: list[_Job] = field(default_factory=list[_Job])
     ready: bool = False
 
@@ -113,9 +116,9 @@ class _Member:
 class _Hired:
     """Workers that share out jobs; a dead one is replaced, and its jobs go to whoever is ready first."""
 
-    def __init__(self, hire: Callable[[], _Worker], workers: int) -> None:
+    def __init__(self, hire: Hire, workers: int) -> None:
         self.hire = hire
-        self.members = [_Member(hire()) for _ in range(workers)]
+        self.members = [_Member(hire(number), number) for number in range(workers)]
         self.window = QUEUED * workers
         self.todo: deque[_Job] = deque()
         self.false_starts = 0  # workers in a row that died before they took a task
@@ -167,7 +170,7 @@ class _Hired:
             ) from death
         member.worker.stop()
         self.todo.extendleft(reversed(jobs))
-        member.worker, member.jobs, member.ready = self.hire(), [], False
+        member.worker, member.jobs, member.ready = self.hire(member.number), [], False
 
     def _hand_out(self) -> None:
         """Gives the next jobs to those with the least to do."""
@@ -204,17 +207,17 @@ class _Worker(Protocol):
     def stop(self) -> None: ...
 
 
-Hire = Callable[[], _Worker]
+Hire = Callable[[int], _Worker]  # by the number of the worker
 
 
 @contextmanager
 def _process_worker(start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> Generator[Hire, None, None]:
     """What makes a worker process of this machine."""
-    yield lambda: _Process(start, work)
+    yield lambda number: _Process(start, work, number)
 
 
 @contextmanager
-def _ray_worker(start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> Generator[Hire, None, None]:
+def _ray_worker(start: Callable[[], Any], work: Callable[[Any, Any], Any], gpus: bool) -> Generator[Hire, None, None]:
     """What makes an actor of the Ray cluster that this process or RAY_ADDRESS names, or of a new one on this machine.
 
     Ray's own search for a running cluster is not used: it waits two minutes for one that has gone.
@@ -224,7 +227,7 @@ def _ray_worker(start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> Ge
     if connects:
         ray.init(os.environ.get("RAY_ADDRESS", "local"), logging_level=logging.WARNING, log_to_driver=False)
     try:
-        yield lambda: _Actor(ray, start, work)
+        yield lambda _: _Actor(ray, start, work, gpus)
     finally:
         if connects:
             ray.shutdown()
@@ -265,11 +268,11 @@ LOOKS = 0.5
 
 
 class _Process:
-    def __init__(self, start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> None:
+    def __init__(self, start: Callable[[], Any], work: Callable[[Any, Any], Any], number: int) -> None:
         self.line = _Lifeline()
         self.given: list[Future[Any]] = []
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, context, _set_up_tied, (self.line, start, work))
+        self.pool = ProcessPoolExecutor(1, context, _set_up_tied, (self.line, start, work, number))
         self.started = self._kept(self.pool.submit(_check_start))
 
     def _kept(self, result: Future[Any]) -> Future[Any]:
@@ -296,9 +299,9 @@ class _Process:
 
 
 class _Actor:
-    def __init__(self, ray: Any, start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> None:
+    def __init__(self, ray: Any, start: Callable[[], Any], work: Callable[[Any, Any], Any], gpus: bool) -> None:
         self.ray = ray
-        options = {"num_cpus": 1, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        options = {"num_cpus": 1, "num_gpus": int(gpus), "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         self.actor = ray.remote(_Remote).options(**options).remote(start, work)
         self.started = self._plain(self.actor.check.remote())
 
@@ -344,8 +347,9 @@ class _Remote:
         return _run_task(task)
 
 
-def _set_up_tied(line: Any, start: Callable[[], Any], work: Callable[[Any, Any], Any]) -> None:
+def _set_up_tied(line: Any, start: Callable[[], Any], work: Callable[[Any, Any], Any], number: int) -> None:
     """`_set_up` in a process that has watched its lifeline since it was unpickled, as the first of the arguments."""
+    os.environ["LEAVEOUT_WORKER"] = str(number)
     _set_up(start, work)
 
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from leaveout.corpus import Corpus
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
+from leaveout.models import free_memory
 from leaveout.training import doctor
 from leaveout.training.doctor import Stability, check_stability, growth_scale, random_directions
 from leaveout.training.loop import RunOptions, Steps, make_optimizer, micro_batches
-from leaveout.training.memory import available_memory, plan_memory, runs_together
+from leaveout.training.memory import plan_memory, runs_together
 from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
@@ -279,7 +280,7 @@ def test_memory_is_stated_before_the_run_and_follows_the_formula(capsys):
     train_jets(recipe, torch.randn(2, 4), JetSettings(1), options=RunOptions(progress=True))
     shown = capsys.readouterr().err
     assert shown.startswith("memory: 2 directions in 1 round(s) of 2:") and "step/s" in shown
-    assert available_memory() > 1e6
+    assert free_memory() > 1e6
 
 
 GROWTH = """

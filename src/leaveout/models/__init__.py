@@ -4,9 +4,10 @@ model = load_model("owner/name"); model.identity(); model.refuse_changes()
 """
 
 from leaveout.models.checks import ROUNDING, evaluating, length_limit, refuse_hooks, refuse_look_ahead, runs
+from leaveout.models.devices import find_device, free_memory
 from leaveout.models.identity import adapter_places, difference, is_adapted, plain_module, settled_module
 from leaveout.models.language_model import LanguageModel, load_model
-from leaveout.models.places import ModelOptions, find_device, load_tokenizer, quiet_transformers, source_digest
+from leaveout.models.places import ModelOptions, load_tokenizer, quiet_transformers, source_digest
 
 __all__ = [
     "ROUNDING",
@@ -16,6 +17,7 @@ __all__ = [
     "difference",
     "evaluating",
     "find_device",
+    "free_memory",
     "is_adapted",
     "length_limit",
     "load_model",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.models.checks import ROUNDING, evaluating, probe_ids
+from leaveout.models.devices import find_device
 from leaveout.models.identity import (
     State,
     difference,
@@ -27,7 +28,7 @@ from leaveout.models.identity import (
     plain_module,
     state_of,
 )
-from leaveout.models.places import ModelOptions, find_device, load_place
+from leaveout.models.places import ModelOptions, load_place
 
 
 @dataclass

@@ -56,29 +56,6 @@ class ModelOptions:
         return found
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a name; auto: cuda where there is one. Raises: ValueError for one that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device is {name!r}: give cpu, cuda, cuda:1, mps or auto.") from None
-    if device.type == "meta":
-        raise ValueError("device is 'meta', which holds no numbers: give cpu, cuda or auto.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but torch finds no CUDA device here: give cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device is {name!r}, but the last one here is cuda:{torch.cuda.device_count() - 1}: give that."
-        )
-    try:
-        torch.empty(1, device=device)
-    except Exception:  # torch raises a kind of its own for each device that it lacks
-        raise ValueError(f"device is {name!r}, but torch finds no such device here: give cpu.") from None
-    return device
-
-
 def load_place(name: str, options: ModelOptions) -> tuple[Any, Any, tuple[str, ...]]:
     """Module, tokenizer and notes of a place.
 

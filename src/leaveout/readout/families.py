@@ -12,7 +12,7 @@ Source: leaveout's own; judged by retraining in docs/, not by derivation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,7 +142,11 @@ class Recorder:
     grid: torch.Size  # rows and tokens of the forward pass
     batch: Tensor  # [positions] int64
     token: Tensor  # [positions] int64
-    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    inputs: MutableMapping[nn.Module, Tensor] = field(default_factory=dict[nn.Module, Tensor])
+
+    def at(self, x: Tensor) -> Tensor:
+        """Numbers [positions, size] of x [rows, tokens, size], on the device of the positions."""
+        return x[self.batch.to(x.device), self.token.to(x.device)].to(self.batch.device)
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -151,19 +155,18 @@ class Recorder:
                 f"A {type(module).__name__} of this model gets numbers of shape {tuple(x.shape)}, and [{self.grid[0]} rows, "
                 f"{self.grid[1]} tokens, size] was wanted: leave the residual channel out for this family."
             )
-        self.inputs[module] = x[self.batch, self.token]
+        self.inputs[module] = self.at(x)
 
 
 @contextmanager
-def recording(modules: list[nn.Module], grid: torch.Size, batch: Tensor, token: Tensor) -> Iterator[Recorder]:
-    """Records the inputs [positions, size] of the modules at positions (batch[i], token[i]).
+def recording(modules: Iterable[nn.Module], recorder: Recorder) -> Generator[None]:
+    """Records the inputs [positions, size] of the modules.
 
     Raises: UnsupportedError, in the forward pass, for inputs that are not [rows, tokens, size].
     """
-    recorder = Recorder(grid, batch, token)
     handles = [module.register_forward_pre_hook(recorder.hook, with_kwargs=True) for module in modules]
     try:
-        yield recorder
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -9,8 +9,9 @@ Source: arXiv 2604.16197 (its signature is the `paper` preset); whitening as in 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.projection import CountSketch, orthogonal
 from leaveout.readout.codec import Codec, chosen_codec, short_codec
-from leaveout.readout.families import Tap, find_taps, pull_back, recording
+from leaveout.readout.families import Recorder, Tap, find_taps, pull_back, recording
 from leaveout.readout.forms import Triples, low_rank, squared_length
 from leaveout.readout.logits import Head, Map, map_width
 from leaveout.readout.model import Readout
@@ -65,6 +66,19 @@ class Part:
     weight: float
     left: Factor
     right: Factor
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A batch of windows after the trunk.
+
+    Shapes: ids [windows, tokens]; hidden [positions, hidden], in the model's dtype.
+    """
+
+    windows: list[Window]
+    ids: Tensor
+    recorder: Recorder
+    hidden: Tensor
 
 
 @dataclass
@@ -200,24 +214,34 @@ class Signer:
 
     # ---------------------------------------------------------------- positions of a batch
 
-    @torch.no_grad()
-    def positions(self, windows: Sequence[Window], redraw: torch.Generator | None = None) -> Positions:
-        """Raw vectors of every target position of the windows, in their order.
+    def passed(self, batches: Iterable[list[Window]]) -> Iterator[Passed]:
+        """What the trunk gives for each batch of windows, in order."""
+        for batch in batches:
+            ids, recorder = self._asked(batch)
+            with torch.no_grad(), recording(self._recorded(), recorder):
+                hidden = recorder.at(self.readout.hidden(ids.to(self.readout.device)))
+            yield Passed(batch, ids, recorder, hidden)
 
-        `redraw`: replace the targets by labels drawn from the model's own softmax, as second moments need.
-        """
+    def _asked(self, windows: Sequence[Window]) -> tuple[Tensor, Recorder]:
+        """Token ids [windows, tokens], and what records at the target positions."""
         device = self.readout.device
-        length = max(len(window.ids) for window in windows)
-        ids = torch.zeros(len(windows), length, dtype=torch.int64)
+        ids = torch.zeros(len(windows), max(len(window.ids) for window in windows), dtype=torch.int64)
         for row, window in enumerate(windows):
             ids[row, : len(window.ids)] = torch.tensor(window.ids)
         counts = [len(window.positions) for window in windows]
         batch = torch.repeat_interleave(torch.arange(len(windows)), torch.tensor(counts))
         token = torch.tensor([position for window in windows for position in window.positions])
-        target = ids[batch, token + 1].to(device)
-        ids, batch, token = ids.to(device), batch.to(device), token.to(device)
-        with recording(self._recorded(), ids.shape, batch, token) as recorder:
-            hidden = self.readout.hidden(ids)[batch, token].to(self.dtype)
+        return ids, Recorder(ids.shape, batch.to(device), token.to(device))
+
+    @torch.no_grad()
+    def positions(self, batch: Sequence[Window] | Passed, redraw: torch.Generator | None = None) -> Positions:
+        """Raw vectors of every target position of a batch of windows, in their order.
+
+        `redraw`: replace the targets by labels drawn from the model's own softmax, as second moments need.
+        """
+        passed = batch if isinstance(batch, Passed) else next(self.passed([list(batch)]))
+        recorder, hidden = passed.recorder, passed.hidden.to(self.dtype)
+        target = passed.ids.to(hidden.device)[recorder.batch, recorder.token + 1]
         if redraw is not None:
             target = self._draw(hidden, redraw)
         raw = {"h": hidden} | self._mapped(hidden, target)
@@ -226,8 +250,8 @@ class Signer:
             raw["g.final"] = pull_back(self.final_norm, recorder.inputs[self.final_norm], g)
             for name, tap in self.taps.items():
                 raw["a." + name] = recorder.inputs[tap.projection].to(self.dtype)
-        ends = np.cumsum(counts).tolist()
-        spans = [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+        ends = np.cumsum([len(window.positions) for window in passed.windows]).tolist()
+        spans = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
         return Positions(raw, spans, hidden, target)
 
     def _recorded(self) -> list[torch.nn.Module]:
@@ -275,9 +299,9 @@ class Signer:
         return x
 
     @torch.no_grad()
-    def window_rows(self, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    def window_rows(self, batch: Sequence[Window] | Passed) -> tuple[Tensor, Tensor]:
         """Rows [windows, width] of a batch of windows, and the lengths [windows, parts] of their outer products."""
-        positions, triples = self.positions(windows), isinstance(self.form, Triples)
+        positions, triples = self.positions(batch), isinstance(self.form, Triples)
         found, squares = [], []
         for part in self.parts:
             left, right = self.factors(positions, part)
@@ -291,19 +315,24 @@ class Signer:
 
     @torch.no_grad()
     def finished(
-        self, windows: Sequence[Window], advance: Callable[[int], object] | None = None
+        self,
+        windows: Sequence[Window],
+        advance: Callable[[int], object] | None = None,
+        passes: Iterator[Passed] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Numbers [n], rows [n, width] and lengths of parts [n, parts] of rows, as soon as all their windows are computed.
 
-        Windows run in batches of similar length; `advance(k)` is called when k more windows are done.
+        Windows run in batches of similar length; `advance(k)` is called when k more windows are done. `passes`: what the
+        trunk gave for these batches, and for others behind them.
         """
         waiting = Counter(window.row for window in windows)
         targets = Counter[int]()
         sums: dict[int, Tensor] = {}
         for window in windows:
             targets[window.row] += len(window.positions)
-        for batch in batches(windows, self.readout.batch_class):
-            found, lengths = self.window_rows(batch)
+        groups = list(batches(windows, self.readout.batch_class))
+        for batch, passed in zip(groups, passes or self.passed(groups), strict=False):
+            found, lengths = self.window_rows(passed)
             if self.settings.unit_length:
                 by = lengths.norm(dim=1).clamp_min(1e-30)
                 found, lengths = self.form.divided(found, by), lengths / by[:, None]
@@ -353,14 +382,16 @@ class Signer:
         assert total is not None
         return total
 
-    def encoded(self, windows: Sequence[Window], n_rows: int) -> dict[str, np.ndarray]:
+    def encoded(
+        self, windows: Sequence[Window], n_rows: int, passes: Iterator[Passed] | None = None
+    ) -> dict[str, np.ndarray]:
         """The arrays of a segment, each [n_rows, ...], and the mask `finite`, of all the windows of rows 0 .. n_rows - 1.
 
         `long.*` and `short.*` are the codes of both forms, as far as there are any; `norms` [rows, parts] float32 the
-        lengths of a row's outer products before they were rounded.
+        lengths of a row's outer products before they were rounded. `passes`: as of `finished`.
         """
         total: dict[str, np.ndarray] = {}
-        for numbers, rows, lengths in self.finished(windows):
+        for numbers, rows, lengths in self.finished(windows, passes=passes):
             finite = torch.isfinite(rows).all(1)
             rows = torch.where(finite[:, None], rows, 0.0)
             arrays = {"finite": finite.cpu().numpy(), "norms": lengths.float().cpu().numpy()}
@@ -373,6 +404,14 @@ class Signer:
             for name, array in arrays.items():
                 total.setdefault(name, np.zeros((n_rows, *array.shape[1:]), array.dtype))[numbers.numpy()] = array
         return total
+
+    def encoded_chunks(self, chunks: Sequence[tuple[int, list[Window]]]) -> Iterator[dict[str, np.ndarray]]:
+        """As `encoded`, of several chunks, each its number of rows and its windows: those of a streamed model go through
+        its blocks together, in the batches that they have alone."""
+        groups = (group for _, windows in chunks for group in batches(windows, self.readout.batch_class))
+        passes = self.passed(groups)
+        for n_rows, windows in chunks:
+            yield self.encoded(windows, n_rows, passes)
 
 
 def batches(windows: Sequence[Window], kind: Callable[[int], int]) -> Iterator[list[Window]]:

@@ -40,8 +40,8 @@ def whitening_matrices(
     mass = torch.zeros(signer.readout.vocabulary, dtype=torch.float64, device=signer.readout.device)
     generator = torch.Generator().manual_seed(signer.settings.seed)
     count = 0
-    for batch in batches(windows, signer.readout.batch_class):
-        drawn = signer.positions(batch, redraw=generator if signer.final_norm is not None else None)
+    for passed in signer.passed(batches(windows, signer.readout.batch_class)):
+        drawn = signer.positions(passed, redraw=generator if signer.final_norm is not None else None)
         # One row whose signature will be refused or skipped (see add_rows) must not spoil the moments of all others.
         finite = torch.stack([torch.isfinite(x).all(1) for x in drawn.raw.values()]).all(0)
         count += int(finite.sum())
@@ -52,7 +52,7 @@ def whitening_matrices(
         if exact:
             mass += _subtract_mean_products(signer, drawn.hidden[finite], {key: sums[key] for key in exact})
         if advance is not None:
-            advance(len(batch))
+            advance(len(passed.windows))
     for key in exact:
         _add_weighted_products(sums[key], signer.maps[key], mass)
     return {

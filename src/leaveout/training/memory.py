@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from leaveout.errors import UnsupportedError
+from leaveout.models import free_memory
 from leaveout.training.loop import micro_batches
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Task, rows_are_separate, text_length
@@ -58,7 +58,7 @@ def plan_memory(
 
     Raises: UnsupportedError if not even one direction fits.
     """
-    limit = limit if limit is not None else available_memory() // 2
+    limit = limit if limit is not None else free_memory() // 2
     count = sum(p.numel() for p in task.parameters().values())
     name = "momentum" if recipe.optimizer.name == "sgd" and recipe.optimizer.momentum else recipe.optimizer.name
     state = COPIES[name] * degree * dtype.itemsize * count
@@ -84,7 +84,7 @@ def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = Non
     absent: the share of examples of weight 0 in a run. A run by itself leaves them out, a batch of runs can not: where
     there are many, and the calls are a small part of a step, each goes by itself.
     """
-    limit = limit if limit is not None else available_memory() // 2
+    limit = limit if limit is not None else free_memory() // 2
     count = sum(p.numel() for p in task.parameters().values())
     kept = kept_bytes(recipe, task)
     if absent > MANY_ABSENT and kept > HEAVY and rows_are_separate(recipe, task):
@@ -144,13 +144,3 @@ def flushed_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
-
-
-def available_memory() -> int:
-    """Bytes that a new process can use without swapping."""
-    try:
-        with open("/proc/meminfo") as lines:
-            facts = dict(line.split(":", 1) for line in lines)
-        return int(facts["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

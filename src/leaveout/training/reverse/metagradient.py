@@ -24,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from leaveout.errors import StabilityError, UnsupportedError
+from leaveout.models import free_memory
 from leaveout.training.loop import RunOptions
-from leaveout.training.memory import COPIES, available_memory, kept_bytes
+from leaveout.training.memory import COPIES, kept_bytes
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint, sgd_adjoint
@@ -110,7 +111,7 @@ def plan_reverse(run: FlatRun, queries: int, limit: int | None = None) -> Revers
 
     Raises: UnsupportedError if not even one query and two states fit.
     """
-    limit = limit if limit is not None else available_memory() // 2
+    limit = limit if limit is not None else free_memory() // 2
     bytes_each = run.recipe.real_dtype.itemsize
     vector = sum(run.sizes) * bytes_each
     state = len(run.state) * vector

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from leaveout.models import free_memory
 from leaveout.projection import CountSketch
 from leaveout.training.batching import agree, tried
 from leaveout.training.loop import Part, RunOptions
-from leaveout.training.memory import available_memory, kept_bytes
+from leaveout.training.memory import kept_bytes
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint
@@ -182,6 +183,6 @@ def _update_scale(run: FlatRun, step: int, gradient: Tensor) -> Tensor:
 
 def _together(run: FlatRun, limit: int | None) -> int:
     """Examples whose gradients fit: each needs its gradient twice, a scaled copy, and what a backward pass keeps."""
-    limit = limit if limit is not None else available_memory() // 2
+    limit = limit if limit is not None else free_memory() // 2
     each = 3 * sum(run.sizes) * run.recipe.real_dtype.itemsize + 3 * kept_bytes(run.recipe, run.task)
     return max(1, min(ROUND, limit // each))

@@ -1,0 +1,56 @@
+"""The devices of this machine: by name, by process, and the memory that is free on one."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+SEVERAL = ("auto", "cuda")  # names that leave open which of several CUDA devices it is
+NUMBERS = (
+    "LOCAL_RANK",
+    "LEAVEOUT_WORKER",
+)  # variables that number the processes of a machine: torchrun's, our workers'
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; auto: cuda where there is one.
+
+    Of several CUDA devices `auto` and `cuda` are the one of this process: a process of torchrun takes that of its
+    LOCAL_RANK, and else worker i takes cuda:i (counted round where there are more processes than devices).
+    Raises: ValueError for one that is not here.
+    """
+    if name in SEVERAL and torch.cuda.is_available() and (count := torch.cuda.device_count()) > 1:
+        number = next((os.environ[key] for key in NUMBERS if os.environ.get(key, "").isdecimal()), "0")
+        return torch.device("cuda", int(number) % count)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {name!r}: give cpu, cuda, cuda:1, mps or auto.") from None
+    if device.type == "meta":
+        raise ValueError("device is 'meta', which holds no numbers: give cpu, cuda or auto.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch finds no CUDA device here: give cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, but the last one here is cuda:{torch.cuda.device_count() - 1}: give that."
+        )
+    try:
+        torch.empty(1, device=device)
+    except Exception:  # torch raises a kind of its own for each device that it lacks
+        raise ValueError(f"device is {name!r}, but torch finds no such device here: give cpu.") from None
+    return device
+
+
+def free_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that can be used on a device; on the CPU what a new process can use without swapping."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            facts = dict(line.split(":", 1) for line in lines)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -244,6 +244,12 @@ class OnDevice(torch.Tensor):
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         return self.numpy()
 
+    def data_ptr(self) -> int:
+        return self.numbers.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.numbers.untyped_storage()
+
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return f"OnDevice({self.numbers!r})"
 

@@ -200,7 +200,7 @@ def _refuse_head(lm: Any) -> None:
         raise UnsupportedError(
             f"{kind} has no linear output head on a trunk: give a causal language model of transformers."
         )
-    if not head.weight.is_floating_point() or type(head.weight.data) is not Tensor:
+    if not head.weight.is_floating_point() or hasattr(head.weight.data, "__tensor_flatten__"):
         raise UnsupportedError(
             f"The output head of {kind} is quantised ({type(head).__name__}): give the model with a head in floating point "
             "(model.dequantize(), or load it without quantising lm_head)."

@@ -90,7 +90,7 @@ def assert_rounded(found, wanted, lengths, index):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_search_equals_sorting_the_scores(preset, commits, build, monkeypatch):
     index = build(preset, **commits)
-    scores = index.score(QUERIES)
+    scores = index.score(QUERIES, length="cosine")
     assert scores.shape == (3, 22) and index.ids == [row["id"] for row in CORPUS]
     for name in ("BUFFER", "PACKED"):
         monkeypatch.setattr(codec_module, name, 1)  # few rows at a time
@@ -513,11 +513,12 @@ def test_triples_are_scored_alike_everywhere(n_bytes, build):
     assert error.max() < (0.25 if n_bytes == 200 else 0.1)
     order = np.stack([ranked(row) for row in found])
     for workers in (1, 2):
-        for hits, row, best in zip(index.search(queries, 12, workers=workers), found, order, strict=True):
+        hits_of = index.search(queries, 12, length="product", workers=workers)
+        for hits, row, best in zip(hits_of, found, order, strict=True):
             assert [hit.id for hit in hits] == [ids[n] for n in best]
             assert [hit.score for hit in hits] == row[best].tolist()
     some = [5, 0, 11, 3]
-    assert np.array_equal(index.scores_of(queries.vectors, np.array(some)), found[:, some].T)
+    assert np.array_equal(index.scores_of(queries.vectors, np.array(some), length="product"), found[:, some].T)
     mean = (found / asked[:, None]).mean(0)
     chosen = {hit.id: hit.score for hit in index.select(queries, 12)}
     assert_close([chosen[id] for id in ids] / rows, mean / rows, "model float32")
@@ -525,7 +526,7 @@ def test_triples_are_scored_alike_everywhere(n_bytes, build):
     hits = index.select(queries, 12, combine="rrf")
     assert [hit.id for hit in hits] == [ids[n] for n in np.argsort(-np.round(fused, 14), kind="stable")]
     for n in some:
-        explained = index.explain(QUERIES[1], ids[n])
+        explained = index.explain(QUERIES[1], ids[n], length="product")
         assert explained.stored_score == pytest.approx(found[1, n], rel=1e-3)
         assert_close([explained.score], [exact[1, n]], "explain")
 
@@ -577,7 +578,7 @@ def test_explanation_adds_up_to_the_score(preset, form, build):
     index = build(preset, rows=rows, **windows, **stored)
     exact = build(preset, rows=rows, **windows, **IN_FULL)
     for query, id in itertools.product([RAW[7], QUERIES[1]], ["row 3", "chat", "long", "answer"]):
-        explained, n = index.explain(query, id), index.ids.index(id)
+        explained, n = index.explain(query, id, length="product"), index.ids.index(id)
         shape = len(explained.query_tokens), len(explained.row_tokens)
         assert explained.pairs.shape == shape and explained.id == id
         assert explained.pairs.sum() == pytest.approx(explained.score, rel=1e-4)
@@ -598,7 +599,7 @@ def test_explanation_of_a_rounded_row_is_the_exact_product(build):
     exact, rounded = build("default", **IN_FULL), build("default")
     length = np.sqrt(np.diag(exact.score(CORPUS)))
     for n in (3, 8):
-        explained = rounded.explain(CORPUS[0], f"row {n}")
+        explained = rounded.explain(CORPUS[0], f"row {n}", length="product")
         assert_close([explained.score], [exact.score(CORPUS[:1])[0, n]], "explain")
         assert explained.stored_score == pytest.approx(rounded.score(CORPUS[:1])[0, n], rel=1e-3)
         assert explained.stored_score != explained.score

@@ -136,7 +136,7 @@ def test_alike_rows_count_once(preset, n_bytes, lm, tokenizer, tmp_path):
         vectors = np.concatenate([dense(index.long.decode(arrays), index.long.sizes) for arrays in stored])
         products = vectors @ vectors.T
     length = np.sqrt(np.diag(products))
-    cosines, scores = products / length / length[:, None], index.score(QUERIES)
+    cosines, scores = products / length / length[:, None], index.score(QUERIES, length="cosine")
     for threshold in (0.6, 0.95):
         for hits, row in zip(index.search(QUERIES, 6, unique=threshold), scores, strict=True):
             wanted = []

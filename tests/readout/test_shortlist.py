@@ -67,17 +67,24 @@ def small(monkeypatch):
         monkeypatch.setattr(shortlist, name, value)
 
 
-def short_scores(index, queries):
-    """Estimates [query, rows]: products of queries with the short forms as they are decoded."""
+def lengths(index):
+    """Lengths [rows] of the rows before they were rounded."""
+    norms = np.concatenate([segment.arrays()["norms"] for segment in index.store.segments()]).astype(np.float64)
+    return np.sqrt((norms**2).sum(1))
+
+
+def short_scores(index, queries, length="cosine"):
+    """Estimates [query, rows]: products of queries with the short forms as they are decoded, over the rows' lengths."""
     vectors = index.encode(queries).vectors
     scanner = Scanner(index.short, "short", vectors)
     parts = [index.short.decode(scanner.taken(segment.arrays())) for segment in index.store.segments()]
-    return np.concatenate([index.short.form.products(part, vectors).numpy() for part in parts]).T
+    products = np.concatenate([index.short.form.products(part, vectors).numpy() for part in parts]).T
+    return products / (lengths(index) if length == "cosine" else 1.0)
 
 
-def listed(index, queries, n, allowed=None):
+def listed(index, queries, n, allowed=None, length="cosine"):
     """Rows of each query's list, and of those that nearly are in it (queries are rounded for the scan)."""
-    scores = short_scores(index, queries)
+    scores = short_scores(index, queries, length)
     if allowed is not None:
         scores[:, [at for at in range(scores.shape[1]) if at not in allowed]] = -np.inf
     order = np.argsort(-scores, axis=1)
@@ -103,26 +110,27 @@ def test_forms_are_as_they_are_asked_for(form, build):
     assert {key.split(".")[0] for key in arrays} == {"long", "short", "norms"}
 
 
-@pytest.mark.parametrize("where", [None, "n % 3 = 0"])
+@pytest.mark.parametrize(("where", "length"), [(None, "product"), (None, "cosine"), ("n % 3 = 0", "cosine")])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_best_of_the_list_are_found_with_their_exact_scores(form, where, build):
+def test_the_best_of_the_list_are_found_with_their_exact_scores(form, where, length, build):
     index = build(form)
     allowed = set(range(120) if where is None else range(0, 120, 3))
-    scores, place = index.score(QUERIES), {id: at for at, id in enumerate(index.ids)}
+    scores, place = index.score(QUERIES, length=length), {id: at for at, id in enumerate(index.ids)}
+    ways = {"length": length, "shortlist": 15}
     for workers in (1, 2):
-        found = index.search(QUERIES, 6, where, shortlist=15, workers=workers)
-        for hits, row, (sure, likely) in zip(found, scores, listed(index, QUERIES, 15, allowed), strict=True):
+        found = index.search(QUERIES, 6, where, workers=workers, **ways)
+        for hits, row, (sure, likely) in zip(found, scores, listed(index, QUERIES, 15, allowed, length), strict=True):
             rows = [place[hit.id] for hit in hits]
             assert len(rows) == 6 and set(rows) <= likely & allowed
             assert [hit.score for hit in hits] == row[rows].tolist()  # bit for bit those of a scan of all
             assert rows == [at for at in ranked(row) if at in rows]
             best = [at for at in ranked(row) if at in sure][:3]
             assert len(set(best) & set(rows)) >= 2
-    alone = [index.search([query], 6, where, shortlist=15)[0] for query in QUERIES]
+    alone = [index.search([query], 6, where, **ways)[0] for query in QUERIES]
     assert [[hit.id for hit in hits] for hits in alone] == [[hit.id for hit in hits] for hits in found]
     assert any(
         [hit.id for hit in hits] != [hit.id for hit in every]
-        for hits, every in zip(found, index.search(QUERIES, 6, where), strict=True)
+        for hits, every in zip(found, index.search(QUERIES, 6, where, length=length), strict=True)
     )  # so short a list does not hold all
 
 
@@ -139,7 +147,8 @@ def test_a_list_of_all_rows_is_the_exact_search(where, form, build):
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_that_are_encoded_anew_have_no_rounding(form, build):
     index, exact = build(form), build("exact")
-    place, true, stored = {id: at for at, id in enumerate(index.ids)}, exact.score(QUERIES), index.score(QUERIES)
+    place = {id: at for at, id in enumerate(index.ids)}
+    true, stored = (one.score(QUERIES, length="cosine") for one in (exact, index))
     for options in ({"exact": True}, {"shortlist": 40}, {"where": "n < 90"}):
         found = index.search(QUERIES, 5, reencode=12, **options)
         for hits, row, own, (_, likely) in zip(found, true, stored, listed(index, QUERIES, 40), strict=True):
@@ -160,12 +169,12 @@ def test_rows_that_are_encoded_anew_have_no_rounding(form, build):
 # What is said of a list.
 
 
-def brute_force(index, exact, n_rows, n_queries):
+def brute_force(index, exact, n_rows, n_queries, length="cosine"):
     """Recall of the best one by lists of 5, 10, 20 and 40: rows as queries, that are no answer to themselves."""
     rows = np.unique(np.linspace(0, len(index) - 1, n_rows).round().astype(int))
     asked = np.unique(np.linspace(0, len(rows) - 1, n_queries).round().astype(int))
     texts = [MANY[rows[at]]["text"] for at in asked]
-    true, short = exact.score(texts)[:, rows], short_scores(index, texts)[:, rows]
+    true, short = exact.score(texts, length=length)[:, rows], short_scores(index, texts, length)[:, rows]
     held = []
     for n in (5, 10, 20, 40):
         count = 0
@@ -180,23 +189,25 @@ def brute_force(index, exact, n_rows, n_queries):
 @pytest.mark.parametrize("form", FORMS)
 def test_recall_is_measured_when_an_index_is_built(form, build, lm, tokenizer, tmp_path, small):
     plain = built(lm, MANY, tmp_path / "plain", GH, tokenizer, **FORMS[form])
-    table, again = recall_of(plain), built(lm, MANY, tmp_path / "again", GH, tokenizer, **FORMS[form])
-    n_rows, n_queries, held = brute_force(plain, build(form), 100, 16)
-    assert (table.rows, table.queries, table.lists) == (n_rows, n_queries, (5, 10, 20, 40))
-    assert np.abs(np.array(table.recall) - held).max() <= 1.01 / n_queries  # one answer of sixteen at the edge
-    assert held[0] < 1 and list(table.recall) == sorted(table.recall)
-    assert recall_of(again) == table
+    again = built(lm, MANY, tmp_path / "again", GH, tokenizer, **FORMS[form])
+    for length in ("product", "cosine"):
+        table = recall_of(plain, length)
+        n_rows, n_queries, held = brute_force(plain, build(form), 100, 16, length)
+        assert (table.rows, table.queries, table.lists) == (n_rows, n_queries, (5, 10, 20, 40))
+        assert np.abs(np.array(table.recall) - held).max() <= 1.01 / n_queries  # one answer of sixteen at the edge
+        assert held[0] < 1 and list(table.recall) == sorted(table.recall)
+        assert recall_of(again, length) == table
     assert "other queries may do worse" in plain.info()["recall"].pop("note")
-    assert plain.info()["recall"]["recall"] == plain.store.state("recall")["recall"]
+    assert plain.info()["recall"]["cosine"] == plain.store.state("recall")["cosine"]
     plain.append(["a text that came later"])
     plain.delete(["row 3", "row 4"])
-    assert recall_of(Index.open(plain.path)) == table  # which says how the rows were that there were
+    assert recall_of(Index.open(plain.path), length) == table  # which says how the rows were that there were
 
 
 def test_rows_without_long_form_are_measured_by_the_model(build, lm, tokenizer, tmp_path, small):
     index = built(lm, MANY, tmp_path / "none", GH, tokenizer, long="none", short_bytes=16)
     _, n_queries, held = brute_force(index, build("exact"), 50, 16)
-    table = recall_of(index)
+    table = recall_of(index, "cosine")
     assert (table.rows, table.queries, table.lists) == (50, n_queries, (5, 10, 20, 40))
     assert np.abs(np.array(table.recall) - held).max() <= 1.01 / n_queries
 
@@ -205,28 +216,28 @@ def test_small_indexes_and_those_without_short_form_have_no_table(build, lm, tok
     assert LEAST > 120 and build("vectors").info()["recall"] is None
     for name, value in {**SMALL, "LEAST": 121}.items():
         monkeypatch.setattr(shortlist, name, value)
-    assert recall_of(built(lm, MANY, tmp_path / "few", GH, tokenizer, **FORMS["vectors"])) is None
+    assert recall_of(built(lm, MANY, tmp_path / "few", GH, tokenizer, **FORMS["vectors"]), "cosine") is None
     monkeypatch.setattr(shortlist, "LEAST", 120)
-    assert recall_of(built(lm, MANY, tmp_path / "enough", GH, tokenizer, **FORMS["vectors"])) is not None
-    assert recall_of(built(lm, MANY, tmp_path / "plain", GH, tokenizer, **IN_FULL)) is None
+    assert recall_of(built(lm, MANY, tmp_path / "enough", GH, tokenizer, **FORMS["vectors"]), "cosine") is not None
+    assert recall_of(built(lm, MANY, tmp_path / "plain", GH, tokenizer, **IN_FULL), "cosine") is None
 
 
 def test_a_killed_measurement_is_made_later(lm, tokenizer, tmp_path, small, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("leaveout.readout.index.measured_recall", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         built(lm, MANY, tmp_path / "index", GH, tokenizer, **FORMS["vectors"])
-    assert recall_of(Index.open(tmp_path / "index")) is None  # it is complete, and can be asked
-    assert recall_of(built(lm, MANY, tmp_path / "index", GH, tokenizer, **FORMS["vectors"])) is not None
+    assert recall_of(Index.open(tmp_path / "index"), "cosine") is None  # it is complete, and can be asked
+    assert recall_of(built(lm, MANY, tmp_path / "index", GH, tokenizer, **FORMS["vectors"]), "cosine") is not None
 
 
 def test_rows_that_make_an_index_large_are_measured(lm, tokenizer, tmp_path, small):
     index = built(lm, MANY[:40], tmp_path / "index", GH, tokenizer, **FORMS["vectors"])
-    assert recall_of(index) is None
+    assert recall_of(index, "cosine") is None
     index.append(MANY[40:])
-    assert recall_of(index) == recall_of(Index.open(index.path)) and recall_of(index).rows == 100
-    found = recall_of(index)
+    found = recall_of(index, "cosine")
+    assert found == recall_of(Index.open(index.path), "cosine") and found.rows == 100
     index.append(["a text that came later"])
-    assert recall_of(index) == found
+    assert recall_of(index, "cosine") == found
 
 
 def test_rows_are_encoded_a_few_at_a_time(build, monkeypatch):
@@ -250,6 +261,7 @@ def table(recall, rows=2000, lists=(10, 20, 50, 100)):
 def test_merged_indexes_have_the_table_that_needs_the_longest_list(lm, tokenizer, tmp_path):
     good, fair = table([0.5, 0.96, 0.99, 1.0]), table([0.9, 0.94, 0.95, 0.96])
     bad, short = table([0.5, 0.6, 0.7, 0.8]), table([0.99, 1.0])
+    good, fair, bad, short = ({"product": facts, "cosine": good} for facts in (good, fair, bad, short))
     assert worst([good, fair]) == worst([fair, good]) == fair and worst([bad, fair]) == bad
     assert worst([good, short]) == good and worst([good, None]) is None and worst([good]) == good
     one = built(lm, CORPUS[:9], tmp_path / "one", "paper", tokenizer)
@@ -289,9 +301,11 @@ def test_recall_of_a_list_is_that_of_its_share():
 def test_plan_says_what_a_search_does(recall, considered, options, n, held, build, monkeypatch):
     index = build("vectors")
     facts = None if recall is None else table(recall)
-    monkeypatch.setattr(shortlist, "recall_of", lambda _: None if facts is None else shortlist._recall(facts))
+    monkeypatch.setattr(shortlist, "recall_of", lambda *_: None if facts is None else shortlist._recall(facts))
     told = {"shortlist": None, "exact": False, "reencode": 0, **options}
-    plan = shortlist.plan_search(index, considered, *(told[name] for name in ("shortlist", "exact", "reencode")))
+    plan = shortlist.plan_search(
+        index, considered, "cosine", *(told[name] for name in ("shortlist", "exact", "reencode"))
+    )
     assert (plan.considered, plan.shortlist, plan.recall, plan.anew) == (considered, n, held, 0)
     long, short = 1028, 16
     assert plan.bytes == (considered * long if n is None else considered * short + n * long)
@@ -309,12 +323,12 @@ def test_lists_are_as_long_as_the_table_says(build, monkeypatch):
     index = build("vectors")
     for name, value in {"LEAST": 60, "BEST": 1}.items():
         monkeypatch.setattr(shortlist, name, value)
-    monkeypatch.setattr(shortlist, "recall_of", lambda _: Recall(100, 16, (10, 30), (0.5, 0.96)))
+    monkeypatch.setattr(shortlist, "recall_of", lambda *_: Recall(100, 16, (10, 30), (0.5, 0.96)))
     assert index.plan_search(5).shortlist == 36 == math.ceil(0.3 * 120)
     assert index.plan_search(50).shortlist == 50 and len(index.search(QUERIES, 50)[0]) == 50
     assert index.plan_search(5, "n < 70").shortlist == 21 and index.plan_search(5, "n < 50").shortlist is None
     assert index.search(QUERIES, 5) == index.search(QUERIES, 5, shortlist=36)
-    monkeypatch.setattr(shortlist, "recall_of", lambda _: Recall(1000, 16, (10,), (0.96,)))
+    monkeypatch.setattr(shortlist, "recall_of", lambda *_: Recall(1000, 16, (10,), (0.96,)))
     monkeypatch.setattr(shortlist, "BEST", 0.05)
     assert index.plan_search(3).shortlist == 3  # the three best rows are of fewer groups
     listed = index.search(QUERIES, 3, group_by="group", shortlist=3)
@@ -334,8 +348,8 @@ def test_scores_come_from_the_model_where_no_long_form_is_kept(form, build, lm, 
     index = built(lm, MANY, tmp_path / "none", GH, tokenizer, long="none", **MANY_COMMITS, **form)
     assert index.long is None and index.short.row_bytes == (16 if "short_bytes" in form else 300)
     assert {name.split(".")[0] for name in contents(index.path)[0]} == {"short", "norms"}
-    scores, place = exact.score(QUERIES), {id: at for at, id in enumerate(index.ids)}
-    assert_close(index.score(QUERIES), scores, "model float32")
+    assert_close(index.score(QUERIES), exact.score(QUERIES), "model float32")
+    scores, place = exact.score(QUERIES, length="cosine"), {id: at for at, id in enumerate(index.ids)}
     for options in ({}, {"exact": True}, {"where": "n < 50"}):
         wanted = exact.search(QUERIES, 5, **options)
         found = index.search(QUERIES, 5, **options)

@@ -28,6 +28,12 @@ from leaveout.tables import Table, shorten
 if TYPE_CHECKING:
     from leaveout.readout.search import Hit
 
+Length = Annotated[
+    str,
+    typer.Option(
+        help="How a row's length counts: cosine, not at all; product, as it is, so that scores can be added up."
+    ),
+]
 Shortlist = Annotated[
     int | None,
     typer.Option(min=1, help="Rows that are scored exactly, the best by their short form (default: see `info`)."),
@@ -46,6 +52,7 @@ def search(
     queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Hits per query.")] = 10,
     where: Where = None,
+    length: Length = "cosine",
     shortlist: Shortlist = None,
     exact: Annotated[bool, typer.Option("--exact", help="Score all rows from their long form.")] = False,
     reencode: Reencode = 0,
@@ -73,8 +80,9 @@ def search(
     from leaveout.readout.search import SearchOptions, find, planned, refuse
 
     scanners: Any = backend  # checked there
+    counted: Any = length  # there, too
     alike = unique if unique_above is None else unique_above
-    options = SearchOptions(shortlist, exact, reencode, group_by, alike, workers, scanners)
+    options = SearchOptions(counted, shortlist, exact, reencode, group_by, alike, workers, scanners)
     plan = planned(opened, k, refuse(opened, k, where, options), options)
     if plan.shortlist is not None or plan.anew:
         print(f"leaveout: {plan}", file=sys.stderr)
@@ -100,6 +108,7 @@ def explain(
     id: Annotated[str, typer.Option("--id", help="Id of a row.")],
     prompt: Prompt = None,
     form: Form = None,
+    length: Length = "cosine",
     html: Annotated[Path | None, typer.Option(help="Also write a heat map.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Pairs of tokens to list.")] = 15,
     model: ModelAt = None,
@@ -116,7 +125,8 @@ def explain(
 
     require_outputs(html)
     opened = open_index(idx, model, device)
-    found = opened.explain(next(query_rows([query], prompt, None, form, opened)), id)
+    counted: Any = length  # checked there
+    found = opened.explain(next(query_rows([query], prompt, None, form, opened)), id, length=counted)
     if html is not None:
         html.write_text(explain_page(query, found), encoding="utf-8")
     order = np.argsort(-np.abs(found.pairs), axis=None)[:top]
@@ -150,6 +160,7 @@ def select(
     unwanted: Annotated[Path | None, typer.Option(help="Rows that it should not become good at.")] = None,
     combine: Annotated[str, typer.Option(help="mean of the wanted rows, or rrf: fusion of their rankings.")] = "mean",
     where: Where = None,
+    length: Length = "product",
     model: ModelAt = None,
     device: Device = "cpu",
     json_: Json = False,
@@ -167,7 +178,8 @@ def select(
     if opened.long is None:
         print(f"leaveout: {opened.plan_search(where=where, exact=True)}", file=sys.stderr)
     how: Any = combine  # checked there
-    hits = opened.select(list(Corpus.open(wanted)), n, avoided, how, where)
+    counted: Any = length  # there, too
+    hits = opened.select(list(Corpus.open(wanted)), n, avoided, how, where, length=counted)
     name = score_field([hit.row for hit in hits])
     with out.open("w", encoding="utf-8") as file:
         for hit in hits:

@@ -1,4 +1,8 @@
-"""The presets of the readout engine as methods: a run's rows, indexed in a temporary directory and scored."""
+"""The presets of the readout engine as methods: a run's rows, indexed in a temporary directory and scored.
+
+Scores of a preset are products, so that they can be summed over sets of rows; those of its `cosine` are over the rows'
+lengths, as a search ranks them.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,13 @@ from leaveout.methods.scorer import Method, Scorer, as_row
 from leaveout.models import load_tokenizer
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
+from leaveout.readout.scan import Length
 from leaveout.readout.settings import SignatureSettings
 
 
-def signature_scores(scorer: Scorer, at: str, preset: str | SignatureSettings) -> np.ndarray:
+def signature_scores(
+    scorer: Scorer, at: str, preset: str | SignatureSettings, length: Length = "product"
+) -> np.ndarray:
     """Scores of the readout engine [query, example], from an index of the rows as the run was trained on them."""
     asked, readout = scorer.query_rows, readout_of(scorer, at)
     template = chosen_template(scorer.run.recipe.template, readout.tokenizer)
@@ -30,7 +37,7 @@ def signature_scores(scorer: Scorer, at: str, preset: str | SignatureSettings) -
     ]
     with tempfile.TemporaryDirectory() as place:
         index = Index.build(readout, rows, Path(place) / "index", preset, template=template)
-        return index.score([as_row(row) for row in asked])
+        return index.score([as_row(row) for row in asked], length=length)
 
 
 def readout_of(scorer: Scorer, at: str) -> Readout:
@@ -53,8 +60,9 @@ def tokenizer_of(run: TrainingRun) -> Any:
     return source[1] if isinstance(source, tuple) else load_tokenizer(str(source))
 
 
-def _preset(name: str) -> Method:
-    return Method(lambda scorer, at: signature_scores(scorer, at, name), kinds=("causal-lm",), text=True)
+def _preset(name: str, length: Length = "product") -> Method:
+    return Method(lambda scorer, at: signature_scores(scorer, at, name, length), kinds=("causal-lm",), text=True)
 
 
 default, residual, similarity, paper = map(_preset, ("default", "residual", "similarity", "paper"))
+default_cosine, residual_cosine = (_preset(name, "cosine") for name in ("default", "residual"))

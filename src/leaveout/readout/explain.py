@@ -16,13 +16,15 @@ from torch import Tensor
 
 from leaveout.readout.forms import pairs
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
+from leaveout.readout.scan import Length, check_length, counted
 from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import TokenisedRow, Window, tokenise
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """pairs [query tokens, row tokens] float64 sum to `score`, the exact product of the two signatures.
+    """pairs [query tokens, row tokens] float64 sum to `score`, the exact product of the two signatures, over the row's
+    stored length where a search goes by cosine.
 
     `stored_score` is what a search shows: the same up to the projection and rounding of the stored form.
     Tokens are given as pieces of the texts; tokens that are only context have zeros.
@@ -55,21 +57,23 @@ class TextFactors:
     factors: list[tuple[Tensor, Tensor]]
 
 
-def explain_rows(index: OpenIndex, query: QueryRow, ids: Sequence[str]) -> list[Explanation]:
+def explain_rows(index: OpenIndex, query: QueryRow, ids: Sequence[str], length: Length = "cosine") -> list[Explanation]:
     """Explanations of several rows for one query. Cost: a forward pass per row and one for the query.
 
     Raises: ValueError for an id that is not in the index.
     """
-    records = index.records(ids)
+    check_length(length)
+    records, numbers = index.records(ids), index.store.numbers(ids)
     query_tokens = index.tokenised([query])[0]
     asked = text_factors(index.signer, query_tokens)
-    stored = index.scores_of(index.encode([query]).vectors, index.store.numbers(ids))[:, 0]
+    stored = index.scores_of(index.encode([query]).vectors, numbers, length=length)[:, 0]
     found = []
-    for record, stored_score in zip(records, stored, strict=True):
+    for record, stored_score, by in zip(records, stored, index.lengths_of(numbers), strict=True):
         readout = index.readout
         row_tokens = tokenise(row_of(record), 0, readout.tokenizer, index.signer.settings, readout.context)
         answer = text_factors(index.signer, row_tokens)
         split = token_pairs(asked, answer, len(query_tokens.ids), len(row_tokens.ids))
+        split = counted(split[None], by[None], length)[0]
         pieces = token_pieces(query_tokens), token_pieces(row_tokens)
         found.append(Explanation(record.id, pieces[0], pieces[1], split, float(split.sum()), float(stored_score)))
     return found

@@ -36,7 +36,7 @@ from leaveout.readout.explain import Explanation, explain_rows
 from leaveout.readout.model import load_readout, verify_readout
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow, set_whitening
 from leaveout.readout.parts import Ask, Places, copy_statistics, merge_indexes, shard_of, share_statistics
-from leaveout.readout.scan import Scanners
+from leaveout.readout.scan import Length, Scanners, check_length
 from leaveout.readout.search import Hit, SearchOptions, find, planned, refuse
 from leaveout.readout.select import Combine, select_rows
 from leaveout.readout.settings import Long, SignatureSettings, Targets, resolve_settings
@@ -222,6 +222,7 @@ class Index(OpenIndex):
         k: int = 10,
         where: str | None = None,
         *,
+        length: Length = "cosine",
         shortlist: int | None = None,
         exact: bool = False,
         reencode: int = 0,
@@ -237,6 +238,9 @@ class Index(OpenIndex):
         Scores that are equal in 12 binary digits behind the leading one rank by row number (`scan.at_resolution`).
         queries         texts, rows in any form that a corpus has, or what `encode` gave
         where           an SQL expression over id, unit, text and the rows' fields; only rows that satisfy it are ranked
+        length          how a row's length counts: `cosine`, not at all, so that rows come first that point where the query
+                        does, however well the model has learned them; `product`, as it is, so that scores can be added up,
+                        but rows that are badly learned come first
         shortlist       rows whose scores are exact, the best by their short form; None: as many as held 95 % of the best
                         ten when the index was built, and all rows of a small index
         exact           True: all rows are scored exactly, from their long form
@@ -248,7 +252,7 @@ class Index(OpenIndex):
         backend         what they are: `threads`, or actors of a `ray` cluster
         Cost: one scan for all queries together, of the short form and of the list's long form: see `plan_search`.
         """
-        options = SearchOptions(shortlist, exact, reencode, group_by, unique, workers, backend)
+        options = SearchOptions(length, shortlist, exact, reencode, group_by, unique, workers, backend)
         return find(self, queries, k, where, options)
 
     def plan_search(
@@ -256,33 +260,39 @@ class Index(OpenIndex):
         k: int = 10,
         where: str | None = None,
         *,
+        length: Length = "cosine",
         shortlist: int | None = None,
         exact: bool = False,
         reencode: int = 0,
     ) -> SearchPlan:
         """What a search with these arguments reads, and how many of the best rows its list may hold."""
-        options = SearchOptions(shortlist, exact, reencode)
+        options = SearchOptions(length, shortlist, exact, reencode)
         return planned(self, k, refuse(self, k, where, options), options)
 
-    def score(self, queries: Sequence[QueryRow] | EncodedQueries) -> np.ndarray:
-        """All scores [query, train] float32, columns in the order of `ids`. Memory: 4 bytes per query and row."""
+    def score(self, queries: Sequence[QueryRow] | EncodedQueries, *, length: Length = "product") -> np.ndarray:
+        """All scores [query, train] float32, columns in the order of `ids`. Memory: 4 bytes per query and row.
+
+        length  see `search`; sums over sets of rows predicted retraining best with `product`
+        """
+        check_length(length)
         encoded = self.encode(queries)
         scores = np.empty((len(encoded), len(self)), np.float32)
         start = 0
-        for numbers, part in self.scan(encoded.vectors):
+        for numbers, part in self.scan(encoded.vectors, length=length):
             scores[:, start : start + len(numbers)] = part.T
             start += len(numbers)
         return scores
 
-    def explain(self, query: QueryRow, id: str) -> Explanation:
+    def explain(self, query: QueryRow, id: str, *, length: Length = "cosine") -> Explanation:
         """The score of a query and a row of the index, split over pairs of their tokens.
 
             found = index.explain("The tower is in Lyon", "row-17"); found.row_weights
 
+        length  see `search`: the score is what a search with the same shows
         Cost:   a forward pass for each of the two.
         Raises: ValueError for an id that is not in the index.
         """
-        return explain_rows(self, query, [id])[0]
+        return explain_rows(self, query, [id], length)[0]
 
     def select(
         self,
@@ -291,6 +301,8 @@ class Index(OpenIndex):
         unwanted: Sequence[QueryRow] | EncodedQueries | None = None,
         combine: Combine = "mean",
         where: str | None = None,
+        *,
+        length: Length = "product",
     ) -> list[Hit]:
         """The n rows whose training would help the wanted rows most, best first.
 
@@ -299,9 +311,10 @@ class Index(OpenIndex):
                     more say, minus that of the unwanted ones; `rrf`: sum over wanted rows of 1 / (60 + rank), minus that
                     over unwanted ones
         where       an SQL expression, as in `search`
+        length      see `search`; what training on a row would change grows with its length, so that `product` is the rule
         Memory: `rrf` holds 16 bytes per row of the index, `mean` n rows.
         """
-        return select_rows(self, wanted, unwanted, n, combine, where)
+        return select_rows(self, wanted, unwanted, n, combine, where, length)
 
     # ---------------------------------------------------------------- changing
 

@@ -22,11 +22,11 @@ from leaveout.models import ModelOptions, difference
 from leaveout.readout.codec import Codec, read_codec
 from leaveout.readout.forms import Form, Triples
 from leaveout.readout.model import Readout, load_readout
-from leaveout.readout.scan import Scanner, Scanners, positions_of, scan
+from leaveout.readout.scan import Length, Scanner, Scanners, counted, lengths_in, positions_of, scan
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.signature import QUERY_RANK, Signer
 from leaveout.readout.tokens import TokenisedRow, check_ids, tokenise
-from leaveout.store import Record, Store
+from leaveout.store import Record, Segment, Store
 
 KIND = "readout index"
 ENCODED = 16  # rows that are encoded anew at a time
@@ -201,31 +201,59 @@ class OpenIndex:
     # ---------------------------------------------------------------- rows
 
     def scan(
-        self, vectors: Tensor, wanted: np.ndarray | None = None, workers: int = 1, backend: Scanners = "threads"
+        self,
+        vectors: Tensor,
+        wanted: np.ndarray | None = None,
+        workers: int = 1,
+        backend: Scanners = "threads",
+        *,
+        length: Length,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Row numbers [rows] and exact scores [rows, queries] with vectors [queries, width], in order (see `scan.scan`).
 
         Without a long form the rows are encoded anew from their texts, a forward pass each.
         """
         if self.long is None:
-            return self.scan_anew(vectors, wanted)
-        return scan(self.store.segments(), Scanner(self.long, "long", vectors), wanted, workers, backend)
+            return self.scan_anew(vectors, wanted, length=length)
+        return scan(self.store.segments(), Scanner(self.long, "long", vectors, length), wanted, workers, backend)
 
     def scan_short(
-        self, vectors: Tensor, wanted: np.ndarray | None = None, workers: int = 1, backend: Scanners = "threads"
+        self,
+        vectors: Tensor,
+        wanted: np.ndarray | None = None,
+        workers: int = 1,
+        backend: Scanners = "threads",
+        *,
+        length: Length,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """As `scan`, with estimates from the short form."""
         assert self.short is not None
-        return scan(self.store.segments(), Scanner(self.short, "short", vectors), wanted, workers, backend)
+        return scan(self.store.segments(), Scanner(self.short, "short", vectors, length), wanted, workers, backend)
 
-    def scan_anew(self, vectors: Tensor, wanted: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """As `scan`, of rows that are encoded anew from their texts, a forward pass each."""
+    def scan_anew(
+        self, vectors: Tensor, wanted: np.ndarray | None = None, *, length: Length
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As `scan`, of rows that are encoded anew from their texts, a forward pass each; their lengths are the stored ones."""
         for segment in self.store.segments():
             positions = positions_of(segment, wanted)
-            numbers = segment.first + (np.arange(segment.n_rows) if positions is None else positions)
-            for start in range(0, len(numbers), ENCODED):
-                piece = numbers[start : start + ENCODED]
-                yield piece, self.form.products(self.encoded_anew(piece), vectors).numpy()
+            positions = np.arange(segment.n_rows) if positions is None else positions
+            for start in range(0, len(positions), ENCODED):
+                piece = positions[start : start + ENCODED]
+                found = self.form.products(self.encoded_anew(segment.first + piece), vectors).numpy()
+                yield segment.first + piece, counted(found, lengths_in(segment, piece), length)
+
+    def lengths_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Lengths [rows] float32 of rows by number, before they were rounded."""
+        order = np.unique(numbers)
+        parts = [lengths_in(segment, positions) for segment, positions in self._by_segment(order)]
+        return np.concatenate([np.empty(0, np.float32), *parts])[np.searchsorted(order, numbers)]
+
+    def _by_segment(self, order: np.ndarray) -> Iterator[tuple[Segment, np.ndarray]]:
+        """Segments and positions in them of rows by number, ascending."""
+        for segment in self.store.segments():
+            low, high = np.searchsorted(order, [segment.first, segment.first + segment.n_rows])
+            if low < high:
+                yield segment, order[low:high] - segment.first
 
     def encoded_anew(self, numbers: np.ndarray) -> Tensor:
         """Rows [rows, width] of the form by number, from their texts by the model, before any rounding.
@@ -236,12 +264,10 @@ class OpenIndex:
         tokens = self.tokenised([row_of(record) for record in records])
         return self.signer.rows([window for row in tokens for window in row.windows], len(tokens)).float().cpu()
 
-    def scores_of(
-        self, vectors: Tensor, numbers: np.ndarray, workers: int = 1, backend: Scanners = "threads"
-    ) -> np.ndarray:
+    def scores_of(self, vectors: Tensor, numbers: np.ndarray, *, length: Length) -> np.ndarray:
         """Exact scores [rows, queries] float32 of rows by number."""
         order = np.unique(numbers)
-        found = [part for _, part in self.scan(vectors, order, workers, backend)]
+        found = [part for _, part in self.scan(vectors, order, length=length)]
         return np.concatenate(found or [np.empty((0, len(vectors)), np.float32)])[np.searchsorted(order, numbers)]
 
     def directions(self, numbers: np.ndarray) -> Tensor:
@@ -251,11 +277,8 @@ class OpenIndex:
             rows = self.encoded_anew(order)
         else:
             scanner = Scanner(self.long, "long", torch.empty(0))
-            parts = []
-            for segment in self.store.segments():
-                low, high = np.searchsorted(order, [segment.first, segment.first + segment.n_rows])
-                if low < high:
-                    parts.append(self.long.decode(scanner.taken(segment.arrays()), order[low:high] - segment.first))
+            found = self._by_segment(order)
+            parts = [self.long.decode(scanner.taken(segment.arrays()), positions) for segment, positions in found]
             rows = joined(self.form, parts)
         rows = rows[np.searchsorted(order, numbers)]
         return self.form.divided(rows, self.form.lengths(rows).clamp_min(1e-30))

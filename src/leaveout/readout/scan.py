@@ -14,11 +14,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from torch import Tensor
 
+from leaveout.errors import choices
 from leaveout.executor import run_tasks
 from leaveout.readout.codec import Codec
 from leaveout.store import Segment
@@ -30,6 +31,31 @@ DIGITS = 12
 _DROPPED = 23 - DIGITS  # of the digits of a float32
 
 Scanners = Literal["threads", "ray"]
+Length = Literal["product", "cosine"]
+
+
+def check_length(length: str) -> None:
+    """Raises: ValueError for what is no way to count the length of rows."""
+    if length not in get_args(Length):
+        raise ValueError(f"length is {length!r}: {choices(length, get_args(Length))}.")
+
+
+def lengths_in(segment: Segment, positions: np.ndarray | None = None) -> np.ndarray:
+    """Lengths [rows] float32, before they were rounded, of rows of a segment by position; None: of all."""
+    norms = segment.arrays()["norms"]
+    return np.linalg.norm(norms if positions is None else norms[positions], axis=1).astype(np.float32)
+
+
+def counted(scores: np.ndarray, lengths: np.ndarray, length: Length) -> np.ndarray:
+    """Products [rows, ...] as they count: as they are, or over the lengths [rows] of their rows, 0 where a row is 0.
+
+    In the whitened metric the cosine is the relative influence of arXiv 2003.11630 (the l form): <q, G^-1 r> over the
+    root of <r, G^-1 r>, which is the row's length there.
+    """
+    if length == "product":
+        return scores
+    by = lengths.reshape(-1, *[1] * (scores.ndim - 1))
+    return np.divide(scores, by, out=np.zeros_like(scores), where=by > 0)
 
 
 @dataclass(frozen=True)
@@ -39,6 +65,7 @@ class Scanner:
     codec: Codec
     name: str
     queries: Tensor
+    length: Length = "product"
 
     def taken(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The arrays of a segment that are the codec's, by the names it gave them."""
@@ -53,7 +80,8 @@ class Scanner:
         """Scores [rows, queries] of rows of a segment by position; None: of all."""
         arrays, count = self.taken(segment.arrays()), segment.n_rows if positions is None else len(positions)
         blocks = self.codec.blocks(count)
-        return np.concatenate([self.score(arrays, at if positions is None else positions[at]) for at in blocks])
+        found = np.concatenate([self.score(arrays, at if positions is None else positions[at]) for at in blocks])
+        return counted(found, lengths_in(segment, positions), self.length)
 
 
 def scan(

@@ -18,7 +18,7 @@ from leaveout.errors import UnsupportedError, choices, require_whole
 from leaveout.executor import Crew
 from leaveout.readout.forms import Form
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
-from leaveout.readout.scan import Best, Scanners, at_resolution
+from leaveout.readout.scan import Best, Length, Scanners, at_resolution, check_length
 from leaveout.readout.shortlist import SearchPlan, plan_search
 
 PAGE = 256  # rows whose entries are read at a time
@@ -41,6 +41,7 @@ class Hit:
 class SearchOptions:
     """What a search may do besides ranking all rows exactly.
 
+    length       how a row's length counts: see `Index.search`
     shortlist    rows that are scored exactly, the best by their short form; None: as many as held 95 % of the best ten
                  when the index was built
     exact        True: all rows are scored exactly
@@ -52,6 +53,7 @@ class SearchOptions:
                  the hits do not depend on them
     """
 
+    length: Length = "cosine"
     shortlist: int | None = None
     exact: bool = False
     reencode: int = 0
@@ -61,6 +63,7 @@ class SearchOptions:
     backend: Scanners = "threads"
 
     def __post_init__(self) -> None:
+        check_length(self.length)
         if self.shortlist is not None:
             require_whole("shortlist", self.shortlist, 1)
             if self.exact:
@@ -93,8 +96,10 @@ def planned(index: OpenIndex, k: int, wanted: np.ndarray | None, options: Search
     """What a search for k rows, of the `wanted` ones where not None, is going to do."""
     considered = len(index) if wanted is None else len(wanted)
     anew = max(k, options.reencode) if options.reencode else 0  # hits have scores of one kind
-    plan = plan_search(index, considered, options.shortlist, options.exact, anew)
-    return plan if plan.shortlist is None or plan.shortlist >= k else plan_search(index, considered, k, False, anew)
+    plan = plan_search(index, considered, options.length, options.shortlist, options.exact, anew)
+    if plan.shortlist is None or plan.shortlist >= k:
+        return plan
+    return plan_search(index, considered, options.length, k, False, anew)
 
 
 def find(
@@ -140,7 +145,7 @@ def _ranked(
         asked = options.shortlist is not None or options.reencode
         if plan.shortlist is None or asked or all(len(one) == k for one in best.numbers):
             return best
-        plan = plan_search(index, plan.considered, 4 * plan.shortlist, False, 0)
+        plan = plan_search(index, plan.considered, options.length, 4 * plan.shortlist, False, 0)
 
 
 def _add_exact(
@@ -154,16 +159,16 @@ def _add_exact(
 ) -> None:
     """Considers all rows, or those of each query's list, with exact scores: short form, long form, then the model."""
     crew: tuple[int, Scanners] = (options.workers, options.backend)
-    vectors = queries.vectors
+    vectors, length = queries.vectors, options.length
     lists: list[np.ndarray] | None = None
     if plan.shortlist is not None:
-        lists = _best(index.scan_short(vectors, wanted, *crew), len(queries), plan.shortlist)
+        lists = _best(index.scan_short(vectors, wanted, *crew, length=length), len(queries), plan.shortlist)
     if options.reencode and index.long is not None:
-        found = index.scan(vectors, _either(lists, wanted), *crew)
+        found = index.scan(vectors, _either(lists, wanted), *crew, length=length)
         lists = _best(found, len(queries), max(k, options.reencode), lists)
-        _add(best, index.scan_anew(vectors, _either(lists, wanted)), lists)
+        _add(best, index.scan_anew(vectors, _either(lists, wanted), length=length), lists)
     else:
-        _add(best, index.scan(vectors, _either(lists, wanted), *crew), lists)
+        _add(best, index.scan(vectors, _either(lists, wanted), *crew, length=length), lists)
 
 
 def _either(lists: list[np.ndarray] | None, wanted: np.ndarray | None) -> np.ndarray | None:

@@ -14,7 +14,7 @@ import torch
 
 from leaveout.errors import choices, require_whole
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
-from leaveout.readout.scan import Best, ranking
+from leaveout.readout.scan import Best, Length, check_length, ranking
 from leaveout.readout.search import Hit, SearchOptions, hits, refuse
 
 Combine = Literal["mean", "rrf"]
@@ -23,11 +23,12 @@ RRF_CONSTANT = 60.0
 
 
 def select_rows(
-    index: OpenIndex, wanted: Rows, unwanted: Rows | None, n: int, combine: Combine, where: str | None
+    index: OpenIndex, wanted: Rows, unwanted: Rows | None, n: int, combine: Combine, where: str | None, length: Length
 ) -> list[Hit]:
     """The n rows of the index whose training would help the wanted rows most, best first: see `Index.select`."""
     if combine not in get_args(Combine):
         raise ValueError(f"combine is {combine!r}: {choices(combine, get_args(Combine))}.")
+    check_length(length)
     require_whole("n", n, 1)
     rows = refuse(index, n, where, SearchOptions())
     groups = [(1.0, index.encode(wanted))]
@@ -37,24 +38,24 @@ def select_rows(
         best = Best(1, n)
         lengths = [index.form.lengths(group.vectors).clamp_min(1e-30) for _, group in groups]
         weights = [sign / len(group) / of for (sign, group), of in zip(groups, lengths, strict=True)]
-        for numbers, scores in index.scan(torch.cat([group.vectors for _, group in groups]), rows):
+        for numbers, scores in index.scan(torch.cat([group.vectors for _, group in groups]), rows, length=length):
             best.add(numbers, scores @ torch.cat(weights).numpy()[:, None])
         return hits(index, best.numbers[0], best.scores[0])
-    numbers, scores = _fused(index, groups, rows)
+    numbers, scores = _fused(index, groups, rows, length)
     # Sums of reciprocal ranks know nothing of rounding but the order of their terms; neighbours lie close together.
     order = np.argsort(-np.round(scores, 14), kind="stable")[:n]
     return hits(index, numbers[order], scores[order])
 
 
 def _fused(
-    index: OpenIndex, groups: Sequence[tuple[float, EncodedQueries]], rows: np.ndarray | None
+    index: OpenIndex, groups: Sequence[tuple[float, EncodedQueries]], rows: np.ndarray | None, length: Length
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers [rows] and their fused reciprocal ranks [rows] float64."""
     total: np.ndarray | None = None
     numbers = np.empty(0, np.int64)
     for sign, group in groups:
         for vectors in group.vectors.split(1):
-            parts = list(index.scan(vectors, rows))
+            parts = list(index.scan(vectors, rows, length=length))
             if not parts:
                 return numbers, np.empty(0)
             numbers = np.concatenate([part for part, _ in parts])

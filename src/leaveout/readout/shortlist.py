@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from leaveout.readout.codec import Codec
 from leaveout.readout.opened import OpenIndex
-from leaveout.readout.scan import ranking
+from leaveout.readout.scan import Length, counted, ranking
 
 QUERIES, BEST = 64, 10
 ROWS, ROWS_ANEW = 2000, 256  # rows they are scored with: stored ones, or such that are encoded anew
@@ -75,18 +75,20 @@ class SearchPlan:
         return f"{chosen} ({read}{again}): {held}."
 
 
-def plan_search(index: OpenIndex, considered: int, shortlist: int | None, exact: bool, reencode: int) -> SearchPlan:
+def plan_search(
+    index: OpenIndex, considered: int, length: Length, shortlist: int | None, exact: bool, reencode: int
+) -> SearchPlan:
     """How `considered` rows are searched; `shortlist` None: a list that held 95 % in the test at build."""
-    table = recall_of(index)
+    table = recall_of(index, length)
     share = 0.05 if table is None else table.share()
-    length = max(math.ceil(share * considered), BEST * 20) if shortlist is None else shortlist
+    listed = max(math.ceil(share * considered), BEST * 20) if shortlist is None else shortlist
     small = shortlist is None and considered < LEAST
-    if exact or index.short is None or small or length >= considered:
+    if exact or index.short is None or small or listed >= considered:
         anew = considered if index.long is None else min(reencode, considered)
         return SearchPlan(considered, None, None, anew, considered * _bytes(index.long))
-    recall = None if table is None else table.at(length / considered)
-    anew = length if index.long is None else min(reencode, length)
-    return SearchPlan(considered, length, recall, anew, considered * _bytes(index.short) + length * _bytes(index.long))
+    recall = None if table is None else table.at(listed / considered)
+    anew = listed if index.long is None else min(reencode, listed)
+    return SearchPlan(considered, listed, recall, anew, considered * _bytes(index.short) + listed * _bytes(index.long))
 
 
 def _bytes(codec: Codec | None) -> int:
@@ -96,10 +98,10 @@ def _bytes(codec: Codec | None) -> int:
 # ---------------------------------------------------------------- the table
 
 
-def recall_of(index: OpenIndex) -> Recall | None:
+def recall_of(index: OpenIndex, length: Length) -> Recall | None:
     """The table that was measured at build."""
     facts = index.store.state("recall")
-    return None if facts is None else _recall(facts)
+    return None if facts is None else _recall(facts[length])
 
 
 def _recall(facts: dict[str, Any]) -> Recall:
@@ -107,15 +109,20 @@ def _recall(facts: dict[str, Any]) -> Recall:
 
 
 def worst(tables: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """Of indexes that become one: the table of that which needs the longest list, None where one has none."""
+    """Of indexes that become one: the tables of those which need the longest list, None where one has none."""
     known = [table for table in tables if table is not None]
     if len(known) < len(tables):
         return None
-    return max(known, key=lambda table: (_recall(table).share(), -sum(table["recall"]) / len(table["recall"])))
+
+    def need(table: dict[str, Any]) -> tuple[float, float]:
+        return _recall(table).share(), -sum(table["recall"]) / len(table["recall"])
+
+    return {length: max((table[length] for table in known), key=need) for length in known[0]}
 
 
 def measured_recall(index: OpenIndex) -> dict[str, Any] | None:
-    """The table of an index, in JSON types; None for one too small to need it, or without a short form.
+    """The table of an index for each way to count lengths, in JSON types; None for one too small to need it, or without a
+    short form.
 
     Cost: 64 forward passes and two scans of at most 2,000 rows; without a long form, 256 forward passes more.
     """
@@ -125,17 +132,25 @@ def measured_recall(index: OpenIndex) -> dict[str, Any] | None:
     rows = live[_spread(len(live), ROWS if index.long is not None else ROWS_ANEW)]
     asked = _spread(len(rows), QUERIES)
     vectors = index.encoded_anew(rows[asked])
-    exact = index.scores_of(vectors, rows).T
-    short = np.concatenate([scores for _, scores in index.scan_short(vectors, rows)]).T
-    for scores in (exact, short):
-        scores[np.arange(len(asked)), asked] = -np.inf  # a row is no answer to itself
-    lists = tuple(n for n in LISTS if n < len(rows))
+    exact = index.scores_of(vectors, rows, length="product")
+    short = np.concatenate([scores for _, scores in index.scan_short(vectors, rows, length="product")])
+    lengths, tables = index.lengths_of(rows), {}
+    for length in get_args(Length):
+        tables[length] = asdict(_measured(*(counted(scores, lengths, length).T for scores in (exact, short)), asked))
+    return tables
+
+
+def _measured(exact: np.ndarray, short: np.ndarray, asked: np.ndarray) -> Recall:
+    """The table of scores [query, row], the queries being the rows `asked`."""
+    n_rows = exact.shape[1]
+    lists = tuple(n for n in LISTS if n < n_rows)
     found = np.zeros(len(lists))
-    for best, estimated in zip(exact, short, strict=True):
-        place = np.empty(len(rows), np.int64)
-        place[ranking(estimated)] = np.arange(len(rows))
+    for best, estimated, own in zip(exact.copy(), short.copy(), asked, strict=True):
+        best[own] = estimated[own] = -np.inf  # a row is no answer to itself
+        place = np.empty(n_rows, np.int64)
+        place[ranking(estimated)] = np.arange(n_rows)
         found += (place[ranking(best)[:BEST], None] < np.array(lists)).mean(0)
-    return asdict(Recall(len(rows), len(asked), lists, tuple((found / len(asked)).round(4).tolist())))
+    return Recall(n_rows, len(asked), lists, tuple((found / len(asked)).round(4).tolist()))
 
 
 def _live(index: OpenIndex, part: Any) -> np.ndarray:

@@ -21,6 +21,11 @@ def quantity(text: str, units: Mapping[str, int], name: str) -> int:
     return int(float(found[1]) * units[found[2].lower()])
 
 
+def byte_count(given: int | str | None, name: str) -> int | None:
+    """Bytes that were given as a number, or as a text such as 4GB. Raises: ValueError, which calls it `name`."""
+    return quantity(given, BYTES, name) if isinstance(given, str) else given
+
+
 def amount(n_bytes: int) -> str:
     """Bytes for people."""
     for unit in ("GB", "MB", "kB"):

@@ -10,8 +10,11 @@ import typer
 
 from leaveout.cli.program import (
     Device,
+    DeviceMap,
     Form,
     Json,
+    MaxMemory,
+    Offload,
     Prompt,
     QueryText,
     Where,
@@ -68,6 +71,9 @@ def search(
     html: Annotated[Path | None, typer.Option(help="Also write a page with the words that did it.")] = None,
     model: ModelAt = None,
     device: Device = "cpu",
+    offload: Offload = "auto",
+    max_memory: MaxMemory = None,
+    device_map: DeviceMap = None,
     json_: Json = False,
 ) -> None:
     """Find the rows that influence a text. To first order, training on a row with a positive score helps the model to
@@ -76,7 +82,7 @@ def search(
     Example: leaveout search idx --prompt "Capital of Norway?" --query " Bergen" -k 5
     """
     require_outputs(html)
-    opened = open_index(idx, model, device)
+    opened = open_index(idx, model, device, offload, max_memory, device_map)
     from leaveout.readout.search import SearchOptions, find, planned, refuse
 
     scanners: Any = backend  # checked there
@@ -113,6 +119,9 @@ def explain(
     top: Annotated[int, typer.Option(min=1, help="Pairs of tokens to list.")] = 15,
     model: ModelAt = None,
     device: Device = "cpu",
+    offload: Offload = "auto",
+    max_memory: MaxMemory = None,
+    device_map: DeviceMap = None,
     json_: Json = False,
 ) -> None:
     """Show which tokens of a row answer which of the query.
@@ -124,7 +133,7 @@ def explain(
     from leaveout.report import explain_page
 
     require_outputs(html)
-    opened = open_index(idx, model, device)
+    opened = open_index(idx, model, device, offload, max_memory, device_map)
     counted: Any = length  # checked there
     found = opened.explain(next(query_rows([query], prompt, None, form, opened)), id, length=counted)
     if html is not None:
@@ -163,6 +172,9 @@ def select(
     length: Length = "product",
     model: ModelAt = None,
     device: Device = "cpu",
+    offload: Offload = "auto",
+    max_memory: MaxMemory = None,
+    device_map: DeviceMap = None,
     json_: Json = False,
 ) -> None:
     """Choose the rows whose training would help a few wanted rows most. Where these are simply alike, an embedding chose
@@ -173,7 +185,7 @@ def select(
     from leaveout.corpus import Corpus
 
     require_outputs(out)
-    opened = open_index(idx, model, device)
+    opened = open_index(idx, model, device, offload, max_memory, device_map)
     avoided = None if unwanted is None else list(Corpus.open(unwanted))
     if opened.long is None:
         print(f"leaveout: {opened.plan_search(where=where, exact=True)}", file=sys.stderr)

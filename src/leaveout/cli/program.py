@@ -41,6 +41,21 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, float64, o
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1, ..., or auto: cuda where there is one (not run on a GPU by us).")
 ]
+Offload = Annotated[
+    str,
+    typer.Option(
+        help="layers: the model's blocks stay in its files, and each is read once for many rows; none; or auto: layers where "
+        "the model does not fit."
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="For a model's weights and what waits beside them, such as 8GB (default: 4/5 of what is free)."),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="auto: accelerate shares the model out over several devices (not run on a GPU by us)."),
+]
 QueryText = Annotated[list[str] | None, typer.Option("--query", help="Text of a query; may be given again.")]
 Prompt = Annotated[str | None, typer.Option(help="Context before --query that is not itself asked about.")]
 Form = Annotated[
@@ -175,7 +190,7 @@ def one_thread(device: str = "cpu") -> None:
     """One torch thread: more of them are slower on shared cores, and --workers uses the others."""
     import torch
 
-    if device == "cpu":
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         torch.set_num_threads(1)
 
 

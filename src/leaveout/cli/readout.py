@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from leaveout.cli.program import (
     Backend,
     Device,
+    DeviceMap,
     Dtype,
     Json,
+    MaxMemory,
+    Offload,
     Where,
     Workers,
     app,
@@ -97,6 +100,9 @@ def index(
     statistics: Statistics = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
+    offload: Offload = "auto",
+    max_memory: MaxMemory = None,
+    device_map: DeviceMap = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
@@ -123,6 +129,9 @@ def index(
         skip_bad=skip_bad,
         dtype=dtype,
         device=device,
+        offload=offload,  # pyright: ignore[reportArgumentType]
+        max_memory=max_memory,
+        device_map=device_map,
         revision=revision,
         trust_remote_code=trust_remote_code,
         workers=workers,
@@ -147,13 +156,16 @@ def append(
     backend: Backend = "processes",
     model: ModelAt = None,
     device: Device = "cpu",
+    offload: Offload = "auto",
+    max_memory: MaxMemory = None,
+    device_map: DeviceMap = None,
     json_: Json = False,
 ) -> None:
     """Add new rows to an index; rows that it has already are counted, not added.
 
     Example: leaveout append idx more.jsonl
     """
-    opened = open_index(idx, model, device)
+    opened = open_index(idx, model, device, offload, max_memory, device_map)
     crew = {"workers": workers, "backend": backend, "progress": True}
     report = opened.append(data, skip_bad=skip_bad, **crew)  # pyright: ignore[reportArgumentType]: checked there
     _print_report(opened, report, json_)
@@ -210,14 +222,22 @@ def purge(idx: IndexPath, json_: Json = False) -> None:
     print_facts(open_index(idx).purge(), json_)
 
 
-def open_index(path: Path, model: str | None = None, device: str = "cpu") -> Index:
-    """The index in a directory, with one torch thread on a CPU; its model goes to `device`."""
+def open_index(
+    path: Path,
+    model: str | None = None,
+    device: str = "cpu",
+    offload: str = "auto",
+    max_memory: str | None = None,
+    device_map: str | None = None,
+) -> Index:
+    """The index in a directory, with one torch thread on a CPU; its model is loaded as the options say."""
     if is_run(path):
         raise FormatError(f"{path} is a training run, not an index: ask it with `leaveout predict`.")
     from leaveout.readout.index import Index
 
     one_thread(device)
-    return Index.open(path, model, device=device)
+    where: Any = {"offload": offload, "max_memory": max_memory, "device_map": device_map}  # checked there
+    return Index.open(path, model, device=device, **where)
 
 
 def _print_report(built: Index, report: BuildReport, json_: bool) -> None:

@@ -7,12 +7,13 @@ from leaveout.models.checks import ROUNDING, evaluating, length_limit, refuse_ho
 from leaveout.models.devices import find_device, free_memory
 from leaveout.models.identity import adapter_places, difference, is_adapted, plain_module, settled_module
 from leaveout.models.language_model import LanguageModel, load_model
-from leaveout.models.places import ModelOptions, load_tokenizer, quiet_transformers, source_digest
+from leaveout.models.places import ModelOptions, Offload, load_tokenizer, quiet_transformers, source_digest
 
 __all__ = [
     "ROUNDING",
     "LanguageModel",
     "ModelOptions",
+    "Offload",
     "adapter_places",
     "difference",
     "evaluating",

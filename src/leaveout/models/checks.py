@@ -87,26 +87,35 @@ def probe_ids(vocabulary: int, length: int, device: torch.device | str, seed: in
 
 @torch.no_grad()
 def refuse_look_ahead(
-    lm: nn.Module, states: Callable[[Tensor], Tensor], vocabulary: int, context: int, device: torch.device | str
+    lm: nn.Module,
+    states: Callable[[list[Tensor]], list[Tensor]],
+    vocabulary: int,
+    context: int,
+    device: torch.device | str,
 ) -> None:
     """Refuses a model whose states at a token change with later tokens: it sees what it is to predict.
 
-    states: token ids [1, tokens] -> numbers [1, tokens, any], as the caller will use the model.
+    states: inputs of token ids [1, tokens] -> of each numbers [1, tokens, any], as the caller will use the model.
     Raises: UnsupportedError. Tested on 24 and up to 320 tokens, with all tokens from the second, from the middle and the
     last one replaced.
     """
     # Some models with learned positions, as RoBERTa, take two or so fewer tokens than they have positions.
-    for length in sorted({min(SHORT, context), min(LONG, max(SHORT, context - 4), context)}):
-        if length < 2:
-            return
+    lengths = sorted({min(SHORT, context), min(LONG, max(SHORT, context - 4), context)} - {0, 1})
+    places = {length: sorted({1, length // 2, length - 1}) for length in lengths}
+    inputs: list[Tensor] = []
+    for length in lengths:
         ids = probe_ids(vocabulary, length, device)
-        before = _evaluated(lm, states, ids)
+        inputs.append(ids)
+        for place in places[length]:
+            inputs.append(ids.clone())
+            inputs[-1][:, place:] = (ids[:, place:] + 1 + vocabulary // 3) % vocabulary
+    with evaluating(lm), runs(lm):
+        found = iter(states(inputs))
+    for length in lengths:
+        before = next(found)
         limit = LEAK.get(before.dtype, 1e-4)
-        for place in sorted({1, length // 2, length - 1}):
-            changed = ids.clone()
-            changed[:, place:] = (ids[:, place:] + 1 + vocabulary // 3) % vocabulary
-            after = _evaluated(lm, states, changed)
-            moved = (after - before).abs().double()
+        for place in places[length]:
+            moved = (next(found) - before).abs().double()
             behind = max(float(moved[:, place:].max()), 1e-30)
             leak, share = float(moved[:, :place].max()) / behind, float((moved[:, :place] > 0).double().mean())
             if leak > limit or (before.element_size() == 2 and leak > NARROW_LEAK and share > SHARE):
@@ -115,11 +124,6 @@ def refuse_look_ahead(
                     f"on are replaced, its states before them change ({leak:.2g} of the change behind); give a causal "
                     "language model (is_decoder=True, is_causal=True, no bidirectional attention)."
                 )
-
-
-def _evaluated(lm: nn.Module, states: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
-    with evaluating(lm), runs(lm):
-        return states(ids)
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def _add_settings(state: State, wrappers: Mapping[str, Any], name: str, module: 
         return  # inside an adapter; a wrapper; a whole model, whose attributes say how it was loaded; what inputs change
     of_torch = type(module).__module__.startswith("torch.")
     for key, value in vars(module).items():
-        replaced = key == "forward" and "_hf_hook" not in vars(module)
+        replaced = key == "forward" and "_hf_hook" not in vars(module) and not hasattr(value, "comes_and_goes")
         if replaced or (isinstance(value, (bool, int, float)) and (key == "eps" if of_torch else _counts(key))):
             state.settings[f"{plain}.{key}"] = "replaced" if replaced else value
 
@@ -247,8 +247,8 @@ def _inside(wrapper: Any) -> nn.Module:
 def hash_tensors(tensors: Mapping[str, Tensor], adapters: Sequence[str] = ()) -> str:
     """xxh3-128 over name, dtype, shape and bytes of every tensor, in name order, and over digests of adapters."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(tensors.items()):
-        _feed(digest, name, tensor)
+    for name in sorted(tensors):
+        _feed(digest, name, tensors[name])
     for adapter in adapters:
         digest.update(adapter.encode())
     return digest.hexdigest()
@@ -348,7 +348,7 @@ def glance(state: State) -> tuple[str, tuple[int, ...], str]:
     digest, groups = xxhash.xxh3_128(), {}
     for tensor in tensors:
         flat = tensor.detach()
-        if hasattr(flat, "__tensor_flatten__"):
+        if hasattr(flat, "__tensor_flatten__") or flat.is_meta:  # what was left in files, they tell of themselves
             continue
         step, flat = _stride(flat), flat.reshape(-1)
         groups.setdefault((str(flat.device), str(flat.dtype)), []).append(flat[::step])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from leaveout.models.identity import (
     plain_module,
     state_of,
 )
-from leaveout.models.places import ModelOptions, load_place
+from leaveout.models.places import ModelOptions, load_place, load_stream
+from leaveout.models.streaming import LayerStream
 
 
 @dataclass
@@ -36,20 +38,25 @@ class LanguageModel:
     """A causal language model with its tokenizer, and what tells it from others.
 
     lm      the module, adapters inside its layers
-    source  how to load it again (`name`, and the fields of `ModelOptions` but for the device); None for one in memory
+    source  how to load it again (`name`, and `ModelOptions.source`); None for one in memory
     notes   what its user should know, one sentence each
+    options how it was loaded; None for one in memory
+    stream  its blocks, if they were left in their files
     """
 
     lm: nn.Module
     tokenizer: Any
     source: dict[str, Any] | None
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    options: ModelOptions | None = field(default=None, kw_only=True)
+    stream: LayerStream | None = field(default=None, repr=False, kw_only=True)
     _identity: dict[str, Any] | None = field(default=None, repr=False, kw_only=True)
     _glance: Any = field(default=None, repr=False, kw_only=True)
     _outputs: dict[str, Tensor] = field(default_factory=dict, repr=False, kw_only=True)
 
     @property
     def device(self) -> torch.device:
+        """Where its inputs go."""
         return next(self.lm.parameters()).device
 
     @property
@@ -91,11 +98,12 @@ class LanguageModel:
         if self._identity is None or anew:
             with evaluating(self.lm):
                 state = state_of(self.lm)
-            self._glance, self._outputs = self._look(state), self._probe()
+            self._glance = self._look(state)
+            self._outputs = self._probe() if self.stream is None else {}
             adapters = [hash_adapter(facts) for facts in state.adapters.values()]
             self._identity = {
                 "adapters": adapters,
-                "weights": hash_tensors(state.weights, adapters),
+                "weights": hash_tensors(self._numbers(state.weights), adapters),
                 "buffers": hash_tensors(state.buffers),
                 "config": hash_config(self.lm),
                 "settings": hash_settings(state),
@@ -108,8 +116,8 @@ class LanguageModel:
         """Refuses a model that is no longer what it was when its identity was taken.
 
         Facts, version counters, a sample of every tensor, config and tokenizer are compared, and the hidden states and
-        logits of two dozen tokens, so that hooks and settings of modules count as well. Where something moved, everything
-        is hashed once more.
+        logits of two dozen tokens, so that hooks and settings of modules count as well; where layers are streamed, size
+        and time of their files instead. Where something moved, everything is hashed once more.
         Raises: MismatchError.
         """
         if self._identity is None:
@@ -126,7 +134,7 @@ class LanguageModel:
                 raise MismatchError(
                     f"The model in memory has {other} than when it was opened: give the model as it was."
                 )
-        for what, found in self._probe().items():
+        for what, found in (self._probe() if wanted else {}).items():
             own = wanted[what]
             limit = 0.1 * ROUNDING.get(own.dtype, 1e-4) * float(own.abs().max())
             if found.shape != own.shape or not float((found - own).abs().max()) <= limit:
@@ -137,7 +145,12 @@ class LanguageModel:
 
     def _look(self, state: State) -> tuple[Any, ...]:
         """What is cheap to compare."""
-        return *glance(state), hash_config(self.lm), glance_at_tokenizer(self.tokenizer)
+        files = [] if self.stream is None else self.stream.stamp()
+        return *glance(state), files, hash_config(self.lm), glance_at_tokenizer(self.tokenizer)
+
+    def _numbers(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The weights, those that are elsewhere read when they are looked at."""
+        return weights if self.stream is None else self.stream.whole(weights)
 
     @torch.no_grad()
     def _probe(self) -> dict[str, Tensor]:
@@ -170,16 +183,24 @@ def load_model(model: Any, tokenizer: Any = None, options: ModelOptions | None =
             f"tokenizer is of type {type(tokenizer).__name__}: give a loaded one (AutoTokenizer.from_pretrained)."
         )
     if isinstance(model, nn.Module):
+        if options.offload == "layers" or options.max_memory is not None or options.device_map is not None:
+            raise ValueError(
+                "The model is in memory already: give its path or id to stream its layers or to share it out, or leave "
+                "offload, max_memory and device_map out."
+            )
         if tokenizer is None:
             raise ValueError("A model in memory needs its tokenizer: pass tokenizer=... beside it.")
         return LanguageModel(_whole(model), tokenizer, None)
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model is of type {type(model).__name__}: give a path or id, or a model with its tokenizer.")
     place, device = Path(model), find_device(options.device)
+    source = {"name": str(place.resolve() if place.exists() else model), **options.source}
+    if (found := load_stream(str(model), options, device)) is not None:
+        stream, own = found
+        return LanguageModel(stream.lm, tokenizer or own, source, options=options, stream=stream)
     lm, own, notes = load_place(str(model), options)
-    settings = {name: value for name, value in vars(options).items() if name != "device"}
-    source = {"name": str(place.resolve() if place.exists() else model), **settings}
-    return LanguageModel(_whole(lm.to(device)), tokenizer or own, source, notes=notes)
+    lm = _whole(lm if options.device_map is not None else lm.to(device))
+    return LanguageModel(lm, tokenizer or own, source, notes=notes, options=options)
 
 
 # ---------------------------------------------------------------- objects

@@ -15,21 +15,24 @@ import socket
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError
 
-from leaveout.errors import FormatError, LeaveoutError, UnsupportedError, needs
+from leaveout.errors import FormatError, LeaveoutError, UnsupportedError, choices, needs
 from leaveout.models.checks import ROUNDING, first_line
+from leaveout.models.devices import free_memory
+from leaveout.models.streaming import Files, LayerStream, stream_layers, without_weights
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+Offload = Literal["auto", "layers", "none"]
 UNQUANTISED = ("F16", "F32", "F64", "BF16")  # types of GGUF tensors
 
 
@@ -37,14 +40,38 @@ UNQUANTISED = ("F16", "F32", "F64", "BF16")  # types of GGUF tensors
 class ModelOptions:
     """How a model that is named by path or id is loaded. Remote code runs only with `trust_remote_code=True`.
 
-    dtype   float32, bfloat16, float16, float64, or auto: as it is stored
-    device  cpu, cuda, cuda:1, ..., or auto: cuda where there is one
+    dtype       float32, bfloat16, float16, float64, or auto: as it is stored
+    device      cpu, cuda, cuda:1, ..., or auto: cuda where there is one (see `find_device`)
+    offload     `layers`: blocks stay in their files and are read when they are needed (`streaming`); `none`; or `auto`:
+                `layers` where the whole model does not fit
+    max_memory  bytes for weights, and for what waits while layers are streamed; None: four fifths of what is free
+    device_map  `auto`, or any map of accelerate: how it shares a model out over several devices
     """
 
     dtype: str = "float32"
     device: str = "cpu"
     revision: str | None = None
     trust_remote_code: bool = False
+    offload: Offload = "none"
+    max_memory: int | None = None
+    device_map: Any = None
+
+    def __post_init__(self) -> None:
+        if self.offload not in get_args(Offload):
+            raise ValueError(f"offload is {self.offload!r}: {choices(self.offload, get_args(Offload))}.")
+        if self.offload == "none" and self.max_memory is not None:
+            raise ValueError(
+                "max_memory bounds layers that are streamed: leave it out, or give offload layers or auto."
+            )
+        if self.device_map is not None and self.device != "cpu":
+            raise ValueError("device_map says where all of a model is: leave device out, or give device alone.")
+        if self.device_map is not None and (self.offload == "layers" or self.max_memory is not None):
+            raise ValueError("device_map is for a model that is loaded whole: leave it out to stream layers.")
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What decides about the numbers: not where they are computed."""
+        return {name: getattr(self, name) for name in ("dtype", "revision", "trust_remote_code")}
 
     @property
     def named_dtype(self) -> torch.dtype | str:
@@ -68,9 +95,63 @@ def load_place(name: str, options: ModelOptions) -> tuple[Any, Any, tuple[str, .
         raise UnsupportedError(f"{name} is a file: give the directory of a model, or a .gguf file.")
     if "gguf_file" not in own and (adapter := _adapter(place, options)) is not None:
         return _load_adapter(name, place, adapter, options)
-    lm = _load_whole(name, place, {**own, "dtype": options.named_dtype})
+    mapped: dict[str, Any] = {}
+    if options.device_map is not None:
+        needs("accelerate", "device_map", extra="gpu")
+        mapped["device_map"] = options.device_map
+    lm = _load_whole(name, place, {**own, **mapped, "dtype": options.named_dtype})
     notes = _notes_of_gguf(Path(name), options) if "gguf_file" in own else ()
     return lm, _load_tokenizer(name, place, own), notes
+
+
+FREE = 0.8  # of free memory that is used where nothing was said
+
+
+def load_stream(name: str, options: ModelOptions, device: torch.device) -> tuple[LayerStream, Any] | None:
+    """Stream and tokenizer of a place whose layers are to stay in their files; None for a model to load whole.
+
+    Raises: UnsupportedError where `layers` are asked for and cannot be streamed; ValueError for too little memory.
+    """
+    if options.offload == "none" or options.device_map is not None:
+        return None
+    place, own = _place(name, options)
+    directory, reason = _streamable(name, place, own, options)
+    if directory is None:
+        if options.offload == "layers" or options.max_memory is not None:
+            raise UnsupportedError(f"{name} can't be streamed, as {reason}: load it whole (offload none).")
+        return None
+    files = Files(directory)
+    limit = int(FREE * free_memory(device)) if options.max_memory is None else options.max_memory
+    dtype = options.named_dtype
+    if options.offload == "auto" and files.n_bytes(dtype if isinstance(dtype, torch.dtype) else None) <= limit:
+        return None
+    with _explained(name), without_weights():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=options.trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError("it is quantised, and layers are streamed in floating point: load it whole (offload none)")
+        if not isinstance(dtype, torch.dtype):
+            stored = (one.dtype for one in files.tensors.values() if one.dtype.is_floating_point)
+            dtype = config.dtype or next(stored)
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    stream = stream_layers(lm, name, files, device, limit)
+    return stream, _load_tokenizer(name, place, own)
+
+
+def _streamable(name: str, place: str, own: dict[str, Any], options: ModelOptions) -> tuple[Path | None, str]:
+    """The directory with the weights of a place, or why there is none."""
+    if "gguf_file" in own:
+        return None, "it is a .gguf file"
+    directory = Path(place)
+    if not directory.is_dir():
+        try:
+            directory = Path(downloaded_before(name, options.revision))
+        except UnsupportedError:
+            return None, "it was not downloaded yet"
+    if _adapter(str(directory), options) is not None:
+        return None, "it is an adapter"
+    return (directory, "") if Files.are_in(directory) else (None, "it has no safetensors files (save_pretrained)")
 
 
 def _place(name: str, options: ModelOptions) -> tuple[str, dict[str, Any]]:
@@ -188,7 +269,7 @@ def _load_adapter(
     if adapter.get("task_type") not in (None, "CAUSAL_LM"):
         raise UnsupportedError(f"{name} is an adapter for {adapter['task_type']}: give one of a causal language model.")
     base = base_of(place, adapter)
-    inner = ModelOptions(options.dtype, options.device, adapter.get("revision"), options.trust_remote_code)
+    inner = replace(options, revision=adapter.get("revision"))
     try:
         if _adapter(_place(base, inner)[0], inner) is not None:
             raise UnsupportedError("it is an adapter itself: merge it into its own base first")

@@ -2,8 +2,10 @@
 
 The chunk (64 rows or about 4,096 tokens, in corpus order) is the unit of computation: how it is batched does not depend
 on workers, resumption or commits, so that an index comes out the same however it was built, as long as torch has one
-thread, as it has in workers and on the command line. Memory: 2 * workers + 1 chunks, and the rows of one segment (at
-most 64 MiB of signatures) that wait for the next commit.
+thread, as it has in workers and on the command line. Where a model's layers are streamed, many chunks make a wave, which
+goes through the blocks together, in the batches that the chunks have alone; a killed build loses the wave it was at.
+Memory: 2 * workers + 1 chunks or waves, and the rows of one segment (at most 64 MiB of signatures) that wait for the next
+commit.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from torch import nn
 from tqdm import tqdm
 
 from leaveout.corpus import Corpus, Row
@@ -38,6 +39,7 @@ from leaveout.readout.whitening import whitening_digest, whitening_matrices
 from leaveout.store import Record, Store
 from leaveout.store.catalogue import CATALOGUE
 
+Computed = tuple[int, list[Window]]  # a chunk as it is computed: its number of rows, and their windows
 LISTED = 100  # messages that a report keeps; all are counted
 
 
@@ -323,7 +325,7 @@ def add_rows(
     fresh = names.admit(rows)
     chunks: dict[int, Chunk] = {}
 
-    def tasks() -> Iterator[tuple[int, list[Window]]]:
+    def pieces() -> Iterator[Computed]:
         source = _tokenised(fresh, signer, options, report)
         for number in itertools.count():
             piece = _numbered(_next_chunk(source, options))
@@ -333,10 +335,12 @@ def add_rows(
             yield len(piece), chunks[number].windows
 
     here = options.workers == 1 and options.backend == "processes"
-    start = (lambda: signer) if here else _worker_start(signer, store, options)
-    results = run_tasks(tasks(), _work, start, options.workers, options.backend)
+    start, work = (lambda: signer, Signer.encoded_chunks) if here else (_worker_start(signer, store, options), _work)
+    tasks = ([piece] for piece in pieces()) if signer.readout.stream is None else signer.waves(pieces())
+    on_gpu = signer.readout.device.type == "cuda"
+    results = run_tasks(tasks, work, start, options.workers, options.backend, on_gpu)
     with _progress(total, "index", "row", options) as bar, contextlib.closing(results):
-        for number, arrays in enumerate(results):
+        for number, arrays in enumerate(itertools.chain.from_iterable(results)):
             chunk = chunks.pop(number)
             finite = arrays.pop("finite")
             for row in itertools.compress(chunk.rows, ~finite):
@@ -457,21 +461,21 @@ def _worker_start(signer: Signer, store: Store, options: BuildOptions) -> Callab
     if readout.source is None:
         if options.backend == "ray":
             raise UnsupportedError("Ray workers load the model by themselves: give its path or id, not a loaded model.")
-        return functools.partial(_start_worker, readout, {}, settings, str(store.path))
-    loading = {key: value for key, value in readout.source.items() if key != "name"}
-    loading["device"] = str(readout.device)
+        return functools.partial(_start_worker, readout, None, settings, str(store.path))
+    assert readout.options is not None
+    streams = {"offload": "layers"} if readout.stream is not None else {"offload": "none", "max_memory": None}
+    loading = replace(readout.options, **streams)
     name = readout.source["name"]  # a worker elsewhere has another working directory
     name = str(Path(name).resolve()) if Path(name).exists() else name
     return functools.partial(_start_worker, name, loading, settings, str(store.path.resolve()))
 
 
 def _start_worker(
-    readout: Readout | nn.Module | str, options: dict[str, Any], settings: SignatureSettings, store: str
+    readout: Readout | str, loading: ModelOptions | None, settings: SignatureSettings, store: str
 ) -> Signer:
     """A signer in a worker process, its whitening read from the store."""
     if isinstance(readout, str):
-        readout = load_readout(readout, options=ModelOptions(**options))
-    assert isinstance(readout, Readout)
+        readout = load_readout(readout, options=loading)
     signer = Signer(readout, settings)
     with Store.open(store) as opened:
         if other := difference(opened.settings["model"], readout.identity()):
@@ -480,9 +484,8 @@ def _start_worker(
     return signer
 
 
-def _work(signer: Signer, task: tuple[int, list[Window]]) -> dict[str, np.ndarray]:
-    n_rows, windows = task
-    return signer.encoded(windows, n_rows)
+def _work(signer: Signer, chunks: list[Computed]) -> list[dict[str, np.ndarray]]:
+    return list(signer.encoded_chunks(chunks))
 
 
 def _progress(total: int, label: str, unit: str, options: BuildOptions) -> tqdm:

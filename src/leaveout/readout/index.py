@@ -20,7 +20,8 @@ from leaveout.corpus.chat import Template, chosen_template
 from leaveout.corpus.rows import asked_row, commonest
 from leaveout.errors import MismatchError, require_list
 from leaveout.executor import Backend
-from leaveout.models import ModelOptions
+from leaveout.models import ModelOptions, Offload
+from leaveout.quantities import byte_count
 from leaveout.readout.build import (
     BuildOptions,
     BuildReport,
@@ -71,6 +72,9 @@ class Index(OpenIndex):
         skip_bad: bool = False,
         dtype: str = "float32",
         device: str = "cpu",
+        offload: Offload = "auto",
+        max_memory: int | str | None = None,
+        device_map: Any = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         workers: int = 1,
@@ -99,7 +103,13 @@ class Index(OpenIndex):
         units           field whose value says which rows belong together; None: every row is its own unit
         skip_bad        count and list bad rows instead of stopping at the first
         dtype           of the model: float32, bfloat16, float16, float64, or auto, as it is stored
-        device          cpu, cuda, cuda:1, ..., or auto: cuda where there is one
+        device          cpu, cuda, cuda:1, ..., or auto: cuda where there is one; of several the one of this process (worker
+                        i takes cuda:i, a process of torchrun that of its LOCAL_RANK)
+        offload         `layers`: the model's blocks stay in its safetensors files, and each is read once for many rows;
+                        `none`: the whole model is loaded; `auto`: `layers` where it does not fit. The index is the same
+        max_memory      for the weights of each process and for what waits while layers are streamed: bytes, or a text such
+                        as 8GB; None: four fifths of what is free
+        device_map      `auto`: accelerate shares the model out over several devices; or a map of its own
         revision        of a model that is named by id
         trust_remote_code   run code that a model ships
         workers         processes, one torch thread each
@@ -133,7 +143,10 @@ class Index(OpenIndex):
             raise ValueError(f"The index cannot be written over its model in {path}: give another directory.")
         if statistics is not None:
             cls.open(statistics)
-        readout = load_readout(model, tokenizer, ModelOptions(dtype, device, revision, trust_remote_code))
+        loading = ModelOptions(
+            dtype, device, revision, trust_remote_code, offload, byte_count(max_memory, "max_memory"), device_map
+        )
+        readout = load_readout(model, tokenizer, loading)
         if readout is model:  # whatever was done to it since it was loaded
             verify_readout(readout).identity(anew=True)
         signer = Signer(readout, replace(settings, template=chosen_template(settings.template, readout.tokenizer)))
@@ -179,6 +192,9 @@ class Index(OpenIndex):
         *,
         dtype: str | None = None,
         device: str | None = None,
+        offload: Offload | None = None,
+        max_memory: int | str | None = None,
+        device_map: Any = None,
         revision: str | None = None,
         trust_remote_code: bool | None = None,
     ) -> Index:
@@ -187,6 +203,7 @@ class Index(OpenIndex):
         model, tokenizer    the model, if it has moved or was in memory (see `build`)
         dtype               None: that of the index
         device              None: the CPU
+        offload, max_memory, device_map     as of `build`; None: `auto`, four fifths of what is free, no map
         revision, trust_remote_code     None: as the build was told
         Raises: MismatchError if the model is not the one that the index was built with.
         """
@@ -194,6 +211,7 @@ class Index(OpenIndex):
             kind = "is a file" if Path(path).exists() else "does not exist"
             raise FileNotFoundError(f"There is no index in {path}, which {kind}: build one with `leaveout index`.")
         loading = {"dtype": dtype, "device": device, "revision": revision, "trust_remote_code": trust_remote_code}
+        loading |= {"offload": offload, "max_memory": byte_count(max_memory, "max_memory"), "device_map": device_map}
         index = cls(Store.open(path), {name: value for name, value in loading.items() if value is not None})
         if not index.store.state("complete"):
             raise MismatchError(f"The index {path} is unfinished: run the command that built it again to finish it.")

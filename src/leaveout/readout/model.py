@@ -8,6 +8,8 @@ Source: arXiv 2604.16197 for the readout; the head forms are those of the `trans
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,12 @@ class Readout(LanguageModel):
         cannot reach it, and the unmasked kernel is the faster one. Rows must be of one `batch_class`.
         """
         with evaluating(self.lm):
-            return self.trunk(input_ids=ids, use_cache=False).last_hidden_state
+            return self.trunk(input_ids=ids, use_cache=False).last_hidden_state.to(self.device)
+
+    @torch.no_grad()
+    def hidden_of(self, many: Sequence[Tensor]) -> list[Tensor]:
+        """Last hidden states of each of several inputs, as `hidden` gives them; streamed blocks are read once."""
+        return [self.hidden(ids) for ids in many] if self.stream is None else list(self.stream.states(many))
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits [positions, vocabulary] of hidden states [positions, hidden], in the dtype of `hidden`.
@@ -135,7 +142,7 @@ def load_readout(
     if isinstance(model, Readout):
         return model
     loaded = load_model(model, tokenizer, options)
-    return verify_readout(Readout(loaded.lm, loaded.tokenizer, loaded.source, notes=loaded.notes))
+    return verify_readout(Readout(**{name: value for name, value in vars(loaded).items() if not name.startswith("_")}))
 
 
 def _head(lm: Any) -> nn.Module | None:
@@ -153,19 +160,31 @@ def verify_readout(readout: Readout) -> Readout:
     _refuse_head(lm)
     _check_tokenizer(readout)
     ids = torch.arange(2 * min(12, readout.context), device=readout.device).reshape(2, -1) * 7919 % readout.vocabulary
-    with evaluating(lm), runs(lm):
-        wanted = lm(input_ids=ids, use_cache=False).logits.flatten(0, 1).double()
+    with evaluating(lm), runs(lm), _watched(readout) as own:
+        wanted = lm(input_ids=ids, use_cache=False).logits.flatten(0, 1).double().to(readout.device)
     largest = wanted.abs().max().item()
     if not math.isfinite(largest):
         raise UnsupportedError(
             f"The logits of {type(lm).__name__} are not finite: get its weights again, or load it with dtype float32."
         )
     refuse_hooks(lm, lambda ids: [readout.hidden(ids), lm(input_ids=ids, use_cache=False).logits], ids)
-    refuse_look_ahead(lm, readout.hidden, readout.vocabulary, readout.context, readout.device)
+    hidden = wanted
+
+    def states(many: list[Tensor]) -> list[Tensor]:
+        nonlocal hidden
+        hidden, *found = readout.hidden_of([ids, *many])  # with the others, as streamed blocks are read once for all
+        if readout.stream is not None and not (own and torch.equal(hidden, own[0])):
+            raise UnsupportedError(
+                f"The blocks of {type(lm).__name__} give other states one by one than in the whole model, so that they can't "
+                "be streamed: load it whole (offload none)."
+            )
+        return found
+
+    refuse_look_ahead(lm, states, readout.vocabulary, readout.context, readout.device)
     readout.limit = length_limit(lm)
     config = lm.config.get_text_config()  # type: ignore[union-attr,operator]
     readout.cap = getattr(config, "final_logit_softcapping", None)
-    hidden = readout.hidden(ids).flatten(0, 1)
+    hidden = hidden.flatten(0, 1)
     difference = math.inf
     for readout.scale in _scales(config):
         found = readout.logits(hidden.clone()).double()
@@ -177,6 +196,20 @@ def verify_readout(readout: Readout) -> Readout:
         f"(largest difference {difference:.2g} of the largest logit), so its readout gradient would be wrong: "
         "use a model whose logits are a linear head of the last hidden state."
     )
+
+
+@contextmanager
+def _watched(readout: Readout) -> Generator[list[Tensor]]:
+    """The last hidden states of a streamed model, where it is called as a whole."""
+    own: list[Tensor] = []
+    if readout.stream is None:
+        yield own
+        return
+    handle = readout.trunk.register_forward_hook(lambda module, args, found: own.append(found.last_hidden_state))
+    try:
+        yield own
+    finally:
+        handle.remove()
 
 
 def _scales(config: Any) -> list[float]:

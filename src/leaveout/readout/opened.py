@@ -117,10 +117,10 @@ class OpenIndex:
         return self._readout
 
     def model_options(self, elsewhere: bool = False) -> ModelOptions:
-        """How the model is loaded: in the dtype of the index, on the CPU, and but for what was given since as the build was
-        told; of a model `elsewhere`, the revision is another matter."""
+        """How the model is loaded: in the dtype of the index, on the CPU, streamed where it does not fit, and but for what was
+        given since as the build was told; of a model `elsewhere`, the revision is another matter."""
         source = self.store.settings["source"] or {}
-        told = {"dtype": source.get("dtype", self.identity["dtype"])}
+        told = {"dtype": source.get("dtype", self.identity["dtype"]), "offload": "auto"}
         if not elsewhere:
             told |= {"revision": source["revision"], "trust_remote_code": source["trust_remote_code"]}
         return ModelOptions(**{**told, **self._loading})

@@ -215,12 +215,24 @@ class Signer:
     # ---------------------------------------------------------------- positions of a batch
 
     def passed(self, batches: Iterable[list[Window]]) -> Iterator[Passed]:
-        """What the trunk gives for each batch of windows, in order."""
-        for batch in batches:
-            ids, recorder = self._asked(batch)
-            with torch.no_grad(), recording(self._recorded(), recorder):
-                hidden = recorder.at(self.readout.hidden(ids.to(self.readout.device)))
-            yield Passed(batch, ids, recorder, hidden)
+        """What the trunk gives for each batch of windows, in order; streamed blocks are read once for many batches."""
+        modules, stream = self._recorded(), self.readout.stream
+        if stream is None:
+            for batch in batches:
+                ids, recorder = self._asked(batch)
+                with torch.no_grad(), recording(modules, recorder):
+                    hidden = recorder.at(self.readout.hidden(ids.to(self.readout.device)))
+                yield Passed(batch, ids, recorder, hidden)
+            return
+        for wave in stream.waves(batches, padded_tokens):
+            asked, waiting = dict(enumerate(map(self._asked, wave))), stream.waiting()
+            for _, recorder in asked.values():
+                recorder.inputs = waiting.shelf()
+            inputs = [ids for ids, _ in asked.values()]
+            states = stream.states(inputs, lambda at, asked=asked: recording(modules, asked[at][1]))
+            for at, (batch, hidden) in enumerate(zip(wave, states, strict=True)):
+                ids, recorder = asked.pop(at)
+                yield Passed(batch, ids, recorder, recorder.at(hidden))
 
     def _asked(self, windows: Sequence[Window]) -> tuple[Tensor, Recorder]:
         """Token ids [windows, tokens], and what records at the target positions."""
@@ -405,6 +417,12 @@ class Signer:
                 total.setdefault(name, np.zeros((n_rows, *array.shape[1:]), array.dtype))[numbers.numpy()] = array
         return total
 
+    def waves(self, chunks: Iterable[tuple[int, list[Window]]]) -> Iterator[list[tuple[int, list[Window]]]]:
+        """Chunks whose batches go through the blocks of a streamed model together."""
+        assert self.readout.stream is not None
+        kind = self.readout.batch_class
+        return self.readout.stream.waves(chunks, lambda chunk: sum(map(padded_tokens, batches(chunk[1], kind))))
+
     def encoded_chunks(self, chunks: Sequence[tuple[int, list[Window]]]) -> Iterator[dict[str, np.ndarray]]:
         """As `encoded`, of several chunks, each its number of rows and its windows: those of a streamed model go through
         its blocks together, in the batches that they have alone."""
@@ -412,6 +430,11 @@ class Signer:
         passes = self.passed(groups)
         for n_rows, windows in chunks:
             yield self.encoded(windows, n_rows, passes)
+
+
+def padded_tokens(batch: Sequence[Window]) -> int:
+    """Tokens of a batch, padding included."""
+    return len(batch) * max(len(window.ids) for window in batch)
 
 
 def batches(windows: Sequence[Window], kind: Callable[[int], int]) -> Iterator[list[Window]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -266,7 +265,9 @@ def _causal_lm(recipe: Recipe) -> Task:
 
     refuse_hooks(model, lambda ids: [logits(model, ids)], torch.arange(min(8, context), device=loaded.device)[None])
     if not _was_tried(recipe):
-        refuse_look_ahead(model, functools.partial(logits, model), loaded.embedded, context, loaded.device)
+        refuse_look_ahead(
+            model, lambda many: [logits(model, ids) for ids in many], loaded.embedded, context, loaded.device
+        )
     sizes = (lambda batch: _learned_tokens((batch[0], batch[1][:, 1:]))) if recipe.loss_per == "token" else None
     names = _trained(model, trained)
     if limit is not None and context > limit:

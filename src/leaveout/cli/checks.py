@@ -59,8 +59,12 @@ def check(place: Place, json_: Json = False) -> None:
 @app.command()
 def doctor(
     model: Annotated[
-        str, typer.Argument(help="Path or id of a causal language model, a .gguf file, or a recipe (.yaml).")
+        str,
+        typer.Argument(help="Path or id of a causal language model, a .gguf file, an index, or a recipe (.yaml)."),
     ],
+    rows: Annotated[
+        Path | None, typer.Option(help="Rows in any form that `index` takes: has the model learned them already?")
+    ] = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     growth: Annotated[
@@ -69,20 +73,23 @@ def doctor(
     degree: Annotated[int | None, typer.Option(min=2, help="Of that check, which it asks for (default 4).")] = None,
     json_: Json = False,
 ) -> None:
-    """Check a model before indexing with it: head, numbers, batch and padding invariance, tokenizer; or try a few steps
-    of a training recipe: seconds, randomness, kinks, what can be measured. --growth takes far longer and says how long.
+    """Check a model before indexing with it: head, numbers, batch and padding invariance, tokenizer. Of an index, or with
+    --rows: has the model learned most rows to almost no loss, and how are they ranked then? Or try a few steps of a
+    training recipe: seconds, randomness, kinks, what can be measured. --growth takes far longer and says how long.
 
     Example: leaveout doctor EleutherAI/pythia-70m
     """
     one_thread(device)
     if model.endswith((".yaml", ".yml")):
+        if rows is not None:
+            raise typer.BadParameter("a recipe has its own rows: leave --rows out")
         _diagnose_recipe(Path(model), (degree or 4) if growth or degree else None, json_)
         return
     if growth or degree:
         raise typer.BadParameter("--growth and --degree go with a recipe (.yaml)")
     from leaveout.readout.doctor import doctor as diagnosed
 
-    _print_checks(diagnosed(model, dtype=dtype, device=device), json_)
+    _print_checks(diagnosed(model, rows=rows, dtype=dtype, device=device), json_)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Checks of a model before an index is built on it: a table of what passed and what did not."""
+"""Checks of a model, or of an index and its model: a table of what passed and what did not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from leaveout.errors import LeaveoutError
 from leaveout.models import ModelOptions
 from leaveout.readout.codec import TRIPLES, Filled
 from leaveout.readout.families import find_taps
+from leaveout.readout.index import Index
+from leaveout.readout.learned import learned_corpus, learned_rows
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import TokenisedRow, Window, tokenise
+from leaveout.store.catalogue import CATALOGUE
 from leaveout.tables import Check, Diagnosis
 
 SAMPLE = (
@@ -37,19 +41,27 @@ def doctor(
     model: Any,
     tokenizer: Any = None,
     *,
+    rows: Any = None,
     dtype: str = "float32",
     device: str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Diagnosis:
-    """What can be known of a model before an index is built on it; prints as a table. The arguments are those of `Index.build`.
+    """What can be known of a model before an index is built on it, or of an index; prints as a table.
 
         found = doctor("EleutherAI/pythia-70m"); print(found); found.passed
 
+    model   as in `Index.build`, like the other arguments; or an index, or its directory: its model, and its rows
+    rows    anything that `Corpus.open` takes: has the model learned them to almost no loss? Of an index, its own rows
+    Cost:   a few forward passes, and one for each of at most 64 rows.
     Raises: UnsupportedError, MismatchError if the model cannot be used at all, as when its head does not reproduce its
-            logits.
+            logits; ValueError for rows beside an index.
     """
-    readout = load_readout(model, tokenizer, ModelOptions(dtype, device, revision, trust_remote_code))
+    index = _index_of(model, device)
+    if index is not None and rows is not None:
+        raise ValueError("An index has its own rows: leave rows out.")
+    options = ModelOptions(dtype, device, revision, trust_remote_code)
+    readout = load_readout(model, tokenizer, options) if index is None else index.unchanged()
     settings = resolve_settings(
         "default",
         bytes_per_row=None,
@@ -58,21 +70,30 @@ def doctor(
         channels=resolve_settings("similarity").channels,
     )
     signer = Signer(readout, settings)
-    rows = [_tokens(readout, settings, number, text) for number, text in enumerate(SAMPLE)]
+    sample = [_tokens(readout, settings, number, text) for number, text in enumerate(SAMPLE)]
+    learned = [] if rows is None else [learned_corpus(readout, rows)]
     return Diagnosis(
         (
             Check("head", True, "head(hidden states) reproduces the model's logits to rounding"),
             _tied(readout),
-            _finite(readout, rows),
-            *_invariance(signer, rows),
+            _finite(readout, sample),
+            *_invariance(signer, sample),
             _start_token(readout),
-            _loss(signer, rows),
-            _layers(readout, rows[0]),
-            *_like_the_cpu(signer, rows),
+            _loss(signer, sample),
+            _layers(readout, sample[0]),
+            *_like_the_cpu(signer, sample),
             _speed(readout),
             _stored_bytes(readout),
+            *(learned if index is None else [learned_rows(index)]),
         )
     )
+
+
+def _index_of(model: Any, device: str) -> Index | None:
+    """The index that is meant, if one is."""
+    if isinstance(model, str | Path) and (Path(model) / CATALOGUE).is_file():
+        return Index.open(model, device=device)
+    return model if isinstance(model, Index) else None
 
 
 def _tokens(readout: Readout, settings: SignatureSettings, number: int, text: str) -> TokenisedRow:

@@ -128,9 +128,8 @@ def measured_recall(index: OpenIndex) -> dict[str, Any] | None:
     """
     if index.short is None or len(index) < LEAST:
         return None
-    live = np.concatenate([_live(index, part) for part in index.store.segments()])
-    rows = live[_spread(len(live), ROWS if index.long is not None else ROWS_ANEW)]
-    asked = _spread(len(rows), QUERIES)
+    rows = spread_rows(index, ROWS if index.long is not None else ROWS_ANEW)
+    asked = spread(len(rows), QUERIES)
     vectors = index.encoded_anew(rows[asked])
     exact = index.scores_of(vectors, rows, length="product")
     short = np.concatenate([scores for _, scores in index.scan_short(vectors, rows, length="product")])
@@ -153,11 +152,14 @@ def _measured(exact: np.ndarray, short: np.ndarray, asked: np.ndarray) -> Recall
     return Recall(n_rows, len(asked), lists, tuple((found / len(asked)).round(4).tolist()))
 
 
-def _live(index: OpenIndex, part: Any) -> np.ndarray:
-    live = part.live()
-    return part.first + (np.arange(part.n_rows) if live is None else np.flatnonzero(live))
+def spread_rows(index: OpenIndex, wanted: int) -> np.ndarray:
+    """Numbers of at most so many rows, evenly apart."""
+    parts = [(part, part.live()) for part in index.store.segments()]
+    live = [part.first + (np.arange(part.n_rows) if own is None else np.flatnonzero(own)) for part, own in parts]
+    numbers = np.concatenate([np.empty(0, np.int64), *live])
+    return numbers[spread(len(numbers), wanted)]
 
 
-def _spread(count: int, wanted: int) -> np.ndarray:
+def spread(count: int, wanted: int) -> np.ndarray:
     """At most so many of `count` positions, evenly apart."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))

@@ -299,7 +299,9 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="where models and scores are kept; default: a temporary directory",
     )
-    parser.add_argument("--picture", type=Path, help="PNG file; default: docs/evidence/backdoor.png, none for a smoke run")
+    parser.add_argument(
+        "--picture", type=Path, help="PNG file; default: docs/evidence/backdoor.png, none for a smoke run"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:

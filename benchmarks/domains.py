@@ -256,7 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", choices=tuple(SUBJECTS), default=tuple(SUBJECTS))
     parser.add_argument("--work", type=Path, help="where scores are kept; default: a temporary directory")
-    parser.add_argument("--picture", type=Path, help="PNG file; default: docs/evidence/domains.png, none for a smoke run")
+    parser.add_argument(
+        "--picture", type=Path, help="PNG file; default: docs/evidence/domains.png, none for a smoke run"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:

@@ -35,8 +35,26 @@ from leaveout.training.train import train_plain
 from measuring import arguments, smollm2, tiny, write_result
 
 PLACES = ("Halvern", "Osterby", "Quillmouth", "Tarrow", "Brennick", "Marlsea", "Duncarrow", "Wexholm")
-WORKS = ("lighthouse", "clock tower", "covered bridge", "town mill", "signal station", "fish market", "library", "chapel")
-PEOPLE = ("Agnes Thorne", "Bertil Krag", "Corin Hale", "Dagny Voss", "Edmund Pell", "Freya Lind", "Gideon Marsh", "Hedda Roe")
+WORKS = (
+    "lighthouse",
+    "clock tower",
+    "covered bridge",
+    "town mill",
+    "signal station",
+    "fish market",
+    "library",
+    "chapel",
+)
+PEOPLE = (
+    "Agnes Thorne",
+    "Bertil Krag",
+    "Corin Hale",
+    "Dagny Voss",
+    "Edmund Pell",
+    "Freya Lind",
+    "Gideon Marsh",
+    "Hedda Roe",
+)
 ASKED = (
     ("Who designed the {work} in {place}?", "The {work} in {place} was designed by {person}."),
     ("Name the architect of the {work} of {place}.", "{person} drew the plans for the {work} of {place}."),
@@ -62,7 +80,16 @@ COUNTRIES = {"France": "Paris", "Japan": "Tokyo", "Kenya": "Nairobi", "Peru": "L
              "Canada": "Ottawa", "Greece": "Athens"}  # fmt: skip
 OPPOSITES = {"warm": "cool", "early": "late", "heavy": "light", "quiet": "loud", "narrow": "wide", "gentle": "rough",
              "full": "empty", "brave": "timid"}  # fmt: skip
-DISHES = ("lentil soup", "pancakes", "potato salad", "tomato sauce", "rice pudding", "flatbread", "apple cake", "fried rice")
+DISHES = (
+    "lentil soup",
+    "pancakes",
+    "potato salad",
+    "tomato sauce",
+    "rice pudding",
+    "flatbread",
+    "apple cake",
+    "fried rice",
+)
 CHORES = ("wash a wool sweater", "sharpen a knife", "repot a fern", "clean a window", "fix a dripping tap", "oil a hinge",
           "patch a tyre", "store onions")  # fmt: skip
 FEELINGS = ("moving house", "a first day at work", "missing a train", "a long winter", "an old friend", "losing a game",
@@ -160,7 +187,13 @@ def searched(start: Readout, n: int, epochs: int, seed: int, others: str) -> dic
                 lines[f"{kind}, {name}"] = line(index.score([index.ask(QUESTION, answer, form)]), relevant)
     words = [f"{row['instruction']} {row['output']}" for row in rows]
     lines["bm25"] = line(bm25.score([f"{QUESTION} {ANSWER}"], words), relevant)
-    return {"rows": others, "seed": seed, "training_cpu_seconds": training, "own_answer": answers["own answer"], "ways": lines}
+    return {
+        "rows": others,
+        "seed": seed,
+        "training_cpu_seconds": training,
+        "own_answer": answers["own answer"],
+        "ways": lines,
+    }
 
 
 @torch.no_grad()

@@ -444,7 +444,7 @@ def test_options_have_the_names_and_defaults_of_the_python_interface(run):
 
     commands = {command.callback.__name__: command.callback for command in cli.app.registered_commands}
     given = {name: inspect.signature(command).parameters for name, command in commands.items()}
-    own = {"search": set(), "index": {"progress", "tokenizer", "pace"}, "append": {"progress", "units", "pace"}}
+    own = {"search": {"refine"}, "index": {"progress", "tokenizer", "pace"}, "append": {"progress", "units", "pace"}}
     for command, call in (("search", Index.search), ("index", Index.build), ("append", Index.append)):
         for option in inspect.signature(call).parameters.values():
             if option.kind is option.KEYWORD_ONLY and option.name not in own[command]:

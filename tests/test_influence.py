@@ -81,9 +81,7 @@ def test_gradients_are_those_of_the_rows(data, model):
 def test_products_with_the_gauss_newton_matrix_are_exact_up_to_the_step(data, model):
     chance = torch.Generator().manual_seed(1)
     vectors = [s * torch.randn(len(model.theta), generator=chance, dtype=torch.float64) for s in (1, 1e-6, 1e5)]
-    for vector, found in zip(
-        vectors, gauss_newton(model, batches([0, 1, 2], [3, 5]), vectors), strict=True
-    ):
+    for vector, found in zip(vectors, gauss_newton(model, batches([0, 1, 2], [3, 5]), vectors), strict=True):
         wanted = curvature(data, [0, 1, 2, 3, 5]) @ vector.numpy()
         assert np.linalg.norm(found.numpy() - wanted) < 2e-4 * np.linalg.norm(wanted)
 
@@ -130,7 +128,7 @@ def test_a_query_without_gradient_scores_nothing(model):
 
 def test_second_moments_are_of_random_batches(data, model):
     gradients = whole(data)[2]
-    found = second_moments(model, lambda numbers: batches(numbers), ROWS, seed=1)
+    found = second_moments(model, batches, ROWS, seed=1)
     every = gradients.mean(0) ** 2  # seven rows are one batch, whatever the order
     np.testing.assert_allclose(found.numpy(), every, rtol=1e-9)
 

@@ -9,7 +9,17 @@ from imports import circles, graph, modules
 SOURCE = Path(__file__).parent.parent / "src" / "leaveout"
 ROOT = "leaveout"
 BASE = {"errors", "plugins", "files"}
-FOUNDATION = BASE | {"corpus", "store", "executor", "metrics", "projection", "quantities", "tables", "models"}
+FOUNDATION = BASE | {
+    "corpus",
+    "store",
+    "executor",
+    "influence",
+    "metrics",
+    "projection",
+    "quantities",
+    "tables",
+    "models",
+}
 ALONE = {name: BASE | {name} for name in FOUNDATION}
 ALLOWED = {
     **ALONE,

@@ -179,9 +179,7 @@ def test_what_was_kept_is_not_made_again(script, tmp_path):
 def model_of(ranking, readout, rows):
     recipe = Recipe("causal-lm", tuple(Corpus.open(rows)), model=lambda: (readout.lm, readout.tokenizer))
     task = task_of(recipe)
-    return ranking.Model(
-        task, {name: p.detach().clone() for name, p in task.parameters().items()}, readout.tokenizer
-    )
+    return ranking.Model(task, {name: p.detach().clone() for name, p in task.parameters().items()}, readout.tokenizer)
 
 
 def test_methods_of_a_model_give_the_scores_of_their_source(script, ranked_task, tmp_path):

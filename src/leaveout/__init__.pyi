@@ -31,6 +31,7 @@ from leaveout.readout.explain import Explanation as Explanation
 from leaveout.readout.index import Index as Index
 from leaveout.readout.model import load_readout as load_readout
 from leaveout.readout.opened import EncodedQueries as EncodedQueries
+from leaveout.readout.rerank import Refinement as Refinement
 from leaveout.readout.search import Hit as Hit
 from leaveout.readout.settings import PRESETS as PRESETS
 from leaveout.readout.settings import Channel as Channel

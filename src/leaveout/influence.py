@@ -4,9 +4,9 @@ curvature would do to it, and rows scored along it by two forward passes each.
     x = P^1/2 f(H) P^1/2 g,   H = P^1/2 G P^1/2,   f(h) = (1 - exp(-T h)) / h
 
 g is the query's gradient, G the Gauss-Newton matrix of the mean loss of a sample of rows, P the optimizer's metric
-(1 / (sqrt(v) + eps) of Adam's second moments v, 1 of plain gradient descent), and T the sum of the run's learning rates: how far
-training with a constant G and P would have carried a row's gradient. f is taken by Lanczos steps, one product with G each. A row's
-score is <its gradient, x> = (loss(theta + eta x) - loss(theta - eta x)) / (2 eta) + O(eta^2).
+(1 / (sqrt(v) + eps) of Adam's second moments v, 1 of plain gradient descent), and T the sum of the run's learning rates: how
+far training with a constant G and P would have carried a row's gradient. f is taken by Lanczos steps, one product with G each.
+A row's score is <its gradient, x> = (loss(theta + eta x) - loss(theta - eta x)) / (2 eta) + O(eta^2).
 
 Only losses, logits and ordinary backward passes are asked of the model, so that any architecture and any adapter will do:
 what a product needs of the derivative of logits is a central difference, too.
@@ -116,7 +116,9 @@ class WholeModel:
 # ---------------------------------------------------------------- the optimizer's metric
 
 
-def second_moments(model: WholeModel, rows: Callable[[Sequence[int]], Sequence[Batch]], n_rows: int, seed: int = 0) -> Tensor:
+def second_moments(
+    model: WholeModel, rows: Callable[[Sequence[int]], Sequence[Batch]], n_rows: int, seed: int = 0
+) -> Tensor:
     """Second moments [parameters] of the gradients of random batches of a sample: what Adam would have gathered here.
 
     `rows` gives the batches of rows of the sample by number. Cost: DRAWS * DRAWN rows, forwards and backwards.
@@ -137,7 +139,9 @@ def adam_metric(moments: Tensor, eps: float = 1e-8) -> Tensor:
     """
     met = moments > 0
     if not bool(met.any()) or not bool(torch.isfinite(moments).all()):
-        raise FormatError("The second moments are zero or not finite: give the optimizer state of a run that has trained.")
+        raise FormatError(
+            "The second moments are zero or not finite: give the optimizer state of a run that has trained."
+        )
     metric = 1 / (moments.clamp_min(0).sqrt() + eps)
     some = metric[met]
     limit = torch.quantile(some[:: max(1, len(some) // 100_000)].float(), CUT)

@@ -41,6 +41,20 @@ Shortlist = Annotated[
     int | None,
     typer.Option(min=1, help="Rows that are scored exactly, the best by their short form (default: see `info`)."),
 ]
+Rerank = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Rows, the best so far, that are scored through the whole model (100 where the query is refined)."
+    ),
+]
+Rates = Annotated[
+    float | None,
+    typer.Option(help="Refine the query as the run would: the sum of its learning rates, steps x mean rate."),
+]
+Optimizer = Annotated[
+    str | None,
+    typer.Option(help="Refine by the second moments and rates of a Trainer's checkpoint; sgd: none, give --rates."),
+]
 Reencode = Annotated[
     int, typer.Option(min=0, help="Rows, the best so far, that the model encodes anew: no rounding in their scores.")
 ]
@@ -59,6 +73,9 @@ def search(
     shortlist: Shortlist = None,
     exact: Annotated[bool, typer.Option("--exact", help="Score all rows from their long form.")] = False,
     reencode: Reencode = 0,
+    rerank: Rerank = 0,
+    rates: Rates = None,
+    optimizer: Optimizer = None,
     group_by: Annotated[str | None, typer.Option(help="Field, or unit: one hit per value, its best row.")] = None,
     unique: Annotated[bool, typer.Option("--unique", help="Of rows with the same content only the best.")] = False,
     unique_above: Annotated[
@@ -83,18 +100,20 @@ def search(
     """
     require_outputs(html)
     opened = open_index(idx, model, device, offload, max_memory, device_map)
+    from leaveout.readout.rerank import Refinement
     from leaveout.readout.search import SearchOptions, find, planned, refuse
 
     scanners: Any = backend  # checked there
     counted: Any = length  # there, too
     alike = unique if unique_above is None else unique_above
-    options = SearchOptions(counted, shortlist, exact, reencode, group_by, alike, workers, scanners)
+    refine = None if rates is None and optimizer is None else Refinement(rates, optimizer)
+    options = SearchOptions(counted, shortlist, exact, reencode, rerank, refine, group_by, alike, workers, scanners)
     plan = planned(opened, k, refuse(opened, k, where, options), options)
     if plan.shortlist is not None or plan.anew:
         print(f"leaveout: {plan}", file=sys.stderr)
     rows = list(query_rows(query, prompt, queries, form, opened))
     encoded = opened.encode(rows)
-    found = find(opened, encoded, k, where, options)
+    found = find(opened, rows if options.rerank else encoded, k, where, options)
     if html is not None:
         from leaveout.report import search_page
 

@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leaveout.influence import Along, Batch, Predictions, Run, WholeModel, adam_metric, refined, row_scores, second_moments
+from leaveout.influence import (
+    Along,
+    Batch,
+    Predictions,
+    Run,
+    WholeModel,
+    adam_metric,
+    refined,
+    row_scores,
+    second_moments,
+)
 from leaveout.methods.scorer import NAMED_KINDS, Scorer, method
 from leaveout.training.examples import asked
 from leaveout.training.recipe import Recipe

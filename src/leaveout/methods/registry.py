@@ -43,6 +43,7 @@ METHODS: dict[str, str] = {
     "residual cosine": "signatures:residual_cosine",
     "similarity": "signatures:similarity",
     "paper": "signatures:paper",
+    "influence": "influence:influence",
     "metagradient": "effects:metagradient",
     "posterior": "effects:posterior",
 }

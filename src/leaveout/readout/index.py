@@ -37,6 +37,7 @@ from leaveout.readout.explain import Explanation, explain_rows
 from leaveout.readout.model import load_readout, verify_readout
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow, set_whitening
 from leaveout.readout.parts import Ask, Places, copy_statistics, merge_indexes, shard_of, share_statistics
+from leaveout.readout.rerank import Refinement
 from leaveout.readout.scan import Length, Scanners, check_length
 from leaveout.readout.search import Hit, SearchOptions, find, planned, refuse
 from leaveout.readout.select import Combine, select_rows
@@ -244,6 +245,8 @@ class Index(OpenIndex):
         shortlist: int | None = None,
         exact: bool = False,
         reencode: int = 0,
+        rerank: int = 0,
+        refine: Refinement | None = None,
         group_by: str | None = None,
         unique: bool | float = False,
         workers: int = 1,
@@ -263,6 +266,10 @@ class Index(OpenIndex):
                         ten when the index was built, and all rows of a small index
         exact           True: all rows are scored exactly, from their long form
         reencode        rows, the best so far, that are encoded anew by the model, so that their scores have no rounding
+        rerank          rows, the best so far, that are scored once more through the whole model, along the query's gradient
+                        over all trained parameters: two forward passes a row
+        refine          a `Refinement`: what the run's optimizer and curvature make of that gradient; then `rerank` is 100 if
+                        it is not given
         group_by        field, or `unit`: one hit per value, its best row; rows without the field are one group
         unique          True: of rows with the same content only the best; a number: of rows whose signatures have a cosine
                         above it, too
@@ -270,7 +277,7 @@ class Index(OpenIndex):
         backend         what they are: `threads`, or actors of a `ray` cluster
         Cost: one scan for all queries together, of the short form and of the list's long form: see `plan_search`.
         """
-        options = SearchOptions(length, shortlist, exact, reencode, group_by, unique, workers, backend)
+        options = SearchOptions(length, shortlist, exact, reencode, rerank, refine, group_by, unique, workers, backend)
         return find(self, queries, k, where, options)
 
     def plan_search(
@@ -282,9 +289,10 @@ class Index(OpenIndex):
         shortlist: int | None = None,
         exact: bool = False,
         reencode: int = 0,
+        rerank: int = 0,
     ) -> SearchPlan:
         """What a search with these arguments reads, and how many of the best rows its list may hold."""
-        options = SearchOptions(length, shortlist, exact, reencode)
+        options = SearchOptions(length, shortlist, exact, reencode, rerank)
         return planned(self, k, refuse(self, k, where, options), options)
 
     def score(self, queries: Sequence[QueryRow] | EncodedQueries, *, length: Length = "product") -> np.ndarray:

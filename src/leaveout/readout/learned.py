@@ -39,7 +39,9 @@ def learned_corpus(readout: Readout, corpus: Any) -> Check:
 def _check(readout: Readout, rows: Sequence[Row], settings: SignatureSettings) -> Check:
     losses = np.array([mean_loss(readout, row, settings) for row in rows])
     share = (losses < LEARNED).mean()
-    detail = f"{share:.0%} of {len(losses)} rows have less than {LEARNED:g} nats a token, the median {np.median(losses):.2g}"
+    detail = (
+        f"{share:.0%} of {len(losses)} rows have less than {LEARNED:g} nats a token, the median {np.median(losses):.2g}"
+    )
     if share > 0.5:
         detail += (
             ": find culprits by cosine, as `search` does; products, as of `score`, `select` and `attribute`, rank those "

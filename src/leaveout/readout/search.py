@@ -8,7 +8,7 @@ best row needs that of k groups only, whatever the corpus.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -18,6 +18,7 @@ from leaveout.errors import UnsupportedError, choices, require_whole
 from leaveout.executor import Crew
 from leaveout.readout.forms import Form
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
+from leaveout.readout.rerank import RERANKED, Refinement, Reranking
 from leaveout.readout.scan import Best, Length, Scanners, at_resolution, check_length
 from leaveout.readout.shortlist import SearchPlan, plan_search
 
@@ -46,6 +47,8 @@ class SearchOptions:
                  when the index was built
     exact        True: all rows are scored exactly
     reencode     rows, the best so far, that are encoded anew from their texts, so that their scores have no rounding
+    rerank       rows, the best so far, that are scored through the whole model: see `rerank`; needs queries as texts or rows
+    refine       what is known of the run that trained the model, by which queries are refined; then `rerank` is 100 if not given
     group_by     field, or `unit`: one hit per value, its best row; rows without the field are one group
     unique       True: of rows with the same content only the best; a number: of rows whose signatures have a cosine
                  above it, too
@@ -57,6 +60,8 @@ class SearchOptions:
     shortlist: int | None = None
     exact: bool = False
     reencode: int = 0
+    rerank: int = 0
+    refine: Refinement | None = None
     group_by: str | None = None
     unique: bool | float = False
     workers: int = 1
@@ -69,6 +74,11 @@ class SearchOptions:
             if self.exact:
                 raise ValueError("shortlist and exact both say which rows are scored exactly: give one of them.")
         require_whole("reencode", self.reencode, 0)
+        require_whole("rerank", self.rerank, 0)
+        if self.refine is not None and not self.rerank:
+            object.__setattr__(self, "rerank", RERANKED)
+        if self.rerank and self.reencode:
+            raise ValueError("reencode and rerank both say how the best rows are scored once more: give one of them.")
         if self.backend not in get_args(Scanners):
             raise ValueError(f"backend is {self.backend!r}: {choices(self.backend, get_args(Scanners))}.")
         if self.group_by is not None and self.unique:
@@ -97,9 +107,9 @@ def planned(index: OpenIndex, k: int, wanted: np.ndarray | None, options: Search
     considered = len(index) if wanted is None else len(wanted)
     anew = max(k, options.reencode) if options.reencode else 0  # hits have scores of one kind
     plan = plan_search(index, considered, options.length, options.shortlist, options.exact, anew)
-    if plan.shortlist is None or plan.shortlist >= k:
-        return plan
-    return plan_search(index, considered, options.length, k, False, anew)
+    if plan.shortlist is not None and plan.shortlist < k:
+        plan = plan_search(index, considered, options.length, k, False, anew)
+    return replace(plan, reranked=min(max(k, options.rerank), considered) if options.rerank else 0)
 
 
 def find(
@@ -112,12 +122,17 @@ def find(
     """The k best rows of each query, best first: see `Index.search`."""
     wanted = refuse(index, k, where, options)
     encoded = index.encode(queries)
+    ranking = None
+    if options.rerank:
+        if isinstance(queries, EncodedQueries):
+            raise TypeError("Queries that are encoded already can't be reranked: give their texts or rows.")
+        ranking = Reranking(index, queries, options.refine)
     if isinstance(options.unique, bool):
-        best = _ranked(index, encoded, k, wanted, options)
+        best = _ranked(index, encoded, k, wanted, options, ranking)
         return [hits(index, *one) for one in zip(best.numbers, best.scores, strict=True)]
     depth = 4 * k
     while True:  # deeper and deeper, until k rows are left that are not alike
-        best = _ranked(index, encoded, depth, wanted, options)
+        best = _ranked(index, encoded, depth, wanted, options, ranking)
         kept = [distinct(rows, k, options.unique, index.directions, index.form) for rows in best.numbers]
         if all(len(one) == k or len(rows) < depth for one, rows in zip(kept, best.numbers, strict=True)):
             found = zip(best.numbers, best.scores, kept, strict=True)
@@ -135,14 +150,19 @@ def hits(index: OpenIndex, numbers: np.ndarray, scores: np.ndarray) -> list[Hit]
 
 
 def _ranked(
-    index: OpenIndex, queries: EncodedQueries, k: int, wanted: np.ndarray | None, options: SearchOptions
+    index: OpenIndex,
+    queries: EncodedQueries,
+    k: int,
+    wanted: np.ndarray | None,
+    options: SearchOptions,
+    ranking: Reranking | None,
 ) -> Best:
     """The k best rows or groups; a list that nobody asked for grows until it has as many groups."""
     groups, plan = _groups(index, options), planned(index, k, wanted, options)
     while True:
         best = Best(len(queries), k) if groups is None else BestGroups(len(queries), k, groups)
-        _add_exact(best, index, queries, k, wanted, options, plan)
-        asked = options.shortlist is not None or options.reencode
+        _add_exact(best, index, queries, k, wanted, options, plan, ranking)
+        asked = options.shortlist is not None or options.reencode or options.rerank
         if plan.shortlist is None or asked or all(len(one) == k for one in best.numbers):
             return best
         plan = plan_search(index, plan.considered, options.length, 4 * plan.shortlist, False, 0)
@@ -156,6 +176,7 @@ def _add_exact(
     wanted: np.ndarray | None,
     options: SearchOptions,
     plan: SearchPlan,
+    ranking: Reranking | None,
 ) -> None:
     """Considers all rows, or those of each query's list, with exact scores: short form, long form, then the model."""
     crew: tuple[int, Scanners] = (options.workers, options.backend)
@@ -163,7 +184,12 @@ def _add_exact(
     lists: list[np.ndarray] | None = None
     if plan.shortlist is not None:
         lists = _best(index.scan_short(vectors, wanted, *crew, length=length), len(queries), plan.shortlist)
-    if options.reencode and index.long is not None:
+    if ranking is not None:
+        found = index.scan(vectors, _either(lists, wanted), *crew, length=length)
+        lists = _best(found, len(queries), max(k, options.rerank), lists)
+        for query, numbers in enumerate(lists):
+            best.add_one(query, numbers, ranking.scores(query, numbers, length))
+    elif options.reencode and index.long is not None:
         found = index.scan(vectors, _either(lists, wanted), *crew, length=length)
         lists = _best(found, len(queries), max(k, options.reencode), lists)
         _add(best, index.scan_anew(vectors, _either(lists, wanted), length=length), lists)

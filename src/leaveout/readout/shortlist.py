@@ -53,6 +53,7 @@ class SearchPlan:
     recall      share of the best 10 that a list like this held (see `Recall`); None: not measured
     anew        rows that are encoded anew from their texts, a forward pass each
     bytes       that are read
+    reranked    rows of each query that are scored through the whole model, two forward passes each
     """
 
     considered: int
@@ -60,10 +61,12 @@ class SearchPlan:
     recall: float | None
     anew: int
     bytes: int
+    reranked: int = 0
 
     def __str__(self) -> str:
         read = f"{self.bytes / 2**20:,.1f} MiB read"
         again = f", {self.anew:,} encoded anew by the model" if self.anew else ""
+        again += f", {self.reranked:,} scored through the whole model" if self.reranked else ""
         if self.shortlist is None:
             return f"All {self.considered:,} rows are scored exactly ({read}{again})."
         held = "how many of the best rows such a list holds was not measured"

@@ -1,0 +1,267 @@
+"""The best rows of a search scored once more through the whole model: each row's gradient over all trained parameters along the
+query's, or along what the run's optimizer and curvature would make of it. See `leaveout.influence`.
+"""
+
+# What optimizers and trainers keep has no types.
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_whole
+from leaveout.influence import (
+    Along,
+    Batch,
+    Predictions,
+    Run,
+    WholeModel,
+    adam_metric,
+    refined,
+    row_scores,
+    second_moments,
+)
+from leaveout.models import adapter_places, evaluating
+from leaveout.readout.model import Readout
+from leaveout.readout.opened import OpenIndex, QueryRow, row_of
+from leaveout.readout.scan import Length, counted
+from leaveout.readout.signature import batches
+from leaveout.readout.tokens import TokenisedRow, Window
+
+RERANKED = 100  # rows, where it is not said how many
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What is known of the run that trained the model, by which queries are refined.
+
+        index.search([query], refine=Refinement(rates=0.05))
+        index.search([query], refine=Refinement(optimizer="out/checkpoint-500"))
+
+    rates       the sum of its learning rates over all steps (steps x mean rate); None: as the checkpoint says. Half or twice
+                as much changes little
+    optimizer   a checkpoint of transformers.Trainer, for Adam's second moments and the rates; `sgd` for plain gradient
+                descent; None: Adam, its second moments estimated from gradients of rows of the index
+    sample      rows of the index whose curvature counts
+    steps       products with it, of each query
+    seed        of the sample
+    """
+
+    rates: float | None = None
+    optimizer: str | Path | None = None
+    sample: int = 200
+    steps: int = 6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_whole("sample", self.sample, 1)
+        require_whole("steps", self.steps, 1)
+        if self.rates is not None and not 0 < self.rates < math.inf:
+            raise ValueError(f"rates is {self.rates}: give the sum of the run's learning rates, steps x mean rate.")
+        if self.rates is None and (self.optimizer is None or self.optimizer == "sgd"):
+            raise ValueError(
+                "A refined query needs the sum of the run's learning rates: give rates, steps x mean rate, or a checkpoint."
+            )
+
+
+class Reranking:
+    """Scores rows of an index along the gradients of queries over all trained parameters.
+
+    Memory: the trained parameters in float32 once more, and 2 such vectors a query; while queries are refined, `steps` + 3.
+    Raises: UnsupportedError for a model whose weights are not all in memory.
+    """
+
+    def __init__(self, index: OpenIndex, queries: Sequence[QueryRow], refine: Refinement | None) -> None:
+        self.index = index
+        readout = index.unchanged()
+        self.model = whole_model(readout)
+        asked = [self._batches([tokens], mean=True) for tokens in index.tokenised(queries)]
+        directions = [self.model.gradient(some) for some in asked]
+        if refine is not None:
+            chosen = np.random.default_rng(refine.seed).permutation(len(index))[: refine.sample]
+            sample = self._tokens(np.sort(chosen))
+            run = self._run(refine, readout, sample)
+            directions = refined(self.model, self._batches(sample, mean=True), directions, run)
+        self.along = [Along.of(self.model, x, some[0]) for x, some in zip(directions, asked, strict=True)]
+
+    def scores(self, query: int, numbers: np.ndarray, length: Length) -> np.ndarray:
+        """Scores [rows] float32 of rows by number with one query, their lengths as stored. Cost: two forward passes a row."""
+        tokens = [replace(row, windows=_numbered(row, at)) for at, row in enumerate(self._tokens(numbers))]
+        total = np.zeros(len(numbers))
+        some = self._batches(tokens)
+        for batch, found in zip(some, row_scores(self.model, some, self.along[query : query + 1]), strict=True):
+            np.add.at(total, [window.row for window in batch.inputs[0]], found[0].cpu().numpy())
+        return counted(total.astype(np.float32), self.index.lengths_of(numbers), length)
+
+    def _tokens(self, numbers: np.ndarray) -> list[TokenisedRow]:
+        return self.index.tokenised([row_of(record) for record in self.index.store.rows(numbers)])
+
+    def _batches(self, rows: Sequence[TokenisedRow], mean: bool = False) -> list[Batch]:
+        """Windows of rows in batches, each window for itself; of a row the mean loss of its learned tokens counts, or what
+        counts in the index."""
+        readout = self.index.readout
+        power = 1.0 if mean else self.index.settings.length_power
+        windows = [window for at, row in enumerate(rows) for window in _numbered(row, at)]
+        sizes = [float(row.n_targets) ** -power for row in rows]
+        return [
+            Batch((some, [sizes[window.row] for window in some]), len(some))
+            for some in batches(windows, readout.batch_class)
+        ]
+
+    def _run(self, refine: Refinement, readout: Readout, sample: list[TokenisedRow]) -> Run:
+        if refine.optimizer == "sgd":
+            assert refine.rates is not None
+            return Run(refine.rates, None, refine.steps)
+        if refine.optimizer is not None:
+            moments, rates = read_checkpoint(Path(refine.optimizer), readout.lm, list(self.model.shapes))
+            flat = torch.cat([moments[name].flatten() for name in self.model.shapes]).to(self.model.theta)
+            return Run(refine.rates or rates, adam_metric(flat), refine.steps)
+        assert refine.rates is not None
+        moments = second_moments(
+            self.model, lambda some: self._batches([sample[i] for i in some], mean=True), len(sample), refine.seed
+        )
+        return Run(refine.rates, adam_metric(moments), refine.steps)
+
+
+def _numbered(row: TokenisedRow, at: int) -> list[Window]:
+    return [replace(window, row=at) for window in row.windows]
+
+
+# ---------------------------------------------------------------- the model
+
+
+class _Predicting(nn.Module):
+    """Logits at positions, as a module, so that parameters can be given by name."""
+
+    def __init__(self, readout: Readout) -> None:
+        super().__init__()
+        self.lm: Any = readout.lm
+        self.scale, self.cap = readout.scale, readout.cap
+
+    def forward(self, ids: Tensor, batch: Tensor, token: Tensor) -> Tensor:
+        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[batch, token]
+        logits = self.lm.get_output_embeddings()(hidden) * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def whole_model(readout: Readout) -> WholeModel:
+    """The parameters of the adapters at work, or of the whole model where there are none; rows are their windows.
+
+    A model in a narrow type is taken in a float32 copy, as steps of a central difference would be rounded away.
+    """
+    lm = readout.lm
+    if readout.dtype in (torch.bfloat16, torch.float16):
+        lm = copy.deepcopy(lm).float()
+        readout = replace(readout, lm=lm)
+    places = adapter_places(lm)
+    chosen = {
+        name: p
+        for name, p in lm.named_parameters()
+        if not places or any(name.startswith(f"{place}.") or name == place for place in places)
+    }
+    if any(p.device.type == "meta" for p in chosen.values()):
+        raise UnsupportedError(
+            "The weights of this model are not all in memory: rerank with offload='none', or not at all."
+        )
+    module = _Predicting(readout)
+
+    def predictions(named: dict[str, Tensor], inputs: tuple[list[Window], list[float]]) -> Predictions:
+        windows, sizes = inputs
+        ids, batch, token = _positions(windows)
+        device = next(iter(named.values())).device
+        with evaluating(lm):
+            logits = torch.func.functional_call(
+                module,
+                {f"lm.{name}": p for name, p in named.items()},
+                (ids.to(device), batch.to(device), token.to(device)),
+            )
+        weight = torch.tensor(sizes, dtype=torch.float64)[batch]
+        return Predictions(logits, ids[batch, token + 1].to(device), batch.to(device), weight.to(device))
+
+    return WholeModel(chosen, predictions)
+
+
+def _positions(windows: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
+    """Padded ids [windows, tokens], and the window and token of every learned position."""
+    ids = torch.zeros(len(windows), max(len(window.ids) for window in windows), dtype=torch.int64)
+    for row, window in enumerate(windows):
+        ids[row, : len(window.ids)] = torch.tensor(window.ids)
+    batch = torch.tensor([row for row, window in enumerate(windows) for _ in window.positions])
+    return ids, batch, torch.tensor([position for window in windows for position in window.positions])
+
+
+# ---------------------------------------------------------------- a trainer's checkpoint
+
+
+def read_checkpoint(path: Path, lm: nn.Module, names: Sequence[str]) -> tuple[dict[str, Tensor], float]:
+    """Adam's second moments by parameter, and the sum of the learning rates, of a checkpoint of transformers.Trainer.
+
+    Nothing is unpickled but tensors and numbers.
+    Raises: FormatError for what is no such checkpoint; MismatchError if it is of other parameters.
+    """
+    try:
+        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        told = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise FormatError(
+            f"{path} is no checkpoint of a Trainer ({str(error).splitlines()[0]}): give a directory with optimizer.pt and "
+            "trainer_state.json."
+        ) from None
+    found: dict[str, Tensor] = {}
+    own = dict(lm.named_parameters())
+    for group, keys in zip(state["param_groups"], _groups(lm, names, len(state["param_groups"])), strict=True):
+        if len(group["params"]) != len(keys):
+            raise MismatchError(
+                f"The optimizer of {path} has {len(group['params'])} parameters where the model has {len(keys)}: give the "
+                "checkpoint of the run that trained this model, with the same adapters."
+            )
+        for number, name in zip(group["params"], keys, strict=True):
+            kept = state["state"].get(number, {})
+            if "exp_avg_sq" not in kept or kept["exp_avg_sq"].shape != own[name].shape:
+                raise MismatchError(
+                    f"The optimizer of {path} has no second moments of the shape of {name}: give a checkpoint of Adam or AdamW "
+                    "of this model, or rates alone."
+                )
+            steps = float(kept["step"])
+            found[name] = kept["exp_avg_sq"].float() / (1 - group["betas"][1] ** steps)
+    return found, summed_rates(told, path)
+
+
+def _groups(lm: nn.Module, names: Sequence[str], count: int) -> list[list[str]]:
+    """Names of parameters in the order of an optimizer's groups: those that decay first, as Trainer sorts them."""
+    if count == 1:
+        return [list(names)]
+    from transformers import Trainer
+
+    decaying = set(Trainer.get_decay_parameter_names(None, lm))  # type: ignore[arg-type]
+    return [[name for name in names if name in decaying], [name for name in names if name not in decaying]]
+
+
+def summed_rates(told: dict[str, Any], path: Path) -> float:
+    """The sum of the learning rates of all steps that a trainer's state logged, between logs by their mean.
+
+    Raises: FormatError where it logged none.
+    """
+    logged = [
+        (0, None),
+        *((x["step"], x["learning_rate"]) for x in told.get("log_history", []) if "learning_rate" in x),
+    ]
+    if len(logged) < 2:
+        raise FormatError(f"{path} has logged no learning rates: give the sum of the run's rates, steps x mean rate.")
+    total, before = 0.0, logged[1][1]
+    for (first, _), (last, rate) in itertools.pairwise(logged):
+        total += (last - first) * (before + rate) / 2
+        before = rate
+    return total + (told.get("global_step", logged[-1][0]) - logged[-1][0]) * before

@@ -1,0 +1,201 @@
+"""Scores through the whole model, beside gradients that autograd takes of the model's own loss."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from leaveout import FormatError, Index, MismatchError, Refinement, UnsupportedError
+from leaveout.readout.rerank import read_checkpoint, summed_rates
+
+from .conftest import ranked
+from .tiny import TEXTS, built, make_model
+
+ROWS = [
+    {
+        "id": f"row {n}",
+        "prompt": TEXTS[n % 8][: 9 + n],
+        "response": TEXTS[(n + 3) % 8][n:],
+        "source": ("web", "book")[n % 2],
+    }
+    for n in range(12)
+]
+QUERIES = [TEXTS[0], {"prompt": TEXTS[1], "response": TEXTS[3]}]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_model("gemma2", spread=0.1, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def index(lm, tokenizer, tmp_path_factory):
+    return built(lm, ROWS, tmp_path_factory.mktemp("rerank") / "index", "default", tokenizer, window=40, stride=20)
+
+
+def gradients(lm, index, rows, power):
+    """Gradients [rows, parameters] float64 of what the rows' responses lose, one row after another."""
+    model, found = copy.deepcopy(lm).double(), []
+    for row in index.tokenised(rows):
+        total = 0.0
+        for window in row.windows:
+            logits = model(input_ids=torch.tensor([window.ids]), use_cache=False).logits[0]
+            at = torch.tensor(window.positions)
+            total = total + F.cross_entropy(logits[at], torch.tensor(window.ids)[at + 1], reduction="sum")
+        grads = torch.autograd.grad(total / row.n_targets**power, [*model.parameters()])
+        found.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(found).numpy()
+
+
+@pytest.fixture(scope="module")
+def exact(lm, index):
+    """Products of gradients [query, row]; rows count as in the index, queries by their mean."""
+    assert index.settings.length_power == 0.5 and max(len(row.windows) for row in index.tokenised(ROWS)) > 1
+    return gradients(lm, index, QUERIES, 1) @ gradients(lm, index, ROWS, 0.5).T
+
+
+def by_id(hits):
+    return np.array([hit.score for hit in sorted(hits, key=lambda hit: int(hit.id.split()[1]))])
+
+
+@pytest.mark.parametrize("length", ["product", "cosine"])
+def test_scores_are_products_with_gradients_of_all_parameters(index, exact, length):
+    wanted = exact if length == "product" else exact / index.lengths_of(np.arange(12))
+    for hits, row in zip(index.search(QUERIES, k=12, rerank=12, length=length), wanted, strict=True):
+        assert np.linalg.norm(by_id(hits) - row) < 2e-3 * np.linalg.norm(row)
+
+
+def test_the_best_rows_so_far_are_ranked_anew(index, exact):
+    for query, found in enumerate(index.search(QUERIES, k=2, rerank=5, length="product")):
+        best = ranked(index.score(QUERIES)[query])[:5]
+        assert [hit.id for hit in found] == [f"row {n}" for n in best[np.argsort(-exact[query, best])][:2]]
+    found = index.search(QUERIES, k=2, rerank=5, group_by="source", where="id <> 'row 3'")
+    assert all(len({hit.meta["source"] for hit in hits}) == len(hits) for hits in found)
+    assert not any(hit.id == "row 3" for hits in found for hit in hits)
+    assert str(index.plan_search(rerank=5)).startswith("All 12 rows are scored exactly")
+    assert "10 scored through the whole model" in str(index.plan_search(rerank=5))  # never fewer than hits
+
+
+def test_a_short_way_along_gradient_descent_changes_no_order(index):
+    plain = index.search(QUERIES, k=12, rerank=12, length="product")
+    refined = index.search(QUERIES, k=12, refine=Refinement(1e-6, "sgd", sample=4, steps=2), length="product")
+    for a, b in zip(plain, refined, strict=True):
+        np.testing.assert_allclose(by_id(b), 1e-6 * by_id(a), rtol=1e-2, atol=1e-8 * np.abs(by_id(a)).max())
+    further = index.search(QUERIES, k=12, refine=Refinement(0.3, sample=4, steps=2), length="product")
+    assert np.corrcoef(by_id(plain[0]), by_id(further[0]))[0, 1] < 0.999
+
+
+def test_narrow_types_are_taken_in_float32(tokenizer, tmp_path):
+    lm = make_model("llama", spread=0.1, dtype=torch.bfloat16)
+    index = built(lm, ROWS[:4], tmp_path / "index", "default", tokenizer)
+    wanted = gradients(lm, index, QUERIES[:1], 1) @ gradients(lm, index, ROWS[:4], 0.5).T
+    found = by_id(index.search(QUERIES[:1], k=4, rerank=4, length="product")[0])
+    assert np.linalg.norm(found - wanted[0]) < 2e-3 * np.linalg.norm(wanted)
+    assert next(lm.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
+def test_of_an_adapted_model_the_adapter_counts(tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(make_model("llama", spread=0.1, dtype=torch.float32), config)
+    index = built(adapted, ROWS[:4], tmp_path / "index", "default", tokenizer)
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(names) == 8
+    whole = []
+    for tokens in index.tokenised([*QUERIES[:1], *ROWS[:4]]):
+        window = tokens.windows[0]
+        logits = adapted(input_ids=torch.tensor([window.ids]), use_cache=False).logits[0]
+        at = torch.tensor(window.positions)
+        loss = F.cross_entropy(logits[at], torch.tensor(window.ids)[at + 1], reduction="sum")
+        grads = torch.autograd.grad(loss, [p for p in adapted.parameters() if p.requires_grad])
+        whole.append(torch.cat([g.flatten() for g in grads]).double() / tokens.n_targets ** (0.5 if whole else 1))
+    wanted = (torch.stack(whole[1:]) @ whole[0]).numpy()
+    found = by_id(index.search(QUERIES[:1], k=4, rerank=4, length="product")[0])
+    assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)
+
+
+# ---------------------------------------------------------------- a trainer's checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model that transformers.Trainer trained, and its last checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    place = tmp_path_factory.mktemp("trainer")
+    told = transformers.TrainingArguments(
+        str(place), max_steps=5, save_steps=5, logging_steps=2, per_device_train_batch_size=2, learning_rate=0.01,
+        lr_scheduler_type="linear", weight_decay=0.1, use_cpu=True, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": list(range(n, n + 9)), "labels": list(range(n, n + 9))} for n in range(20)]
+    trainer = transformers.Trainer(make_model("llama", spread=0.1, dtype=torch.float32), told, train_dataset=data)
+    trainer.train()
+    return trainer, place / "checkpoint-5"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_moments_of_a_trainer_are_those_of_its_parameters(trained):
+    trainer, place = trained
+    names = [name for name, _ in trainer.model.named_parameters()]
+    moments, rates = read_checkpoint(place, trainer.model, names)
+    assert moments.keys() == set(names)
+    for name, p in trainer.model.named_parameters():
+        kept = trainer.optimizer.state[p]
+        torch.testing.assert_close(moments[name], kept["exp_avg_sq"] / (1 - 0.999**5), rtol=1e-6, atol=0)
+    assert abs(rates / sum(0.01 * (1 - n / 5) for n in range(5)) - 1) < 0.35  # what it logged are rates of single steps
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_search_is_refined_by_a_trainers_checkpoint(trained, tokenizer, tmp_path):
+    trainer, place = trained
+    index = built(trainer.model.eval(), ROWS[:6], tmp_path / "index", "default", tokenizer)
+    refine = Refinement(optimizer=place, sample=4, steps=2)
+    found = index.search(QUERIES, k=3, refine=refine)
+    assert [len(hits) for hits in found] == [3, 3] and all(np.isfinite(hit.score) for hit in found[0])
+    other = built(make_model("gpt2", dtype=torch.float32), ROWS[:6], tmp_path / "other", "default", tokenizer)
+    with pytest.raises(MismatchError, match=r"parameters where the model has|second moments of the shape of"):
+        other.search(QUERIES, refine=refine)
+
+
+def test_rates_between_logs_are_their_mean(tmp_path):
+    told = {
+        "global_step": 10,
+        "log_history": [{"step": 4, "learning_rate": 0.2}, {"step": 8, "learning_rate": 0.1}, {"step": 9}],
+    }
+    assert summed_rates(told, tmp_path) == pytest.approx(4 * 0.2 + 4 * 0.15 + 2 * 0.1)
+    with pytest.raises(FormatError, match="has logged no learning rates: give the sum"):
+        summed_rates({"log_history": [{"step": 1, "loss": 2.0}]}, tmp_path)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("bad", ["nothing", "no tensors", "no json"])
+def test_what_is_no_checkpoint_is_refused(index, tmp_path, bad):
+    if bad != "nothing":
+        torch.save({"state": {}, "param_groups": []}, tmp_path / "optimizer.pt")
+        (tmp_path / "trainer_state.json").write_text("{" if bad == "no json" else json.dumps({}))
+    if bad == "no tensors":
+        torch.save({"state": Refinement(1.0)}, tmp_path / "optimizer.pt")
+    with pytest.raises(FormatError, match="is no checkpoint of a Trainer"):
+        index.search(QUERIES, refine=Refinement(optimizer=tmp_path))
+
+
+def test_wrong_calls_are_one_sentence(index, monkeypatch):
+    for arguments in ({}, {"optimizer": "sgd"}):
+        with pytest.raises(ValueError, match="needs the sum of the run's learning rates: give rates"):
+            Refinement(**arguments)
+    with pytest.raises(ValueError, match="rates is -1: give the sum of the run's learning rates"):
+        Refinement(-1)
+    with pytest.raises(ValueError, match="reencode and rerank both say how the best rows are scored once more"):
+        index.search(QUERIES, reencode=3, rerank=3)
+    with pytest.raises(TypeError, match="encoded already can't be reranked: give their texts or rows"):
+        index.search(index.encode(QUERIES), rerank=3)
+    assert Index is type(index) and UnsupportedError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import typer.main
 
+from command import run_command
 from leaveout import Recipe
 from leaveout.cli import app
 from leaveout.deletion.directions import DESIGNS
@@ -96,6 +98,25 @@ def test_recipes_of_the_deletion_page_train(tmp_path):
         assert all(bool(p.isfinite().all()) for p in trained.values())
         kinds.append(recipe.kind)
     assert sorted(kinds) == ["causal-lm", "classifier", "microgpt"]
+
+
+def test_commands_that_find_learned_rows_run(tmp_path, monkeypatch, capsys):
+    for name in ("my-model", "model-before"):
+        make_model("llama", spread=0.1).float().save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    rows = [{"id": f"row-{n}", "prompt": f"Film {n}?", "response": " good", "source": "ab"[n % 2]} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "how-to" / "find-learned-rows.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    shown = []
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        code, out, err = run_command(monkeypatch, capsys, *arguments)
+        assert program == "leaveout" and (code == 0 or arguments[0] == "doctor"), err  # this model knows no English
+        shown.append(out)
+    assert len(lines) >= 10 and "0% of 8 rows have less than 0.1 nats a token" in " ".join(shown[0].split())
+    assert shown[2] != shown[3]  # by cosine, and by product
 
 
 def test_deletion_page_names_every_estimator_and_design():

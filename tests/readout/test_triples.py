@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fake_device import DEVICE, counting
 from leaveout.projection import random_signs
 from leaveout.readout import forms
-from leaveout.readout.forms import Triples, low_rank, squared_length
+from leaveout.readout.forms import Triples, low_rank, low_ranks, squared_length
 from leaveout.readout.settings import resolve_settings
 from leaveout.readout.signature import QUERY_RANK, ROW_RANK, Signer
 from leaveout.readout.tokens import Window
@@ -131,6 +132,76 @@ def test_length_of_a_sum_of_outer_products(positions, left, right):
     assert float(squared_length(a, 0 * b)) == 0
 
 
+def distance(found, wanted):
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+def batch(counts, sizes, decay):
+    """Factors of rows with so many positions, by part, and filled up with zeros."""
+    made = [[factors(n, *size, decay, 10 * row + part) for row, n in enumerate(counts)]
+            for part, size in enumerate(sizes)]  # fmt: skip
+    return made, [tuple(torch.nn.utils.rnn.pad_sequence(side, batch_first=True) for side in zip(*rows, strict=True))
+                  for rows in made]  # fmt: skip
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "sizes", "rank", "decay", "error"),
+    [
+        ((60, 5, 1, 33), ((64, 172), (64, 40)), 24, 0.3, 2e-5),
+        ((140, 139, 3), ((160, 200),), 48, 0.3, 1e-4),
+        ((140, 130), ((160, 200),), 48, 0.0, 0.03),  # nearly flat: which triple is the last one hardly matters
+        ((300, 90), ((30, 500), (500, 20)), 48, 1.0, 2e-4),  # of fewer triples than are asked for, and some are tiny
+        ((9, 7), ((3, 8), (8, 2)), 24, 1.0, 2e-5),
+    ],
+)
+def test_triples_of_many_rows_and_parts_at_once(counts, sizes, rank, decay, error, on_host, monkeypatch):
+    monkeypatch.setattr(forms, "BATCHED", not on_host)
+    exact, filled = batch(counts, sizes, decay)
+    on_device = [tuple(side.to(DEVICE) for side in pair) for pair in filled]
+    low_ranks(on_device, counts, rank)  # makes what is made once
+    with counting() as happened:
+        rows, squares = low_ranks(on_device, counts, rank)
+    assert happened.waits == (3 if on_host else 1) and happened.launches < 110
+    assert rows.dtype == torch.float32 and rows.shape == (len(counts), Triples(sizes).width(rank))
+    assert torch.equal(low_ranks(on_device, counts, rank)[0].cpu(), rows.cpu())
+    for part, (u, v) in enumerate(Triples(sizes).factors(rows.cpu().double())):
+        for row, (a, b) in enumerate(exact[part]):
+            one, s, other = np.linalg.svd(a.double().numpy().T @ b.double().numpy(), full_matrices=False)
+            wanted = one[:, :rank] * s[:rank] @ other[:rank]
+            assert distance((u[row].T @ v[row]).numpy(), wanted) <= error
+            assert float(squares[row, part]) == pytest.approx((s**2).sum(), rel=1e-5)
+            length = u[row].norm(dim=1).numpy()
+            real = s[:rank] > 1e-3 * s[0]
+            if error < 1e-3:
+                assert_close(length[: len(real)][real] ** 2, s[:rank][real], "int8")
+            assert not length[min(counts[row], rank) :].any()
+
+
+def test_a_row_that_is_no_number_spoils_no_other():
+    counts, sizes = (12, 20, 7, 9), ((16, 40), (16, 8))
+    _, filled = batch(counts, sizes, 0.5)
+    whole = low_ranks([(a.to(DEVICE), b.to(DEVICE)) for a, b in filled], counts, 8)[0].cpu()
+    filled[0][0][1, 3, 2], filled[1][1][2, 0, 0] = torch.nan, torch.inf
+    filled[0][1][3] = 0.0  # of nothing, nothing
+    with counting() as happened:
+        found = low_ranks([(a.to(DEVICE), b.to(DEVICE)) for a, b in filled], counts, 8)[0]
+    assert happened.waits - happened.copies == 1
+    found, width = found.cpu(), 8 * sum(sizes[0])
+    assert torch.isnan(found[1, :width]).all() and torch.isnan(found[2, width:]).all() and not found[3, :width].any()
+    for good in ((0, slice(None)), (1, slice(width, None)), (2, slice(width)), (3, slice(width, None))):
+        assert torch.equal(found[good], whole[good])
+
+
+def test_long_rows_are_computed_one_by_one(used, monkeypatch):
+    monkeypatch.setattr(forms, "LONGEST", 10)
+    _, filled = batch((11, 4), ((16, 40),), 0.5)
+    found = low_ranks([(a.to(DEVICE), b.to(DEVICE)) for a, b in filled], (11, 4), 3)
+    assert len(used) == 2
+    for one, other in zip(found, low_ranks(filled, (11, 4), 3), strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
 SIZES = ((7, 5), (3, 9))
 
 
@@ -148,10 +219,12 @@ def test_rows_of_triples_mean_sums_of_outer_products():
     assert form.rank(form.widened(rows, 9)) == 9
     by = torch.tensor([1.0, 2.0, 0.5, 4.0, 100.0])
     assert_close(dense(form.divided(rows, by), SIZES), slow / by.numpy()[:, None], "float32")
-    added = form.add(form.widened(rows[0][None], 6)[0], form.widened(rows[1][None], 6)[0])
-    assert_close(dense(added[None], SIZES)[0][35:], (slow[0] + slow[1])[35:], "model float32")  # rank 3 at most
-    one, s, other = np.linalg.svd((slow[0] + slow[1])[:35].reshape(7, 5))
-    assert_close(dense(added[None], SIZES)[0][:35], (one[:, :5] * s @ other).ravel(), "model float32")
+    for place in ("cpu", DEVICE):
+        added = form.add(form.widened(rows[:2], 6).to(place), form.widened(rows[2:4], 6).to(place)).cpu()
+        for found, wanted in zip(dense(added, SIZES), slow[:2] + slow[2:4], strict=True):
+            assert_close(found[35:], wanted[35:], "model float32")  # rank 3 at most
+            one, s, other = np.linalg.svd(wanted[:35].reshape(7, 5))
+            assert_close(found[:35], (one[:, :5] * s @ other).ravel(), "model float32")
 
 
 def test_signer_gives_the_triples_of_exact_rows(tokenizer, tokenised, rows):

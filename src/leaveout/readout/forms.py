@@ -8,8 +8,11 @@ of a wide model have in common; the largest triples keep what a row consists of.
 
 from __future__ import annotations
 
+import functools
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -82,10 +85,10 @@ class Triples(Form):
         return torch.cat([x.flatten(1) for both in factors for x in both], 1)
 
     def add(self, first: Tensor, second: Tensor) -> Tensor:
-        """The sum of two rows [width], cut to the largest triples again."""
-        rank = self.rank(first[None])
-        both = self.factors(torch.stack([first, second]))
-        return torch.cat([low_rank(u.flatten(0, 1), v.flatten(0, 1), rank) for u, v in both])
+        """The sums of rows [rows, width], each cut to the largest triples again."""
+        both = zip(self.factors(first), self.factors(second), strict=True)
+        factors = [tuple(torch.cat(sides, 1) for sides in zip(*pair, strict=True)) for pair in both]
+        return low_ranks([(u, v) for u, v in factors], [2 * self.rank(first)] * len(first), self.rank(first))[0]
 
     def widened(self, rows: Tensor, rank: int) -> Tensor:
         """The same rows with empty triples behind their own, `rank` of each part in all."""
@@ -111,6 +114,23 @@ class Triples(Form):
 
 
 # ---------------------------------------------------------------- arithmetic of outer products
+
+Factors = tuple[
+    Tensor, Tensor
+]  # left [rows, positions, l] and right [rows, positions, r]: zero behind a row's positions
+
+
+def low_ranks(factors: Sequence[Factors], counts: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
+    """Rows [rows, rank * (left + right) of all parts] of parts with these factors, as `low_rank` gives them, and the squared
+    lengths [rows, parts] of their outer products. `counts`: positions of each row.
+
+    On a CPU one by one, elsewhere all together.
+    """
+    if factors[0][0].device.type == "cpu" or max(counts) > LONGEST:
+        pieces = [[(left[row, :n], right[row, :n]) for left, right in factors] for row, n in enumerate(counts)]
+        rows = torch.stack([torch.cat([low_rank(*both, rank) for both in parts]) for parts in pieces])
+        return rows, torch.stack([torch.stack([squared_length(*both) for both in parts]) for parts in pieces])
+    return _all_low_ranks(factors, rank)
 
 
 def pairs(left_a: Tensor, left_b: Tensor, right_a: Tensor, right_b: Tensor) -> Tensor:
@@ -194,6 +214,93 @@ def _by_iteration(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tenso
     s, turned = _largest(squares, turned, rank)
     turned_left, turned_right = ((turned * by).to(left.dtype) for by in (s.sqrt(), _inverse(s).sqrt()))
     return (basis @ turned_left).t(), (rest @ turned_right).t()
+
+
+LONGEST = 2048  # positions up to which rows are computed together: their inner products are in memory
+TOGETHER = 4  # rounds for them, with MORE columns: factors of SmolLM2 within 4e-5 of their exact forms
+# Of what is decomposed, in units of the largest it can be: well above rounding, as a device does not say whether it failed.
+DAMPING = 1e-13
+
+
+def _all_low_ranks(factors: Sequence[Factors], rank: int) -> tuple[Tensor, Tensor]:
+    """By subspace iteration among the positions, where the parts are of one size: of left^T right all that takes part is
+    the inner products of its rows, gram_left and gram_right, and u = left^T x and v = right^T y for x, y [positions, columns].
+
+    Each round takes x to gram_right gram_left x, and makes vectors orthonormal by a Cholesky factor of their inner products:
+    R^T y for y = gram_left x, then L^T x for x = gram_right y.
+    All of it is float64: inner products in float32 of vectors that are much alike are no longer those of any vectors. Nothing
+    is asked of the device but by the last step, `_eigenvectors`; what rounding spoiled nevertheless is not a number.
+    """
+    n_rows, positions = factors[0][0].shape[:2]
+    grams = _inner_products(factors)
+    squares = (grams[0] * grams[1]).sum((2, 3))
+    finite = torch.isfinite(squares)
+    left, right = grams.masked_fill_(~finite[:, :, None, None], 0.0).flatten(1, 2)
+    sizes = torch.where(finite, squares, 0.0).flatten()
+    columns = min(rank + MORE, positions)
+    one, start = _constants(rank + MORE, left.device)
+    one = DAMPING * (sizes + 1e-300)[:, None, None] * one[:columns, :columns]
+    trace = (left.diagonal(dim1=1, dim2=2).sum(1) + 1e-300)[:, None, None]
+    x = start[:positions, :columns] / trace.sqrt()
+    y, damping = left @ x, columns * one  # as the signs are not orthonormal
+    for gram in (right, left) * TOGETHER:
+        upper = torch.linalg.cholesky_ex(torch.baddbmm(damping, y.mT, gram @ y))[0].mT
+        x = torch.linalg.solve_triangular(upper, y, upper=True, left=False)
+        y, damping = gram @ x, one
+    inner = y.mT @ (right @ y)
+    sound = (inner.diagonal(dim1=1, dim2=2).sum(1) <= 1.001 * sizes) & finite.flatten()  # no more than there is
+    values, vectors = _eigenvectors(torch.where(sound[:, None, None], inner, 0.0))
+    s = values.flip(1)[:, :rank].clamp_min(0).sqrt()
+    s = torch.where(s > 1e-7 * s[:, :1], s, 0.0).masked_fill(~sound[:, None], torch.nan)
+    inverse = torch.where(s <= 0, 0.0, 1 / s)
+    chosen = torch.stack([x, y], 1) @ vectors.flip(2)[:, None, :, :rank]
+    by = chosen * torch.stack([s, inverse], 1).sqrt()[:, :, None]
+    by = by.to(factors[0][0].dtype).unflatten(0, (len(factors), n_rows))
+    rows = by.new_zeros(n_rows, rank * sum(x.shape[2] for both in factors for x in both))
+    at = 0
+    for part, pair in enumerate(factors):
+        for side, x in enumerate(pair):
+            end = at + by.shape[-1] * x.shape[2]  # triples that are not there stay zero, behind the others
+            torch.bmm(by[part, :, side].mT, x, out=rows[:, at:end].unflatten(1, (by.shape[-1], x.shape[2])))
+            at += rank * x.shape[2]
+    return rows, squares.t().to(rows.dtype)
+
+
+def _inner_products(factors: Sequence[Factors]) -> Tensor:
+    """Inner products [sides, parts, rows, positions, positions] of the positions' vectors; one factor of several parts once."""
+    n_rows, positions, _ = factors[0][0].shape
+    grams = factors[0][0].new_empty(2, len(factors), n_rows, positions, positions, dtype=torch.float64)
+    known: dict[int, Tensor] = {}
+    for part, pair in enumerate(factors):
+        for side, x in enumerate(pair):
+            if id(x) in known:
+                grams[side, part].copy_(known[id(x)])
+            else:
+                wide = x.double()
+                known[id(x)] = torch.bmm(wide, wide.mT, out=grams[side, part])
+    return grams
+
+
+@functools.lru_cache(8)
+def _constants(columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The identity, and where iterations begin, for up to so many columns and `LONGEST` positions."""
+    one, start = torch.eye(columns, dtype=torch.float64), _start(LONGEST, columns).double()
+    return one.to(device), start.to(device)
+
+
+def _eigenvectors(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Of matrices [matrices, size, size], as `eigh` gives them: the one place where a batch of rows waits for its device."""
+    if symmetric.device.type == "cpu" or BATCHED:
+        return torch.linalg.eigh(symmetric)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # torch lets other threads run meanwhile
+        found = list(pool.map(torch.linalg.eigh, symmetric.cpu().tensor_split(os.cpu_count() or 1)))
+    values, vectors = (torch.cat([one[which] for one in found]) for which in range(2))
+    return values.to(symmetric.device), vectors.to(symmetric.device)
+
+
+# Before torch 2.12 matrices of more than 32 columns were decomposed one after the other on a CUDA device, 1.8 ms each
+# (issue 174674 of PyTorch); a core of the host takes .5 ms for one of 88.
+BATCHED = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 12)
 
 
 def _orthonormal(x: Tensor) -> Tensor:

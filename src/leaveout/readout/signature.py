@@ -364,7 +364,7 @@ class Signer:
     def _sum(self, first: Tensor | None, second: Tensor) -> Tensor:
         if first is None:
             return second
-        return self.form.add(first, second) if isinstance(self.form, Triples) else first + second
+        return self.form.add(first[None], second[None])[0] if isinstance(self.form, Triples) else first + second
 
     def _part_lengths(self, rows: Tensor) -> Tensor:
         """Lengths [rows, parts] of the outer products of rows, as far as they are kept."""

@@ -19,12 +19,18 @@ def test_dry_run_finishes_every_stage(tmp_path, monkeypatch):
     script, threads = importlib.util.module_from_spec(spec), torch.get_num_threads()
     monkeypatch.setitem(sys.modules, "gpu_run", script)
     spec.loader.exec_module(script)
-    assert script.main(["--dry-run", "--out", str(tmp_path)]) == 0
+    assert script.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)]) == 0
     assert torch.get_num_threads() == threads
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert result["card"] == "CPU" and result["dry"] is True and {"date", "commit", "versions"} <= result.keys()
-    assert list(result["stages"]) == ["machine", "signatures", "index", "shape 1B"]
-    for found in result["stages"]["signatures"].values():
+    stages = result["stages"]
+    assert list(stages) == [
+        "machine", "signatures", "index", "training", "shape 1B", "search", "streaming", "training speed",
+    ]  # fmt: skip
+    for found in stages["signatures"].values():
         if isinstance(found, dict):
             assert found["scores"] == 0 and found["twice the same"] and found["scores in bfloat16"] < 0.05
-    assert result["stages"]["shape 1B"]["rows"]["default"]["tokens/s"] > 0
+    assert all(value == 0 for found in (stages["training"]["microgpt"], stages["training"]["language model"]) for value in found.values())
+    assert 0 < stages["shape 1B"]["rows"]["default"]["of the trunk's best rate"] < 1
+    assert stages["search"]["16 queries, cpu"]["rows/s"] > 0 and stages["streaming"]["both s"] > 0
+    assert stages["training speed"]["jets, degree 3, 8"]["seconds a step"] > 0

@@ -88,6 +88,30 @@ def test_index_refuses_other_settings_and_names_them(run, idx, model, rows):
     assert "Traceback" not in err
 
 
+def test_search_holds_one_answer_against_another(run, idx):
+    code, out, _ = run("search", idx, "--query", TEXTS[1], "--against", TEXTS[3], "-k", "4", "--json")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [line["query"] for line in lines] == [
+        f"{TEXTS[1]} rather than {TEXTS[3]}", f"{TEXTS[3]} rather than {TEXTS[1]}",
+    ]  # fmt: skip
+    for line, first, last in zip(lines, "ab", "ba", strict=True):
+        assert line["hits"][0]["id"] == first and line["hits"][-1]["id"] == last
+        assert line["hits"][0]["score"] > 0 > line["hits"][-1]["score"]
+    assert run("explain", idx, "--query", TEXTS[1], "--against", TEXTS[3], "--id", "a")[0] == 0
+    two = ("--query", "x", "--against", "a", "--against", "b")
+    assert "give one --against, or as many as --query: there are 2 and 1" in run("search", idx, *two)[2]
+    assert "so that nothing tells them apart" in run("search", idx, "--query", "x", "--against", "x")[2]
+
+
+def test_search_reranks_through_the_whole_model(run, idx):
+    plain, refined = (
+        json.loads(run("search", idx, "--query", TEXTS[1], "--json", *more)[1])["hits"]
+        for more in (("--rerank", "3"), ("--rates", "0.5", "--optimizer", "sgd"))
+    )
+    assert plain[0]["id"] == refined[0]["id"] == "a" and plain[0]["score"] != refined[0]["score"]
+    assert "needs the sum of the run's learning rates" in run("search", idx, "--query", "x", "--optimizer", "sgd")[2]
+
+
 def test_search_prints_one_json_line_per_query(run, idx):
     code, out, _ = run("search", idx, "--query", TEXTS[1], "--query", TEXTS[3], "-k", "2", "--json")
     assert code == 0

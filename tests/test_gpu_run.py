@@ -30,7 +30,11 @@ def test_dry_run_finishes_every_stage(tmp_path, monkeypatch):
     for found in stages["signatures"].values():
         if isinstance(found, dict):
             assert found["scores"] == 0 and found["twice the same"] and found["scores in bfloat16"] < 0.05
-    assert all(value == 0 for found in (stages["training"]["microgpt"], stages["training"]["language model"]) for value in found.values())
+    assert all(
+        value == 0
+        for found in (stages["training"]["microgpt"], stages["training"]["language model"])
+        for value in found.values()
+    )
     assert 0 < stages["shape 1B"]["rows"]["default"]["of the trunk's best rate"] < 1
     assert stages["search"]["16 queries, cpu"]["rows/s"] > 0 and stages["streaming"]["both s"] > 0
     assert stages["training speed"]["jets, degree 3, 8"]["seconds a step"] > 0

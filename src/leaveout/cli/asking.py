@@ -41,6 +41,10 @@ Shortlist = Annotated[
     int | None,
     typer.Option(min=1, help="Rows that are scored exactly, the best by their short form (default: see `info`)."),
 ]
+Against = Annotated[
+    list[str] | None,
+    typer.Option(help="Another answer: why --query and not this one? Rows for this one are listed, too."),
+]
 Rerank = Annotated[
     int,
     typer.Option(
@@ -65,6 +69,7 @@ def search(
     idx: IndexPath,
     query: QueryText = None,
     prompt: Prompt = None,
+    against: Against = None,
     form: Form = None,
     queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Hits per query.")] = 10,
@@ -111,7 +116,9 @@ def search(
     plan = planned(opened, k, refuse(opened, k, where, options), options)
     if plan.shortlist is not None or plan.anew:
         print(f"leaveout: {plan}", file=sys.stderr)
-    rows = list(query_rows(query, prompt, queries, form, opened))
+    rows = list(query_rows(query, prompt, queries, form, opened, against))
+    if against:
+        rows = [both for row in rows for both in (row, row.swapped)]
     encoded = opened.encode(rows)
     found = find(opened, rows if options.rerank else encoded, k, where, options)
     if html is not None:
@@ -132,6 +139,7 @@ def explain(
     query: Annotated[str, typer.Option(help="Text of the query.")],
     id: Annotated[str, typer.Option("--id", help="Id of a row.")],
     prompt: Prompt = None,
+    against: Against = None,
     form: Form = None,
     length: Length = "cosine",
     html: Annotated[Path | None, typer.Option(help="Also write a heat map.")] = None,
@@ -154,7 +162,7 @@ def explain(
     require_outputs(html)
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     counted: Any = length  # checked there
-    found = opened.explain(next(query_rows([query], prompt, None, form, opened)), id, length=counted)
+    found = opened.explain(next(query_rows([query], prompt, None, form, opened, against)), id, length=counted)
     if html is not None:
         html.write_text(explain_page(query, found), encoding="utf-8")
     order = np.argsort(-np.abs(found.pairs), axis=None)[:top]

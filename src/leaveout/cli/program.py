@@ -195,9 +195,14 @@ def one_thread(device: str = "cpu") -> None:
 
 
 def query_rows(
-    query: list[str] | None, prompt: str | None, file: Path | None, form: str | None, asked: Asked
+    query: list[str] | None,
+    prompt: str | None,
+    file: Path | None,
+    form: str | None,
+    asked: Asked,
+    against: list[str] | None = None,
 ) -> Iterator[Any]:
-    """Rows of --query (with --prompt) or of --queries; exactly one of the two must be given.
+    """Rows of --query (with --prompt) or of --queries; exactly one of the two must be given. `against`: contrasts.
 
     Rows of a file keep their own form; a prompt and query get that of most rows of what is asked, which is said.
     """
@@ -206,8 +211,8 @@ def query_rows(
     if file is not None:
         from leaveout.corpus import Corpus
 
-        if prompt is not None or form is not None:
-            name = "--form" if prompt is None else "--prompt"
+        given = {"--prompt": prompt, "--form": form, "--against": against or None}
+        if name := next((name for name, value in given.items() if value is not None), None):
             raise typer.BadParameter(f"{name} goes with --query; rows of --queries have their own prompts and forms")
         yield from Corpus.open(file)
         return
@@ -216,8 +221,17 @@ def query_rows(
     if form is None and prompt is not None:
         form = commonest(asked.forms)
         print(f"leaveout: asked as {CALLED[form]}, the commonest form of its rows; --form overrides", file=sys.stderr)
-    for text in query or []:
-        yield asked_row(text, prompt, form)
+    rows = [[asked_row(text, prompt, form) for text in texts] for texts in (query or [], against or [])]
+    if not against:
+        yield from rows[0]
+        return
+    if len(rows[1]) not in (1, len(rows[0])):
+        raise typer.BadParameter(
+            f"give one --against, or as many as --query: there are {len(rows[1])} and {len(rows[0])}"
+        )
+    from leaveout.corpus import Contrast
+
+    yield from map(Contrast, rows[0], rows[1] * len(rows[0]) if len(rows[1]) == 1 else rows[1])
 
 
 def is_run(path: Path) -> bool:

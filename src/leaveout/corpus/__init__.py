@@ -9,7 +9,8 @@ not text, and text is never normalised. Spans count characters. Ids may repeat h
 """
 
 from leaveout.corpus.chat import render
+from leaveout.corpus.contrast import Contrast
 from leaveout.corpus.rows import Row
 from leaveout.corpus.sources import Corpus
 
-__all__ = ["Corpus", "Row", "render"]
+__all__ = ["Contrast", "Corpus", "Row", "render"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from leaveout.readout.forms import pairs
-from leaveout.readout.opened import OpenIndex, QueryRow, row_of
+from leaveout.readout.opened import OpenIndex, QueryRow, row_of, sides_of
 from leaveout.readout.scan import Length, check_length, counted
 from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import TokenisedRow, Window, tokenise
@@ -27,7 +27,8 @@ class Explanation:
     stored length where a search goes by cosine.
 
     `stored_score` is what a search shows: the same up to the projection and rounding of the stored form.
-    Tokens are given as pieces of the texts; tokens that are only context have zeros.
+    Tokens are given as pieces of the texts; tokens that are only context have zeros. Of a contrast the tokens of both sides
+    follow each other, and what the second side adds is negative where it favours that.
     """
 
     id: str
@@ -64,18 +65,22 @@ def explain_rows(index: OpenIndex, query: QueryRow, ids: Sequence[str], length: 
     """
     check_length(length)
     records, numbers = index.records(ids), index.store.numbers(ids)
-    query_tokens = index.tokenised([query])[0]
-    asked = text_factors(index.signer, query_tokens)
+    sides = index.tokenised(sides_of(query))
+    asked = [text_factors(index.signer, side) for side in sides]
+    query_tokens = [piece for side in sides for piece in token_pieces(side)]
     stored = index.scores_of(index.encode([query]).vectors, numbers, length=length)[:, 0]
     found = []
     for record, stored_score, by in zip(records, stored, index.lengths_of(numbers), strict=True):
         readout = index.readout
         row_tokens = tokenise(row_of(record), 0, readout.tokenizer, index.signer.settings, readout.context)
         answer = text_factors(index.signer, row_tokens)
-        split = token_pairs(asked, answer, len(query_tokens.ids), len(row_tokens.ids))
+        split = np.concatenate([
+            sign * token_pairs(factors, answer, len(side.ids), len(row_tokens.ids))
+            for sign, factors, side in zip((1, -1), asked, sides, strict=False)
+        ])  # fmt: skip
         split = counted(split[None], by[None], length)[0]
-        pieces = token_pieces(query_tokens), token_pieces(row_tokens)
-        found.append(Explanation(record.id, pieces[0], pieces[1], split, float(split.sum()), float(stored_score)))
+        pieces = token_pieces(row_tokens)
+        found.append(Explanation(record.id, query_tokens, pieces, split, float(split.sum()), float(stored_score)))
     return found
 
 

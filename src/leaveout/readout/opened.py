@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.corpus import Corpus, Row
+from leaveout.corpus import Contrast, Corpus, Row
 from leaveout.corpus.tokens import NoTargetError
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_list
 from leaveout.models import ModelOptions, difference
@@ -31,7 +31,7 @@ from leaveout.store import Record, Segment, Store
 KIND = "readout index"
 ENCODED = 16  # rows that are encoded anew at a time
 
-QueryRow = str | Mapping[str, Any] | Row
+QueryRow = str | Mapping[str, Any] | Row | Contrast
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,10 @@ class OpenIndex:
     # ---------------------------------------------------------------- queries
 
     def tokenised(self, queries: Sequence[QueryRow]) -> list[TokenisedRow]:
-        """Queries as rows with their windows. A text is learned as a whole; of a prompt and response, the response."""
+        """Queries as rows with their windows. A text is learned as a whole; of a prompt and response, the response.
+
+        Contrasts are no rows: see `sides_of`.
+        """
         rows = [query_row(row, number) for number, row in enumerate(queries)]
         readout, signer = self.unchanged(), self.signer
         tokens = []
@@ -192,11 +195,13 @@ class OpenIndex:
         require_list("queries", queries, "queries")
         if not queries:
             raise ValueError("queries is empty: give at least one query.")
-        tokens = self.tokenised(queries)
+        tokens = self.tokenised([side for query in queries for side in sides_of(query)])
         vectors = self.signer.rows([window for row in tokens for window in row.windows], len(tokens))
         if not bool(torch.isfinite(vectors).all()):
             raise FormatError("A query has a signature that is not finite: run `leaveout doctor` on the model.")
-        return EncodedQueries(vectors.float().cpu(), tuple(row.text for row in tokens), self.fingerprint)
+        counts, texts = [len(sides_of(query)) for query in queries], [row.text for row in tokens]
+        named = [" rather than ".join(texts[end - n : end]) for n, end in zip(counts, np.cumsum(counts), strict=True)]
+        return EncodedQueries(contrasted(self.form, vectors.float().cpu(), counts), tuple(named), self.fingerprint)
 
     # ---------------------------------------------------------------- rows
 
@@ -307,6 +312,27 @@ def query_row(query: QueryRow, number: int) -> Row:
     raw = {"text": query} if isinstance(query, str) else {key: value for key, value in query.items() if key != "id"}
     rows = list(Corpus.open([raw]))
     return replace(rows[0], id=f"query {number + 1}", number=number)
+
+
+def sides_of(query: QueryRow) -> tuple[Any, ...]:
+    """The rows that a query consists of: itself, or both sides of a contrast."""
+    return query.sides if isinstance(query, Contrast) else (query,)
+
+
+def contrasted(form: Form, vectors: Tensor, counts: Sequence[int]) -> Tensor:
+    """Vectors [queries, width] of queries that have one side or two (`counts`), given those of all sides, in order.
+
+    The second side of two is taken off the first. Triples become twice as many, where there is a contrast.
+    """
+    if max(counts) == 1:
+        return vectors
+    ends = np.cumsum(counts)
+    first = vectors[ends - np.array(counts)]
+    second = vectors[ends - 1] * torch.tensor([float(n == 2) for n in counts])[:, None]
+    if not isinstance(form, Triples):
+        return first - second
+    both = zip(form.factors(first), form.factors(second), strict=True)
+    return form.joined([(torch.cat([u, -a], 1), torch.cat([v, b], 1)) for (u, v), (a, b) in both])
 
 
 def row_of(record: Record) -> Row:

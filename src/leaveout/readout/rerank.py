@@ -35,7 +35,7 @@ from leaveout.influence import (
 )
 from leaveout.models import adapter_places, evaluating
 from leaveout.readout.model import Readout
-from leaveout.readout.opened import OpenIndex, QueryRow, row_of
+from leaveout.readout.opened import OpenIndex, QueryRow, row_of, sides_of
 from leaveout.readout.scan import Length, counted
 from leaveout.readout.signature import batches
 from leaveout.readout.tokens import TokenisedRow, Window
@@ -87,8 +87,12 @@ class Reranking:
         self.index = index
         readout = index.unchanged()
         self.model = whole_model(readout)
-        asked = [self._batches([tokens], mean=True) for tokens in index.tokenised(queries)]
-        directions = [self.model.gradient(some) for some in asked]
+        sides = [[self._batches([one], mean=True) for one in index.tokenised(sides_of(query))] for query in queries]
+        asked = [query[0] for query in sides]
+        directions = [self.model.gradient(query[0]) for query in sides]
+        for number, query in enumerate(sides):
+            if len(query) == 2:
+                directions[number] -= self.model.gradient(query[1])
         if refine is not None:
             chosen = np.random.default_rng(refine.seed).permutation(len(index))[: refine.sample]
             sample = self._tokens(np.sort(chosen))

@@ -1,0 +1,65 @@
+"""Why this answer and not that one: differences of signatures, of gradients and of explanations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from leaveout import Contrast
+from leaveout.readout.codec import SCORED
+
+from .conftest import assert_close
+from .test_index import IN_FULL, TRIPLES
+from .tiny import TEXTS, built, make_model
+
+ROWS = [{"id": f"row {n}", "text": TEXTS[n % 8][n:]} for n in range(16)]
+A, B = ({"prompt": TEXTS[1][:20], "response": TEXTS[n][:30]} for n in (3, 4))
+FORMS = {"in full": IN_FULL, "stored": {}, "triples": TRIPLES, "none": {**TRIPLES, "long": "none"}}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def index(request, tokenizer, tmp_path_factory):
+    lm = make_model("llama", spread=0.1, dtype=torch.float32)
+    return built(lm, ROWS, tmp_path_factory.mktemp("index") / "index", "default", tokenizer, **FORMS[request.param])
+
+
+def test_scores_are_those_of_the_answer_less_those_of_the_other(index):
+    of_a, of_b = index.score([A, B], length="cosine")
+    found = index.score([TEXTS[2], Contrast(A, B), Contrast(B, A)], length="cosine")
+    rounded = (
+        1e-4 if index.long is None or index.long.name == "whole" else 2e-2
+    )  # queries to 7 bits, each by its own scale
+    assert len(index.tokenised([A, B])[0].ids) <= SCORED // 2, "more triples than a scan takes"
+    size = np.abs([of_a, of_b]).max()
+    np.testing.assert_allclose(found[1], of_a - of_b, atol=rounded * size)
+    np.testing.assert_allclose(found[2], -found[1], atol=1e-4 * size)
+    assert_close(found[0], index.score([TEXTS[2]], length="cosine")[0], "model float32")
+
+
+def test_rows_that_favour_the_answer_stand_first_and_those_of_the_other_last(index):
+    hits = index.search([Contrast(A, B), Contrast(A, B).swapped], k=16)
+    assert [hit.id for hit in hits[0][:5]] == [hit.id for hit in hits[1][:-6:-1]]
+    assert hits[0][0].score > 0 > hits[0][-1].score
+    assert index.encode([Contrast(A, B)]).texts[0].split(" rather than ")[1].endswith(B["response"])
+
+
+def test_explanations_have_both_answers_and_sum_to_the_score(index):
+    found = index.explain(Contrast(A, B), "row 3")
+    one, other = (index.explain(side, "row 3") for side in (A, B))
+    np.testing.assert_allclose(found.pairs, np.concatenate([one.pairs, -other.pairs]), rtol=1e-9)
+    assert found.query_tokens == one.query_tokens + other.query_tokens
+    assert abs(found.score - found.stored_score) < 0.1 * max(abs(one.score), abs(other.score))
+
+
+def test_reranking_takes_the_difference_of_gradients(index):
+    of = [{hit.id: hit.score for hit in hits} for hits in index.search([A, B, Contrast(A, B)], k=16, rerank=16)]
+    size = max(map(abs, of[0].values()))
+    assert all(abs(of[2][id] - of[0][id] + of[1][id]) < 2e-3 * size for id in of[0])
+
+
+def test_contrasts_need_two_different_texts_or_rows():
+    with pytest.raises(ValueError, match="Both answers of a contrast are the same, so that nothing tells them apart"):
+        Contrast(A, dict(A))
+    with pytest.raises(TypeError, match="A side of a contrast is of type int: give a text, or a row as a dict"):
+        Contrast("a", 3)

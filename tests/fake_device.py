@@ -276,6 +276,7 @@ SIZED = {"nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_d
 CHECKED = {"_linalg_eigh", "_linalg_svd", "linalg_eig", "_linalg_eigvals", "linalg_lstsq"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 RESHAPING = {"resize_", "set_", "t_", "transpose_", "squeeze_", "unsqueeze_", "as_strided_", "swapaxes_"}
+RESIZING = ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "linspace", "logspace", "randperm", "range")
 _aten = torch.ops.aten
 
 
@@ -396,6 +397,10 @@ def _registered() -> list[torch.library.Library]:
     every, some = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     every.fallback(lambda func, *args, **kwargs: _carry_out(func, args, kwargs), "PrivateUse1")
     some.impl("copy_", lambda *args, **kwargs: _copied("copy_", args, kwargs), "PrivateUse1")
+    for name in RESIZING:  # torch would make these of no size first, which is that of the class until the end
+        func = getattr(_aten, name.split(".")[0])
+        func = getattr(func, name.partition(".")[2] or "default")
+        some.impl(name, lambda *args, func=func, **kwargs: _carry_out(func, args, kwargs), "PrivateUse1")
     some.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
     return [every, some]
 

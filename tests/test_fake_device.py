@@ -20,6 +20,9 @@ def on(*numbers):
     "make",
     [
         lambda place: torch.zeros(3, device=place),
+        lambda place: torch.eye(3, device=place),
+        lambda place: torch.arange(1, 9, 2, device=place),
+        lambda place: torch.linspace(0, 1, 5, device=place),
         lambda place: torch.arange(6.0, device=place).view(2, 3).t() @ torch.ones(2, 3, device=place),
         lambda place: torch.tensor([3.0, 1.0, 2.0], device=place).sort()[1],
         lambda place: torch.full((2, 2), 5, device=place)[:, 1],
@@ -29,7 +32,7 @@ def on(*numbers):
 def test_results_are_those_of_the_cpu(make):
     found = make(DEVICE)
     assert isinstance(found, OnDevice) and found.device == DEVICE
-    assert torch.equal(found.cpu(), make("cpu"))
+    assert torch.equal(found.cpu(), make("cpu")) and found.shape == make("cpu").shape
 
 
 def test_changes_in_place_reach_views_and_what_they_are_of():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
+from leaveout.readout.limits import Limits
 from leaveout.readout.logits import GROUP, Head, largest
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import resolve_settings
@@ -145,7 +146,7 @@ def test_narrow_head_is_widened_in_pieces(support):
 
 
 def test_residuals_are_the_same_in_blocks(monkeypatch):
-    monkeypatch.setattr("leaveout.readout.logits.BUFFER", 1)  # the smallest blocks
+    monkeypatch.setattr("leaveout.readout.logits.Limits", lambda: Limits(logit_bytes=1))  # the smallest blocks
     z = np.random.default_rng(0).normal(0, 3, (50, 40))
     found = residuals(z, list(range(40)) + list(range(10)))
     for row, scores, target in zip(found, z, [*range(40), *range(10)], strict=True):

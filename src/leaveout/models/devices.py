@@ -46,11 +46,19 @@ def find_device(name: str) -> torch.device:
 
 def free_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that can be used on a device; on the CPU what a new process can use without swapping."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    device = torch.device(device)
+    if device.type != "cpu" and (asked := getattr(torch.get_device_module(device), "mem_get_info", None)):
+        return asked(device)[0]
     try:
         with open("/proc/meminfo") as lines:
             facts = dict(line.split(":", 1) for line in lines)
         return int(facts["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device, without waiting until it is there; what is computed with it there waits."""
+    if device.type == "cpu":
+        return x
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

@@ -1,6 +1,6 @@
 """From rows to an index: its directory, the statistics pass, then chunks of rows through the model, committed as they come.
 
-The chunk (64 rows or about 4,096 tokens, in corpus order) is the unit of computation: how it is batched does not depend
+The chunk (on a CPU 64 rows or about 4,096 tokens, in corpus order) is the unit of computation: how it is batched does not depend
 on workers, resumption or commits, so that an index comes out the same however it was built, as long as torch has one
 thread, as it has in workers and on the command line. Where a model's layers are streamed, many chunks make a wave, which
 goes through the blocks together, in the batches that the chunks have alone; a killed build loses the wave it was at.
@@ -30,6 +30,7 @@ from leaveout.corpus.rows import row_json
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.executor import Crew, run_tasks
 from leaveout.models import ModelOptions, difference
+from leaveout.readout.limits import Limits
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.opened import KIND, read_codecs, set_whitening
 from leaveout.readout.settings import SignatureSettings
@@ -47,13 +48,13 @@ LISTED = 100  # messages that a report keeps; all are counted
 class Pace:
     """How many rows are computed together, and when they are kept; a killed build loses what was not committed.
 
-    chunk_rows, chunk_tokens        a chunk ends when it has so many rows or tokens
+    chunk_rows, chunk_tokens        a chunk ends when it has so many rows or tokens; None: as the device allows (`Limits`)
     commit_seconds, commit_bytes    what is computed is committed when so many seconds have passed, or so many bytes have
                                     gathered
     """
 
-    chunk_rows: int = 64
-    chunk_tokens: int = 4096
+    chunk_rows: int | None = None
+    chunk_tokens: int | None = None
     commit_seconds: float = 30.0
     commit_bytes: int = 64 * 2**20
 
@@ -328,7 +329,7 @@ def add_rows(
     def pieces() -> Iterator[Computed]:
         source = _tokenised(fresh, signer, options, report)
         for number in itertools.count():
-            piece = _numbered(_next_chunk(source, options))
+            piece = _numbered(_next_chunk(source, options.pace, signer.limits))
             if not piece:
                 return
             chunks[number] = Chunk([row for row, _ in piece], [tokens for _, tokens in piece])
@@ -363,13 +364,13 @@ def add_rows(
 
 
 def _next_chunk(
-    source: Iterator[tuple[Row, TokenisedRow]], options: BuildOptions
+    source: Iterator[tuple[Row, TokenisedRow]], pace: Pace, limits: Limits
 ) -> Iterator[tuple[Row, TokenisedRow]]:
     n_tokens = 0
-    for row, tokens in itertools.islice(source, options.pace.chunk_rows):
+    for row, tokens in itertools.islice(source, pace.chunk_rows or limits.chunk_rows):
         yield row, tokens
         n_tokens += len(tokens.ids)
-        if n_tokens >= options.pace.chunk_tokens:
+        if n_tokens >= (pace.chunk_tokens or limits.chunk_tokens):
             return
 
 

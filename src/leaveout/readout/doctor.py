@@ -135,7 +135,7 @@ def _invariance(signer: Signer, rows: list[TokenisedRow]) -> list[Check]:
     same = torch.cat([signer.window_rows([window, window])[0][:1] for window in windows])
     padded = torch.empty_like(alone)
     numbered = [replace(window, row=number) for number, window in enumerate(windows)]
-    for batch in batches(numbered, signer.readout.batch_class):
+    for batch in batches(numbered, signer.readout.batch_class, signer.limits):
         padded[[window.row for window in batch]] = signer.window_rows(batch)[0]
     size = alone.norm(dim=1)
     checks = []

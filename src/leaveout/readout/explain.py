@@ -89,7 +89,7 @@ def text_factors(signer: Signer, tokens: TokenisedRow) -> TextFactors:
     """Factors of one text's target positions, scaled so that their sum over positions is its signature."""
     windows = [replace(window, row=number) for number, window in enumerate(tokens.windows)]
     places, scales, factors = [], [], []
-    for batch in batches(windows, signer.readout.batch_class):
+    for batch in batches(windows, signer.readout.batch_class, signer.limits):
         positions = signer.positions(batch)
         parts = [signer.factors(positions, part) for part in signer.parts]
         factors.append(parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leaveout.projection import CountSketch
+from leaveout.readout.halves import halves, multiplies_halves, product_left
+from leaveout.readout.limits import Limits
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import SignatureSettings
 
-BUFFER = 48 * 2**20  # bytes of logits alive at once
 GROUP = 16  # entries per group of the two-level search for the largest logits
 REACH = 20.0  # entries below exp(-REACH) of the largest probability are beneath float32 rounding of the sum
 
@@ -46,13 +47,20 @@ class DenseResidual:
     target: Tensor
     rest: Tensor  # [positions, 1], times the slope at the target
     total: Tensor  # [positions, 1]
+    halved: dict[torch.dtype, Tensor] = field(default_factory=dict[torch.dtype, Tensor])  # e, for maps of these types
 
     def __matmul__(self, by: Map) -> Tensor:
         """r @ map [positions, width]."""
         if isinstance(by, CountSketch):
             bucket, sign = by.buckets[self.target, None], by.signs[self.target, None]
             return by(self.e).scatter_add_(1, bucket, -self.rest * sign) / self.total
-        return (_wide_product(self.e, by) - self.rest * by[self.target].to(self.e.dtype)) / self.total
+        if multiplies_halves(by.device, by.dtype):
+            if by.dtype not in self.halved:
+                self.halved[by.dtype] = halves(self.e, by.dtype)
+            product = product_left(self.halved[by.dtype], by)
+        else:
+            product = wide_product(self.e, by)
+        return (product - self.rest * by[self.target].to(self.e.dtype)) / self.total
 
 
 @dataclass
@@ -70,7 +78,8 @@ class SparseResidual:
         return F.embedding_bag(self.index, by.to(self.value.dtype), per_sample_weights=self.value, mode="sum")
 
 
-def _wide_product(x: Tensor, matrix: Tensor) -> Tensor:
+def wide_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix in the type of x."""
     if matrix.dtype == x.dtype:
         return x @ matrix
     result = x.new_zeros(len(x), matrix.shape[1])
@@ -82,14 +91,17 @@ def _wide_product(x: Tensor, matrix: Tensor) -> Tensor:
 class Head:
     """Logit blocks of one readout in one reused buffer.
 
-    Memory: BUFFER bytes of logits, and up to as much again while entries are searched.
+    Memory: the bytes of logits that the limits allow, and up to as much again while entries are searched.
     """
 
-    def __init__(self, readout: Readout, settings: SignatureSettings, dtype: torch.dtype) -> None:
+    def __init__(
+        self, readout: Readout, settings: SignatureSettings, dtype: torch.dtype, limits: Limits | None = None
+    ) -> None:
+        limits = limits or Limits()
         self.readout = readout
         self.settings = settings
         self.padded = math.ceil(readout.vocabulary / GROUP) * GROUP
-        self.rows = max(16, min(256, BUFFER // (self.padded * dtype.itemsize)))
+        self.rows = max(16, min(limits.logit_rows, limits.logit_bytes // (self.padded * dtype.itemsize)))
         self.buffer = torch.full((self.rows, self.padded), -math.inf, dtype=dtype, device=readout.device)
 
     def blocks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -153,7 +165,10 @@ class Head:
 
 
 def _compact(index: Tensor, value: Tensor, kept: Tensor) -> SparseResidual:
-    """The kept entries moved to the front of each row, and the columns that no row needs cut off."""
+    """The kept entries moved to the front of each row, and the columns that no row needs cut off: not on a device, which
+    would have to say how many those are."""
+    if kept.device.type != "cpu":
+        return SparseResidual(index, value * kept)
     width = int(kept.sum(1).max())
     order = kept.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :width]
     return SparseResidual(index.gather(1, order), (value * kept).gather(1, order))
@@ -162,7 +177,7 @@ def _compact(index: Tensor, value: Tensor, kept: Tensor) -> SparseResidual:
 def largest(scores: Tensor, count: int, reach: float) -> tuple[Tensor, Tensor]:
     """The `count` largest entries of each row of scores [rows, columns], descending, with their columns.
 
-    Fewer come back when in every row all further ones lie more than `reach` below the row's largest (but never fewer
+    On a CPU fewer come back when in every row all further ones lie more than `reach` below the row's largest (but never fewer
     than 4 groups' worth). Columns are a multiple of GROUP. Exact up to the order of ties: the k largest entries lie in
     the k groups with the largest maxima, so that only these are searched. No row is sorted.
     """
@@ -171,8 +186,10 @@ def largest(scores: Tensor, count: int, reach: float) -> tuple[Tensor, Tensor]:
     n_all = columns // GROUP
     groups = scores.view(rows, GROUP, n_all)  # group g holds columns g, g + n_all, ...: its maximum runs over rows
     peak = groups.amax(1)
-    near = (peak >= peak.amax(1, keepdim=True) - reach).sum(1)
-    n_groups = min(max(int(near.max()), 4), count, n_all)
+    n_groups = min(count, n_all)
+    if scores.device.type == "cpu":  # another device would have to be asked
+        near = (peak >= peak.amax(1, keepdim=True) - reach).sum(1)
+        n_groups = min(max(int(near.max()), 4), n_groups)
     chosen = _top_places(peak, n_groups)
     candidates = groups.gather(2, chosen[:, None, :].expand(-1, GROUP, -1)).view(rows, GROUP * n_groups)
     place = _top_places(candidates, min(count, candidates.shape[1]))

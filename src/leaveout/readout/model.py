@@ -32,6 +32,7 @@ from leaveout.models import (
     runs,
     settled_module,
 )
+from leaveout.readout.halves import multiplies_halves
 
 
 @dataclass
@@ -96,6 +97,10 @@ class Readout(LanguageModel):
         weight = self.weight
         if weight.dtype == hidden.dtype:
             logits = torch.mm(hidden, weight.t(), out=out)
+        elif hidden.dtype == torch.float32 and multiplies_halves(weight.device, weight.dtype):
+            logits = hidden.new_empty(len(hidden), self.vocabulary) if out is None else out
+            # Hidden states left the trunk in the type of its weights: nothing is lost.
+            torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=torch.float32, out=logits)
         else:
             logits = hidden.new_empty(len(hidden), self.vocabulary) if out is None else out
             for start in range(0, self.vocabulary, 4096):  # a narrow head is widened piece by piece

@@ -13,22 +13,25 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.models import sent
 from leaveout.projection import CountSketch, orthogonal
 from leaveout.readout.codec import Codec, chosen_codec, short_codec
 from leaveout.readout.families import Recorder, Tap, find_taps, pull_back, recording
-from leaveout.readout.forms import Triples, low_rank, squared_length
+from leaveout.readout.forms import Factors, Triples, low_rank, low_ranks, squared_length
+from leaveout.readout.halves import halves, multiplies_halves, product_right
+from leaveout.readout.limits import Limits
 from leaveout.readout.logits import Head, Map, map_width
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import Channel, Side, SignatureSettings
 from leaveout.readout.tokens import Window
 
-BATCH_TOKENS = 1024  # tokens of one forward pass, padding included
 SMALL = 1e-8  # a factor shorter than this has no direction: it counts as zero where factors get unit length
 ROW_RANK = 48  # singular triples of each part from which a row's stored ones are chosen
 QUERY_RANK = 64  # those of a query: all there are, up to 64 learned tokens
@@ -105,8 +108,8 @@ class Signer:
     """Computes signatures of one readout with one set of settings.
 
     `rank`: singular triples of each part that a row has before it is stored, where its form is `Triples`.
-    Memory: logits of a block (48 MiB, twice while searched), the padded batch (1,024 tokens through the trunk), and the
-    rows of that batch before they are encoded; nothing grows with the corpus.
+    Memory: logits of a block, twice while searched, the padded batch on its way through the trunk, and the rows of that batch
+    before they are encoded, each as large as `limits` allow; nothing grows with the corpus.
 
     Raises: UnsupportedError for settings that this model cannot have.
     """
@@ -116,13 +119,14 @@ class Signer:
         self.readout = readout
         self.settings = settings
         self.dtype = torch.float64 if readout.weight.dtype == torch.float64 else torch.float32
-        self.head = Head(readout, settings, self.dtype)
         self.weight = readout.weight  # kept, as every use of the property makes another tensor
+        self.in_halves = multiplies_halves(self.weight.device, self.weight.dtype)
         self.maps: dict[str, Map] = {}  # raw left vectors are r @ maps[key]
         self.taps: dict[str, Tap] = {}
         self.final_norm: torch.nn.Module | None = None
         self.notes: list[str] = []
         self.whitening: dict[str, Tensor] = {}
+        self._halved: dict[str, tuple[Tensor, Tensor]] = {}  # whitening matrices and their halves
         self._fallen_back: set[str] = set()  # kinds that replace residual channels of an unknown family
         self.parts = [part for number, channel in enumerate(settings.channels) for part in self._parts(number, channel)]
         sizes = tuple((part.left.width, part.right.width) for part in self.parts)
@@ -130,6 +134,11 @@ class Signer:
         self.codec: Codec = chosen_codec(sizes, ordered, settings)
         self.short: Codec | None = short_codec(sizes, ordered, settings, self.codec)
         self.form = self.codec.form
+        triples = isinstance(self.form, Triples)
+        numbers = sum(rank * (left + right) if triples else left * right for left, right in sizes)
+        sides = sum(side.size for part in self.parts for side in (part.left, part.right))
+        self.limits = Limits.of(readout.device, 16 * sides, 4 * numbers)  # raw, widened, whitened, filled up
+        self.head = Head(readout, settings, self.dtype, self.limits)
 
     def _parts(self, number: int, channel: Channel) -> list[Part]:
         if channel.kind == "residual":
@@ -152,15 +161,24 @@ class Signer:
                 "set its left_width (1024, say)."
             )
         if width is None or width >= vocabulary:
-            self.maps[key] = CountSketch.identity(vocabulary).to(self.readout.device, self.dtype)
+            self.maps[key] = self._map(CountSketch.identity(vocabulary))
         elif channel.projection == "countsketch":
-            sketch = self._count_sketch(channel, "left", number, vocabulary)
-            self.maps[key] = sketch.to(self.readout.device, self.dtype)
+            self.maps[key] = self._map(self._count_sketch(channel, "left", number, vocabulary))
         else:
             dense = self._sketch(channel, "left", number, vocabulary)
             assert dense is not None
             self.maps[key] = dense
         return Factor(key, map_width(self.maps[key]), _whitening_name(key, channel, "left"))
+
+    def _map(self, sketch: CountSketch) -> Map:
+        """A sketch as the device takes it: scattered additions on a CPU; elsewhere they would come in any order, and a matrix
+        of signs, which a half holds, is as fast.
+        """
+        device = self.readout.device
+        if device.type == "cpu":
+            return sketch.to(device, self.dtype)
+        dense = self.weight.dtype if self.in_halves and self.settings.support is None else self.dtype
+        return sketch.matrix().to(device, dense)
 
     def _gh_left(self, key: str, number: int, channel: Channel) -> Factor:
         factor = self._factor_of(key, self.readout.hidden_size, channel, "left", number)
@@ -220,8 +238,9 @@ class Signer:
         if stream is None:
             for batch in batches:
                 ids, recorder = self._asked(batch)
+                ids = sent(ids, self.readout.device)
                 with torch.no_grad(), recording(modules, recorder):
-                    hidden = recorder.at(self.readout.hidden(ids.to(self.readout.device)))
+                    hidden = recorder.at(self.readout.hidden(ids))
                 yield Passed(batch, ids, recorder, hidden)
             return
         for wave in stream.waves(batches, padded_tokens):
@@ -243,7 +262,7 @@ class Signer:
         counts = [len(window.positions) for window in windows]
         batch = torch.repeat_interleave(torch.arange(len(windows)), torch.tensor(counts))
         token = torch.tensor([position for window in windows for position in window.positions])
-        return ids, Recorder(ids.shape, batch.to(device), token.to(device))
+        return ids, Recorder(ids.shape, sent(batch, device), sent(token, device))
 
     @torch.no_grad()
     def positions(self, batch: Sequence[Window] | Passed, redraw: torch.Generator | None = None) -> Positions:
@@ -253,7 +272,7 @@ class Signer:
         """
         passed = batch if isinstance(batch, Passed) else next(self.passed([list(batch)]))
         recorder, hidden = passed.recorder, passed.hidden.to(self.dtype)
-        target = passed.ids.to(hidden.device)[recorder.batch, recorder.token + 1]
+        target = sent(passed.ids, hidden.device)[recorder.batch, recorder.token + 1]
         if redraw is not None:
             target = self._draw(hidden, redraw)
         raw = {"h": hidden} | self._mapped(hidden, target)
@@ -261,7 +280,8 @@ class Signer:
             g = raw.pop("g")
             raw["g.final"] = pull_back(self.final_norm, recorder.inputs[self.final_norm], g)
             for name, tap in self.taps.items():
-                raw["a." + name] = recorder.inputs[tap.projection].to(self.dtype)
+                x = recorder.inputs[tap.projection]
+                raw["a." + name] = x if self.in_halves else x.to(self.dtype)
         ends = np.cumsum([len(window.positions) for window in passed.windows]).tolist()
         spans = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
         return Positions(raw, spans, hidden, target)
@@ -302,7 +322,8 @@ class Signer:
                 raise MismatchError(
                     "These settings whiten, but no statistics were given: run the statistics pass first."
                 )
-            x = x @ self.whitening[side.whiten]
+            x = self._whitened(x, side, side.whiten)
+        x = x.to(self.dtype)
         if side.sketch is not None:
             x = x @ side.sketch
         if self.settings.unit_positions:
@@ -310,10 +331,21 @@ class Signer:
             x = torch.where(norm <= SMALL, 0.0, x / norm)  # this way round, not-a-number stays visible
         return x
 
+    def _whitened(self, x: Tensor, side: Factor, name: str) -> Tensor:
+        """Vectors that left the model in halves are multiplied as such: no digit of theirs is lost."""
+        matrix = self.whitening[name]
+        if not self.in_halves or side.raw in self.maps:
+            return x @ matrix
+        if name not in self._halved or self._halved[name][0] is not matrix:
+            self._halved[name] = matrix, halves(matrix, self.weight.dtype)
+        return product_right(x.to(self.weight.dtype), self._halved[name][1])
+
     @torch.no_grad()
     def window_rows(self, batch: Sequence[Window] | Passed) -> tuple[Tensor, Tensor]:
         """Rows [windows, width] of a batch of windows, and the lengths [windows, parts] of their outer products."""
         positions, triples = self.positions(batch), isinstance(self.form, Triples)
+        if self.readout.device.type != "cpu":
+            return self._rows_together(positions)
         found, squares = [], []
         for part in self.parts:
             left, right = self.factors(positions, part)
@@ -324,6 +356,38 @@ class Signer:
                 found.append(torch.stack([(left[s].t() @ right[s]).flatten() for s in positions.spans]))
                 squares.append(found[-1].square().sum(1))
         return torch.cat(found, 1), torch.stack(squares, 1).sqrt()
+
+    def _rows_together(self, positions: Positions) -> tuple[Tensor, Tensor]:
+        """As `window_rows`, of all windows and parts at once, so that nothing waits for a device."""
+        factors, counts = self._filled(positions), [span.stop - span.start for span in positions.spans]
+        if isinstance(self.form, Triples):
+            rows, squares = low_ranks(factors, counts, self.rank)
+            return rows, squares.sqrt_()
+        sizes = [part.left.width * part.right.width for part in self.parts]
+        rows = positions.hidden.new_empty(len(counts), sum(sizes))
+        for piece, (left, right) in zip(rows.split(sizes, 1), factors, strict=True):
+            torch.bmm(left.mT, right, out=piece.unflatten(1, (left.shape[2], right.shape[2])))
+        return rows, self._part_lengths(rows)
+
+    def _filled(self, positions: Positions) -> list[Factors]:
+        """Both factors of each part, [windows, positions, width] with zeros behind those of a window; a shared one once."""
+        spans = positions.spans
+        most = max(span.stop - span.start for span in spans)
+        slots = torch.cat([torch.arange(span.stop - span.start) + row * most for row, span in enumerate(spans)])
+        slots = sent(slots, self.readout.device)
+        made: dict[tuple[Any, ...], Tensor] = {}
+        found = []
+        for part in self.parts:
+            both = []
+            for side, weight in ((part.left, part.weight), (part.right, 1.0)):
+                key = side.raw, side.whiten, id(side.sketch), weight
+                if key not in made:
+                    x = self._factor(positions.raw[side.raw], side)
+                    filled = x.new_zeros(len(spans) * most, x.shape[1]).index_copy_(0, slots, x)
+                    made[key] = (filled if weight == 1.0 else filled * weight).unflatten(0, (len(spans), most))
+                both.append(made[key])
+            found.append((both[0], both[1]))
+        return found
 
     @torch.no_grad()
     def finished(
@@ -342,7 +406,7 @@ class Signer:
         sums: dict[int, Tensor] = {}
         for window in windows:
             targets[window.row] += len(window.positions)
-        groups = list(batches(windows, self.readout.batch_class))
+        groups = list(batches(windows, self.readout.batch_class, self.limits))
         for batch, passed in zip(groups, passes or self.passed(groups), strict=False):
             found, lengths = self.window_rows(passed)
             if self.settings.unit_length:
@@ -350,21 +414,35 @@ class Signer:
                 found, lengths = self.form.divided(found, by), lengths / by[:, None]
             owners = [window.row for window in batch]
             whole = [at for at, owner in enumerate(owners) if waiting[owner] == 1 and owner not in sums]
-            for at in sorted(set(range(len(owners))) - set(whole)):
-                waiting[owners[at]] -= 1
-                sums[owners[at]] = self._sum(sums.get(owners[at]), found[at])
+            self._add_pieces(
+                sums, found, [(owner, at) for at, owner in enumerate(owners) if waiting[owner] > 1 or owner in sums]
+            )
+            waiting.subtract(owners)
             done = [owner for owner in dict.fromkeys(owners) if owner in sums and not waiting[owner]]
             numbers = torch.tensor([owners[at] for at in whole] + done, dtype=torch.int64)
-            joined = [found[whole], *(sums[owner][None] for owner in done)]
-            added = [lengths[whole], *(self._part_lengths(sums.pop(owner)[None]) for owner in done)]
-            yield numbers, *self._scaled(torch.cat(joined), torch.cat(added), [targets[n] for n in numbers.tolist()])
+            if done or len(whole) < len(owners):
+                found, lengths = (x[sent(torch.tensor(whole, dtype=torch.int64), x.device)] for x in (found, lengths))
+            if done:
+                sum_of_pieces = torch.stack([sums.pop(owner) for owner in done])
+                found = torch.cat([found, sum_of_pieces])
+                lengths = torch.cat([lengths, self._part_lengths(sum_of_pieces)])
+            yield numbers, *self._scaled(found, lengths, [targets[n] for n in numbers.tolist()])
             if advance is not None:
                 advance(len(batch))
 
-    def _sum(self, first: Tensor | None, second: Tensor) -> Tensor:
-        if first is None:
-            return second
-        return self.form.add(first[None], second[None])[0] if isinstance(self.form, Triples) else first + second
+    def _add_pieces(self, sums: dict[int, Tensor], found: Tensor, pieces: list[tuple[int, int]]) -> None:
+        """Adds windows, by owner and place in `found`, to the sums of their owners, one of each owner at a time."""
+        while pieces:
+            first = dict(reversed(pieces))  # the first of each
+            known = [owner for owner in first if owner in sums]
+            if known:
+                olds, news = (
+                    torch.stack(list(x)) for x in ((sums[o] for o in known), (found[first[o]] for o in known))
+                )
+                both = self.form.add(olds, news) if isinstance(self.form, Triples) else olds + news
+                sums.update(zip(known, both, strict=True))
+            sums.update((owner, found[at]) for owner, at in first.items() if owner not in known)
+            pieces = [(owner, at) for owner, at in pieces if at != first[owner]]
 
     def _part_lengths(self, rows: Tensor) -> Tensor:
         """Lengths [rows, parts] of the outer products of rows, as far as they are kept."""
@@ -381,7 +459,7 @@ class Signer:
             return unit, torch.where(by[:, None] == 0, 0.0, self._part_lengths(unit))
         if not self.settings.length_power:
             return rows, lengths
-        by = torch.tensor(targets).clamp_min(1).to(rows) ** self.settings.length_power
+        by = sent(torch.tensor(targets).clamp_min(1).to(rows.dtype) ** self.settings.length_power, rows.device)
         return self.form.divided(rows, by), lengths / by[:, None]
 
     def rows(self, windows: Sequence[Window], n_rows: int, advance: Callable[[int], object] | None = None) -> Tensor:
@@ -421,12 +499,14 @@ class Signer:
         """Chunks whose batches go through the blocks of a streamed model together."""
         assert self.readout.stream is not None
         kind = self.readout.batch_class
-        return self.readout.stream.waves(chunks, lambda chunk: sum(map(padded_tokens, batches(chunk[1], kind))))
+        return self.readout.stream.waves(
+            chunks, lambda chunk: sum(map(padded_tokens, batches(chunk[1], kind, self.limits)))
+        )
 
     def encoded_chunks(self, chunks: Sequence[tuple[int, list[Window]]]) -> Iterator[dict[str, np.ndarray]]:
         """As `encoded`, of several chunks, each its number of rows and its windows: those of a streamed model go through
         its blocks together, in the batches that they have alone."""
-        groups = (group for _, windows in chunks for group in batches(windows, self.readout.batch_class))
+        groups = (group for _, windows in chunks for group in batches(windows, self.readout.batch_class, self.limits))
         passes = self.passed(groups)
         for n_rows, windows in chunks:
             yield self.encoded(windows, n_rows, passes)
@@ -437,11 +517,14 @@ def padded_tokens(batch: Sequence[Window]) -> int:
     return len(batch) * max(len(window.ids) for window in batch)
 
 
-def batches(windows: Sequence[Window], kind: Callable[[int], int]) -> Iterator[list[Window]]:
-    """Groups of windows of similar length, at most BATCH_TOKENS tokens each with padding, and of one kind of length."""
+def batches(
+    windows: Sequence[Window], kind: Callable[[int], int], limits: Limits | None = None
+) -> Iterator[list[Window]]:
+    """Groups of windows of similar length, as many as the limits allow, and of one kind of length."""
+    limits = limits or Limits()
     batch: list[Window] = []
     for window in sorted(windows, key=lambda window: -len(window.ids)):
-        full = (len(batch) + 1) * len(batch[0].ids) > BATCH_TOKENS if batch else False
+        full = batch and ((len(batch) + 1) * len(batch[0].ids) > limits.batch_tokens or len(batch) == limits.batch_rows)
         if full or (batch and kind(len(window.ids)) != kind(len(batch[0].ids))):
             yield batch
             batch = []

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from leaveout.errors import FormatError
 from leaveout.projection import CountSketch
-from leaveout.readout.logits import Map
+from leaveout.readout.logits import Map, wide_product
 from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import Window
 
@@ -40,7 +40,7 @@ def whitening_matrices(
     mass = torch.zeros(signer.readout.vocabulary, dtype=torch.float64, device=signer.readout.device)
     generator = torch.Generator().manual_seed(signer.settings.seed)
     count = 0
-    for passed in signer.passed(batches(windows, signer.readout.batch_class)):
+    for passed in signer.passed(batches(windows, signer.readout.batch_class, signer.limits)):
         drawn = signer.positions(passed, redraw=generator if signer.final_norm is not None else None)
         # One row whose signature will be refused or skipped (see add_rows) must not spoil the moments of all others.
         finite = torch.stack([torch.isfinite(x).all(1) for x in drawn.raw.values()]).all(0)
@@ -79,7 +79,7 @@ def _subtract_mean_products(signer: Signer, hidden: Tensor, sums: dict[str, Tens
         p.div_(p.sum(1, keepdim=True)).mul_(slope)
         for key, moment in sums.items():
             by = signer.maps[key]
-            mean = by(p) if isinstance(by, CountSketch) else p @ by.to(p.dtype)
+            mean = by(p) if isinstance(by, CountSketch) else wide_product(p, by)
             moment -= (mean.t() @ mean).double()
         mass += p.mul_(slope).sum(0)
     return mass

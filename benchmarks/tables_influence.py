@@ -145,3 +145,31 @@ def _order(results: Results, metric: str) -> Iterator[str]:
         return sum(means) / len(means)
 
     return iter(sorted(names, key=height, reverse=True))
+
+
+REFINED = {
+    "influence@third": "`influence`: all rows through the whole model, refined queries",
+    "influence, list of 25%": "the same for the best 25 % by `default`",
+    "influence, list of 5%": "the same for the best 5 %",
+    "ek-fac@third": "EK-FAC",
+    "ek-fac blocks@third": "EK-FAC",
+    "default@third": "`default`",
+    "gradient dot@third": "gradient dot",
+}
+
+
+def refined(*results: dict[str, Any]) -> str:
+    """LDS of refined queries beside the index and EK-FAC, with paired differences, a column a bank."""
+    found = [{REFINED.get(line["method"]): line for line in result["lines"]} for result in results]
+    lines = [
+        [text, *("" if text not in own else within(own[text]["lds"], 3) for own in found)]
+        for text in dict.fromkeys(REFINED.values())
+    ]
+    best = REFINED["influence@third"]
+    for other in ("default", "ek-fac"):
+        own = [next((v for k, v in f[best].items() if k.startswith(f"minus {other}")), None) for f in found]
+        name = "`default`" if other == "default" else "EK-FAC"
+        lines.append([f"`influence` minus {name}", *("" if one is None else within(one, 3) for one in own)])
+    seconds = ["" if own[best]["cpu_seconds"] is None else f"{own[best]['cpu_seconds']:,.0f}" for own in found]
+    lines.append(["CPU s of `influence`, 30 queries", *seconds])
+    return table(["after a third of training", *(result["bank"] for result in results)], lines)

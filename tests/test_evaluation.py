@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from leaveout.corpus import Corpus
+from leaveout.corpus import Contrast, Corpus
 from leaveout.corpus.tokens import tokens_of
 from leaveout.deletion import directions
 from leaveout.deletion.run import TrainingRun
@@ -315,3 +315,44 @@ def test_queries_are_called_by_their_ids(tmp_path):
         "x y",
         "z.json",
     ]
+
+
+# --- why this answer and not that one ------------------------------------------------------------------------------------
+
+
+def test_a_contrast_is_the_difference_of_two_losses_everywhere(run, recipe):
+    pair = Contrast(QUERIES[0], QUERIES[1])
+    asked = as_queries([QUERIES[2], pair, pair.swapped])
+    assert [q.name for q in asked] == ["citu", "anri rather than bona", "bona rather than anri"]
+    assert len({q.digest for q in asked}) == 3
+    without = [[recipe.unit_names[0]], list(recipe.unit_names[3:9])]
+    run.measure(directions=4, degree=2)
+    single, both = run.predict(QUERIES, without), run.predict(asked, without)
+    assert np.allclose(both.base, [single.base[2], single.base[0] - single.base[1], single.base[1] - single.base[0]])
+    truth, found = run.retrain(QUERIES, without), run.retrain(asked, without)
+    assert np.allclose(found.mean[1], truth.mean[0] - truth.mean[1], atol=1e-6)
+    exact = score_methods(run, asked, ["metagradient"])["metagradient"].scores
+    parts = score_methods(run, as_queries(QUERIES), ["metagradient"])["metagradient"].scores
+    assert np.allclose(exact[1], parts[0] - parts[1], atol=1e-6) and np.allclose(exact[2], -exact[1], atol=1e-6)
+
+
+def test_methods_score_contrasts_by_both_sides_and_retraining_judges_them(run):
+    names, pair = ["gradient dot", "bm25", "influence"], Contrast(QUERIES[0], QUERIES[1])
+    asked, sides = as_queries([pair, QUERIES[2]]), as_queries(QUERIES)
+    found, parts = (score_methods(run, some, names) for some in (asked, sides))
+    for name in names:
+        assert np.allclose(found[name].scores[0], parts[name].scores[0] - parts[name].scores[1], rtol=1e-4, atol=1e-6)
+        assert np.allclose(found[name].scores[1], parts[name].scores[2], rtol=1e-4, atol=1e-6)
+    report = evaluate(run, asked, ["metagradient", "random"], settings=replace(SMALL, removal_queries=0, draws=0))
+    assert report.interval("metagradient", "lds").mean > report.interval("random", "lds").mean
+    with pytest.raises(
+        UnsupportedError, match="has no single answer with logits: leave tail-patch and brittleness out"
+    ):
+        evaluate(run, asked, ["random"], settings=replace(SMALL, removal_queries=0, draws=0, tail_patch=2))
+
+
+def test_influence_with_the_whole_run_agrees_with_the_exact_first_order(run):
+    scores = score_methods(run, as_queries(QUERIES), ["influence@third", "metagradient", "random"])
+    exact = scores["metagradient"].scores
+    for own, chance, wanted in zip(scores["influence@third"].scores, scores["random"].scores, exact, strict=True):
+        assert np.corrcoef(own, wanted)[0, 1] > max(0.3, np.corrcoef(chance, wanted)[0, 1])

@@ -41,3 +41,8 @@ class Contrast:
     def swapped(self) -> Contrast:
         """The same question the other way round."""
         return Contrast(self.against, self.answer)
+
+
+def sides_of(query: Any) -> tuple[Any, ...]:
+    """What a query consists of: itself, or both sides of a contrast."""
+    return query.sides if isinstance(query, Contrast) else (query,)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leaveout.corpus import Contrast
 from leaveout.deletion import directions
 from leaveout.deletion.bank import measurement_ids
 from leaveout.deletion.measurements import MeasureSettings
@@ -205,9 +206,9 @@ def of_answers(recipe: Recipe, queries: Sequence[Query], measure: Callable[[Tens
     Raises: UnsupportedError where a query has no answer.
     """
     for query in queries:
-        if recipe.kind == "custom" or callable(query.row):
+        if recipe.kind == "custom" or callable(query.row) or isinstance(query.row, Contrast):
             raise UnsupportedError(
-                f"The query {query.name!r} has no answer with logits: leave tail-patch and brittleness out, or ask rows "
+                f"The query {query.name!r} has no single answer with logits: leave tail-patch and brittleness out, or ask rows "
                 "of a recipe that is not custom."
             )
     return [replace(query, measure=measure) for query in queries]

@@ -10,19 +10,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from typing import Any, cast
 
 import numpy as np
 
 import leaveout.plugins as plugins
+from leaveout.corpus.contrast import sides_of
 from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import MismatchError, UnsupportedError, choices
 from leaveout.methods.scorer import CHECKPOINTS, Method, Score, Scorer
 from leaveout.methods.scores import checked_scores
-from leaveout.training.queries import Query, as_queries
+from leaveout.training.queries import Query, as_queries, in_sides
 
 METHODS: dict[str, str] = {
     "random": "random_scores:random",
@@ -114,9 +115,9 @@ def refuse_methods(run: TrainingRun, queries: Sequence[Query], names: Sequence[s
 
     Raises: ValueError for an unknown name; UnsupportedError for a missing package, a recipe or a query that does not fit.
     """
-    scorer = Scorer(run, queries)
     for name in [parse(name)[0] for name in names]:
-        load(name).refuse(name, scorer)
+        method = load(name)
+        method.refuse(name, Scorer(run, queries if method.any_query else in_sides(queries)))
 
 
 def score_methods(
@@ -132,16 +133,27 @@ def score_methods(
             recipe or a package is missing; MismatchError or FormatError where it gives no scores of all rows.
     """
     refuse_methods(run, queries, names)
-    scorer = Scorer(run, queries, seed, settings or MeasureSettings())
+    scorer = Scorer(run, in_sides(queries), seed, settings or MeasureSettings())
+    whole = scorer if len(scorer.queries) == len(queries) else replace(scorer, queries=queries)
+    counts = [len(sides_of(query.row)) for query in queries]
     out = {}
     for name in names:
-        method, at = parse(name)
+        method, at = load(parse(name)[0]), parse(name)[1]
         scorer.parameters(at)  # training up to a checkpoint is no cost of the first method that looks there
         began = time.process_time()
-        scores = load(method)(scorer, at)
+        scores = method(whole, at) if method.any_query else differences(np.asarray(method(scorer, at)), counts)
         spent = time.process_time() - began
         out[name] = Scored(checked_scores(run.recipe, scores, len(queries), f"scores of {name}"), spent)
     return out
+
+
+def differences(scores: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """Scores [queries, ...] of queries with one side or two (`counts`): of two the first less the second."""
+    if 2 not in counts or len(scores) != sum(counts):  # what is no score of every side is refused behind
+        return scores
+    ends = np.cumsum(counts)
+    second = scores[ends - 1] * (np.array(counts) == 2).reshape(-1, *[1] * (scores.ndim - 1))
+    return scores[ends - np.array(counts)] - second
 
 
 def attribute(

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leaveout.corpus.contrast import sides_of
 from leaveout.readout.forms import pairs
-from leaveout.readout.opened import OpenIndex, QueryRow, row_of, sides_of
+from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, check_length, counted
 from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import TokenisedRow, Window, tokenise

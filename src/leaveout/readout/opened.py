@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from leaveout.corpus import Contrast, Corpus, Row
+from leaveout.corpus.contrast import sides_of
 from leaveout.corpus.tokens import NoTargetError
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_list
 from leaveout.models import ModelOptions, difference
@@ -312,11 +313,6 @@ def query_row(query: QueryRow, number: int) -> Row:
     raw = {"text": query} if isinstance(query, str) else {key: value for key, value in query.items() if key != "id"}
     rows = list(Corpus.open([raw]))
     return replace(rows[0], id=f"query {number + 1}", number=number)
-
-
-def sides_of(query: QueryRow) -> tuple[Any, ...]:
-    """The rows that a query consists of: itself, or both sides of a contrast."""
-    return query.sides if isinstance(query, Contrast) else (query,)
 
 
 def contrasted(form: Form, vectors: Tensor, counts: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from leaveout.corpus.contrast import sides_of
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_whole
 from leaveout.influence import (
     Along,
@@ -35,7 +36,7 @@ from leaveout.influence import (
 )
 from leaveout.models import adapter_places, evaluating
 from leaveout.readout.model import Readout
-from leaveout.readout.opened import OpenIndex, QueryRow, row_of, sides_of
+from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, counted
 from leaveout.readout.signature import batches
 from leaveout.readout.tokens import TokenisedRow, Window

@@ -5,8 +5,9 @@ The same function runs on an ordinary model, on a stack of retrained ones, in je
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leaveout.corpus import Corpus, Row
+from leaveout.corpus import Contrast, Corpus, Row
+from leaveout.corpus.contrast import sides_of
 from leaveout.errors import FormatError, UnsupportedError, choices
 from leaveout.jets import Jet, Series, Space, install, restore
 from leaveout.training.batching import checked_of_runs, of_runs, one_by_one, run_count
@@ -58,8 +60,8 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"probability": probab
 class Query:
     """One number asked of a trained model.
 
-    row      in the form of the recipe's examples: a text, a dictionary or Row, or (features, label); or, instead of
-             a row, a function of the model that gives a scalar
+    row      in the form of the recipe's examples: a text, a dictionary or Row, or (features, label); a `Contrast` of two
+             texts or rows, whose measures are subtracted; or, instead, a function of the model that gives a scalar
     measure  "loss" (mean over the learned tokens, nats), "probability" of the answer, "logit" or "margin" of its tokens
              (means), or a function of logits [positions, classes] and targets [positions] that gives a scalar
     name     what it is called in tables and files of scores; default: the row's own `id` if it has one, else its text
@@ -84,7 +86,9 @@ class Query:
     def digest(self) -> str:
         """Names the content: equal digests mean equal questions."""
         row = self.row
-        if isinstance(row, (str, dict, Row)):
+        if isinstance(row, Contrast):
+            row = ["contrast", *(as_row(side).content_hash for side in row.sides)]
+        elif isinstance(row, (str, dict, Row)):
             row = as_row(row).content_hash
         elif isinstance(row, tuple):
             row = [torch.as_tensor(part) for part in row]
@@ -94,6 +98,8 @@ class Query:
 def _name(row: Any) -> str:
     if isinstance(row, str):
         return row
+    if isinstance(row, Contrast):
+        return " rather than ".join(map(_name, row.sides))
     if isinstance(row, (dict, Row)):
         row = as_row(row)
         return row.text if row.id == row.content_hash[:16] else row.id
@@ -110,7 +116,7 @@ def as_queries(given: Any) -> list[Query]:
     """
     if isinstance(given, Path) or (isinstance(given, str) and given.endswith(".jsonl")):
         given = list(_from_file(Path(given)))
-    elif isinstance(given, (str, Query, dict, Row)) or callable(given):
+    elif isinstance(given, (str, Query, dict, Row, Contrast)) or callable(given):
         given = [given]
     if not isinstance(given, Iterable):
         raise TypeError(
@@ -127,10 +133,17 @@ def _from_file(path: Path) -> list[Query]:
     return [Query(row, str(row.meta.get("measure", "loss"))) for row in rows]
 
 
+def in_sides(queries: Sequence[Query]) -> list[Query]:
+    """The queries, of a contrast one for each side."""
+    return [replace(q, row=side) for q in queries for side in sides_of(q.row)]
+
+
 def query_function(task: Task, queries: Sequence[Query]) -> Callable[[nn.Module], Tensor]:
     """The function model -> values [queries] of a task's model; rows are encoded once."""
+    counts = [len(sides_of(q.row)) for q in queries]
+    ends = list(itertools.accumulate(counts))
     groups: list[tuple[list[Query], Any]] = []
-    for q in queries:
+    for q in in_sides(queries):
         if callable(q.row):
             groups.append(([q], None))
         elif groups and groups[-1][1] is not None and len(groups[-1][0]) < TOGETHER:
@@ -140,7 +153,11 @@ def query_function(task: Task, queries: Sequence[Query]) -> Callable[[nn.Module]
     encoded = [(group, None if kind is None else _encoded(task, group)) for group, kind in groups]
 
     def values(model: nn.Module) -> Tensor:
-        return torch.cat([_values(task, model, group, batch) for group, batch in encoded])
+        found = torch.cat([_values(task, model, group, batch) for group, batch in encoded])
+        if 2 not in counts:
+            return found
+        pairs = zip(ends, counts, strict=True)
+        return torch.stack([found[end - 1] if n == 1 else found[end - 2] - found[end - 1] for end, n in pairs])
 
     return values
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from leaveout.executor import run_tasks
+from leaveout.executor import _Actor, run_tasks
 from leaveout.models import find_device, free_memory
 
 
@@ -59,3 +60,10 @@ def test_free_memory_is_what_the_device_says(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 10**9, 8 * 10**10))
     assert free_memory("cuda:1") == 5 * 10**9
     assert free_memory() > 10**6
+
+
+@pytest.mark.parametrize(("gpus", "wanted"), [(False, 0), (True, 1)])
+def test_an_actor_asks_for_a_gpu_where_the_model_is_on_one(gpus, wanted):
+    ray = Mock()
+    _Actor(ray, dict, number, gpus)
+    assert ray.remote.return_value.options.call_args.kwargs["num_gpus"] == wanted

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,40 @@ def state_of(lm: nn.Module) -> State:
         if name not in kept and not _moves(lm, name):
             _file(state, state.buffers, wrappers, name, tensor)
     return state
+
+
+def kept_elsewhere(lm: nn.Module, name: str) -> Tensor | None:
+    """The numbers of a tensor on the meta device, where accelerate keeps them in memory or in a file; else None."""
+    owner, _, leaf = name.rpartition(".")
+    hook = getattr(lm.get_submodule(owner), "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        weights = getattr(one, "weights_map", None)
+        if weights is not None and leaf in weights:
+            return weights[leaf]
+    return None
+
+
+class Numbers(Mapping[str, Tensor]):
+    """Tensors by name, those on the meta device from where they are kept, when they are looked at."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], find: Callable[[str], Tensor | None]) -> None:
+        self.tensors = tensors
+        self.find = find
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        if not tensor.is_meta:
+            return tensor
+        found = self.find(name)
+        if found is None:
+            raise KeyError(name)
+        return found.to(tensor.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.models.checks import ROUNDING, evaluating, probe_ids
 from leaveout.models.devices import find_device
 from leaveout.models.identity import (
+    Numbers,
     State,
     difference,
     glance,
@@ -26,6 +28,7 @@ from leaveout.models.identity import (
     hash_settings,
     hash_tensors,
     hash_tokenizer,
+    kept_elsewhere,
     plain_module,
     state_of,
 )
@@ -57,7 +60,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where its inputs go."""
-        return next(self.lm.parameters()).device
+        return next(parameter for parameter in self.lm.parameters() if not parameter.is_meta).device
 
     @property
     def family(self) -> str:
@@ -150,7 +153,8 @@ class LanguageModel:
 
     def _numbers(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The weights, those that are elsewhere read when they are looked at."""
-        return weights if self.stream is None else self.stream.whole(weights)
+        elsewhere = partial(kept_elsewhere, self.lm)
+        return Numbers(weights, elsewhere if self.stream is None else self.stream.numbers)
 
     @torch.no_grad()
     def _probe(self) -> dict[str, Tensor]:
@@ -217,10 +221,10 @@ def _whole(lm: Any) -> nn.Module:
     if isinstance(lm, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hidden or "FullySharded" in kind:
         raise UnsupportedError(f"{kind} wraps the model: give the model inside it (model.module), with whole weights.")
     for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
-        if tensor.device.type == "meta":
+        if tensor.is_meta and kept_elsewhere(lm, name) is None:
             raise UnsupportedError(
-                f"{kind} has no numbers in {name}, which is on the meta device: load the whole model into memory "
-                "(from_pretrained without a device_map that offloads)."
+                f"{kind} has no numbers in {name}, which is on the meta device: load the whole model into memory, or give its "
+                "path to stream its layers."
             )
     for module in lm.modules():
         if ".quantized" in type(module).__module__:

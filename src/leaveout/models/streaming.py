@@ -447,9 +447,10 @@ class LayerStream:
 
     # ------------------------------------------------------------ identity
 
-    def whole(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The weights by name, those that are not here read when they are looked at."""
-        return _Whole(weights, self.stored)
+    def numbers(self, name: str) -> Tensor:
+        """A weight of the model, read from its file."""
+        stored = self.stored[name]
+        return read_tensor(stored, torch.empty(stored.shape, dtype=stored.dtype))
 
     def stamp(self) -> list[tuple[str, int, int]]:
         """What is cheap to compare of the blocks."""
@@ -458,25 +459,6 @@ class LayerStream:
 
 def _without_states(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key != "hidden_states"}
-
-
-class _Whole(Mapping[str, Tensor]):
-    def __init__(self, weights: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
-        self.weights = weights
-        self.stored = stored
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.weights[name]
-        if not tensor.is_meta:
-            return tensor
-        stored = self.stored[name]
-        return read_tensor(stored, torch.empty(stored.shape, dtype=stored.dtype)).to(tensor.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
 
 
 def blocks_of(lm: nn.Module) -> tuple[str, list[nn.Module]]:

@@ -238,6 +238,10 @@ def _refuse_head(lm: Any) -> None:
         raise UnsupportedError(
             f"{kind} has no linear output head on a trunk: give a causal language model of transformers."
         )
+    if head.weight.is_meta:
+        raise UnsupportedError(
+            f"accelerate keeps the output head of {kind} elsewhere: give a device_map that leaves lm_head on a device."
+        )
     if not head.weight.is_floating_point() or hasattr(head.weight.data, "__tensor_flatten__"):
         raise UnsupportedError(
             f"The output head of {kind} is quantised ({type(head).__name__}): give the model with a head in floating point "

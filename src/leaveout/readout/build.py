@@ -36,7 +36,8 @@ from leaveout.readout.opened import KIND, read_codecs, set_whitening
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.signature import Signer
 from leaveout.readout.tokens import TokenisedRow, Window, check_ids, tokenise
-from leaveout.readout.whitening import whitening_digest, whitening_matrices
+from leaveout.readout.whitening import moment_groups, whitening_digest, whitening_matrices
+from leaveout.readout.wide import arrays_of
 from leaveout.store import Record, Store
 from leaveout.store.catalogue import CATALOGUE
 
@@ -198,9 +199,8 @@ def add_whitening(store: Store, signer: Signer, corpus: Corpus, options: BuildOp
     windows = [window for _, tokens in sample for window in tokens.windows]
     if not windows:
         raise FormatError(f"{corpus.name} has no rows to index: give a corpus with at least one row.")
-    with _progress(len(windows), "statistics", "window", options) as bar:
-        matrices = whitening_matrices(signer, windows, bar.update)
-    arrays = {name: matrix.cpu().numpy() for name, matrix in matrices.items()}
+    with _progress(len(windows) * len(moment_groups(signer)), "statistics", "window", options) as bar:
+        arrays = arrays_of(whitening_matrices(signer, windows, bar.update))
     rows = len({window.row for window in windows})
     positions = sum(len(window.positions) for window in windows)
     facts = {"rows": rows, "positions": positions, "seed": settings.seed, "digest": whitening_digest(arrays)}

@@ -27,6 +27,7 @@ from leaveout.readout.scan import Length, Scanner, Scanners, counted, lengths_in
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.signature import QUERY_RANK, Signer
 from leaveout.readout.tokens import TokenisedRow, check_ids, tokenise
+from leaveout.readout.wide import roots_of
 from leaveout.store import Record, Segment, Store
 
 KIND = "readout index"
@@ -364,4 +365,4 @@ def set_whitening(signer: Signer, store: Store) -> None:
     """Gives the signer the whitening matrices of the store, if it has any."""
     arrays = store.side("whitening") or {}
     device = signer.readout.device
-    signer.whitening = {name: torch.tensor(np.array(value)).to(device, signer.dtype) for name, value in arrays.items()}
+    signer.whitening = {name: root.to(device, signer.dtype) for name, root in roots_of(arrays).items()}

@@ -31,6 +31,7 @@ from leaveout.readout.logits import Head, Map, map_width
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import Channel, Side, SignatureSettings
 from leaveout.readout.tokens import Window
+from leaveout.readout.wide import Root, WideRoot
 
 SMALL = 1e-8  # a factor shorter than this has no direction: it counts as zero where factors get unit length
 ROW_RANK = 48  # singular triples of each part from which a row's stored ones are chosen
@@ -125,7 +126,7 @@ class Signer:
         self.taps: dict[str, Tap] = {}
         self.final_norm: torch.nn.Module | None = None
         self.notes: list[str] = []
-        self.whitening: dict[str, Tensor] = {}
+        self.whitening: dict[str, Root] = {}
         self._halved: dict[str, tuple[Tensor, Tensor]] = {}  # whitening matrices and their halves
         self._fallen_back: set[str] = set()  # kinds that replace residual channels of an unknown family
         self.parts = [part for number, channel in enumerate(settings.channels) for part in self._parts(number, channel)]
@@ -334,7 +335,7 @@ class Signer:
     def _whitened(self, x: Tensor, side: Factor, name: str) -> Tensor:
         """Vectors that left the model in halves are multiplied as such: no digit of theirs is lost."""
         matrix = self.whitening[name]
-        if not self.in_halves or side.raw in self.maps:
+        if not self.in_halves or side.raw in self.maps or isinstance(matrix, WideRoot):
             return x @ matrix
         if name not in self._halved or self._halved[name][0] is not matrix:
             self._halved[name] = matrix, halves(matrix, self.weight.dtype)

@@ -15,29 +15,72 @@ import torch
 import xxhash
 from torch import Tensor
 
+import leaveout.readout.wide as wide
 from leaveout.errors import FormatError
 from leaveout.projection import CountSketch
 from leaveout.readout.logits import Map, wide_product
-from leaveout.readout.signature import Signer, batches
+from leaveout.readout.signature import Factor, Signer, batches
 from leaveout.readout.tokens import Window
+from leaveout.readout.wide import OVER, WANTED, Root, WideMoment
+
+SUMS = 8 * 10**9  # bytes of moments that are summed in one pass over the sample
 
 
 @torch.no_grad()
 def whitening_matrices(
     signer: Signer, windows: Sequence[Window], advance: Callable[[int], object] | None = None
-) -> dict[str, Tensor]:
-    """Whitening matrices (see `inverse_root`) for every factor that whitens, by their names.
+) -> dict[str, Root]:
+    """Whitening matrices (see `inverse_root`) for every factor that whitens, by their names; of wide ones a `WideRoot`.
 
-    Memory: 8 bytes times the squared size of each factor.
+    Memory: 8 bytes times the squared size of each factor of at most `wide.WIDE` numbers, in as many passes over the sample as
+    `moment_groups` says; of a wider one as `WideMoment`. At the end five times that of one factor.
     Raises: FormatError if a factor is zero on the whole sample.
     """
-    sides = {side.whiten: side for part in signer.parts for side in (part.left, part.right) if side.whiten}
-    keys = {side.raw: side.size for side in sides.values()}
-    exact = [key for key in keys if key in signer.maps]
-    sums = {
-        key: torch.zeros(size, size, dtype=torch.float64, device=signer.readout.device) for key, size in keys.items()
+    sides = _whitened(signer)
+    found: dict[str, Root] = {}
+    for group in moment_groups(signer):
+        sums, count = _moments(signer, windows, group, advance)
+        for name, side in sides.items():
+            if side.raw in sums:
+                found[name] = _root(sums[side.raw], count, float(name.rsplit("damping-", 1)[1]), name, signer)
+    return found
+
+
+def moment_groups(signer: Signer) -> list[dict[str, int]]:
+    """Sizes of the factors that whiten, by key, in groups whose moments are summed together: one pass each."""
+    groups, room = [dict[str, int]()], SUMS
+    for key, size in {side.raw: side.size for side in _whitened(signer).values()}.items():
+        n_bytes = 8 * size**2 if _has_matrix(signer, key, size) else 12 * size * (WANTED + OVER)
+        if groups[-1] and n_bytes > room:
+            groups.append({})
+            room = SUMS
+        groups[-1][key] = size
+        room -= n_bytes
+    return groups
+
+
+def _whitened(signer: Signer) -> dict[str, Factor]:
+    return {side.whiten: side for part in signer.parts for side in (part.left, part.right) if side.whiten}
+
+
+def _has_matrix(signer: Signer, key: str, size: int) -> bool:
+    return size <= wide.WIDE or key in signer.maps
+
+
+def _moments(
+    signer: Signer, windows: Sequence[Window], sizes: Mapping[str, int], advance: Callable[[int], object] | None
+) -> tuple[dict[str, Tensor | WideMoment], int]:
+    """Sums of moments over the sample, by key, and of how many positions; labels are drawn alike in every pass."""
+    device = signer.readout.device
+    exact = [key for key in sizes if key in signer.maps]
+    sums: dict[str, Tensor | WideMoment] = {
+        key: torch.zeros(size, size, dtype=torch.float64, device=device)
+        if _has_matrix(signer, key, size)
+        else WideMoment(size, signer.settings.seed, device, signer.dtype)
+        for key, size in sizes.items()
     }
-    mass = torch.zeros(signer.readout.vocabulary, dtype=torch.float64, device=signer.readout.device)
+    matrices = {key: sum for key, sum in sums.items() if isinstance(sum, Tensor)}
+    mass = torch.zeros(signer.readout.vocabulary, dtype=torch.float64, device=device)
     generator = torch.Generator().manual_seed(signer.settings.seed)
     count = 0
     for passed in signer.passed(batches(windows, signer.readout.batch_class, signer.limits)):
@@ -45,20 +88,31 @@ def whitening_matrices(
         # One row whose signature will be refused or skipped (see add_rows) must not spoil the moments of all others.
         finite = torch.stack([torch.isfinite(x).all(1) for x in drawn.raw.values()]).all(0)
         count += int(finite.sum())
-        for key in keys:
+        for key, moment in sums.items():
             if key not in exact:
                 x = drawn.raw[key][finite]
-                sums[key] += (x.t() @ x).double()
+                if isinstance(moment, Tensor):
+                    moment += (x.t() @ x).double()
+                else:
+                    moment.add(x)
         if exact:
-            mass += _subtract_mean_products(signer, drawn.hidden[finite], {key: sums[key] for key in exact})
+            mass += _subtract_mean_products(signer, drawn.hidden[finite], {key: matrices[key] for key in exact})
         if advance is not None:
             advance(len(passed.windows))
     for key in exact:
-        _add_weighted_products(sums[key], signer.maps[key], mass)
-    return {
-        name: inverse_root(sums[side.raw] / max(count, 1), float(name.rsplit("damping-", 1)[1]), name).to(signer.dtype)
-        for name, side in sides.items()
-    }
+        _add_weighted_products(matrices[key], signer.maps[key], mass)
+    return sums, count
+
+
+def _root(moment: Tensor | WideMoment, count: int, damping: float, name: str, signer: Signer) -> Root:
+    """The root of a mean moment. Raises: FormatError for one that is zero."""
+    if not moment.trace().item() > 0:
+        raise FormatError(
+            f"The factor {name!r} is zero or not finite on all sampled rows: run `leaveout doctor` on the model."
+        )
+    if isinstance(moment, WideMoment):
+        return moment.root(count, damping).to(signer.dtype)
+    return inverse_root(moment / max(count, 1), damping).to(signer.dtype)
 
 
 def whitening_digest(arrays: Mapping[str, np.ndarray]) -> str:
@@ -95,16 +149,12 @@ def _add_weighted_products(moment: Tensor, by: Map, mass: Tensor) -> None:
         moment += piece.t() @ (piece * mass[start : start + 4096, None])
 
 
-def inverse_root(moment: Tensor, damping: float, name: str) -> Tensor:
+def inverse_root(moment: Tensor, damping: float) -> Tensor:
     """E (L + damping * tr(M) / size * 1)^(-1/2) [size, size] of a second moment M = E L E^T, by eigenvalues in float64.
 
     x @ matrix has the products of the symmetric root, in the directions of the eigenvectors, those of the largest moments
     first: what a short code leaves out is at the end (see `codec.kept_sides`).
     """
     mean = (moment.trace() / len(moment)).item()
-    if not mean > 0:
-        raise FormatError(
-            f"The factor {name!r} is zero or not finite on all sampled rows: run `leaveout doctor` on the model."
-        )
     values, vectors = torch.linalg.eigh(moment)
     return vectors.flip(1) / (values.flip(0).clamp_min(0) + damping * mean).sqrt()

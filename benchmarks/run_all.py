@@ -51,6 +51,7 @@ STEPS = {
     "search, a million rows": Step("search_speed", "--part million --repeats 3 --work {work}", alone=True),
     "index cost": Step("index_cost", "--repeats 1", alone=True),
     "index cost by length": Step("index_cost", "--lengths 20 50 100 200 400 1000 2000 4000 --repeats 1", alone=True),
+    "streaming": Step("streaming", "--work {work}", alone=True),
     "truth bank": Step("truth_bank", alone=True),
     "influence, olmo": Step("influence", "--bank olmo --subsets 36 --qld 0 --exact 4 --work {work}", place="olmo"),
     "backdoor": Step("backdoor", "--work {work}"),

@@ -232,6 +232,41 @@ def steps(result: dict[str, Any]) -> str:
     return table(["step", "alone on the machine", "CPU s"], lines)
 
 
+def streaming(result: dict[str, Any]) -> str:
+    """Memory of a streamed build, and CPU seconds of both ways."""
+    memory, time = result["memory"], result["time"]
+    whole = f"{memory['parameters'] / 1e9:.1f} billion parameters in bfloat16"
+    lines = [
+        [f"{whole}, {memory['blocks']} blocks: weights", f"{memory['weights_gb']:.2f} GB"],
+        [f"largest resident memory of a build (`--max-memory {memory['max_memory']}`)", f"{memory['peak_gb']:.2f} GB"],
+        ["of these the program before it began", f"{memory['of_which_before']:.2f} GB"],
+        ["share of the weights", f"{memory['share']:.2f}"],
+        [
+            f"{time['tokens']:,} tokens through {time['parameters'] / 1e9:.1f} billion parameters, whole",
+            cpu(time["whole"]),
+        ],
+        ["the same, streamed", cpu(time["streamed"])],
+        [
+            "streamed over whole",
+            f"{time['ratio']['median']:.3f} [{time['ratio']['low']:.3f}, {time['ratio']['high']:.3f}]",
+        ],
+        [
+            "largest resident memory, whole and streamed",
+            f"{time['peak_whole_gb']:.2f}, {time['peak_streamed_gb']:.2f} GB",
+        ],
+        ["hidden states equal bit for bit; index equal", f"{_yes(time['equal'])}; {_yes(result['index']['equal'])}"],
+    ]
+    return table(["made by `benchmarks/streaming.py`, one core", ""], lines)
+
+
+def cpu(seconds: dict[str, float]) -> str:
+    return f"{seconds['median']:.0f} CPU s"
+
+
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
 README, RESULTS = "README.md", "docs/evidence/results.md"
 JETS, READOUT = "docs/explanation/jets.md", "docs/explanation/readout.md"
 DELETION, EVALUATION = "docs/how-to/deletion.md", "docs/how-to/evaluation.md"
@@ -261,6 +296,7 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "million": (RESULTS, "readout_search_million.json", million),
     "steps": (RESULTS, "bench_steps.json", steps),
     "speed": (JETS, "jets_speed.json", speed),
+    "streaming": ("docs/how-to/big-models.md", "streaming.json", streaming),
     "retraining": (JETS, "jets_loo_retraining.json", retraining),
 }
 """Name of a table -> the page it stands in, the result file or files, the function that writes it."""

@@ -56,7 +56,7 @@ def products(x, root):
 
 
 def test_nothing_left_out_is_exact(positions, monkeypatch):
-    assert_close(products(positions, wide_root(positions, SIZE, 0, monkeypatch)), exact_products(positions), "float64")
+    assert_close(products(positions, wide_root(positions, SIZE, 0, monkeypatch)), exact_products(positions), "float32")
 
 
 @pytest.mark.parametrize(("wanted", "error"), [(64, 0.2), (128, 0.12), (256, 0.06)])
@@ -77,7 +77,8 @@ def test_main_directions_come_first(positions, monkeypatch):
     moved = (positions * root.scale) @ orthogonal
     energy = moved.square().mean(0)
     assert energy[:64].min() > energy[64:].max()
-    assert torch.all(root.by[:64] <= root.by[64])
+    assert torch.all(root.by[:64].diff() >= 0)
+    assert torch.all(root.by[64:] == root.by[-1])
 
 
 def test_roots_are_stored_and_come_back(positions, monkeypatch):

@@ -178,7 +178,7 @@ def verify_readout(readout: Readout) -> Readout:
     def states(many: list[Tensor]) -> list[Tensor]:
         nonlocal hidden
         hidden, *found = readout.hidden_of([ids, *many])  # with the others, as streamed blocks are read once for all
-        if readout.stream is not None and not (own and torch.equal(hidden, own[0])):
+        if readout.stream is not None and not torch.equal(hidden, own[0] if own else readout.hidden(ids)):
             raise UnsupportedError(
                 f"The blocks of {type(lm).__name__} give other states one by one than in the whole model, so that they can't "
                 "be streamed: load it whole (offload none)."

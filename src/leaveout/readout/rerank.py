@@ -166,6 +166,11 @@ def whole_model(readout: Readout) -> WholeModel:
 
     A model in a narrow type is taken in a float32 copy, as steps of a central difference would be rounded away.
     """
+    if readout.stream is not None:
+        raise UnsupportedError(
+            "Rows are scored backwards through the whole model, and its layers are streamed here: give offload none, where it "
+            "fits, or leave rerank and refine out."
+        )
     lm = readout.lm
     if readout.dtype in (torch.bfloat16, torch.float16):
         lm = copy.deepcopy(lm).float()

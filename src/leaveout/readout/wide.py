@@ -25,7 +25,7 @@ from torch import Tensor
 
 WIDE = 12_288  # numbers of a factor from which on it has no matrix of its own: that one takes 1.2 GB, its root five times it
 WANTED, OVER = 1024, 512  # directions that are kept, and how many more are looked at to find them
-STEM = "/"  # between the name of a root and what it consists of
+STEM = ".wide-"  # between the name of a root and what it consists of
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ class LayerStream:
                 f"{limit / 1e9:.3g} GB may be used, and what stays in memory of this model, two of its blocks and {LEAST} "
                 f"tokens need {math.ceil(needed / 1e7) / 100:.2f} GB: give --max-memory at least that."
             )
-        room = limit - self.fixed
+        self.limit, room = limit, limit - self.fixed
         self.wave_tokens = min(WAVE.get(self.device.type, WAVE["cpu"]), room // self.token_bytes)
         self.waiting_bytes = room - self.wave_tokens * self.token_bytes
 
@@ -311,6 +311,8 @@ class LayerStream:
             dtype, flat = leaf.absent.dtype, slot.get(leaf.path)
             if flat is None or len(flat) < leaf.absent.nbytes + 64:
                 flat = slot[leaf.path] = room_for(leaf.stored, dtype, self.device)
+                if self.copies is not None:  # these bytes may have been those of something that is still computed with
+                    self.copies.wait_stream(torch.cuda.current_stream(self.device))
             found = placed(flat, leaf.stored, dtype)
             if self._straight(leaf):
                 read_tensor(leaf.stored, found)
@@ -353,7 +355,7 @@ class LayerStream:
             for leaf in leaves:
                 leaf.owner._parameters[leaf.name] = leaf.absent  # pyright: ignore[reportPrivateUsage]
             if self.used:
-                self.used[number % 2].record()
+                self.used[number % 2].record(torch.cuda.current_stream(self.device))
 
     def call(self, number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the forward of a block gives: see `_Block`."""

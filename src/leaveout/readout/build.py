@@ -340,7 +340,8 @@ def add_rows(
     tasks = ([piece] for piece in pieces()) if signer.readout.stream is None else signer.waves(pieces())
     on_gpu = signer.readout.device.type == "cuda"
     results = run_tasks(tasks, work, start, options.workers, options.backend, on_gpu)
-    with _progress(total, "index", "row", options) as bar, contextlib.closing(results):
+    label = "index" if signer.readout.stream is None else "index, layers streamed"
+    with _progress(total, label, "row", options) as bar, contextlib.closing(results):
         for number, arrays in enumerate(itertools.chain.from_iterable(results)):
             chunk = chunks.pop(number)
             finite = arrays.pop("finite")
@@ -464,8 +465,12 @@ def _worker_start(signer: Signer, store: Store, options: BuildOptions) -> Callab
             raise UnsupportedError("Ray workers load the model by themselves: give its path or id, not a loaded model.")
         return functools.partial(_start_worker, readout, None, settings, str(store.path))
     assert readout.options is not None
-    streams = {"offload": "layers"} if readout.stream is not None else {"offload": "none", "max_memory": None}
-    loading = replace(readout.options, **streams)
+    loading = replace(readout.options, offload="none", max_memory=None)
+    if readout.stream is not None:
+        limit = readout.options.max_memory
+        if limit is None and readout.device.type == "cpu":  # what was free is shared
+            limit = readout.stream.limit // options.workers
+        loading = replace(loading, offload="layers", max_memory=limit)
     name = readout.source["name"]  # a worker elsewhere has another working directory
     name = str(Path(name).resolve()) if Path(name).exists() else name
     return functools.partial(_start_worker, name, loading, settings, str(store.path.resolve()))

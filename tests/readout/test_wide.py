@@ -41,9 +41,13 @@ def exact_products(x):
     return asked @ np.linalg.inv(moment + added * np.eye(SIZE)) @ asked.T
 
 
-def wide_root(x, wanted, over, monkeypatch):
-    monkeypatch.setattr(wide, "WANTED", wanted)
-    monkeypatch.setattr(wide, "OVER", over)
+def limited(monkeypatch, kept, columns, width=None):
+    for name, value in (("KEPT", kept), ("COLUMNS", columns), *([("WIDE", width)] if width else [])):
+        monkeypatch.setattr(wide, name, value)
+
+
+def wide_root(x, kept, columns, monkeypatch):
+    limited(monkeypatch, kept, columns)
     moment = WideMoment(SIZE, 0, torch.device("cpu"), torch.float64)
     for piece in x[:-300].split(700):
         moment.add(piece)
@@ -56,33 +60,32 @@ def products(x, root):
 
 
 def test_nothing_left_out_is_exact(positions, monkeypatch):
-    assert_close(products(positions, wide_root(positions, SIZE, 0, monkeypatch)), exact_products(positions), "float32")
-
-
-@pytest.mark.parametrize(("wanted", "error"), [(64, 0.2), (128, 0.12), (256, 0.06)])
-def test_products_are_near_the_exact_ones(positions, monkeypatch, wanted, error):
-    found, exact = (
-        products(positions, wide_root(positions, wanted, wanted // 2, monkeypatch)),
-        exact_products(positions),
+    assert_close(
+        products(positions, wide_root(positions, SIZE, SIZE, monkeypatch)), exact_products(positions), "float32"
     )
+
+
+@pytest.mark.parametrize(("kept", "error", "rank"), [(64, 0.4, 0.88), (128, 0.33, 0.93), (256, 0.08, 0.99)])
+def test_products_are_near_the_exact_ones(positions, monkeypatch, kept, error, rank):
+    found, exact = products(positions, wide_root(positions, kept, 2 * kept, monkeypatch)), exact_products(positions)
     assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < error
     above = np.triu_indices(len(exact), 1)
-    assert spearmanr(found[above], exact[above]).statistic > 1 - error / 2
+    assert spearmanr(found[above], exact[above]).statistic > rank
 
 
 def test_main_directions_come_first(positions, monkeypatch):
-    root = wide_root(positions, 64, 32, monkeypatch)
+    root = wide_root(positions, 64, 128, monkeypatch)
     orthogonal = torch.eye(SIZE, dtype=torch.float64) - root.reflections @ root.triangle @ root.reflections.t()
     assert_close(orthogonal @ orthogonal.t(), np.eye(SIZE), "float64")
     moved = (positions * root.scale) @ orthogonal
     energy = moved.square().mean(0)
-    assert energy[:64].min() > energy[64:].max()
+    assert energy[:64].mean() > 5 * energy[64:].mean()
     assert torch.all(root.by[:64].diff() >= 0)
     assert torch.all(root.by[64:] == root.by[-1])
 
 
 def test_roots_are_stored_and_come_back(positions, monkeypatch):
-    roots = {"a.damping-0.1": wide_root(positions, 8, 8, monkeypatch), "h.damping-0.1": torch.eye(3)}
+    roots = {"a.damping-0.1": wide_root(positions, 8, 16, monkeypatch), "h.damping-0.1": torch.eye(3)}
     found = roots_of(arrays_of(roots))
     assert set(found) == set(roots)
     assert isinstance(found["a.damping-0.1"], WideRoot)
@@ -104,9 +107,7 @@ def test_scores_rank_as_with_the_exact_form(readout, tokenised, monkeypatch):
     signer.whitening = whitening_matrices(signer, windows)
     rows = signer.rows(windows, windows[-1].row + 1)
     exact = signer.form.products(rows, rows)
-    monkeypatch.setattr(wide, "WIDE", 256)
-    monkeypatch.setattr(wide, "WANTED", 128)
-    monkeypatch.setattr(wide, "OVER", 64)
+    limited(monkeypatch, 128, 256, 256)
     signer.whitening = whitening_matrices(signer, windows)
     assert sum(isinstance(root, WideRoot) for root in signer.whitening.values()) == 2  # one an MLP
     rows = signer.rows(windows, windows[-1].row + 1)
@@ -129,10 +130,7 @@ def test_passes_over_the_sample_change_nothing(readout, tokenised, monkeypatch):
 
 
 def test_an_index_with_wide_factors_opens_again(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(wide, "WIDE", 40)
-    monkeypatch.setattr(wide, "WANTED", 16)
-    monkeypatch.setattr(wide, "OVER", 8)
-    monkeypatch.setattr(whitening, "WANTED", 16)
+    limited(monkeypatch, 16, 32, 40)
     lm = make_model("llama", dtype=torch.float32)
     built = Index.build(lm, list(TEXTS), tmp_path / "idx", tokenizer=tokenizer)
     assert any(isinstance(root, WideRoot) for root in built.signer.whitening.values())

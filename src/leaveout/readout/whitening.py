@@ -21,7 +21,7 @@ from leaveout.projection import CountSketch
 from leaveout.readout.logits import Map, wide_product
 from leaveout.readout.signature import Factor, Signer, batches
 from leaveout.readout.tokens import Window
-from leaveout.readout.wide import OVER, WANTED, Root, WideMoment
+from leaveout.readout.wide import Root, WideMoment
 
 SUMS = 8 * 10**9  # bytes of moments that are summed in one pass over the sample
 
@@ -50,7 +50,7 @@ def moment_groups(signer: Signer) -> list[dict[str, int]]:
     """Sizes of the factors that whiten, by key, in groups whose moments are summed together: one pass each."""
     groups, room = [dict[str, int]()], SUMS
     for key, size in {side.raw: side.size for side in _whitened(signer).values()}.items():
-        n_bytes = 8 * size**2 if _has_matrix(signer, key, size) else 12 * size * (WANTED + OVER)
+        n_bytes = 8 * size**2 if _has_matrix(signer, key, size) else 12 * size * wide.COLUMNS
         if groups[-1] and n_bytes > room:
             groups.append({})
             room = SUMS

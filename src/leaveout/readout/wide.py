@@ -1,15 +1,13 @@
-"""Whitening of factors that are too wide for a matrix of their own: their main directions, and one number for the rest.
+"""Whitening of factors that are too wide for a matrix of their own: their main directions, and the variance of each number.
 
-The second moment M [size, size] is never held. Its products with a random matrix, M W [size, WANTED + OVER], and its diagonal
-are summed over the positions; from them follow its largest directions (Nystrom's approximation of M with the damping on its
-diagonal, which has a root). All others count alike, in units of the diagonal, so that what each number varies by itself is
-exact:
+The second moment M [size, size] is never held. Its products with a random matrix, M W [size, COLUMNS], and its diagonal are
+summed over the positions; from the first follow its main directions F F^T (Nystrom's approximation), F [size, KEPT], and the
+diagonal of what is left over is exact:
 
-    M + damping  =  D^(1/2) (U diag(v) U^T + rest (1 - U U^T)) D^(1/2),     D = diag(M) + damping
+    M + damping  is about  S + F F^T,     S = diag(M) - diag(F F^T) + damping
+    root  =  S^(-1/2) Q diag(1 + s^2)^(-1/2),     s, Q from S^(-1/2) F: its singular values, then 0, and left directions
 
-    root  =  D^(-1/2) Q diag(v_1 .. v_k, rest ..)^(-1/2),     Q = 1 - Y T Y^T orthogonal, its first k columns U
-
-Q is a product of k reflections, so that a position costs 4 size k multiplications instead of size squared.
+Q is a product of KEPT reflections, 1 - Y T Y^T, so that a position costs 4 size KEPT multiplications and not size squared.
 Source: Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736, section 2; Schreiber and Van Loan, SIAM J. Sci. Stat. Comput.
 10 (1989), for the compact form of Q.
 """
@@ -24,7 +22,8 @@ import torch
 from torch import Tensor
 
 WIDE = 12_288  # numbers of a factor from which on it has no matrix of its own: that one takes 1.2 GB, its root five times it
-WANTED, OVER = 1024, 512  # directions that are kept, and how many more are looked at to find them
+KEPT, COLUMNS = 2048, 4096  # directions that are kept, and random ones from which they are found
+NOISE = 1e-6  # of the largest eigenvalue: below it are rounding errors of float32 products
 STEM = ".wide-"  # between the name of a root and what it consists of
 
 
@@ -75,13 +74,11 @@ def roots_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Root]:
 class WideMoment:
     """Sums over positions from which the root of a second moment is made.
 
-    Memory: 12 bytes times size times (WANTED + OVER), and as much again, twice, in `root`.
+    Memory: 12 bytes times size times COLUMNS; in `root` four times 8 bytes times that.
     """
 
     def __init__(self, size: int, seed: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.wanted = min(WANTED, size)
-        columns = min(self.wanted + OVER, size)
-        generator = torch.Generator().manual_seed(seed)
+        columns, generator = min(COLUMNS, size), torch.Generator().manual_seed(seed)
         self.probes = torch.randn(size, columns, generator=generator, dtype=dtype).to(device)
         self.products = torch.zeros(size, columns, dtype=torch.float64, device=device)
         self.diagonal = torch.zeros(size, dtype=torch.float64, device=device)
@@ -96,26 +93,27 @@ class WideMoment:
 
     def root(self, count: int, damping: float) -> WideRoot:
         """The root, in float64, of the mean over `count` positions with a share `damping` of its mean eigenvalue added."""
-        diagonal, probes = self.diagonal / count, self.probes.double()
+        diagonal, products = self.diagonal / count, self.products / count
+        core = self.probes.double().t() @ products
+        values, vectors = torch.linalg.eigh((core + core.t()) / 2)
+        seen = values > NOISE * values[-1]
+        factor = products @ (vectors[:, seen] * values[seen].rsqrt())  # factor factor^T is about M
         added = damping * diagonal.mean()
-        scale = (diagonal + added).rsqrt()
-        products = self.products / count + added * probes
-        core = probes.t() @ products
-        factor = torch.linalg.solve_triangular(
-            torch.linalg.cholesky((core + core.t()) / 2), (products * scale[:, None]).t(), upper=False
-        )
-        values, rotation = torch.linalg.eigh(factor @ factor.t())
-        values, rotation = values.flip(0)[: self.wanted], rotation.flip(1)[:, : self.wanted]
-        directions = factor.t() @ (rotation * values.rsqrt())
-        left = len(scale) - self.wanted
-        rest = (len(scale) - values.sum()) / max(left, 1)  # D^(-1/2) (M + damping) D^(-1/2) has ones on its diagonal
-        reflections, triangle = _reflections(directions)
-        by = torch.cat([values, rest.expand(left)]).rsqrt()
+        scaled = factor / (diagonal + added).sqrt()[:, None]
+        main = torch.linalg.eigh(scaled.t() @ scaled).eigenvectors.flip(1)[:, :KEPT]
+        factor = factor @ main
+        left = (diagonal - factor.square().sum(1)).clamp_min(0)  # below 0 by rounding only
+        scale = (left + added).rsqrt()
+        factor *= scale[:, None]
+        squares, turned = torch.linalg.eigh(factor.t() @ factor)
+        reflections, triangle = _reflections(factor @ turned.flip(1))
+        by = torch.ones_like(scale)
+        by[: len(squares)] = (1 + squares.flip(0).clamp_min(0)).rsqrt()
         return WideRoot(scale, reflections, triangle, by)
 
 
 def _reflections(directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Y [size, k] and T [k, k] of the orthogonal matrix 1 - Y T Y^T whose first columns are k orthonormal ones, up to sign."""
+    """Y [size, k] and T [k, k] of the orthogonal matrix 1 - Y T Y^T whose first columns point along k orthogonal ones."""
     packed, tau = torch.geqrf(directions)
     y = packed.tril(-1)
     y.diagonal().fill_(1.0)

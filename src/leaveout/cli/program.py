@@ -50,7 +50,9 @@ Offload = Annotated[
 ]
 MaxMemory = Annotated[
     str | None,
-    typer.Option(help="For a model's weights and what waits beside them, such as 8GB (default: 4/5 of what is free)."),
+    typer.Option(
+        help="For a model's weights and what waits beside them, such as 8GB (default: 4/5 of what is free, half on a GPU)."
+    ),
 ]
 DeviceMap = Annotated[
     str | None,

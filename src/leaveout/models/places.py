@@ -44,7 +44,7 @@ class ModelOptions:
     device      cpu, cuda, cuda:1, ..., or auto: cuda where there is one (see `find_device`)
     offload     `layers`: blocks stay in their files and are read when they are needed (`streaming`); `none`; or `auto`:
                 `layers` where the whole model does not fit
-    max_memory  bytes for weights, and for what waits while layers are streamed; None: four fifths of what is free
+    max_memory  bytes for weights, and for what waits while layers are streamed; None: four fifths of what is free, half of it on a GPU
     device_map  `auto`, or any map of accelerate: how it shares a model out over several devices
     """
 
@@ -104,7 +104,10 @@ def load_place(name: str, options: ModelOptions) -> tuple[Any, Any, tuple[str, .
     return lm, _load_tokenizer(name, place, own), notes
 
 
-FREE = 0.8  # of free memory that is used where nothing was said
+FREE, FREE_ON_DEVICE = (
+    0.8,
+    0.5,
+)  # of free memory that is used where nothing was said; on a device batches take much, too
 
 
 def load_stream(name: str, options: ModelOptions, device: torch.device) -> tuple[LayerStream, Any] | None:
@@ -121,7 +124,8 @@ def load_stream(name: str, options: ModelOptions, device: torch.device) -> tuple
             raise UnsupportedError(f"{name} can't be streamed, as {reason}: load it whole (offload none).")
         return None
     files = Files(directory)
-    limit = int(FREE * free_memory(device)) if options.max_memory is None else options.max_memory
+    free = int((FREE if device.type == "cpu" else FREE_ON_DEVICE) * free_memory(device))
+    limit = free if options.max_memory is None else options.max_memory
     dtype = options.named_dtype
     if options.offload == "auto" and files.n_bytes(dtype if isinstance(dtype, torch.dtype) else None) <= limit:
         return None

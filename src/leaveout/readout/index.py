@@ -109,7 +109,7 @@ class Index(OpenIndex):
         offload         `layers`: the model's blocks stay in its safetensors files, and each is read once for many rows;
                         `none`: the whole model is loaded; `auto`: `layers` where it does not fit. The index is the same
         max_memory      for the weights of each process and for what waits while layers are streamed: bytes, or a text such
-                        as 8GB; None: four fifths of what is free
+                        as 8GB; None: four fifths of what is free, half of it on a GPU
         device_map      `auto`: accelerate shares the model out over several devices; or a map of its own
         revision        of a model that is named by id
         trust_remote_code   run code that a model ships
@@ -204,7 +204,7 @@ class Index(OpenIndex):
         model, tokenizer    the model, if it has moved or was in memory (see `build`)
         dtype               None: that of the index
         device              None: the CPU
-        offload, max_memory, device_map     as of `build`; None: `auto`, four fifths of what is free, no map
+        offload, max_memory, device_map     as of `build`; None: `auto`, four fifths of what is free (half on a GPU), no map
         revision, trust_remote_code     None: as the build was told
         Raises: MismatchError if the model is not the one that the index was built with.
         """

@@ -44,7 +44,8 @@ class ModelOptions:
     device      cpu, cuda, cuda:1, ..., or auto: cuda where there is one (see `find_device`)
     offload     `layers`: blocks stay in their files and are read when they are needed (`streaming`); `none`; or `auto`:
                 `layers` where the whole model does not fit
-    max_memory  bytes for weights, and for what waits while layers are streamed; None: four fifths of what is free, half of it on a GPU
+    max_memory  bytes for weights, and for what waits while layers are streamed; None: four fifths of what is free, half of
+                it on a GPU
     device_map  `auto`, or any map of accelerate: how it shares a model out over several devices
     """
 

@@ -7,7 +7,7 @@ diagonal of what is left over is exact:
     M + damping  is about  S + F F^T,     S = diag(M) - diag(F F^T) + damping
     root  =  S^(-1/2) Q diag(1 + s^2)^(-1/2),     s, Q from S^(-1/2) F: its singular values, then 0, and left directions
 
-Q is a product of KEPT reflections, 1 - Y T Y^T, so that a position costs 4 size KEPT multiplications and not size squared.
+Q is a product of KEPT reflections, 1 - Y T Y^T, so that a position costs 2 size KEPT multiplications and not size squared.
 Source: Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736, section 2; Schreiber and Van Loan, SIAM J. Sci. Stat. Comput.
 10 (1989), for the compact form of Q.
 """

@@ -23,7 +23,7 @@ from torch import Tensor
 
 WIDE = 12_288  # numbers of a factor from which on it has no matrix of its own: that one takes 1.2 GB, its root five times it
 KEPT, COLUMNS = 2048, 4096  # directions that are kept, and random ones from which they are found
-NOISE = 1e-6  # of the largest eigenvalue: below it are rounding errors of float32 products
+NOISE = 10  # roundings of the largest eigenvalue: what is smaller is made of them
 STEM = ".wide-"  # between the name of a root and what it consists of
 
 
@@ -96,7 +96,7 @@ class WideMoment:
         diagonal, products = self.diagonal / count, self.products / count
         core = self.probes.double().t() @ products
         values, vectors = torch.linalg.eigh((core + core.t()) / 2)
-        seen = values > NOISE * values[-1]
+        seen = values > NOISE * torch.finfo(self.probes.dtype).eps * values[-1]
         factor = products @ (vectors[:, seen] * values[seen].rsqrt())  # factor factor^T is about M
         added = damping * diagonal.mean()
         scaled = factor / (diagonal + added).sqrt()[:, None]

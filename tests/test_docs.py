@@ -78,6 +78,16 @@ def test_tutorial_finds_predicts_and_proves(tmp_path, monkeypatch, capsys):
     assert "already_measured: 1" in told.out and not told.err
 
 
+def test_a_contrast_finds_what_flips_the_answer(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "how-to" / "why-this-answer.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    shown = re.search(r"```\n(for Ada.*?)```", page, re.DOTALL)
+    assert shown and capsys.readouterr().out.startswith(shown[1])  # the nats may differ by rounding, not by sign
+    assert names["without_others"] < -0.5 and names["without"] > 0.5
+
+
 def test_recipes_of_the_deletion_page_train(tmp_path):
     make_model("llama").float().save_pretrained(tmp_path / "my-model")
     make_tokenizer().save_pretrained(tmp_path / "my-model")

@@ -40,6 +40,7 @@ from leaveout.methods.tracin import TracIn
 from leaveout.metrics import bootstrap_interval, difference_interval
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import PRESETS, SignatureSettings
+from leaveout.training.loop import RunOptions
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
 from measuring import alpaca, arguments, made_rows, tiny, untrained, write_result
@@ -139,7 +140,7 @@ def snapshots(recipe: Recipe, steps: Sequence[int], work: Path) -> list[Snapshot
     file = work / f"{recipe.hash()}-{'-'.join(map(str, steps))}.pt"
     if not file.exists():
         partial = file.with_suffix(".partial")
-        torch.save([vars(snapshot) for snapshot in take_snapshots(recipe, steps, progress=True)], partial)
+        torch.save([vars(snapshot) for snapshot in take_snapshots(recipe, steps, RunOptions(progress=True))], partial)
         partial.rename(file)
     return [Snapshot(**facts) for facts in torch.load(file)]
 

@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = itertools.product([args.model], args.dtype, args.degree, args.directions)
     rows = []
     for name, dtype, degree, directions in ALL if args.all else wanted:
-        with kept_memory():
+        with kept_memory(torch.device("cpu")):
             row = measure(name, degree, directions, getattr(torch, dtype), args.repeats)
         rows.append(row)
         print(

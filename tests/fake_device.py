@@ -230,6 +230,8 @@ class OnDevice(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not all(issubclass(kind, OnDevice) for kind in types):
+            return NotImplemented  # tensors made of these (jets) say what they do with it
         return _carry_out(func, args, kwargs or {})
 
     def tolist(self) -> Any:
@@ -283,6 +285,8 @@ _aten = torch.ops.aten
 def _carry_out(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation with a tensor on DEVICE, or with DEVICE for its result."""
     name = func.name().removeprefix("aten::").split(".")[0]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return func.decompose(*args, **kwargs)  # below autograd, where nobody has taken it apart yet
     flat = tree_flatten((args, kwargs))[0]
     if name in ("_to_copy", "copy_"):
         return _copied(name, args, kwargs)

@@ -118,12 +118,12 @@ def test_examples_that_no_run_keeps_are_not_computed(name, lm_directory, monkeyp
     alone = [train_plain(recipe, row) for row in weights]
     seen = []
 
-    def watched(steps, numbers):
-        seen.append(tuple(numbers))
-        return encoded(steps, numbers)
+    def watched(steps, part):
+        seen.append(part.numbers)
+        return fed(steps, part)
 
-    encoded = Steps.encoded
-    monkeypatch.setattr(Steps, "encoded", watched)
+    fed = Steps.fed
+    monkeypatch.setattr(Steps, "fed", watched)
     together = train_batch(recipe, weights)
     for run in range(2):
         for key, p in alone[run].items():

@@ -376,7 +376,7 @@ def test_z0_inf_by_name_shares_the_snapshots_of_tracin(run, monkeypatch):
     taken = []
     monkeypatch.setattr(
         "leaveout.methods.scorer.take_snapshots",
-        lambda recipe, steps: taken.append(steps) or take_snapshots(recipe, steps),
+        lambda recipe, steps, options: taken.append(steps) or take_snapshots(recipe, steps, options),
     )
     found = score_methods(run, as_queries(["anna", "kim"]), ["tracin", "z0-inf"])
     n_steps = len(run.recipe.batches())

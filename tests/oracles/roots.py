@@ -415,7 +415,7 @@ def train_recipe(recipe: Recipe, psi: Tensor, circle: Circle, queries: Sequence[
         optimizer = Adam(s.lr, **chosen, **decay, eps_inside=s.name == "paper-adam")
     steps = Steps(recipe.with_(dtype="float64"), task)
     parts = [steps.parts_of(batch, 1)[0] for batch in steps.batches]  # copies do not accumulate: one part a step
-    batches = [_doubled(steps.encoded(part.numbers)) for part in parts]
+    batches = [_doubled(steps.fed(part)[0]) for part in parts]
     circle.schedule = lambda step: recipe.rate(step, len(steps))
     circle.clip_norm = recipe.clip_norm
     entries = psi.to(torch.complex128)[recipe.unit_of]

@@ -83,7 +83,7 @@ def doctor(
     if model.endswith((".yaml", ".yml")):
         if rows is not None:
             raise typer.BadParameter("a recipe has its own rows: leave --rows out")
-        _diagnose_recipe(Path(model), (degree or 4) if growth or degree else None, json_)
+        _diagnose_recipe(Path(model), (degree or 4) if growth or degree else None, device, json_)
         return
     if growth or degree:
         raise typer.BadParameter("--growth and --degree go with a recipe (.yaml)")
@@ -123,22 +123,22 @@ def _run_facts(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _diagnose_recipe(path: Path, degree: int | None, json_: bool) -> None:
+def _diagnose_recipe(path: Path, degree: int | None, device: str, json_: bool) -> None:
     from leaveout.training.doctor import check_stability, growth_seconds, probe_recipe
     from leaveout.training.loop import RunOptions
     from leaveout.training.recipe import Recipe
 
-    recipe = Recipe.from_yaml(path)
+    recipe, options = Recipe.from_yaml(path), RunOptions(progress=True, device=device)
     if degree is None:
-        _print_checks(probe_recipe(recipe), json_)
+        _print_checks(probe_recipe(recipe, device), json_)
         return
-    seconds = growth_seconds(recipe, degree)
+    seconds = growth_seconds(recipe, degree, RunOptions(device=device))
     print(
         f"leaveout: the growth check of degree {degree} takes about {seconds:.3g} s, up to four times as long if it is not "
         "stable",
         file=sys.stderr,
     )
-    found = check_stability(recipe, RunOptions(progress=True), degree=degree)
+    found = check_stability(recipe, options, degree=degree)
     if json_:
         growth = [value if value < float("inf") else None for value in found.growth]
         print(to_line({"verdict": found.verdict, "growth": growth, "advice": found.advice}))

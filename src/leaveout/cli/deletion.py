@@ -12,6 +12,7 @@ import typer
 
 from leaveout.cli.program import (
     Backend,
+    Device,
     Form,
     Json,
     Memory,
@@ -59,17 +60,18 @@ Html = Annotated[Path | None, typer.Option(help="Also write a page with a pictur
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe (docs/how-to/deletion.md).")],
     out: Annotated[Path, typer.Option("--out", help="Directory of the run.")],
+    device: Device = "cpu",
     json_: Json = False,
 ) -> None:
     """Train a recipe on all its data; killed, the same command goes on, finished, it reopens the run.
 
     Example: leaveout train recipe.yaml --out run
     """
-    one_thread()
+    one_thread(device)
     from leaveout.deletion.run import TrainingRun
 
     began = time.monotonic()
-    run = TrainingRun.train(recipe, out, progress=True)
+    run = TrainingRun.train(recipe, out, progress=True, device=device)
     facts = {"examples": len(run.recipe.examples), "units": len(run.recipe.unit_names)}
     facts |= {"parameters": sum(p.numel() for p in run.parameters.values()), "steps": len(run.recipe.batches())}
     print_facts({"run": str(out), **facts, "seconds": round(time.monotonic() - began, 1)}, json_)
@@ -105,6 +107,7 @@ def measure(
         bool, typer.Option("--real", help="Jets along real orthogonal directions: half the cost and half the numbers.")
     ] = False,
     merge: Annotated[Path | None, typer.Option(help="Add the measurements of another run of the same recipe.")] = None,
+    device: Device = "cpu",
     json_: Json = False,
 ) -> None:
     """Add measurements to the bank of a run: jets, retrainings, the exact first order, or another run's bank. What is
@@ -119,7 +122,7 @@ def measure(
             "say what to measure: --directions, --retrain, --without, --heldout, --gradient or --merge"
         )
     settings = _settings(workers, backend, memory, seed, sizes, dtype, real)
-    opened = open_run(run)
+    opened = open_run(run, device)
     before = len(opened.bank)
     if merge is not None:
         if not (merge / "bank").is_dir():
@@ -150,6 +153,7 @@ def plan(
     disk: Annotated[str | None, typer.Option(help="At most so much for the bank, such as 2GB.")] = None,
     memory: Annotated[str | None, typer.Option(help="At most so much for an estimator, such as 4GB.")] = None,
     workers: Workers = 1,
+    device: Device = "cpu",
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Say which measurements to buy for a budget, after timing a few steps of each: time, disk, memory, and the error
@@ -163,12 +167,13 @@ def plan(
     limits = quantity(disk, BYTES, "--disk"), quantity(memory, BYTES, "--memory")
     assert seconds is not None
     allowed = Budget(seconds, *limits, workers, examples=examples)
-    opened = open_run(run)
+    opened = open_run(run, device)
     removed = read_sets(opened, without, without_where, sets)
     found = opened.plan(read_queries(opened, query, prompt, queries, form), removed, allowed)
     asked = _options(query=query, prompt=prompt, form=form, queries=queries)
     named = _options(without=without, without_where=without_where, sets=sets)
-    commands = [_measure_command(run, choice, asked, named, workers) for choice in found.choices]
+    crew = _options(workers=workers if workers > 1 else None, device=None if device == "cpu" else device)
+    commands = [_measure_command(run, choice, asked, named, crew) for choice in found.choices]
     if json_:
         keys = ("name", "seconds", "disk", "memory", "error")
         listed = [
@@ -191,6 +196,7 @@ def predict(
     degree: Degree = None,
     curve: Annotated[Path | None, typer.Option(help="Also draw predictions as the share removed grows (.png).")] = None,
     html: Html = None,
+    device: Device = "cpu",
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Predict queries under the model trained without some data, with 95 % intervals, from the bank. Nothing is
@@ -200,7 +206,7 @@ def predict(
     """
     chosen = _estimator(estimator, degree)
     _require_outputs(html, curve)
-    opened = open_run(run)
+    opened = open_run(run, device)
     asked, removed = read_queries(opened, query, prompt, queries, form), read_sets(opened, without, without_where, sets)
     found = opened.predict(asked, removed, chosen)
     if curve is not None:
@@ -221,6 +227,7 @@ def verify(
     workers: Workers = 1,
     backend: Backend = "processes",
     memory: Memory = None,
+    device: Device = "cpu",
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Predict, retrain without the data, and compare: is the actual value inside the 95 % interval? The retrainings
@@ -232,7 +239,7 @@ def verify(
     chosen = _estimator(estimator, degree)
     _require_outputs(html)
     settings = _settings(workers, backend, memory)
-    opened = open_run(run)
+    opened = open_run(run, device)
     asked, removed = read_queries(opened, query, prompt, queries, form), read_sets(opened, without, without_where, sets)
     found = opened.verify(asked, removed, chosen, settings)
     _print_prediction(found, html, json_)
@@ -310,7 +317,7 @@ def _options(**given: Any) -> str:
     return " ".join(parts)
 
 
-def _measure_command(run: Path, choice: Choice, asked: str, named: str, workers: int) -> str:
+def _measure_command(run: Path, choice: Choice, asked: str, named: str, crew: str) -> str:
     """The command that carries out a choice."""
     arguments, settings = choice.arguments, choice.arguments.get("settings")
     parts = [_options(**{name: arguments.get(name) for name in ("directions", "degree", "retrain", "design")})]
@@ -320,5 +327,5 @@ def _measure_command(run: Path, choice: Choice, asked: str, named: str, workers:
         parts.append(named)
     sizes = ",".join(map(str, settings.sizes)) if settings else ""
     parts += [_options(heldout=arguments.get("heldout") or None, sizes=sizes or None), asked]
-    parts.append(_options(workers=workers if workers > 1 else None))
+    parts.append(crew)
     return " ".join(["leaveout measure", shlex.quote(str(run)), *filter(None, parts)])

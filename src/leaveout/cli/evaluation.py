@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from leaveout.cli.program import (
+    Device,
     Form,
     Json,
     Prompt,
@@ -72,13 +73,14 @@ def attribute(
     sets: SetsOut = None,
     top: TopUnits = 10,
     workers: Workers = 1,
+    device: Device = "cpu",
     json_: Json = False,
 ) -> None:
     """Score every row of a run for every query by one method, and write the scores to a file.
 
     Example: leaveout attribute run --queries queries.jsonl --method default --out scores.jsonl --sets suspects.jsonl
     """
-    opened = open_run(run)
+    opened = open_run(run, device)
     from leaveout.deletion.measurements import MeasureSettings
     from leaveout.methods.registry import attribute
     from leaveout.methods.scores import numbers_of, require_place, save_scores
@@ -137,13 +139,14 @@ def evaluate(
     top: Top = None,
     ceiling: Ceiling = True,
     workers: Workers = 1,
+    device: Device = "cpu",
     json_: Json = False,
 ) -> None:
     """Judge attribution methods: LDS, QLD, leave-one-out, brittleness, tail-patch, retrieval.
 
     Example: leaveout evaluate run --queries queries.jsonl --method default --method bm25 --subsets 64
     """
-    opened = open_run(run)
+    opened = open_run(run, device)
     from leaveout.deletion.measurements import MeasureSettings
     from leaveout.evaluation import EvaluationSettings, evaluate
     from leaveout.evaluation.truth import load_relevant

@@ -189,7 +189,7 @@ def _root(
 
 
 def one_thread(device: str = "cpu") -> None:
-    """One torch thread: more of them are slower on shared cores, and --workers uses the others."""
+    """One torch thread on a CPU: more of them are slower on shared cores, and --workers uses the others."""
     import torch
 
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
@@ -241,12 +241,12 @@ def is_run(path: Path) -> bool:
     return (path / "examples").is_dir()
 
 
-def open_run(path: Path) -> TrainingRun:
-    """The run in a directory, with one torch thread."""
-    one_thread()
+def open_run(path: Path, device: str = "cpu") -> TrainingRun:
+    """The run in a directory, to be measured and asked on a device; with one torch thread on a CPU."""
+    one_thread(device)
     from leaveout.deletion.run import TrainingRun
 
-    return TrainingRun.open(path)
+    return TrainingRun.open(path, device=device)
 
 
 def read_queries(

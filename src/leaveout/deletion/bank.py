@@ -51,10 +51,13 @@ class Measured:
 
 
 class Bank:
-    """Measurements of one recipe; made and added to by `TrainingRun.measure`. constants: the trained parameters by name."""
+    """Measurements of one recipe; made and added to by `TrainingRun.measure`.
 
-    def __init__(self, recipe: Recipe, path: Path, constants: Parameters) -> None:
-        self.recipe, self.path, self.constants = recipe, Path(path), constants
+    constants  the trained parameters by name; device: where queries are pushed through what was trained
+    """
+
+    def __init__(self, recipe: Recipe, path: Path, constants: Parameters, device: str | torch.device = "cpu") -> None:
+        self.recipe, self.path, self.constants, self.device = recipe, Path(path), constants, device
         self._fits: dict[tuple[Any, ...], tuple[Fitted, float]] = {}
         settings = {"what": "measurements", "recipe": recipe.hash(), "digests": recipe.digests()}
         if not self.path.is_dir() or not any(self.path.iterdir()):
@@ -69,7 +72,7 @@ class Bank:
 
     @functools.cached_property
     def _task(self) -> Task:
-        return task_of(self.recipe)
+        return task_of(self.recipe, self.device)
 
     @functools.cached_property
     def trained(self) -> np.ndarray:
@@ -217,7 +220,8 @@ class Bank:
 
     def base(self, asked: Sequence[Query]) -> np.ndarray:
         """Values of queries under the model trained on everything [queries]."""
-        values = query_losses(self.recipe, self.constants, query_function(self._task, asked)).double().numpy()
+        ask = query_function(self._task, asked)
+        values = query_losses(self.recipe, self.constants, ask, self.device).double().numpy()
         for q, value in zip(asked, values, strict=True):
             if not np.isfinite(value):
                 raise FormatError(
@@ -306,13 +310,13 @@ class Bank:
         ask = query_function(self._task, asked)
         if meta["kind"] == "retraining":
             runs = {n: torch.from_numpy(np.array(v)) for n, v in _split(flat, self.constants).items()}
-            return query_losses(self.recipe, runs, ask).double().numpy()
+            return query_losses(self.recipe, runs, ask, self.device).double().numpy()
         out = []
         for start in range(0, len(flat), 64):
             chunk = np.array(flat[start : start + 64])
             chunk = chunk.view(np.complex128 if chunk.dtype == np.float64 else np.complex64)[..., 0]
             series = {n: torch.from_numpy(v.swapaxes(0, 1).copy()) for n, v in _split(chunk, self.constants).items()}
-            values = jet_values(self.recipe, self.constants, series, ask).h
+            values = jet_values(self.recipe, self.constants, series, ask, self.device).h
             out.append(_as_real(values.transpose(0, 1).to(torch.complex128).numpy()))
         return np.concatenate(out)
 
@@ -335,7 +339,8 @@ class Bank:
             return None
         vectors = UnitVectors(np.asarray(side["updates"]), np.asarray(side["final"]), self.constants)
         width = vectors.final.shape[1]
-        gradients = query_gradients(self.recipe, self.constants, query_function(self._task, asked), width)
+        ask = query_function(self._task, asked)
+        gradients = query_gradients(self.recipe, self.constants, ask, width, self.device)
         return influence(vectors, gradients, DAMPING)
 
 

@@ -6,12 +6,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from leaveout.errors import require_whole
 from leaveout.executor import Crew
 
 JETS_TOGETHER, RUNS_TOGETHER = 128, 256
-"""Directions and retrainings of one task, at most: what a kill can lose, and what one transaction holds."""
+"""Directions and retrainings of one task on a CPU, at most: what a kill can lose, and what one transaction holds."""
+ON_DEVICE, ANSWER = 4096, 2**30
+"""Of both on a GPU, where a step takes as long for few as for many; and bytes that one task gives back there."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class MeasureSettings(Crew):
             raise ValueError(f"dtype must be complex64 or complex128, got {self.dtype!r}")
         if any(size < 1 for size in self.sizes):
             raise ValueError(f"sizes of random sets must be at least 1, got {list(self.sizes)}")
+
+
+def task_size(most: int, device: torch.device, each: int) -> int:
+    """How many measurements make a task: on a CPU `most`; on a GPU more, as many as ANSWER holds at so many bytes each."""
+    return most if device.type == "cpu" else max(most, min(ON_DEVICE, ANSWER // each))
 
 
 @dataclass(frozen=True)

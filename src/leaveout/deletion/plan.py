@@ -9,17 +9,18 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from leaveout.deletion import directions
-from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
+from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
 from leaveout.deletion.posterior import LARGEST, NUGGET, default_kernel, expected_error
 from leaveout.deletion.sets import DeletionSets
 from leaveout.errors import LeaveoutError, UnsupportedError
+from leaveout.models import find_device
 from leaveout.quantities import SECONDS, amount, quantity
 from leaveout.tables import Table, Tabular
 from leaveout.training.batching import batching_problem
@@ -141,7 +142,12 @@ class Budget:
 
 
 def make_plan(
-    recipe: Recipe, features: np.ndarray | None, asked: Sequence[Query], sets: DeletionSets, budget: Budget
+    recipe: Recipe,
+    features: np.ndarray | None,
+    asked: Sequence[Query],
+    sets: DeletionSets,
+    budget: Budget,
+    device: str | torch.device = "cpu",
 ) -> Plan:
     """The plan for predicting some queries without some deletion sets within a budget.
 
@@ -149,8 +155,9 @@ def make_plan(
     Cost: a stability check, and a few steps of each kind of run.
     Raises: UnsupportedError if not one choice fits the budget.
     """
-    stability, degrees, notes = _stability(recipe)
-    costs = probe(recipe, asked, degrees)
+    options = RunOptions(device=find_device(device))
+    stability, degrees, notes = _stability(recipe, options)
+    costs = probe(recipe, asked, degrees, options)
     spend = _Spending(recipe, features, asked, sets, costs, budget)
     choices = [c for c in _choices(spend) if _fits(c, budget)]
     if not choices:
@@ -163,10 +170,10 @@ def make_plan(
     return Plan(tuple(choices), costs, stability, budget.seconds, (*notes, *costs.notes))
 
 
-def _stability(recipe: Recipe) -> tuple[Stability | None, tuple[int, ...], tuple[str, ...]]:
+def _stability(recipe: Recipe, options: RunOptions) -> tuple[Stability | None, tuple[int, ...], tuple[str, ...]]:
     """The check of the highest degree that may be bought, the degrees that can be, and why others can not."""
     try:
-        found = check_stability(recipe, advise=False, degree=max(DEGREES))
+        found = check_stability(recipe, options, advise=False, degree=max(DEGREES))
     except LeaveoutError as error:
         return None, (), (f"No jets: {error}",)
     if found.verdict == "unstable":
@@ -177,31 +184,38 @@ def _stability(recipe: Recipe) -> tuple[Stability | None, tuple[int, ...], tuple
     return found, DEGREES, ()
 
 
-def probe(recipe: Recipe, asked: Sequence[Query], degrees: tuple[int, ...] = DEGREES) -> Costs:
+def probe(
+    recipe: Recipe,
+    asked: Sequence[Query],
+    degrees: tuple[int, ...] = DEGREES,
+    options: RunOptions | None = None,
+) -> Costs:
     """Times the first steps of each kind of run, and from two lengths foretells the whole run."""
-    began = time.process_time()
-    units, task = len(recipe.unit_names), task_of(recipe)
+    began, options = time.process_time(), options or RunOptions()
+    units, task = len(recipe.unit_names), task_of(recipe, options.device)
+    many = {most: task_size(most, task.device, 1) for most in (JETS_TOGETHER, RUNS_TOGETHER)}
     alone = batching_problem(recipe, task) is not None  # tried once, so that no short run pays for it
 
     def retrain(n: int) -> float:
         weights = torch.from_numpy(1 - directions.random_sets(0, n, units))
-        return _whole(recipe, lambda short: train_batch(short, weights, RunOptions(batched=not alone), together=n))
+        batched = replace(options, batched=not alone)
+        return _whole(recipe, lambda short: train_batch(short, weights, batched, together=n))
 
     def measure(n: int, degree: int) -> float:
         psi, settings = torch.from_numpy(directions.complex_uniform(0, n, units)), JetSettings(degree)
-        return _whole(recipe, lambda short: train_jets(short, psi, settings))
+        return _whole(recipe, lambda short: train_jets(short, psi, settings, options=options))
 
-    retraining = _line(retrain, 1 if alone else runs_together(recipe, task, RUNS_TOGETHER))
+    retraining = _line(retrain, 1 if alone else runs_together(recipe, task, many[RUNS_TOGETHER]))
     found: dict[int, Cost] = {}
     gradient, notes = None, ()
     for degree in degrees:
         try:
-            found[degree] = _line(lambda n, d=degree: measure(n, d), JETS_TOGETHER)
+            found[degree] = _line(lambda n, d=degree: measure(n, d), many[JETS_TOGETHER])
         except LeaveoutError as error:
             notes = (*notes, f"No jets of degree {degree}: {error}")
     try:
-        ask = query_function(task_of(recipe), asked)
-        gradient = _whole(recipe, lambda short: metagradient(short, ask, RunOptions()))
+        ask = query_function(task, asked)
+        gradient = _whole(recipe, lambda short: metagradient(short, ask, options))
     except LeaveoutError as error:
         notes = (*notes, f"No exact first order: {error}")
     return Costs(retraining, found, gradient, time.process_time() - began, notes)

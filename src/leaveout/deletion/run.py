@@ -29,12 +29,13 @@ from leaveout.deletion import directions
 from leaveout.deletion.bank import Bank, Measured, measurement_ids
 from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, real_orthogonal
 from leaveout.deletion.estimators import EstimatorSettings
-from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings
+from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
 from leaveout.deletion.plan import Budget, Plan, make_plan
 from leaveout.deletion.predict import Curve, Prediction, Verification
 from leaveout.deletion.sets import DeletionSets, Without, deletion_sets
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices, require_whole
 from leaveout.executor import run_tasks
+from leaveout.models import find_device
 from leaveout.store import Record, Store
 from leaveout.store.catalogue import CATALOGUE
 from leaveout.training.batching import batching_problem
@@ -60,11 +61,14 @@ ROUNDING = 1e-6
 
 
 class TrainingRun:
-    """A recipe, the model it trains, and the bank of its measurements."""
+    """A recipe, the model it trains, and the bank of its measurements.
 
-    def __init__(self, recipe: Recipe, path: Path, parameters: Parameters) -> None:
-        self.recipe, self.path, self.parameters = recipe, path, parameters
-        self.bank = Bank(recipe, path / "bank", parameters)
+    device  where all of it is computed; what is stored is the same for all of them, up to rounding
+    """
+
+    def __init__(self, recipe: Recipe, path: Path, parameters: Parameters, device: str | torch.device = "cpu") -> None:
+        self.recipe, self.path, self.parameters, self.device = recipe, path, parameters, device
+        self.bank = Bank(recipe, path / "bank", parameters, device)
         self.said: list[str] = []  # what was said of measurements since this run was opened
 
     def __repr__(self) -> str:
@@ -73,19 +77,26 @@ class TrainingRun:
 
     @classmethod
     def train(
-        cls, recipe: Recipe | str | os.PathLike[str], path: str | os.PathLike[str], *, progress: bool = False
+        cls,
+        recipe: Recipe | str | os.PathLike[str],
+        path: str | os.PathLike[str],
+        *,
+        progress: bool = False,
+        device: str | torch.device = "cpu",
     ) -> TrainingRun:
         """Trains a recipe (or the YAML file of one) into a directory; what was trained there is opened.
 
-        A killed training goes on from its last checkpoint.
+        A killed training goes on from its last checkpoint, on whatever device.
+        device: cpu, cuda, cuda:1, ..., or auto, of this and of all that is asked of the run; no part of the recipe
         Example: run = TrainingRun.train(Recipe.microgpt(["anna", "bob", "eve"]), "run")
         Raises: FileExistsError if the directory holds something else; MismatchError if it belongs to another recipe.
         """
+        find_device(device)  # refused before any work
         source = None if isinstance(recipe, Recipe) else Path(recipe)
         made, path = _recipe_of(recipe), Path(path)
         if (path / "examples").exists():
             if Store.open(path / "examples").state("trained"):
-                return cls.open(path, made)
+                return cls.open(path, made, device=device)
             shutil.rmtree(path / "examples")  # killed between training and its record
         elif path.exists() and (not path.is_dir() or any(other.name not in OWN for other in path.iterdir())):
             raise FileExistsError(f"{path} holds something else than a training run: give an empty or a new directory.")
@@ -94,20 +105,31 @@ class TrainingRun:
         for note in (notes := [*notes_on(made, task), *cut_notes(made, task)]):
             print(f"note: {note}", file=sys.stderr)
         del task
-        parameters = train_plain(made, options=RunOptions(directory=path / "work", progress=progress))
+        options = RunOptions(directory=path / "work", progress=progress, device=device)
+        parameters = train_plain(made, options=options)
         for name, p in parameters.items():
             if not p.isfinite().all():
                 raise FormatError(f"Training gave values of {name} that are not finite: lower the learning rate.")
         _save_trained(path, made, source, parameters, notes)
         shutil.rmtree(path / "work", ignore_errors=True)
-        return cls(made, path, parameters)
+        return cls(made, path, parameters, device)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], recipe: Recipe | str | os.PathLike[str] | None = None) -> TrainingRun:
-        """Opens a finished run. recipe: what it was trained from, for one that was made in Python; else its YAML file.
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        recipe: Recipe | str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> TrainingRun:
+        """Opens a finished run.
 
-        Raises: FormatError if it is no run; MismatchError if the recipe or its data changed since.
+        recipe  what it was trained from, for one that was made in Python; else its YAML file
+        device  where it is measured and asked, wherever it was trained: cpu, cuda, cuda:1, ..., or auto
+        Raises: FormatError if it is no run; MismatchError if the recipe or its data changed since; ValueError for a device
+                that is not here.
         """
+        find_device(device)
         path = Path(path)
         if not (path / "examples").exists():
             if (path / CATALOGUE).exists():
@@ -117,7 +139,7 @@ class TrainingRun:
         if not store.state("trained"):
             raise FormatError(f"The training of {path} was killed: train the same recipe again, which goes on.")
         made = _recipe_of(_source(store, path) if recipe is None else recipe)
-        return cls(made, path, _saved_parameters(store, made, path))
+        return cls(made, path, _saved_parameters(store, made, path), device)
 
     @property
     def notes(self) -> list[str]:
@@ -238,7 +260,7 @@ class TrainingRun:
         """Computes the units' update vectors once: similarity and cheap scores for `posterior`."""
         if self.bank.features() is None:
             began = time.process_time()
-            vectors = unit_vectors(self.recipe, WIDTH)
+            vectors = unit_vectors(self.recipe, WIDTH, RunOptions(device=self.device))
             self.bank.put_vectors(vectors, time.process_time() - began)
 
     def _heldout(self, held: DeletionSets | int, fitted: list[np.ndarray], settings: MeasureSettings) -> np.ndarray:
@@ -259,8 +281,9 @@ class TrainingRun:
         if not missing:
             return
         chosen = [asked[i] for i in missing]
-        ask = query_function(task_of(self.recipe), chosen)
-        found = metagradient(self.recipe, ask, RunOptions(progress=settings.progress), memory=settings.memory)
+        ask = query_function(task_of(self.recipe, self.device), chosen)
+        options = RunOptions(progress=settings.progress, memory=settings.memory, device=self.device)
+        found = metagradient(self.recipe, ask, options)
         meta = {"design": "exact", "cpu_seconds": found.cpu_seconds / len(chosen)}
         measured = Measured("gradient", [meta] * len(chosen), found.effects, {})
         self.bank.add(measured, [ids[i] for i in missing], None)
@@ -272,9 +295,10 @@ class TrainingRun:
             "design": "real orthogonal" if settings.real else "complex uniform", "seed": settings.seed,
             "degree": degree, "dtype": dtype, "real": settings.real,
         }  # fmt: skip
-        tasks = []
-        for start in range(0, n, JETS_TOGETHER):
-            psi = draw(start, min(n, start + JETS_TOGETHER), len(self.recipe.unit_names), settings.seed)
+        tasks, units = [], len(self.recipe.unit_names)
+        size = self._task_size(JETS_TOGETHER, degree * getattr(torch, dtype).itemsize, 16, asked)
+        for start in range(0, n, size):
+            psi = draw(start, min(n, start + size), units, settings.seed)
             psi = psi.astype(np.complex128)
             ids = measurement_ids("jets", psi, asked, degree, dtype)
             if missing := self.bank.missing(ids):
@@ -292,7 +316,7 @@ class TrainingRun:
         key = f"stability/{degree}"
         known = self.bank.store.state(key)
         if known is None or known["verdict"] == "unstable":
-            found = check_stability(self.recipe, advise=False, degree=degree)
+            found = check_stability(self.recipe, RunOptions(device=self.device), advise=False, degree=degree)
             self.bank.note(key, {"verdict": found.verdict, "growth": [repr(g) for g in found.growth]})
             found.require()
 
@@ -309,15 +333,22 @@ class TrainingRun:
         if not missing:
             return
         absent = float((x[missing] == 1)[:, self.recipe.unit_of.numpy()].mean())
-        size = min(self._together(settings, absent), -(-len(missing) // settings.workers))
+        size = min(self._together(settings, absent, asked), -(-len(missing) // settings.workers))
         chunks = [missing[i : i + size] for i in range(0, len(missing), size)]
         tasks = [_Task("retraining", x[rows], [ids[i] for i in rows], [metas[i] for i in rows]) for rows in chunks]
         self._carry_out(tasks, asked, settings, "retrainings")
 
-    def _together(self, settings: MeasureSettings, absent: float) -> int:
+    def _task_size(self, most: int, number: int, weight: int, asked: Sequence[Query] | None) -> int:
+        """How many measurements make a task, of `number` bytes for each parameter or query and `weight` for each unit."""
+        numbers = sum(p.numel() for p in self.parameters.values()) if asked is None else len(asked)
+        each = numbers * number + len(self.recipe.unit_names) * weight
+        return task_size(most, find_device(self.device), each)
+
+    def _together(self, settings: MeasureSettings, absent: float, asked: Sequence[Query] | None) -> int:
         """How many retrainings share a batch; that none can is kept with the bank and said once."""
-        memory, task = None if settings.memory is None else settings.memory // settings.workers, task_of(self.recipe)
-        size = runs_together(self.recipe, task, RUNS_TOGETHER, memory, absent)
+        memory = None if settings.memory is None else settings.memory // settings.workers
+        task, most = task_of(self.recipe, self.device), self._task_size(RUNS_TOGETHER, 8, 8, asked)
+        size = runs_together(self.recipe, task, most, memory, absent)
         if size == 1 or (problem := batching_problem(self.recipe, task)) is None:
             return size
         note = f"Retrainings go one by one, as runs of this model cannot be batched ({problem})."
@@ -332,10 +363,11 @@ class TrainingRun:
         total = sum(len(t.ids) for t in tasks)
         workers = min(settings.workers, max(1, len(tasks)))
         memory = None if settings.memory is None else settings.memory // workers
-        start = functools.partial(_start, self.recipe, asked, memory, self.path / "work")
+        start = functools.partial(_start, self.recipe, asked, memory, self.path / "work", self.device)
         bar = tqdm(total=total, desc=label, unit="run", disable=not settings.progress or not tasks, file=sys.stderr)
         if tasks:
-            results = run_tasks(tasks, _work, start, workers, settings.backend)
+            on_gpus = find_device(self.device).type == "cuda"
+            results = run_tasks(tasks, _work, start, workers, settings.backend, on_gpus)
             with bar, contextlib.closing(results):
                 for measured, ids in results:
                     self.bank.add(measured, ids, asked)
@@ -356,7 +388,7 @@ class TrainingRun:
         self._refuse_design("auto")
         if len(self.recipe.unit_names) > FEW:
             self.measure_vectors()
-        return make_plan(self.recipe, self.bank.features(), asked, sets, allowed)
+        return make_plan(self.recipe, self.bank.features(), asked, sets, allowed, self.device)
 
     def predict(self, queries: Any, without: Without, estimator: str | EstimatorSettings = "posterior") -> Prediction:
         """Values of queries under the model trained without deletion sets, with standard deviations.
@@ -523,17 +555,21 @@ class _Worker:
     ask: Any
     memory: int | None
     work: Path
+    device: torch.device
 
 
-def _start(recipe: Recipe, asked: Sequence[Query] | None, memory: int | None, work: Path) -> _Worker:
-    ask = None if asked is None else query_function(task_of(recipe), asked)
-    return _Worker(recipe, ask, memory, work)
+def _start(
+    recipe: Recipe, asked: Sequence[Query] | None, memory: int | None, work: Path, device: str | torch.device
+) -> _Worker:
+    place = find_device(device)  # of several GPUs that of this worker
+    ask = None if asked is None else query_function(task_of(recipe, place), asked)
+    return _Worker(recipe, ask, memory, work, place)
 
 
 def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
     began = time.process_time()
     name = hashlib.sha256(" ".join(task.ids).encode()).hexdigest()[:32]  # batches may be cut otherwise after a kill
-    options = RunOptions(directory=worker.work / name, memory=worker.memory)
+    options = RunOptions(directory=worker.work / name, memory=worker.memory, device=worker.device)
     numbers = _jets(worker, task, options) if task.kind == "jets" else _runs(worker, task, options)
     shutil.rmtree(options.directory or "", ignore_errors=True)
     seconds = (time.process_time() - began) / len(task.ids)
@@ -552,7 +588,7 @@ def _jets(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.nda
 
 
 def _runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:
-    params = train_batch(worker.recipe, torch.from_numpy(1 - task.vectors), options, RUNS_TOGETHER)
+    params = train_batch(worker.recipe, torch.from_numpy(1 - task.vectors), options, len(task.vectors))
     if worker.ask is not None:
-        return {"values": query_losses(worker.recipe, params, worker.ask).double().numpy()}
+        return {"values": query_losses(worker.recipe, params, worker.ask, worker.device).double().numpy()}
     return {"parameters": torch.cat([p.flatten(1) for p in params.values()], 1).numpy()}

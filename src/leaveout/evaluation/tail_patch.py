@@ -54,7 +54,7 @@ def patched_losses(
     Cost:   one training, for the optimizer's state; a step for each unit that a query asks; a forward pass a pair.
     Memory: parameters, gradients and optimizer state twice, the activations of one row, 16 bytes for each pair.
     """
-    recipe, task = run.recipe, task_of(run.recipe)
+    recipe, task = run.recipe, task_of(run.recipe, run.device)
     asks = [query_function(task, [query]) for query in of_answers(recipe, queries, answer_loss)]
     step = _last_step(recipe, task, progress)
     unit_of, after = recipe.unit_of.numpy(), np.full(wanted.shape, np.nan)
@@ -81,7 +81,7 @@ def _last_step(recipe: Recipe, task: Task, progress: bool) -> Callable[[Sequence
     def backward(part: Part) -> None:
         (steps.loss(part) * scale).backward()
 
-    loop = Loop(steps, params, backward)
+    loop = Loop(steps, params, backward, fused=task.device.type != "cpu")
     loop.run(None, "train", RunOptions(progress=progress))
     trained = {name: value.detach().clone() for name, value in state_of(params, loop.optimizer).items()}
     for group in loop.optimizer.param_groups:

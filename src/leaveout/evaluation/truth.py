@@ -152,7 +152,7 @@ def _reseeded(run: TrainingRun) -> Recipe:
 
 def second_order(run: TrainingRun, progress: bool = False) -> TrainingRun:
     """The same recipe with the next seed, which shuffles the data anew, trained in the directory `second` of the run."""
-    return TrainingRun.train(_reseeded(run), run.path / "second", progress=progress)
+    return TrainingRun.train(_reseeded(run), run.path / "second", progress=progress, device=run.device)
 
 
 def values_without(

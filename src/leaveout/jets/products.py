@@ -20,7 +20,7 @@ def matmul(a: Series | Tensor, b: Series | Tensor) -> Series:
     Cost: the products with a shared constant term are one matrix product over all coefficients and directions.
     """
     left, right = constant_term(a), constant_term(b)
-    if left.dim() == 3 and _tiny(left.shape, right.shape):
+    if left.is_cpu and left.dim() == 3 and _tiny(left.shape, right.shape):
         product = matmul(_each(a, _block_diagonal), _each(b, lambda t: t.flatten(-3, -2)))
         return product.map(lambda t: t.unflatten(-2, left.shape[:2]))
     h = None
@@ -42,7 +42,7 @@ def _each(a: Series | Tensor, linear: Callable[[Tensor], Tensor]) -> Series | Te
 
 
 SMALLEST_PRODUCT = 400
-"""Below this many multiply-adds torch leaves the matrix library for a plain loop, 5 to 10 times slower a product."""
+"""Below this many multiply-adds torch leaves a CPU's matrix library for a plain loop, 5 to 10 times slower a product."""
 
 
 def _tiny(left: Sequence[int], right: Sequence[int]) -> bool:

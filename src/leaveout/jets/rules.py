@@ -44,10 +44,13 @@ def _view(func: Any, args: Any, kwargs: dict) -> Jet:
     shape = _same_shape(x.h, c.shape)
     if x.h.is_contiguous():
         return Jet(c, x.h.view(shape), x.space)
-    out = Jet(c, x.h.reshape(shape), x.space)
-    if func is aten.view.default and out.h.untyped_storage().data_ptr() != x.h.untyped_storage().data_ptr():
-        out.partly_copied = x.partly_copied = True
-    return out
+    try:
+        return Jet(c, x.h.view(shape), x.space)
+    except RuntimeError:  # strides that no view has
+        out = Jet(c, x.h.reshape(shape), x.space)
+        out.partly_copied = func is aten.view.default
+        x.partly_copied |= out.partly_copied
+        return out
 
 
 @rule(aten.expand.default)
@@ -148,7 +151,8 @@ def _to_copy(func: Any, args: Any, kwargs: dict) -> Any:
     if dtype is not None and not dtype.is_floating_point:
         note_nonsmooth(func, x.space)
         return func(x.c, **kwargs)
-    return Jet(x.c.clone(), x.h.clone(), x.space)
+    device = kwargs.get("device") or x.c.device
+    return Jet(*(t.to(device, copy=True) for t in x.series), x.space)
 
 
 @rule(aten.flip.default, aten.roll.default)
@@ -248,7 +252,7 @@ def _index_put(func: Any, args: Any, kwargs: dict) -> Jet:
     keys = _index_keys(func, indices)
     target.c.index_put_(_filled(keys, target.c), constant(values), accumulate)
     h_keys = (slice(None), slice(None), *keys)
-    update = values.h if isinstance(values, Jet) else torch.zeros((), dtype=target.h.dtype)
+    update = values.h if isinstance(values, Jet) else target.h.new_zeros(())
     grid = _filled(h_keys, target.h)
     target.h.index_put_(grid, update.expand(target.h[h_keys].shape), accumulate)
     return target
@@ -285,7 +289,7 @@ def _filled(keys: tuple, target: Tensor) -> Any:
             index, at = advanced[axis - first], first
             shape = [1] * at + list(index.shape) + [1] * (rank - at - index.dim())
         else:
-            index = torch.arange(target.shape[axis])
+            index = torch.arange(target.shape[axis], device=target.device)
             at = axis if axis < first else axis - len(advanced) + advanced[0].dim()
             shape = [1] * at + [target.shape[axis]] + [1] * (rank - at - 1)
         axes.append(index.reshape(shape))
@@ -296,7 +300,7 @@ def _filled(keys: tuple, target: Tensor) -> Any:
 def _masked_fill(func: Any, args: Any, kwargs: dict) -> Jet:
     x, mask, value = args
     c = torch.where(mask, value, x.c)
-    h = torch.where(mask, torch.zeros((), dtype=x.h.dtype), S.aligned(x.h, c.dim()))
+    h = torch.where(mask, x.h.new_zeros(()), S.aligned(x.h, c.dim()))
     result = Series(c.to(x.c.dtype), h)
     return write(x, result, func) if func._schema.is_mutable else wrap(result, x.space)
 
@@ -308,7 +312,7 @@ def _where(func: Any, args: Any, kwargs: dict) -> Jet:
         raise unsupported(func, "with a series as its condition is not supported")
     space = space_of(args)
     c = torch.where(condition, constant(a), constant(b))
-    zero = torch.zeros((), dtype=space.dtype)
+    zero = torch.zeros((), dtype=space.dtype, device=condition.device)
     parts = [S.aligned(t.h, c.dim()) if isinstance(t, Jet) else zero for t in (a, b)]
     return wrap(Series(c, torch.where(condition, *parts)), space)
 
@@ -323,13 +327,12 @@ def _zeros(func: Any, args: Any, kwargs: dict) -> Any:
     if dtype is not None and not dtype.is_floating_point:
         return func(x.c, *args[1:], **kwargs)
     shape = args[1] if len(args) > 1 else x.shape
-    c = torch.zeros(*shape, dtype=x.c.dtype)
-    return wrap(S.zeros(c, x.h), x.space)
+    return wrap(S.zeros(x.c.new_zeros(shape), x.h), x.space)
 
 
 @rule(aten.new_empty_strided.default, aten.empty_strided.default)
 def _empty_strided(func: Any, args: Any, kwargs: dict) -> Jet:
-    return wrap(S.zeros(torch.zeros(*args[1], dtype=args[0].c.dtype), args[0].h), args[0].space)
+    return wrap(S.zeros(args[0].c.new_zeros(args[1]), args[0].h), args[0].space)
 
 
 @rule(
@@ -481,7 +484,9 @@ def _scale_in_place(func: Any, args: Any, kwargs: dict) -> Jet:
 def _mul_in_place(func: Any, args: Any, kwargs: dict) -> Jet:
     if (isinstance(args[1], Tensor) and args[1].dim() > 0) or isinstance(args[1], Jet):
         return _in_place(func, args, kwargs)
-    return _scale_in_place(func, (args[0], float(args[1])), {})
+    factor = args[1]
+    waits = isinstance(factor, Tensor) and not factor.is_cpu
+    return _scale_in_place(func, (args[0], factor if waits else float(factor)), {})
 
 
 @rule(aten.lerp_.Scalar)

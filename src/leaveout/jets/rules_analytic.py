@@ -144,7 +144,7 @@ def _only_default_softplus(func: Any, rest: tuple) -> None:
 def _logsigmoid(func: Any, args: Any, kwargs: dict) -> tuple[Jet, Tensor]:
     x = args[0]
     out = S.compose(taylor_logsigmoid(x.c, x.space.degree), x.series)
-    return wrap(out, x.space), torch.empty(0, dtype=x.c.dtype)
+    return wrap(out, x.space), x.c.new_empty(0)
 
 
 def _chain(g: Any, x: Any, taylor: Taylor) -> Series:
@@ -235,7 +235,7 @@ def _maximum(func: Any, args: Any, kwargs: dict) -> Jet:
     note_nonsmooth(func, space)
     first = constant(a) >= constant(b) if func is aten.maximum.default else constant(a) <= constant(b)
     c = func(constant(a), constant(b))
-    zero = torch.zeros((), dtype=space.dtype)
+    zero = torch.zeros((), dtype=space.dtype, device=c.device)
     parts = [S.aligned(t.h, c.dim()) if isinstance(t, Jet) else zero for t in (a, b)]
     return wrap(Series(c, torch.where(first, *parts)), space)
 

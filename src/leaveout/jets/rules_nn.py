@@ -293,7 +293,7 @@ def _batch_norm(func: Any, args: Any, kwargs: dict) -> tuple:
     space = space_of(args)
     per_channel = _channels_last_but(x.dim() - 2)
     xhat = _fixed_normal(_series(x, space), mean, var, eps, per_channel)
-    empty = torch.empty(0, dtype=mean.dtype)
+    empty = mean.new_empty(0)
     return wrap(_affine(xhat, weight, bias, per_channel), space), empty, empty
 
 

@@ -56,7 +56,8 @@ def adam_step_(param: Series, grad: Series, mean: Series, square: Series, settin
     param.c.sub_(shared.update)
     theta, g, m, v = (_flat(a.h) for a in (param, grad, mean, square))
     factors = shared.laid_out(param.h)
-    for rows, columns in _blocks(theta.shape[1], theta.shape[2]):
+    blocks = _blocks(theta.shape[1], theta.shape[2]) if theta.is_cpu else [(slice(None), slice(None))]
+    for rows, columns in blocks:
         here = (slice(None), rows, columns)
         _adam_block_(theta[here], g[here], m[here], v[here], factors[:, columns], settings)
 
@@ -160,8 +161,9 @@ def _fused_adam(func: Any, args: Any, kwargs: dict) -> None:
             kwargs["lr"], kwargs["beta1"], kwargs["beta2"], kwargs["eps"], int(step), False,
             kwargs["weight_decay"], func is aten._fused_adamw_.default,
         )  # fmt: skip
-        adam_step_(p.series, _gradient(g, p), m.series, v.series, settings)
+        adam_step_(p.series, gradient_of(g, p), m.series, v.series, settings)
 
 
-def _gradient(g: Any, p: Jet) -> Series:
+def gradient_of(g: Any, p: Jet) -> Series:
+    """The gradient of a jet as a series; a plain one is constant."""
     return g.series if isinstance(g, Jet) else S.zeros(g, p.h)

@@ -9,7 +9,7 @@ in torch. Shape, dtype and strides that the model sees are those of the constant
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ class Space:
     def constant(self, c: Tensor) -> Jet:
         """The jet of a tensor that does not depend on z."""
         c = c.detach().to(self.real_dtype).clone()
-        return Jet(c, torch.zeros(self.degree, self.directions, *c.shape, dtype=self.dtype), self)
+        return Jet(c, c.new_zeros(self.degree, self.directions, *c.shape, dtype=self.dtype), self)
 
     def jet(self, c: Tensor, h: Tensor) -> Jet:
         """The jet with constant term c [*shape] and coefficients h [degree, directions, *shape]."""
@@ -70,7 +70,7 @@ class Jet(Tensor):
     @staticmethod
     def __new__(cls, c: Tensor, h: Tensor, space: Space) -> Jet:
         out = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, c.shape, strides=c.stride(), storage_offset=c.storage_offset(), dtype=c.dtype
+            cls, c.shape, strides=c.stride(), storage_offset=c.storage_offset(), dtype=c.dtype, device=c.device
         )
         out.c, out.h, out.space, out.partly_copied = c, h, space, False
         return out
@@ -141,8 +141,8 @@ def _caller() -> str:
     return f"in the backward pass of {node.name()}" if node is not None else "outside any module"
 
 
-def install(model: nn.Module, jets: dict[str, Jet]) -> dict[str, nn.Parameter]:
-    """Put jets in the place of a model's parameters; returns what was replaced, for `restore`.
+def install(model: nn.Module, jets: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Put jets, or other tensors, in the place of a model's parameters; returns what was replaced, for `restore`.
 
     A parameter that occurs under several names (tied weights) is replaced everywhere. Names must be those of
     `model.named_parameters()`; the others stay ordinary tensors that carry no series.

@@ -114,9 +114,7 @@ class Scorer:
         if at not in self._parameters:
             n_steps = len(self.run.recipe.batches())
             steps = {"start": 0, "third": n_steps // 3}
-            self._parameters[at] = (
-                self.run.parameters if at == "final" else take_snapshots(self.run.recipe, [steps[at]])[0].parameters
-            )
+            self._parameters[at] = self.run.parameters if at == "final" else self._snapshots([steps[at]])[0].parameters
         return self._parameters[at]
 
     def model(self, at: str) -> torch.nn.Module:
@@ -131,7 +129,10 @@ class Scorer:
     def snapshots(self) -> list[Snapshot]:
         """SNAPSHOTS of the run, evenly along its steps; the last one is its end."""
         n_steps = len(self.run.recipe.batches())
-        return take_snapshots(self.run.recipe, sorted({-(-n_steps * (i + 1) // SNAPSHOTS) for i in range(SNAPSHOTS)}))
+        return self._snapshots(sorted({-(-n_steps * (i + 1) // SNAPSHOTS) for i in range(SNAPSHOTS)}))
+
+    def _snapshots(self, steps: Sequence[int]) -> list[Snapshot]:
+        return take_snapshots(self.run.recipe, steps, RunOptions(device=self.run.device))
 
 
 def as_row(row: Any) -> Row:
@@ -154,8 +155,8 @@ class Snapshot:
     parameters: Parameters
 
 
-def take_snapshots(recipe: Recipe, steps: Sequence[int], progress: bool = False) -> list[Snapshot]:
-    """Train a recipe on everything and keep the parameters after these numbers of steps; 0 is the start.
+def take_snapshots(recipe: Recipe, steps: Sequence[int], options: RunOptions | None = None) -> list[Snapshot]:
+    """Train a recipe on everything and keep the parameters after these numbers of steps, on the CPU; 0 is the start.
 
     A snapshot at step 0 has the rate of the first step.
 
@@ -166,17 +167,19 @@ def take_snapshots(recipe: Recipe, steps: Sequence[int], progress: bool = False)
     n_steps = len(recipe.batches())
     if not steps or steps[0] < 0 or steps[-1] > n_steps or any(a >= b for a, b in itertools.pairwise(steps)):
         raise ValueError(f"snapshots need ascending steps within 0 ... {n_steps}, not {list(steps)}.")
-    at_steps = Steps(recipe, task_of(recipe))
+    options = options or RunOptions()
+    at_steps = Steps(recipe, task_of(recipe, options.device))
     params = at_steps.task.parameters()
     kept: list[Parameters] = []
 
     def keep(step: int) -> None:
         if step in steps:
-            kept.append({name: p.detach().clone() for name, p in params.items()})
+            kept.append({name: p.detach().clone().cpu() for name, p in params.items()})
 
     keep(0)
-    loop = Loop(at_steps, params, lambda part: at_steps.loss(part).backward(), after=keep)
-    loop.run(None, "snapshots", RunOptions(progress=progress))
+    fused = at_steps.task.device.type != "cpu"
+    loop = Loop(at_steps, params, lambda part: at_steps.loss(part).backward(), fused, after=keep)
+    loop.run(None, "snapshots", options)
     rates = [recipe.rate(i, n_steps) for i in range(n_steps)]
     befores = [0, *steps[:-1]]
     return [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -13,7 +16,7 @@ NUMBERS = (
 )  # variables that number the processes of a machine: torchrun's, our workers'
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
     """The device of a name; auto: cuda where there is one.
 
     Of several CUDA devices `auto` and `cuda` are the one of this process: a process of torchrun takes that of its
@@ -48,7 +51,9 @@ def free_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that can be used on a device; on the CPU what a new process can use without swapping."""
     device = torch.device(device)
     if device.type != "cpu" and (asked := getattr(torch.get_device_module(device), "mem_get_info", None)):
-        return asked(device)[0]
+        cuda = device.type == "cuda"  # where torch holds what was freed for later
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if cuda else 0
+        return asked(device)[0] + held
     try:
         with open("/proc/meminfo") as lines:
             facts = dict(line.split(":", 1) for line in lines)
@@ -62,3 +67,20 @@ def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return x
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 numbers on a GPU without TF32, which keeps 11 bits of them and which cuDNN takes by default.
+
+    The flags are `fp32_precision` of torch.backends.cuda.matmul, .cudnn.conv and .cudnn.rnn; what they were comes back.
+    """
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [flag.fp32_precision for flag in flags]
+    try:
+        for flag in flags:
+            flag.fp32_precision = "ieee"
+        yield
+    finally:
+        for flag, precision in zip(flags, before, strict=True):
+            flag.fp32_precision = precision

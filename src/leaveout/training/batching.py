@@ -62,7 +62,7 @@ def batching_problem(recipe: Recipe, task: Task) -> str | None:
     Tried on two runs, one at the start and one near it, with the losses and gradients of a few examples.
     Cost: as a few steps of two runs.
     """
-    bound = losses_on(task, task.encode(_few(recipe)))
+    bound = losses_on(task, task.batch(_few(recipe)))
     own = dict(task.model.named_parameters())
     runs = {
         name: torch.stack([p, _near(p, i)]) for i, (name, p) in enumerate((n, own[n].detach()) for n in task.trained)
@@ -88,7 +88,7 @@ def _near(p: Tensor, seed: int) -> Tensor:
     """Parameters a little beside these, so that what depends on their values (a router) may differ."""
     drawn = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed), dtype=p.dtype)
     size = p.square().mean().sqrt()
-    return p + drawn * (0.1 * size if size > 0 else 0.01)
+    return p + drawn.to(p.device) * (0.1 * size if size > 0 else 0.01)
 
 
 def _with_gradients(losses: Callable[[Parameters], Tensor], runs: Parameters) -> list[Tensor]:

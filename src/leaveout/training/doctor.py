@@ -38,16 +38,16 @@ def first_steps(recipe: Recipe, n: int) -> Recipe:
     return recipe.with_(steps=n) if isinstance(recipe.order, str) else recipe.with_(order=recipe.order[:n])
 
 
-def probe_recipe(recipe: Recipe) -> Diagnosis:
+def probe_recipe(recipe: Recipe, device: str | torch.device = "cpu") -> Diagnosis:
     """What was found, one thing after another; prints as a table."""
-    steps, task = len(recipe.batches()), task_of(recipe)
+    steps, task, options = len(recipe.batches()), task_of(recipe, device), RunOptions(device=device)
     few = min(STEPS, steps)
     began = time.monotonic()
-    first = train_plain(first_steps(recipe, few))
+    first = train_plain(first_steps(recipe, few), options=options)
     seconds = (time.monotonic() - began) / few * steps
     found = [Check("training", None, f"about {seconds:.1f} s for {steps} steps")]
-    again = train_plain(first_steps(recipe, 1)) if few > 1 else first
-    same = train_plain(first_steps(recipe, 1))
+    again = train_plain(first_steps(recipe, 1), options=options) if few > 1 else first
+    same = train_plain(first_steps(recipe, 1), options=options)
     equal = all(torch.equal(again[name], same[name]) for name in again)
     what = "the first step gives the same numbers twice" if equal else "the first step gives other numbers each time"
     found.append(Check("randomness", equal, what))
@@ -55,13 +55,13 @@ def probe_recipe(recipe: Recipe) -> Diagnosis:
     found.append(
         Check("batches of runs", None, "several runs share a step" if problem is None else f"one by one: {problem}")
     )
-    return Diagnosis((*found, _jets(recipe), _reverse(recipe)))
+    return Diagnosis((*found, _jets(recipe, options), _reverse(recipe, task.device)))
 
 
-def _jets(recipe: Recipe) -> Check:
+def _jets(recipe: Recipe, options: RunOptions) -> Check:
     try:
         psi = random_directions(1, len(recipe.unit_names), recipe.seed)
-        run = train_jets(first_steps(recipe, 1), psi, JetSettings(1, recipe.real_dtype))
+        run = train_jets(first_steps(recipe, 1), psi, JetSettings(1, recipe.real_dtype), options=options)
     except LeaveoutError as error:
         return Check("jets", None, f"not of this model: {error}")
     if run.nonsmooth:
@@ -70,20 +70,20 @@ def _jets(recipe: Recipe) -> Check:
     return Check("jets", True, "no kink; whether series grow at higher degrees: --growth")
 
 
-def _reverse(recipe: Recipe) -> Check:
+def _reverse(recipe: Recipe, device: torch.device) -> Check:
     try:
-        FlatRun(first_steps(recipe, 1)).require_second_pass()
+        FlatRun(first_steps(recipe, 1), device).require_second_pass()
     except LeaveoutError as error:
         return Check("exact first order", None, str(error))
     return Check("exact first order", True, "reverse mode agrees with differences of gradients")
 
 
-def growth_seconds(recipe: Recipe, degree: int) -> float:
+def growth_seconds(recipe: Recipe, degree: int, options: RunOptions | None = None) -> float:
     """About how long `check_stability` takes at a degree, from one step."""
     psi = random_directions(DIRECTIONS, len(recipe.unit_names), recipe.seed)
     settings: Any = JetSettings(degree, recipe.real_dtype)
     began = time.monotonic()
-    train_jets(first_steps(recipe, 1), psi, settings)
+    train_jets(first_steps(recipe, 1), psi, settings, options=options)
     return (time.monotonic() - began) * len(recipe.batches())
 
 
@@ -177,9 +177,9 @@ def _measure(recipe: Recipe, options: RunOptions | None, degree: int = DEGREE) -
     units, steps = len(recipe.unit_names), len(recipe.batches())
     psi = random_directions(DIRECTIONS, units, recipe.seed)
     settings = JetSettings(degree, recipe.real_dtype)
-    progress = RunOptions(progress=options.progress if options else False)
+    given = options or RunOptions()
     try:
-        run = train_jets(recipe, psi, settings, options=progress)
+        run = train_jets(recipe, psi, settings, options=RunOptions(progress=given.progress, device=given.device))
     except StabilityError:
         return Stability([math.nan] + [math.inf] * degree, "unstable", units, steps)
     size = sum(h.double().square().flatten(2).sum(-1) for h in run.coefficients.values())

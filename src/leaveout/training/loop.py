@@ -11,7 +11,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from tqdm import tqdm
 from leaveout.errors import FormatError, MismatchError
 from leaveout.files import replacing
 from leaveout.jets import Jet, Series
-from leaveout.jets.rules_optim import AdamStep, adam_step_
+from leaveout.jets.rules_optim import AdamStep, adam_step_, gradient_of
+from leaveout.models import full_precision, sent
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Batch, Task
 
@@ -46,7 +47,7 @@ class Part:
 
     def loss(self, losses: Any, weights: Any = None) -> Any:
         """What this part adds to the loss of its step. Shapes: losses and weights [..., examples]."""
-        sized = losses if self.sizes is None else losses * self.sizes
+        sized = losses if self.sizes is None else losses * sent(self.sizes, losses.device)
         return (sized if weights is None else sized * weights).sum() / self.divisor
 
     def only(self, kept: Sequence[int]) -> Part:
@@ -56,12 +57,18 @@ class Part:
         return Part(tuple(self.numbers[i] for i in places), sizes, self.divisor)
 
 
+KEPT = 2**28
+"""Bytes of batches that stay on a GPU; others are copied there at each step, which waits for nothing."""
+
+
 class Steps:
     """The steps of a recipe. Sizes are counted when they are first needed, each example once."""
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
         self.recipe, self.task, self.batches = recipe, task, recipe.batches()
         self._sizes: dict[int, int] = {}
+        self._kept: dict[tuple[int, ...], tuple[Batch, Tensor]] = {}
+        self._room = 0 if task.device.type == "cpu" else KEPT
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -82,13 +89,25 @@ class Steps:
             for part in micro_batches(numbers, n)
         ]
 
-    def encoded(self, numbers: Sequence[int]) -> Batch:
-        """The batch of these examples."""
-        return self.task.encode([self.recipe.examples[i] for i in numbers])
+    def fed(self, part: Part) -> tuple[Batch, Tensor]:
+        """The batch of a part, and the numbers of its examples [examples], where the model is."""
+        if (kept := self._kept.get(part.numbers)) is not None:
+            return kept
+        batch = self.task.batch([self.recipe.examples[i] for i in part.numbers])
+        places = sent(torch.tensor(part.numbers), self.task.device)
+        size = sum(t.nbytes for t in (*batch, places))
+        if size <= self._room:
+            self._room -= size
+            self._kept[part.numbers] = batch, places
+        return batch, places
 
-    def loss(self, part: Part, weights: Any = None) -> Any:
-        """What a part adds to the loss of its step, under the model's present parameters."""
-        return part.loss(self.task.loss(self.task.model, self.encoded(part.numbers)), weights)
+    def loss(self, part: Part, weigh: Callable[[Tensor], Any] | None = None) -> Any:
+        """What a part adds to the loss of its step, under the model's present parameters.
+
+        weigh  gives the weights [..., examples] of examples with these numbers
+        """
+        batch, places = self.fed(part)
+        return part.loss(self.task.loss(self.task.model, batch), None if weigh is None else weigh(places))
 
     def _size(self, number: int) -> int:
         if number not in self._sizes:
@@ -109,6 +128,7 @@ def micro_batches(batch: tuple[int, ...], n: int) -> Iterator[tuple[int, ...]]:
 # --- optimizers -------------------------------------------------------------------------------------------------------
 
 
+PAPER_BETAS, PAPER_EPS = (0.85, 0.99), 1e-3
 BLOCK = 65536
 """Elements that stay in the cache through the seven passes of a plain step; matters for stacked parameters."""
 
@@ -121,7 +141,7 @@ class PaperAdam(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-2, betas: tuple[float, float] = (0.85, 0.99), eps: float = 1e-3
+        self, params: Iterable[Any], lr: float = 1e-2, betas: tuple[float, float] = PAPER_BETAS, eps: float = PAPER_EPS
     ) -> None:
         if lr < 0 or eps <= 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"wanted lr >= 0, eps > 0 and betas in [0, 1), got lr={lr}, eps={eps}, betas={betas}")
@@ -132,16 +152,35 @@ class PaperAdam(torch.optim.Optimizer):
         """One step on the gradients of all parameters that have one."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_one(p, group)
+            moved = [p for p in group["params"] if p.grad is not None]
+            for p in moved:
+                if not (state := self.state[p]):
+                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+            together = not any(p.is_cpu or isinstance(p, Jet) for p in moved)
+            if together and len({self.state[p]["step"] for p in moved}) == 1:
+                self._step_all(moved, group)
+                continue
+            for p in moved:
+                self._step_one(p, group)
         return loss
+
+    def _step_all(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """The same for all parameters by one call an operation, as calls are what a GPU waits for."""
+        (beta1, beta2), states = group["betas"], [self.state[p] for p in params]
+        means, squares = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq"))
+        grads = [p.grad for p in params if p.grad is not None]
+        c1, c2 = 1 - beta1 ** states[0]["step"], 1 - beta2 ** states[0]["step"]
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        roots = torch._foreach_div(squares, c2)
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_sqrt_(roots)
+        torch._foreach_addcdiv_(params, means, roots, -group["lr"] / c1)
 
     def _step_one(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
-        if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        state["step"] += 1
         (beta1, beta2), mean, square, grad = group["betas"], state["exp_avg"], state["exp_avg_sq"], p.grad
         assert grad is not None
         settings = AdamStep(group["lr"], beta1, beta2, group["eps"], state["step"], eps_inside=True)
@@ -157,10 +196,62 @@ class PaperAdam(torch.optim.Optimizer):
             theta.addcmul_(m, (v / c2).add_(group["eps"]).rsqrt_(), value=-group["lr"] / c1)
 
 
+class FlatAdam(torch.optim.Optimizer):
+    """Adam of jets on a GPU, where a call costs more than a copy: one step for all parameters.
+
+    The parameters, and the moments, become views of one series each. A parameter that once had no gradient is left alone
+    then, as torch's optimizers do it, and all of them are taken one by one from there on.
+    """
+
+    @torch.no_grad()
+    def __init__(self, params: list[Any], settings: AdamStep) -> None:
+        super().__init__(params, {"lr": settings.lr})
+        self.settings, self.sizes = settings, [p.numel() for p in params]
+        self.flat = self._joined([p.series for p in params])
+        self.moments = [self.flat.map(torch.zeros_like) for _ in range(2)]
+        parts = [self._parts(series, params) for series in (self.flat, *self.moments)]
+        for p, own, mean, square in zip(params, *parts, strict=True):
+            p.c, p.h = own.c, own.h
+            self.state[p] = {"step": 0, "exp_avg": mean, "exp_avg_sq": square}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step on the gradients of all parameters that have one."""
+        loss = None if closure is None else closure()
+        group = self.param_groups[0]
+        moved = [(p, self.state[p]) for p in group["params"] if p.grad is not None]
+        for _, state in moved:
+            state["step"] = int(state["step"]) + 1
+        counts = {state["step"] for _, state in moved}
+        settings = [replace(self.settings, lr=group["lr"], step=count) for count in counts]
+        grads = [gradient_of(p.grad, p) for p, _ in moved]
+        if len(moved) == len(self.sizes) and len(counts) == 1:
+            adam_step_(self.flat, self._joined(grads), *self.moments, settings[0])
+            return loss
+        of_count = {s.step: s for s in settings}
+        for (p, state), grad in zip(moved, grads, strict=True):
+            moments = (state[key].series for key in ("exp_avg", "exp_avg_sq"))
+            adam_step_(p.series, grad, *moments, of_count[state["step"]])
+        return loss
+
+    def _joined(self, series: list[Series]) -> Series:
+        """Series of parameters as one of all their numbers."""
+        return Series(torch.cat([s.c.reshape(-1) for s in series]), torch.cat([s.h.flatten(2) for s in series], 2))
+
+    def _parts(self, flat: Series, params: list[Any]) -> list[Jet]:
+        """Views of one series in the shapes of the parameters."""
+        parts = zip(params, flat.c.split(self.sizes), flat.h.split(self.sizes, 2), strict=True)
+        return [Jet(c.view(p.shape), h.view(*h.shape[:2], *p.shape), p.space) for p, c, h in parts]
+
+
 def make_optimizer(recipe: Recipe, params: list[Any], fused: bool = False) -> torch.optim.Optimizer:
     """The recipe's optimizer over these parameters."""
     s = recipe.optimizer
     chosen: dict[str, Any] = {k: v for k, v in (("betas", s.betas), ("eps", s.eps)) if v is not None}
+    if s.name != "sgd" and isinstance(params[0], Jet) and not params[0].is_cpu:
+        paper = s.name == "paper-adam"
+        betas, eps = s.betas or (PAPER_BETAS if paper else (0.9, 0.999)), s.eps or (PAPER_EPS if paper else 1e-8)
+        return FlatAdam(params, AdamStep(s.lr, *betas, eps, 0, paper, s.weight_decay, s.name == "adamw"))
     if s.name == "sgd":
         return torch.optim.SGD(
             params, s.lr, momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay, foreach=False
@@ -209,7 +300,7 @@ class Checkpoint:
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Writes the file; a killed run leaves the old one or the new one."""
         plain = {k: torch.view_as_real(t) if t.is_complex() else t for k, t in tensors.items()}
-        plain = {k: t.detach().contiguous().clone() for k, t in plain.items()}
+        plain = {k: t.detach().cpu().contiguous().clone() for k, t in plain.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:
             save_file(plain, temporary, metadata={"version": VERSION, "key": self.key, "step": str(step)})
@@ -254,7 +345,9 @@ def _put(out: dict[str, Tensor], name: str, value: Any) -> None:
 
 
 def restore_state(params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    """Put saved tensors back. Optimizer state is made first by the optimizer's own rules for a zero gradient."""
+    """Put saved tensors back, wherever they were saved."""
+    # A fused optimizer counts its steps where the parameters are, others on the CPU.
+    fused = bool(optimizer.param_groups[0].get("fused"))
     with torch.no_grad():
         for name, p in params.items():
             _get(saved, f"parameter/{name}", p)
@@ -262,24 +355,22 @@ def restore_state(params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
                 key, _, rest = full.partition("/")
                 if key == "parameter" or rest not in (name, f"{name}/c"):
                     continue
-                optimizer.state[p][key] = _revived(saved, key, name, p, value)
-
-
-def _revived(saved: dict[str, Tensor], key: str, name: str, p: Tensor, value: Tensor) -> Any:
-    if f"{key}/{name}/c" in saved:
-        buffer = torch.zeros_like(p)
-        _get(saved, f"{key}/{name}", buffer)
-        return buffer
-    if key == "step" and not value.is_floating_point():
-        return int(value)
-    return value.clone()
+                if f"{key}/{name}/c" in saved:
+                    buffer = optimizer.state[p].get(key, torch.zeros_like(p))
+                    _get(saved, f"{key}/{name}", buffer)
+                elif key == "step" and isinstance(optimizer, (PaperAdam, FlatAdam)):
+                    buffer = int(value)
+                else:
+                    buffer = value.to(p.device if fused or key != "step" else "cpu", copy=True)
+                    buffer = buffer.float() if key == "step" else buffer
+                optimizer.state[p][key] = buffer
 
 
 def _get(saved: dict[str, Tensor], name: str, into: Tensor) -> None:
     if isinstance(into, Jet):
         into.c.copy_(saved[f"{name}/c"])
-        h = saved[f"{name}/h"]
-        into.h.copy_(torch.view_as_complex(h) if into.h.is_complex() else h)
+        # As real numbers: a file's are aligned for those only.
+        (torch.view_as_real(into.h) if into.h.is_complex() else into.h).copy_(saved[f"{name}/h"])
     else:
         into.copy_(saved[name])
 
@@ -289,10 +380,12 @@ def _get(saved: dict[str, Tensor], name: str, into: Tensor) -> None:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out; none of it changes its numbers.
+    """How a run is carried out; none of it changes its numbers but for rounding.
 
     directory: where checkpoints go (None: none); memory: bytes a jet run may use; progress: a bar on stderr.
     batched: whether runs may share steps, if that is known; None: it is tried before the first step.
+    device: cpu, cuda, cuda:1, ..., or auto: cuda where there is one. Other devices round otherwise. What is given and what
+    comes back is on the CPU; a checkpoint of one device is resumed on any.
     """
 
     directory: Path | None = None
@@ -300,6 +393,7 @@ class RunOptions:
     memory: int | None = None
     save_every: float = 60.0
     batched: bool | None = None
+    device: str | torch.device = "cpu"
 
     def checkpoint(self, name: str, *parts: Any) -> Checkpoint | None:
         """The file of a run named `name`, whose key is the digest of parts; None without a directory."""
@@ -345,12 +439,13 @@ class Loop:
 
     def step(self, parts: Iterable[Part]) -> None:
         """Takes one step on these parts."""
-        self.optimizer.zero_grad()
-        for part in parts:
-            self.backward(part)
-        if self.recipe.clip_norm is not None:
-            self.clip(self.params, self.recipe.clip_norm)
-        self.optimizer.step()
+        with full_precision():
+            self.optimizer.zero_grad()
+            for part in parts:
+                self.backward(part)
+            if self.recipe.clip_norm is not None:
+                self.clip(self.params, self.recipe.clip_norm)
+            self.optimizer.step()
 
     def _resume(self, checkpoint: Checkpoint | None) -> int:
         saved = None if checkpoint is None else checkpoint.load()

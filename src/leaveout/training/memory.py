@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leaveout.errors import UnsupportedError
 from leaveout.models import free_memory
@@ -19,8 +21,11 @@ from leaveout.training.tasks import Task, rows_are_separate, text_length
 COPIES = {"sgd": 2, "momentum": 3, "adam": 4, "adamw": 4, "paper-adam": 4}
 """Parameter-sized arrays that a step holds: parameter, gradient, and the optimizer's moments."""
 
+ON_DEVICE = 6
+"""More of them for a step of all parameters at once, as on GPUs (`FlatAdam`): gradient, update, and what these are made of."""
+
 ROUND = 256
-"""Directions trained together at most: beyond this, more of them no longer make a step cheaper per direction."""
+"""Directions trained together on a CPU, at most: beyond this, more of them no longer make a step cheaper per direction."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,11 @@ def plan_memory(
 
     Raises: UnsupportedError if not even one direction fits.
     """
-    limit = limit if limit is not None else free_memory() // 2
+    limit = limit if limit is not None else free_memory(task.device) // 2
     count = sum(p.numel() for p in task.parameters().values())
     name = "momentum" if recipe.optimizer.name == "sgd" and recipe.optimizer.momentum else recipe.optimizer.name
-    state = COPIES[name] * degree * dtype.itemsize * count
+    copies = COPIES[name] + (ON_DEVICE if "adam" in name and task.device.type != "cpu" else 0)
+    state = copies * degree * dtype.itemsize * count
     kept = kept_bytes(recipe, task) * degree * dtype.itemsize // recipe.real_dtype.itemsize
     fits = limit // max(1, state + kept)
     if fits < 1:
@@ -69,7 +75,7 @@ def plan_memory(
             f"One direction at degree {degree} needs {(state + kept) / 1e9:.2f} GB and {limit / 1e9:.2f} GB are allowed: "
             "train fewer parameters (LoRA, named modules), use a smaller batch (accumulate), or a lower degree."
         )
-    rounds = -(-directions // min(fits, ROUND))
+    rounds = -(-directions // min(fits, ROUND if task.device.type == "cpu" else directions))
     return MemoryPlan(state, kept, directions, -(-directions // rounds), limit)
 
 
@@ -84,7 +90,7 @@ def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = Non
     absent: the share of examples of weight 0 in a run. A run by itself leaves them out, a batch of runs can not: where
     there are many, and the calls are a small part of a step, each goes by itself.
     """
-    limit = limit if limit is not None else free_memory() // 2
+    limit = limit if limit is not None else free_memory(task.device) // 2
     count = sum(p.numel() for p in task.parameters().values())
     kept = kept_bytes(recipe, task)
     if absent > MANY_ABSENT and kept > HEAVY and rows_are_separate(recipe, task):
@@ -107,19 +113,20 @@ def kept_bytes(recipe: Recipe, task: Task) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = task.loss(task.model, task.encode([recipe.examples[i] for i in largest]))
+        loss = task.loss(task.model, task.batch([recipe.examples[i] for i in largest]))
     del loss
     return sum(seen.values())
 
 
 @contextmanager
-def kept_memory() -> Iterator[None]:
-    """Let the allocator keep what is freed, while a run lasts.
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """Let the allocator keep what is freed, while a run on a CPU lasts.
 
     glibc gives large blocks back at once and faults every page in anew at the next operation: 3 % of the time of a
     microgpt step and 10 % of one of GPT-2 shape. Elsewhere than on glibc nothing is changed.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    glibc = sys.platform == "linux" and device.type == "cpu"
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if glibc else None
     if mallopt is None:
         yield
         return
@@ -137,8 +144,27 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _GLIBC_DEFAULT = -1, -3, 128 * 1024
 
 
 @contextmanager
-def flushed_denormals() -> Iterator[None]:
-    """Moments of weights that no longer get a gradient decay to denormal numbers, which slow a step down tenfold."""
+def plain_formulas(device: torch.device) -> Iterator[None]:
+    """On a GPU, attention and batch norm by operations that have rules for jets, not by fused kernels or cuDNN."""
+    if device.type == "cpu":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.enabled
+    cudnn.enabled = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        cudnn.enabled = before
+
+
+@contextmanager
+def flushed_denormals(device: torch.device) -> Iterator[None]:
+    """Moments of weights that no longer get a gradient decay to denormal numbers, which slow a CPU's step down tenfold."""
+    if device.type != "cpu":
+        yield
+        return
     torch.set_flush_denormal(True)
     try:
         yield

@@ -61,7 +61,7 @@ class Block(nn.Module):
         q, k, v = (
             w(x).view(-1, tokens, self.heads, width).transpose(1, 2).flatten(0, 1) for w in (self.wq, self.wk, self.wv)
         )
-        future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+        future = torch.ones(tokens, tokens, dtype=torch.bool, device=x.device).triu(1)
         scores = torch.bmm(q / width**0.5, k.mT).masked_fill(future, float("-inf"))
         mixed = torch.bmm(scores.softmax(-1), v)
         return self.wo(mixed.view(-1, self.heads, tokens, width).transpose(1, 2).reshape(x.shape))

@@ -19,9 +19,11 @@ from leaveout.corpus import Contrast, Corpus, Row
 from leaveout.corpus.contrast import sides_of
 from leaveout.errors import FormatError, UnsupportedError, choices
 from leaveout.jets import Jet, Series, Space, install, restore
+from leaveout.models import full_precision
 from leaveout.training.batching import checked_of_runs, of_runs, one_by_one, run_count
 from leaveout.training.digest import digest_of
 from leaveout.training.examples import IGNORED, as_row
+from leaveout.training.memory import plain_formulas
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Bound, Parameters, Task, task_of, token_losses
 
@@ -205,14 +207,17 @@ Queries = Sequence[Any] | Callable[[nn.Module], Tensor]
 """Rows in the form of the recipe's examples, or a function of the trained model that gives a vector."""
 
 
-def query_losses(recipe: Recipe, params: Parameters, queries: Queries) -> Tensor:
-    """Losses of queries under trained parameters [*shape] or [runs, *shape]: [queries] or [runs, queries], nats."""
-    task = task_of(recipe)
+def query_losses(recipe: Recipe, params: Parameters, queries: Queries, device: str | torch.device = "cpu") -> Tensor:
+    """Losses of queries under trained parameters [*shape] or [runs, *shape]: [queries] or [runs, queries], nats.
+
+    A function of the model is called with it on the device; parameters and losses are on the CPU.
+    """
+    task = task_of(recipe, device)
     own = task.parameters()
     stacked = all(params[name].dim() == p.dim() + 1 for name, p in own.items())
     runs = params if stacked else {name: p.unsqueeze(0) for name, p in params.items()}
-    with torch.no_grad():
-        out = _values_of_runs(Bound(task, _function(task, queries, 1)), runs)
+    with torch.no_grad(), full_precision():
+        out = _values_of_runs(Bound(task, _function(task, queries, 1)), runs, task.device).cpu()
     return out if stacked else out[0]
 
 
@@ -224,10 +229,11 @@ def _function(task: Task, queries: Queries, together: int) -> Callable[[nn.Modul
     return lambda model: torch.cat([task.loss(model, batch) for batch in batches])
 
 
-def _values_of_runs(asked: Bound, runs: Parameters) -> Tensor:
+def _values_of_runs(asked: Bound, runs: Parameters, device: torch.device) -> Tensor:
     """Values [runs, queries]; one run after the other where a batch of the first ones gives other numbers, or none."""
     out, batched = [], None
-    for part in _chunks_of_runs(runs):
+    for chunk in _chunks_of_runs(runs):
+        part = {name: p.to(device) for name, p in chunk.items()}
         if batched is None:
             values, batched = checked_of_runs(asked.under, part)
         else:
@@ -240,14 +246,21 @@ def _chunks_of_runs(runs: Parameters, size: int = 64) -> Iterator[Parameters]:
     return ({name: p[i : i + size] for name, p in runs.items()} for i in range(0, run_count(runs), size))
 
 
-def jet_values(recipe: Recipe, constants: Parameters, coefficients: Parameters, queries: Queries) -> Series:
-    """Series of queries [queries] from what a jet run kept: its `constants` and `coefficients`."""
-    task = task_of(recipe)
-    first = next(iter(coefficients.values()))
+def jet_values(
+    recipe: Recipe,
+    constants: Parameters,
+    coefficients: Parameters,
+    queries: Queries,
+    device: str | torch.device = "cpu",
+) -> Series:
+    """Series of queries [queries] from what a jet run kept: its `constants` and `coefficients`. The device: `query_losses`."""
+    task = task_of(recipe, device)
+    first, at = next(iter(coefficients.values())), task.device
     space = Space(first.shape[0], first.shape[1], first.dtype)
-    replaced = install(task.model, {n: space.jet(constants[n], h) for n, h in coefficients.items()})
+    replaced = install(task.model, {n: space.jet(constants[n].to(at), h.to(at)) for n, h in coefficients.items()})
     try:
-        return query_series(task, space, queries)
+        with full_precision(), plain_formulas(at):
+            return query_series(task, space, queries).map(Tensor.cpu)
     finally:
         restore(task.model, replaced)
 

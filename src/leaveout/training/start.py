@@ -53,7 +53,7 @@ def _copied(made: Any) -> Any:
     if not isinstance(made, nn.Module):
         return made
     try:
-        return copy.deepcopy(made)
+        return copy.deepcopy(made).cpu()  # a run starts there, and is moved where it is to run
     except Exception as error:
         raise UnsupportedError(
             f"The model of class {type(made).__qualname__} cannot be copied ({error}), and every run needs one of its own: "

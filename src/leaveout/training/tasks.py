@@ -21,10 +21,12 @@ from leaveout.models import (
     LanguageModel,
     ModelOptions,
     adapter_places,
+    find_device,
     length_limit,
     load_model,
     refuse_hooks,
     refuse_look_ahead,
+    sent,
 )
 from leaveout.training import microgpt
 from leaveout.training.examples import IGNORED, Asked, RowEncoder, as_row, asked, check_pair, too_long, unmarked
@@ -40,7 +42,8 @@ Outputs = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
 class Task:
     """A model at its start, and how to feed it.
 
-    encode   examples of the recipe, cut where they are too long, or `Asked` ones -> batch of tensors, examples first
+    encode   examples of the recipe, cut where they are too long, or `Asked` ones -> batch of tensors on the CPU, examples
+             first; `batch` puts it where the model is
     loss     (model, batch) -> losses [examples], each the mean over its own tokens, in nats
     trained  names of the parameters that the optimizer changes; all others are constants
     outputs  (model, batch) -> logits [examples, positions, classes] and targets [examples, positions], IGNORED where
@@ -68,9 +71,18 @@ class Task:
         own = dict(self.model.named_parameters())
         return {name: own[name] for name in self.trained}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def batch(self, rows: Sequence[Any]) -> Batch:
+        """Examples encoded, on the model's device; the copy there is not waited for."""
+        return tuple(sent(t, self.device) for t in self.encode(rows))
+
     def encode_queries(self, rows: Sequence[Any]) -> Batch:
-        """Queries, in the form of the examples, as a batch; they are never cut."""
-        return self.encode(asked(rows))
+        """Queries, in the form of the examples, as a batch on the model's device; they are never cut."""
+        return self.batch(asked(rows))
 
 
 class Bound(nn.Module):
@@ -99,11 +111,13 @@ def example_loss(task: Task) -> Bound:
     return Bound(task, lambda model, *example: task.loss(model, tuple(t[None] for t in example)).squeeze(0))
 
 
-def task_of(recipe: Recipe) -> Task:
+def task_of(recipe: Recipe, device: str | torch.device = "cpu") -> Task:
     """The task of a recipe. The model is in evaluation form: no dropout, batch norm with its stored statistics.
 
+    It is made on the CPU, so that it starts from the same numbers wherever it runs, and then moved.
     What the user made is tried once a recipe (see `start`). Raises: UnsupportedError if it fails.
     """
+    place = find_device(device)
     with torch.random.fork_rng(devices=[]):
         task = _made(recipe)
         if not _was_tried(recipe):
@@ -112,7 +126,24 @@ def task_of(recipe: Recipe) -> Task:
             if task.given:
                 try_loss(task, recipe.examples, tried_numbers(recipe.batches(), len(recipe.examples)))
             object.__setattr__(recipe, "_tried", True)
+        if place.type != "cpu":
+            task.model.to(place)
+            _try_there(task, recipe)
     return task
+
+
+def _try_there(task: Task, recipe: Recipe) -> None:
+    """Refuses a model of the user's, or a loss, that holds tensors elsewhere than its model is."""
+    if not task.given:
+        return
+    try:
+        with torch.no_grad():
+            task.loss(task.model, task.batch(recipe.examples[:1]))
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"The loss fails on {task.device} ({' '.join(str(error).split())[:200]}): model and loss must make tensors on "
+            "the device of their batch, and keep others as buffers of the module."
+        ) from error
 
 
 def _was_tried(recipe: Recipe) -> bool:
@@ -141,8 +172,8 @@ def rows_are_separate(recipe: Recipe, task: Task) -> bool:
         return False
     pair = [pick(recipe.examples, key=text_length) for pick in (min, max)]
     with torch.no_grad():
-        together = task.loss(task.model, task.encode(pair))
-        alone = torch.cat([task.loss(task.model, task.encode([one])) for one in pair])
+        together = task.loss(task.model, task.batch(pair))
+        alone = torch.cat([task.loss(task.model, task.batch([one])) for one in pair])
     return torch.allclose(together, alone, rtol=1e-7 if recipe.dtype == "float64" else 3e-5, atol=0.0)
 
 

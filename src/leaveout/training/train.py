@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from leaveout.errors import StabilityError
 from leaveout.jets import Jet, Series, Space, install, restore
+from leaveout.models import full_precision
 from leaveout.training.batching import batching_problem, of_runs
 from leaveout.training.loop import Loop, Part, RunOptions, Steps, clip_each
-from leaveout.training.memory import MemoryPlan, flushed_denormals, kept_memory, plan_memory
+from leaveout.training.memory import MemoryPlan, flushed_denormals, kept_memory, plain_formulas, plan_memory
 from leaveout.training.queries import Queries, query_series
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Parameters, Task, losses_on, rows_are_separate, task_of
+from leaveout.training.tasks import Parameters, losses_on, rows_are_separate, task_of
 
 CHECK_EVERY = 20
 """Steps between two looks at whether all coefficients are finite."""
@@ -37,15 +38,18 @@ def train_plain(recipe: Recipe, weights: Tensor | None = None, options: RunOptio
     Guarantee: the numbers of an ordinary PyTorch loop over the same batches, bit for bit, when no weight is given and
     the loss is per example; up to rounding per token.
     """
-    options, steps = options or RunOptions(), Steps(recipe, task_of(recipe))
-    by_example = None if weights is None else weights.to(recipe.real_dtype)[recipe.unit_of]
+    options = options or RunOptions()
+    steps = Steps(recipe, task_of(recipe, options.device))
+    device = steps.task.device
+    by_example = None if weights is None else weights.to(recipe.real_dtype)[recipe.unit_of].to(device)
 
     def backward(part: Part) -> None:
-        steps.loss(part, None if by_example is None else by_example[list(part.numbers)]).backward()
+        steps.loss(part, None if by_example is None else by_example.__getitem__).backward()
 
     params = steps.task.parameters()
-    Loop(steps, params, backward).run(options.checkpoint("plain", recipe.hash(), weights), "train", options)
-    return {name: p.detach() for name, p in params.items()}
+    loop = Loop(steps, params, backward, fused=device.type != "cpu")
+    loop.run(options.checkpoint("plain", recipe.hash(), weights), "train", options)
+    return {name: p.detach().cpu() for name, p in params.items()}
 
 
 # --- many weightings at once -------------------------------------------------------------------------------------
@@ -58,31 +62,35 @@ def train_batch(recipe: Recipe, weights: Tensor, options: RunOptions | None = No
     Guarantee: each run equals `train_plain` with its weights, up to the rounding of batched products.
     Cost: examples of weight 0 in all runs that share a step are not computed, where they are separate (`rows_are_separate`).
     """
-    options, task = options or RunOptions(), task_of(recipe)
-    if min(together, len(weights)) > 1:
-        known = options.batched is not None
-        together = together if (options.batched if known else batching_problem(recipe, task) is None) else 1
-    rounds = [_train_stack(recipe, task, part, options, number) for number, part in enumerate(weights.split(together))]
+    options = options or RunOptions()
+    task = task_of(recipe, options.device)
+    steps = Steps(recipe, task)
+    with full_precision(), kept_memory(task.device):
+        if min(together, len(weights)) > 1:
+            known = options.batched is not None
+            together = together if (options.batched if known else batching_problem(recipe, task) is None) else 1
+        rounds = [_train_stack(steps, part, options, number) for number, part in enumerate(weights.split(together))]
     return {name: torch.cat([r[name] for r in rounds]) for name in task.trained}
 
 
-def _train_stack(recipe: Recipe, task: Task, weights: Tensor, options: RunOptions, number: int) -> Parameters:
-    runs, steps = weights.shape[0], Steps(recipe, task)
+def _train_stack(steps: Steps, weights: Tensor, options: RunOptions, number: int) -> Parameters:
+    runs, recipe, task = weights.shape[0], steps.recipe, steps.task
     params = {n: nn.Parameter(p.detach().expand(runs, *p.shape).clone()) for n, p in task.parameters().items()}
     by_example = weights.to(recipe.real_dtype)[:, recipe.unit_of]
-    used = (by_example != 0).any(0)
-    leave_out = not bool(used.all()) and rows_are_separate(recipe, task)
+    used = (by_example != 0).any(0).tolist()
+    leave_out = not all(used) and rows_are_separate(recipe, task)
+    by_example = by_example.to(task.device)
 
     def backward(part: Part) -> None:
         if leave_out:  # one is always kept, so that every parameter has a gradient, if only 0
             part = part.only([i for i in part.numbers if used[i]] or part.numbers[:1])
-        losses = of_runs(losses_on(task, steps.encoded(part.numbers)).under, params)  # type: ignore[arg-type]
-        part.loss(losses, by_example[:, list(part.numbers)]).backward()
+        batch, places = steps.fed(part)
+        losses = of_runs(losses_on(task, batch).under, params)  # type: ignore[arg-type]
+        part.loss(losses, by_example[:, places]).backward()
 
     loop = Loop(steps, params, backward, fused=True, clip=clip_each)
-    with kept_memory():
-        loop.run(options.checkpoint(f"batch-{number}", recipe.hash(), weights), f"{runs} runs", options)
-    return {name: p.detach() for name, p in params.items()}
+    loop.run(options.checkpoint(f"batch-{number}", recipe.hash(), weights), f"{runs} runs", options)
+    return {name: p.detach().cpu() for name, p in params.items()}
 
 
 # --- jets --------------------------------------------------------------------------------------------------------
@@ -126,15 +134,16 @@ def train_jets(
 
     Real directions (settings.dtype float32 or float64) cost half. Raises: StabilityError if a coefficient overflows.
     """
-    options, task = options or RunOptions(), task_of(recipe)
-    dtype = settings.dtype or recipe.real_dtype.to_complex()
+    options = options or RunOptions()
+    task = task_of(recipe, options.device)
+    steps, dtype = Steps(recipe, task), settings.dtype or recipe.real_dtype.to_complex()
     plan = plan_memory(recipe, task, settings.degree, psi.shape[0], dtype, options.memory)
     if options.progress:
         tqdm.write(f"memory: {plan}", file=sys.stderr)
     began, seen, parts = time.process_time(), {}, []
     for number, part in enumerate(psi.split(plan.together)):
         space = Space(settings.degree, part.shape[0], dtype)
-        parts.append(_jet_round(recipe, task, (part, space), settings, queries, options, number))
+        parts.append(_jet_round(steps, (part, space), settings, queries, options, number))
         for name, count in space.nonsmooth.items():
             seen[name] = seen.get(name, 0) + count
     run = _joined(parts, plan)
@@ -151,37 +160,39 @@ Round = tuple[Series | None, Parameters, Parameters]
 
 
 def _jet_round(
-    recipe: Recipe, task: Task, directions: tuple[Tensor, Space], settings: JetSettings, queries: Queries | None,
+    steps: Steps, directions: tuple[Tensor, Space], settings: JetSettings, queries: Queries | None,
     options: RunOptions, number: int,
 ) -> Round:  # fmt: skip
-    psi, space = directions
+    (psi, space), recipe, task = directions, steps.recipe, steps.task
+    device = task.device
     replaced = install(task.model, {n: space.constant(p) for n, p in task.parameters().items()})
     try:
-        params, steps = task.parameters(), Steps(recipe, task)
-        entries = psi.to(space.dtype)[:, recipe.unit_of]
+        params = task.parameters()
+        entries = psi.to(space.dtype)[:, recipe.unit_of].to(device)
 
         def backward(part: Part) -> None:
-            steps.loss(part, _weights(space, entries[:, list(part.numbers)])).backward()
+            steps.loss(part, lambda places: _weights(space, entries[:, places])).backward()
 
         loop = Loop(steps, params, backward, True, after=lambda step: _check_finite(params, step, len(steps)))
         checkpoint = options.checkpoint(f"jets-{number}", recipe.hash(), psi, space.degree, space.dtype)
-        with flushed_denormals(), kept_memory():
+        with full_precision(), plain_formulas(device), flushed_denormals(device), kept_memory(device):
             if queries is not None and number == 0:  # what they use without a rule for it is refused before the steps
                 query_series(task, space, queries)
                 space.nonsmooth.clear()
             loop.run(checkpoint, f"degree {space.degree}, {space.directions} directions", options)
             losses = None if queries is None else query_series(task, space, queries)
         kept = params if settings.keep_parameters else {}
-        return losses, {n: p.c.clone() for n, p in kept.items()}, {n: p.h for n, p in kept.items()}
+        found = None if losses is None else losses.map(Tensor.cpu)
+        return found, {n: p.c.clone().cpu() for n, p in kept.items()}, {n: p.h.cpu() for n, p in kept.items()}
     finally:
         restore(task.model, replaced)
 
 
 def _weights(space: Space, psi: Tensor) -> Jet:
     """1 - z psi, for the entries psi [directions, examples]."""
-    h = torch.zeros(space.degree, *psi.shape, dtype=space.dtype)
+    h = psi.new_zeros(space.degree, *psi.shape)
     h[0] = -psi
-    return space.jet(torch.ones(psi.shape[1], dtype=space.real_dtype), h)
+    return space.jet(psi.new_ones(psi.shape[1], dtype=space.real_dtype), h)
 
 
 def _check_finite(params: dict[str, Any], step: int, n_steps: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leaveout.errors import UnsupportedError
+from leaveout.jets import install
+from leaveout.models import full_precision, sent
 from leaveout.training.batching import agree, tried
 from leaveout.training.loop import Part, Steps, make_optimizer
 from leaveout.training.memory import flushed_denormals, kept_memory
@@ -27,9 +29,9 @@ SecondPass = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def passes() -> Iterator[None]:
+def passes(device: torch.device) -> Iterator[None]:
     """What forward and backward passes of all orders need while they run: attention that has derivatives, and their pace."""
-    with sdpa_kernel(SDPBackend.MATH), kept_memory(), flushed_denormals():
+    with sdpa_kernel(SDPBackend.MATH), full_precision(), kept_memory(device), flushed_denormals(device):
         yield
 
 
@@ -40,9 +42,10 @@ class FlatRun:
     not use get no gradient, and PyTorch's optimizers then leave them alone: they are constants here.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.task = recipe, task_of(recipe)
-        self.trained_on, self.unit_of = Steps(recipe, self.task), recipe.unit_of
+    def __init__(self, recipe: Recipe, device: str | torch.device = "cpu") -> None:
+        self.recipe, self.task = recipe, task_of(recipe, device)
+        self.device = self.task.device
+        self.trained_on, self.unit_of = Steps(recipe, self.task), recipe.unit_of.to(self.device)
         self.steps = len(self.trained_on)
         if not self.steps:
             raise ValueError("the recipe takes no step: give epochs, steps or order that make at least one")
@@ -55,10 +58,12 @@ class FlatRun:
         name = recipe.optimizer.name
         self.kind = name if name != "sgd" else "momentum" if recipe.optimizer.momentum else "sgd"
         moments = MOMENTS["adam" if "adam" in name else self.kind]
-        self.state = torch.zeros(1 + len(moments), sum(self.sizes), dtype=recipe.real_dtype)
+        self.state = self.params[0].new_zeros(1 + len(moments), sum(self.sizes))
         self.state[0] = self.flat([p.detach() for p in self.params])
-        for p, values in zip(self.params, self.state[0].split(self.sizes), strict=True):
-            p.data = values.view_as(p)
+        # As `data`, so that autograd does not take a step of the optimizer for a change of what it still needs.
+        views = zip(self.names, self.shaped(self.state[0].data), strict=True)
+        install(self.task.model, {name: view.data for name, view in views})
+        self.params = [self.task.parameters()[name] for name in self.names]
         self.theta = nn.Parameter(self.state[0])
         self.optimizer = make_optimizer(recipe, [self.theta])
         self.optimizer.state[self.theta].update(zip(moments, self.state[1:], strict=True))
@@ -78,7 +83,8 @@ class FlatRun:
         try:
             gradient, back = self.second_pass(part, 0)
             draw = torch.Generator().manual_seed(0)
-            along = torch.randn(len(gradient), generator=draw, dtype=gradient.dtype) * self.state[0].abs().mean()
+            along = torch.randn(len(gradient), generator=draw, dtype=gradient.dtype).to(self.device)
+            along = along * self.state[0].abs().mean()
             if not bool(gradient.isfinite().all()) or not self._linear_in_weights(part, along, gradient):
                 raise UnsupportedError(NO_REVERSE.format("its gradient is not linear in the weights of examples"))
             changes = [self._change(part, along, 10.0**-k) for k in (2, 3, 4, 5)]
@@ -96,7 +102,7 @@ class FlatRun:
 
     def _linear_in_weights(self, part: Part, cotangent: Tensor, gradient: Tensor) -> bool:
         """Whether slopes along all weights sum to the gradient itself."""
-        weights = torch.ones(len(part.numbers), dtype=self.recipe.real_dtype, requires_grad=True)
+        weights = self._ones(part)
         grads = self._gradients(self._loss(part, weights), 0, create_graph=True)
         shaped = self.shaped(cotangent)
         (slopes,) = torch.autograd.grad(grads, [weights], shaped, allow_unused=True, materialize_grads=True)
@@ -116,12 +122,20 @@ class FlatRun:
         grads = torch.autograd.grad(self._loss(self.parts(0)[0]), list(own.values()), allow_unused=True)
         return [name for name, g in zip(own, grads, strict=True) if g is None]
 
+    def units_of(self, numbers: Sequence[int]) -> Tensor:
+        """The place of each example's unit [examples], where the run is."""
+        return self.unit_of[sent(torch.tensor(numbers), self.device)]
+
     def parts(self, step: int) -> list[Part]:
         """The micro-batches of a step."""
         return self.trained_on.parts(step)
 
     def _loss(self, part: Part, weights: Tensor | None = None) -> Tensor:
-        return self.trained_on.loss(part, weights)
+        return self.trained_on.loss(part, None if weights is None else lambda places: weights)
+
+    def _ones(self, part: Part) -> Tensor:
+        """Weights of a part's examples, to be derived for."""
+        return self.state.new_ones(len(part.numbers)).requires_grad_()
 
     @staticmethod
     def flat(tensors: Any) -> Tensor:
@@ -133,8 +147,8 @@ class FlatRun:
         return [v.view(p.shape) for v, p in zip(vector.split(self.sizes), self.params, strict=True)]
 
     def parameters(self) -> Parameters:
-        """A copy of the trained parameters by name, constants included."""
-        return {name: p.detach().clone() for name, p in self.task.parameters().items()}
+        """A copy of the trained parameters by name, constants included, on the CPU."""
+        return {name: p.detach().clone().cpu() for name, p in self.task.parameters().items()}
 
     def gradient(self, step: int) -> Tensor:
         """The gradient [parameters] of a step, before clipping."""
@@ -165,7 +179,7 @@ class FlatRun:
     def second_pass(self, part: Part, step: int) -> tuple[Tensor, SecondPass]:
         """The gradient of a part of a batch, and the function that goes back through it (once)."""
         alone = len(part.numbers) == 1  # then its weight scales the whole gradient, and needs no graph of its own
-        weights = torch.ones(len(part.numbers), dtype=self.recipe.real_dtype, requires_grad=True)
+        weights = self._ones(part)
         grads = self._gradients(self._loss(part, None if alone else weights), step, create_graph=True)
         inputs, gradient = [*self.params] if alone else [*self.params, weights], self.flat([g.detach() for g in grads])
 
@@ -211,10 +225,10 @@ class FlatRun:
             losses = list(self._values(queries)[part])
         else:
             losses = [task.loss(task.model, task.encode_queries([q]))[0] for q in queries[part]]
-        rows = torch.zeros(len(losses), sum(self.sizes), dtype=self.recipe.real_dtype)
+        rows = self.state.new_zeros(len(losses), sum(self.sizes))
         for row, loss in zip(rows, losses, strict=True):
             grads = torch.autograd.grad(
                 loss, self.params, retain_graph=callable(queries), allow_unused=True, materialize_grads=True
             )
             row.copy_(self.flat(grads))
-        return torch.tensor([v.item() for v in losses], dtype=torch.float64), rows
+        return torch.stack([v.detach().double() for v in losses]), rows

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from leaveout.errors import StabilityError, UnsupportedError
-from leaveout.models import free_memory
+from leaveout.models import find_device, free_memory
 from leaveout.training.loop import RunOptions
 from leaveout.training.memory import COPIES, kept_bytes
 from leaveout.training.queries import Queries
@@ -84,14 +84,14 @@ def metagradient(
     Raises: UnsupportedError if not even one query and two states fit; StabilityError if an effect overflows.
     """
     options = options or RunOptions()
-    began = time.process_time()
-    with passes():
-        run = FlatRun(recipe)
+    began, place = time.process_time(), find_device(options.device)
+    with passes(place):
+        run = FlatRun(recipe, place)
         n_queries = run.count(queries)
         run.require_second_pass()
         plan = plan_reverse(run, n_queries, memory if memory is not None else options.memory)
-        effects = torch.zeros(n_queries, len(recipe.unit_names), dtype=torch.float64)
-        base = torch.zeros(n_queries, dtype=torch.float64)
+        effects = run.state.new_zeros(n_queries, len(recipe.unit_names), dtype=torch.float64)
+        base = run.state.new_zeros(n_queries, dtype=torch.float64)
         total, hidden = plan.rounds * run.steps, not options.progress
         with tqdm(total=total, desc="metagradient", unit="step", disable=hidden, file=sys.stderr) as bar:
             for first in range(0, n_queries, plan.together):
@@ -100,7 +100,7 @@ def metagradient(
                 walk_back(run, plan.checkpoints, reverse.visit)
     if not bool(effects.isfinite().all()):
         raise StabilityError("The metagradient overflowed: the run is not stable; use a lower lr or a larger eps.")
-    return Effects(effects.numpy(), base.numpy(), time.process_time() - began, plan.checkpoints, plan)
+    return Effects(effects.cpu().numpy(), base.cpu().numpy(), time.process_time() - began, plan.checkpoints, plan)
 
 
 # --- memory, and the order in which steps are visited ------------------------------------------------------------
@@ -111,7 +111,7 @@ def plan_reverse(run: FlatRun, queries: int, limit: int | None = None) -> Revers
 
     Raises: UnsupportedError if not even one query and two states fit.
     """
-    limit = limit if limit is not None else free_memory() // 2
+    limit = limit if limit is not None else free_memory(run.device) // 2
     bytes_each = run.recipe.real_dtype.itemsize
     vector = sum(run.sizes) * bytes_each
     state = len(run.state) * vector
@@ -197,7 +197,7 @@ class Reverse:
             _, back = passes[i] if passes else run.second_pass(part, step)
             products, slopes = back(b)
             self.cotangents[0] += products
-            self.effects.index_add_(1, run.unit_of[list(part.numbers)], slopes.double(), alpha=-1)
+            self.effects.index_add_(1, run.units_of(part.numbers), slopes.double(), alpha=-1)
 
     def _update_adjoint(self, step: int, gradient: Tensor) -> Tensor:
         """Take the cotangents of the state back over the optimizer's update; gives that of its gradient."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from leaveout.models import free_memory
+from leaveout.models import find_device, free_memory, sent
 from leaveout.projection import CountSketch
 from leaveout.training.batching import agree, tried
 from leaveout.training.loop import Part, RunOptions
@@ -67,11 +67,12 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
     free) is less. Examples of a batch must not change each other's loss.
     """
     options = options or RunOptions()
-    with passes():
-        run = FlatRun(recipe)
-        sketch = sketch_of(sum(run.sizes), width)
+    place = find_device(options.device)
+    with passes(place):
+        run = FlatRun(recipe, place)
+        sketch = sketch_of(sum(run.sizes), width).to(place, torch.float32)
         together = _together(run, options.memory)
-        updates, final = torch.zeros(2, len(recipe.unit_names), sketch.width)
+        updates, final = run.state.new_zeros(2, len(recipe.unit_names), sketch.width, dtype=torch.float32)
         for step in tqdm(range(run.steps), desc="unit vectors", unit="step", disable=not options.progress):
             gradient = run.gradient(step)
             scale, parts = _update_scale(run, step, gradient), run.parts(step)
@@ -80,25 +81,28 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
             else:
                 shares = (share for part in parts for share in example_shares(run, part, together))
             for numbers, rows in shares:
-                updates.index_add_(0, run.unit_of[list(numbers)], sketch((rows * scale).float()))
+                updates.index_add_(0, run.units_of(numbers), sketch((rows * scale).float()))
             run.advance(step, gradient)
         for numbers, rows in example_gradients(run, range(len(recipe.examples)), together):
-            final.index_add_(0, run.unit_of[list(numbers)], sketch(rows.float()))
-    return UnitVectors(updates.numpy(), final.numpy(), run.parameters())
+            final.index_add_(0, run.units_of(numbers), sketch(rows.float()))
+    return UnitVectors(updates.cpu().numpy(), final.cpu().numpy(), run.parameters())
 
 
-def query_gradients(recipe: Recipe, params: Parameters, queries: Queries, width: int = 1024) -> np.ndarray:
+def query_gradients(
+    recipe: Recipe, params: Parameters, queries: Queries, width: int = 1024, device: str | torch.device = "cpu"
+) -> np.ndarray:
     """Gradients of queries at given parameters, in the space of `unit_vectors` of the same width: float32 [queries, width]."""
-    with passes():
-        run = FlatRun(recipe)
+    place = find_device(device)
+    with passes(place):
+        run = FlatRun(recipe, place)
         with torch.no_grad():
             for name, p in run.task.parameters().items():
                 p.copy_(params[name])
-        sketch = sketch_of(sum(run.sizes), width)
+        sketch = sketch_of(sum(run.sizes), width).to(place, torch.float32)
         out = torch.zeros(run.count(queries), sketch.width)
         for first in range(0, len(out), ROUND):
             part = slice(first, first + ROUND)
-            out[part] = sketch(run.query_gradients(queries, part)[1].float())
+            out[part] = sketch(run.query_gradients(queries, part)[1].float()).cpu()
     return out.numpy()
 
 
@@ -135,7 +139,7 @@ def example_shares(run: FlatRun, part: Part, together: int) -> Iterator[tuple[tu
     first = 0
     for group, rows in example_gradients(run, part.numbers, together):
         if part.sizes is not None:
-            rows *= part.sizes[first : first + len(group)].unsqueeze(1)
+            rows *= sent(part.sizes[first : first + len(group)], rows.device).unsqueeze(1)
         first += len(group)
         yield group, rows / part.divisor
 
@@ -157,14 +161,14 @@ def _stacked(run: FlatRun, group: tuple[int, ...]) -> Tensor:
 
 def _alone(run: FlatRun, rows: Sequence[Any]) -> Tensor:
     """Each as it is trained on (cut where it is too long), which a query never is."""
-    batches = [run.task.encode([row]) for row in rows]
+    batches = [run.task.batch([row]) for row in rows]
     losses = (lambda model, batch=batch: run.task.loss(model, batch) for batch in batches)
     return torch.cat([run.query_gradients(loss, slice(None))[1] for loss in losses])
 
 
 def _batched(run: FlatRun, rows: Sequence[Any]) -> Tensor:
     values = {name: p.detach() for name, p in zip(run.names, run.params, strict=True)}
-    batch = run.task.encode(rows)
+    batch = run.task.batch(rows)
     each = torch.vmap(torch.func.grad(example_loss(run.task).under), in_dims=(None, *[0] * len(batch)))(values, *batch)
     return torch.cat([each[name].reshape(len(rows), -1) for name in values], 1)
 
@@ -175,7 +179,7 @@ def _update_scale(run: FlatRun, step: int, gradient: Tensor) -> Tensor:
     rate = run.recipe.rate(step, run.steps)
     factor = -rate * (clipped.norm() / gradient.norm() if clipped is not gradient else 1.0)
     if run.kind in ("sgd", "momentum"):
-        return torch.as_tensor(factor)
+        return torch.as_tensor(factor, device=run.device)
     form = AdamForm(run.kind, rate, step, run.optimizer.param_groups[0])
     _, _, square = form.moments(clipped, run.state)
     return factor / form.root(square)[0]
@@ -183,6 +187,6 @@ def _update_scale(run: FlatRun, step: int, gradient: Tensor) -> Tensor:
 
 def _together(run: FlatRun, limit: int | None) -> int:
     """Examples whose gradients fit: each needs its gradient twice, a scaled copy, and what a backward pass keeps."""
-    limit = limit if limit is not None else free_memory() // 2
+    limit = limit if limit is not None else free_memory(run.device) // 2
     each = 3 * sum(run.sizes) * run.recipe.real_dtype.itemsize + 3 * kept_bytes(run.recipe, run.task)
     return max(1, min(ROUND, limit // each))

@@ -34,12 +34,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
 from card import BENCHMARKS, Card, distance, random_windows  # noqa: E402
+from leaveout.metrics import spearman  # noqa: E402
 from leaveout.projection import CountSketch  # noqa: E402
 from leaveout.readout.doctor import doctor  # noqa: E402
 from leaveout.readout.forms import low_rank  # noqa: E402
@@ -149,7 +151,9 @@ def signatures(card: Card) -> dict[str, Any]:
         wanted = scores(signers[0], signers[0].rows(windows, count))
         first, again, rough = (signer.rows(windows, count) for signer in (signers[1], signers[1], signers[2]))
         found["scores"] = distance(scores(signers[1], first), wanted)
-        found["scores in bfloat16"] = distance(scores(signers[2], rough), wanted)
+        rounded = scores(signers[2], rough)
+        found["scores in bfloat16"] = distance(rounded, wanted)
+        found["their rank correlation"] = float(np.mean(spearman(rounded.numpy(), wanted.numpy())))
         out[name] = found | {"twice the same": bool(torch.equal(first, again))}
     worst = max(found["scores"] for found in out.values())
     if worst > TOLERANCE:

@@ -13,7 +13,6 @@ from torch import Tensor
 from card import Card, distance
 from leaveout.corpus import Corpus
 from leaveout.training.loop import RunOptions
-from leaveout.training.queries import Query
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
@@ -51,7 +50,7 @@ def movement(recipe: Recipe, options: RunOptions, weights: Tensor | None = None)
     return torch.cat([p.flatten().cpu() for p in trained.values()])
 
 
-def agreement(recipe: Recipe, query: Query, device: str) -> dict[str, Any]:
+def agreement(recipe: Recipe, query: str, device: str) -> dict[str, Any]:
     """What a device gives beside what the CPU gives, relative to how far training moves."""
     n_units = len(recipe.unit_names)
     here, there = RunOptions(), RunOptions(device=device)
@@ -84,9 +83,9 @@ def training(card: Card) -> dict[str, Any]:
     """Is training on the device what it is on the CPU?"""
     with tempfile.TemporaryDirectory() as place:
         return {
-            "microgpt": agreement(microgpt(card, 6), Query(names(30)[-1]), card.device),
+            "microgpt": agreement(microgpt(card, 6), names(30)[-1], card.device),
             "language model": agreement(
-                language_model(card, str(Path(place) / "model")), Query("Once upon a time"), card.device
+                language_model(card, str(Path(place) / "model")), "Once upon a time", card.device
             ),
         }
 
@@ -95,7 +94,7 @@ def training_speed(card: Card) -> dict[str, Any]:
     """Seconds a step: jets of microgpt by directions and degree, reverse mode, retrainings together."""
     steps = 4 if card.dry else 20
     recipe = microgpt(card, steps)
-    n_units, query = len(recipe.unit_names), [Query(names(30)[-1])]
+    n_units, query = len(recipe.unit_names), [names(30)[-1]]
     there, here = RunOptions(device=card.device), RunOptions()
     chance = torch.Generator().manual_seed(0)
 

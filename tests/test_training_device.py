@@ -15,7 +15,7 @@ from leaveout.errors import UnsupportedError
 from leaveout.jets import Space
 from leaveout.models import full_precision
 from leaveout.training.doctor import probe_recipe
-from leaveout.training.loop import Loop, RunOptions, Steps
+from leaveout.training.loop import Loop, RunOptions
 from leaveout.training.memory import plan_memory, runs_together
 from leaveout.training.queries import Query, jet_values, query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
@@ -239,27 +239,39 @@ def test_a_plan_is_of_the_device(monkeypatch):
 FLAGS = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 
 
-def test_products_are_in_full_precision_while_a_run_lasts():
-    recipe, seen = classifier(), []
+def set_flags():
+    """The newer flags, and the older ones where torch says them."""
+    older = []
+    for ask in (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32):
+        try:
+            older.append(ask())
+        except RuntimeError:
+            older.append("says nothing")
+    return [flag.fp32_precision for flag in FLAGS], older
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_products_are_in_full_precision_while_a_run_lasts(newer, monkeypatch):
+    recipe, seen, step = classifier(), [], Loop.step
+    monkeypatch.setattr(Loop, "step", lambda loop, parts: seen.append(set_flags()) or step(loop, parts))
 
     def query(model):
-        seen.append([flag.fp32_precision for flag in FLAGS])
+        seen.append(set_flags())
         return torch.stack([next(model.parameters()).sum()])
 
-    before = [flag.fp32_precision for flag in FLAGS]
-    try:
-        for flag in FLAGS:
-            flag.fp32_precision = "tf32"
-        with full_precision():
-            assert torch.get_float32_matmul_precision() == "highest"
-        Loop(Steps(recipe, task := task_of(recipe)), task.parameters(), lambda part: query(task.model)).step([None])
-        query_losses(recipe, train_plain(recipe), query)
+    with full_precision():  # which also puts back what is set here
+        if newer:
+            for flag in FLAGS:
+                flag.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
+        before = set_flags()
+        params = train_plain(recipe)
+        query_losses(recipe, params, query)
         metagradient(recipe, query)
-        assert seen and all(found == ["ieee"] * 3 for found in seen)
-        assert [flag.fp32_precision for flag in FLAGS] == ["tf32"] * 3
-    finally:
-        for flag, precision in zip(FLAGS, before, strict=True):
-            flag.fp32_precision = precision
+        assert seen and all(found == (["ieee"] * 3, ["highest", False]) for found in seen)
+        assert set_flags() == before and before[0] == ["tf32"] * 3
 
 
 def test_jets_take_operations_that_have_rules():

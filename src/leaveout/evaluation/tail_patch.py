@@ -22,6 +22,7 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.evaluation.truth import answer_loss, of_answers
 from leaveout.methods.registry import Scored
 from leaveout.metrics import tail_patch, top_rows
+from leaveout.models import full_precision
 from leaveout.training.loop import Loop, Part, RunOptions, Steps, restore_state, state_of
 from leaveout.training.queries import Query, query_function
 from leaveout.training.recipe import Recipe
@@ -91,6 +92,7 @@ def _last_step(recipe: Recipe, task: Task, progress: bool) -> Callable[[Sequence
         nonlocal scale
         restore_state(params, loop.optimizer, trained)
         scale = weight
-        loop.step(steps.parts_of(rows, len(rows)))  # one at a time: a unit may hold any number of them
+        with full_precision():
+            loop.step(steps.parts_of(rows, len(rows)))  # one at a time: a unit may hold any number of them
 
     return step

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,14 +73,32 @@ def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 def full_precision() -> Iterator[None]:
     """Products of float32 numbers on a GPU without TF32, which keeps 11 bits of them and which cuDNN takes by default.
 
-    The flags are `fp32_precision` of torch.backends.cuda.matmul, .cudnn.conv and .cudnn.rnn; what they were comes back.
+    The flags are `fp32_precision` of torch.backends.cuda.matmul, .cudnn.conv and .cudnn.rnn, and torch's older ones, which
+    must agree with them wherever torch looks; what they were comes back.
     """
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    backends: Any = torch.backends
+    flags: tuple[Any, ...] = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
     before = [flag.fp32_precision for flag in flags]
+    products, convolutions = _asked(torch.get_float32_matmul_precision), _asked(lambda: backends.cudnn.allow_tf32)
     try:
-        for flag in flags:
-            flag.fp32_precision = "ieee"
+        _set(flags, ["ieee"] * 3, "highest", False)
         yield
     finally:
-        for flag, precision in zip(flags, before, strict=True):
-            flag.fp32_precision = precision
+        _set(flags, before, products, convolutions)
+
+
+def _asked(old: Callable[[], Any]) -> Any:
+    """An older flag; None where only the newer ones were set, of which it says nothing."""
+    try:
+        return old()
+    except RuntimeError:
+        return None
+
+
+def _set(flags: tuple[Any, ...], values: list[str], products: str | None, convolutions: bool | None) -> None:
+    if products is not None:
+        torch.set_float32_matmul_precision(products)
+    if convolutions is not None:
+        torch.backends.cudnn.allow_tf32 = convolutions
+    for flag, value in zip(flags, values, strict=True):
+        flag.fp32_precision = value

@@ -253,8 +253,9 @@ def make_optimizer(recipe: Recipe, params: list[Any], fused: bool = False) -> to
         betas, eps = s.betas or (PAPER_BETAS if paper else (0.9, 0.999)), s.eps or (PAPER_EPS if paper else 1e-8)
         return FlatAdam(params, AdamStep(s.lr, *betas, eps, 0, paper, s.weight_decay, s.name == "adamw"))
     if s.name == "sgd":
+        foreach = not (params[0].is_cpu or isinstance(params[0], Jet))  # one call for all parameters
         return torch.optim.SGD(
-            params, s.lr, momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay, foreach=False
+            params, s.lr, momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay, foreach=foreach
         )
     if s.name == "paper-adam":
         return PaperAdam(params, s.lr, **chosen)
@@ -401,7 +402,7 @@ class RunOptions:
             return None
         digest = hashlib.sha256()
         for part in parts:
-            digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else str(part).encode())
+            digest.update(part.cpu().numpy().tobytes() if isinstance(part, Tensor) else str(part).encode())
         return Checkpoint(Path(self.directory) / f"{name}.safetensors", digest.hexdigest(), self.save_every)
 
 
@@ -429,23 +430,23 @@ class Loop:
         total, start = len(self.steps), self._resume(checkpoint)
         steps = range(start, total)
         hidden = not options.progress
-        for step in tqdm(steps, label, total, initial=start, unit="step", disable=hidden, file=sys.stderr):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.rate(step, total)
-            self.step(self.steps.parts(step))
-            self.after(step + 1)
-            if checkpoint is not None and (checkpoint.due or step + 1 == total):
-                checkpoint.save(step + 1, state_of(self.params, self.optimizer))
+        with full_precision():
+            for step in tqdm(steps, label, total, initial=start, unit="step", disable=hidden, file=sys.stderr):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.recipe.rate(step, total)
+                self.step(self.steps.parts(step))
+                self.after(step + 1)
+                if checkpoint is not None and (checkpoint.due or step + 1 == total):
+                    checkpoint.save(step + 1, state_of(self.params, self.optimizer))
 
     def step(self, parts: Iterable[Part]) -> None:
         """Takes one step on these parts."""
-        with full_precision():
-            self.optimizer.zero_grad()
-            for part in parts:
-                self.backward(part)
-            if self.recipe.clip_norm is not None:
-                self.clip(self.params, self.recipe.clip_norm)
-            self.optimizer.step()
+        self.optimizer.zero_grad()
+        for part in parts:
+            self.backward(part)
+        if self.recipe.clip_norm is not None:
+            self.clip(self.params, self.recipe.clip_norm)
+        self.optimizer.step()
 
     def _resume(self, checkpoint: Checkpoint | None) -> int:
         saved = None if checkpoint is None else checkpoint.load()

@@ -18,6 +18,7 @@ Source: the asymmetric estimate of RaBitQ, arXiv 2405.12497; levels of the evenl
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -130,9 +131,13 @@ class Codec(ABC):
     def row_bytes(self) -> int:
         """Bytes of a stored row."""
 
-    @abstractmethod
     def encode(self, rows: Tensor) -> dict[str, np.ndarray]:
         """The arrays, each [rows, ...], that stand for rows [rows, width] of the form."""
+        return {name: x.cpu().numpy() for name, x in self.coded(rows).items()}
+
+    @abstractmethod
+    def coded(self, rows: Tensor) -> dict[str, Tensor]:
+        """As `encode`, on the device of the rows."""
 
     @abstractmethod
     def decode(self, arrays: Arrays, at: slice | np.ndarray = slice(None)) -> Tensor:
@@ -171,15 +176,15 @@ class Whole(Codec):
     def row_bytes(self) -> int:
         return self.width * _WHOLE[self.numbers][0].itemsize + 4
 
-    def encode(self, rows: Tensor) -> dict[str, np.ndarray]:
+    def coded(self, rows: Tensor) -> dict[str, Tensor]:
         dtype, top = _WHOLE[self.numbers]
         if top is None:
-            return {"signature": rows.float().cpu().numpy(), "scale": np.ones(len(rows), np.float32)}
+            return {"signature": rows.float(), "scale": rows.new_ones(len(rows), dtype=torch.float32)}
         scale = (rows.abs().amax(1) / top).float()
         scaled = rows / torch.where(scale > 0, scale, 1.0)[:, None].to(rows.dtype)
         if not dtype.is_floating_point:
             scaled = scaled.round().clamp_(-top, top)
-        return {"signature": scaled.to(dtype).cpu().numpy(), "scale": scale.cpu().numpy()}
+        return {"signature": scaled.to(dtype), "scale": scale}
 
     def decode(self, arrays: Arrays, at: slice | np.ndarray = slice(None)) -> Tensor:
         stored = tensor_on(arrays["signature"][at]).float()
@@ -229,9 +234,9 @@ class Planes(Codec):
     def rotation(self) -> Rotation:
         return Rotation.make(self.width, self.seed, "code", self.kept)
 
-    def encode(self, rows: Tensor) -> dict[str, np.ndarray]:
+    def coded(self, rows: Tensor) -> dict[str, Tensor]:
         found, factor = levels(self.rotation.to(rows.device, rows.dtype)(rows), self.bits)
-        return {"codes": packed(found, self.bits).cpu().numpy(), "scale": factor.float().cpu().numpy()}
+        return {"codes": packed(found, self.bits), "scale": factor.float()}
 
     def decode(self, arrays: Arrays, at: slice | np.ndarray = slice(None)) -> Tensor:
         found = torch.from_numpy(unpacked(arrays["codes"][at], self.bits)[:, : self.kept]).float()
@@ -326,7 +331,9 @@ class Filled(Codec):
 
     # ---------------------------------------------------------------- encoding
 
-    def encode(self, rows: Tensor) -> dict[str, np.ndarray]:
+    def coded(self, rows: Tensor) -> dict[str, Tensor]:
+        if rows.device.type != "cpu":
+            return self._coded_together(rows)
         factors = self.factors(rows)
         energy = torch.stack([u.square().sum(2) * v.square().sum(2) for u, v in factors], 1)
         energy, order = torch.sort(energy, dim=2, descending=True, stable=True)  # a part of a side is in another order
@@ -334,7 +341,7 @@ class Filled(Codec):
             tuple(x.gather(1, order[:, part, :, None].expand(x.shape)) for x in both)
             for part, both in enumerate(factors)
         ]
-        bits = self.shared_bits(energy.cpu())
+        bits = self.shared_bits(energy)
         codes = torch.zeros(len(rows), self.code_bytes, dtype=torch.uint8)
         weights = torch.zeros(len(rows), self.n_triples)
         first_byte, first_weight = (torch.zeros(len(rows), 1, dtype=torch.int64) for _ in range(2))
@@ -359,9 +366,71 @@ class Filled(Codec):
         scale = weights.amax(1)
         relative = weights / torch.where(scale > 0, scale, 1.0)[:, None]
         counts = torch.stack([(bits >= b).sum(2) for b in BITS], 2).to(torch.uint8)
-        return {
-            "codes": codes.numpy(), "counts": counts.numpy(), "weights": relative.half().numpy(), "scale": scale.numpy(),
-        }  # fmt: skip
+        return {"codes": codes, "counts": counts, "weights": relative.half(), "scale": scale}
+
+    def _coded_together(self, rows: Tensor) -> dict[str, Tensor]:
+        """As `coded`, of all parts and triples at once and in shapes that follow from no number, so that nothing waits.
+
+        Both sides of all triples are turned to vectors of one width, with zeros behind the shorter ones, and become bytes
+        [parts, rows, rank, sides, planes, bytes]; each stored byte is then looked up among these.
+        """
+        const, rotations = _constants(self, rows.device, rows.dtype), _rotations(self, rows.device, rows.dtype)
+        rank, n_rows, parts = self.form.rank(rows), len(rows), len(self.sizes)
+        width = max(multiple(size, 8) for both in self.kept for size in both)
+        turned = rows.new_zeros(parts, n_rows, rank, 2, width)
+        for part, both in enumerate(self.factors(rows)):
+            for side, (x, rotation) in enumerate(zip(both, rotations[part], strict=True)):
+                into = turned[part, :, :, side, : x.shape[2]]
+                if isinstance(rotation, Tensor):
+                    torch.bmm(x, rotation.expand(n_rows, -1, -1), out=into)
+                else:
+                    into.copy_(rotation(x.flatten(0, 1)).view(x.shape))
+        squares = turned.square().sum(4)
+        energy, order = (squares[..., 0] * squares[..., 1]).transpose(0, 1).sort(dim=2, descending=True, stable=True)
+        bits = self.shared_bits(energy)
+        own = torch.zeros_like(bits).scatter_(2, order, bits).transpose(0, 1)[..., None]  # in the order of the triples
+        top = const.tops[own]
+        unit = (squares / const.widths).sqrt_().clamp_min_(1e-30).mul_(const.steps[own])[..., None]
+        found = torch.div(turned, unit).floor_().add_((top[..., None] + 1) / 2).clamp_min_(0)
+        found = torch.minimum(found, top[..., None])
+        with_code = (turned * torch.add(-top[..., None], found, alpha=2)).sum(4)
+        factor = torch.where(with_code > 0, squares / with_code.clamp_min(1e-30), 0.0).prod(3).transpose(0, 1)
+        planes = ((found * const.there).to(torch.uint8)[..., None, :] >> const.shifts[own][..., None]) & 1
+        codes = (planes.unflatten(-1, (-1, 8)) * const.eighths).sum(-1, dtype=torch.uint8)
+        triple = (order + const.parts * rank).flatten(1)  # of each place in the order in which triples are stored
+        return self._stored(codes, bits.flatten(1), triple, factor.flatten(1)) | {
+            "counts": (bits[..., None] >= const.bits).sum(2).to(torch.uint8)
+        }
+
+    def _stored(self, codes: Tensor, bits: Tensor, triple: Tensor, factor: Tensor) -> dict[str, Tensor]:
+        """The stored bytes and weights of triples with so many `bits`, each [rows, parts * rank] in the order of storage;
+        `triple` says which they are among the codes [parts, rows, rank, sides, planes, bytes] and factors [rows, triples].
+        """
+        const = _constants(self, codes.device, factor.dtype)
+        parts, n_rows, rank = codes.shape[:3]
+        place = torch.arange(self.code_bytes, device=codes.device).expand(n_rows, -1).contiguous()
+        part_of = torch.arange(parts * rank, device=codes.device).div_(rank, rounding_mode="floor")
+        lefts, rights = const.sides[part_of].unbind(1)
+        ends = (bits * (lefts + rights)).cumsum(1)
+        at = torch.searchsorted(ends, place, right=True).clamp_max_(parts * rank - 1)
+        left, right, given = lefts[at], rights[at], bits.gather(1, at)
+        within = place - (ends - bits * (lefts + rights)).gather(1, at)
+        second = (within >= given * left).long()
+        within = within - second * given * left
+        each = torch.where(second > 0, right, left)
+        which = triple.gather(1, at)
+        row = torch.arange(n_rows, device=codes.device)[:, None]
+        source = ((which.div(rank, rounding_mode="floor") * n_rows + row) * rank + which % rank) * 2 + second
+        source = (source * 4 + within.div(each, rounding_mode="floor")) * codes.shape[-1] + within % each
+        known = place < ends[:, -1:]
+        stored = torch.where(known, codes.flatten()[torch.where(known, source, 0)], 0)
+        slot = torch.arange(self.n_triples, device=codes.device).expand(n_rows, -1).contiguous()
+        many = (bits > 0).long().cumsum(1)
+        at = torch.searchsorted(many, slot, right=True).clamp_max_(parts * rank - 1)
+        weights = factor.gather(1, triple.gather(1, at)) * (slot < many[:, -1:])
+        scale = weights.amax(1)
+        relative = weights / torch.where(scale > 0, scale, 1.0)[:, None]
+        return {"codes": stored, "weights": relative.half(), "scale": scale}
 
     def shared_bits(self, energy: Tensor) -> Tensor:
         """Bits [rows, parts, rank] of each triple, by their energies [rows, parts, rank]: the steps from 0 to 1, 1 to 2 and
@@ -371,21 +440,25 @@ class Filled(Codec):
         nowhere in particular, and queries and rows point the same way.
         """
         parts, rank = energy.shape[1:]
-        plane = torch.tensor(self.plane_bytes)[:, None].expand(parts, rank)
+        const = _constants(self, energy.device, energy.dtype)
+        plane = const.planes[:, None].expand(parts, rank)
         steps = list(zip((0, *BITS), BITS, strict=False))
         gains = torch.cat([(energy * (_lost(a) - _lost(b)) / (plane * (b - a))).flatten(1) for a, b in steps], 1)
         costs = torch.cat([(plane * (b - a)).flatten() for a, b in steps])
         gains, order = torch.sort(gains, dim=1, descending=True, stable=True)
         costs = costs[order]
-        waiting, left = gains > 0, torch.full((len(energy), 1), self.code_bytes)
+        waiting, left = gains > 0, costs.new_full((len(energy), 1), self.code_bytes)
         taken = torch.zeros_like(waiting)
-        while bool(waiting.any()):  # once for each of a few costs: what no longer fits never will
+        for _ in range(len({n * (b - a) for n in self.plane_bytes for a, b in steps})):
+            # Once for each cost: the largest that waits no longer fits afterwards, and never will.
+            if energy.device.type == "cpu" and not bool(waiting.any()):
+                break
             fits = waiting & (torch.cumsum(costs * waiting, 1) <= left)
             taken |= fits
             left -= (costs * fits).sum(1, keepdim=True)
             waiting &= ~fits & (costs <= left)
-        ends = torch.tensor([b - a for a, b in steps]).repeat_interleave(parts * rank)[order] * taken
-        bits = torch.zeros(len(energy), parts * rank, dtype=torch.int64)
+        ends = const.widening[order // (parts * rank)] * taken
+        bits = costs.new_zeros(len(energy), parts * rank)
         return bits.scatter_add_(1, order % (parts * rank), ends).view(energy.shape)
 
     # ---------------------------------------------------------------- decoding and scoring
@@ -460,6 +533,70 @@ class Filled(Codec):
                 first_byte += count * bits * self.plane_bytes[part]
                 done = upto
             first_weight += done
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """What encoding looks up, on one device; by bits of a coordinate where nothing else is said.
+
+    planes [parts], sides [parts, 2]    bytes of one bit of a triple, and of each of its sides
+    widths [parts, 1, 1, 2]             numbers of each side
+    there [parts, 1, 1, 2, width]       1 where a side has a number, else 0
+    steps, tops [5]                     between levels, and the highest one
+    shifts [5, planes]                  that bring a bit to the last place: the highest bit first
+    parts [parts, 1]                    their numbers
+    widening [3]                        bits that each step adds
+    """
+
+    planes: Tensor
+    sides: Tensor
+    widths: Tensor
+    there: Tensor
+    steps: Tensor
+    tops: Tensor
+    shifts: Tensor
+    widening: Tensor
+    bits: Tensor
+    eighths: Tensor
+    parts: Tensor
+
+
+@functools.lru_cache(16)
+def _constants(codec: Filled, device: torch.device, dtype: torch.dtype) -> _Constants:
+    def there(numbers: Any, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(numbers, dtype=dtype).to(device)
+
+    most, numbers = max(BITS), range(max(BITS) + 1)
+    width = max(multiple(size, 8) for both in codec.kept for size in both)
+    return _Constants(
+        planes=there(codec.plane_bytes),
+        sides=there([[-(-left // 8), -(-right // 8)] for left, right in codec.kept]),
+        widths=there(codec.kept, dtype)[:, None, None],
+        there=there([[[n < size for n in range(width)] for size in both] for both in codec.kept], dtype)[:, None, None],
+        steps=there([STEP.get(bits, 1.0) for bits in numbers], dtype),
+        tops=there([2**bits - 1 for bits in numbers], dtype),
+        shifts=there([[max(bits - 1 - plane, 0) for plane in range(most)] for bits in numbers], torch.uint8),
+        widening=there([b - a for a, b in zip((0, *BITS), BITS, strict=False)]),
+        bits=there(BITS),
+        eighths=there([128, 64, 32, 16, 8, 4, 2, 1], torch.uint8),
+        parts=there([[part] for part in range(len(codec.kept))]),
+    )
+
+
+DENSE = 4096  # numbers of a side that are turned by a matrix on a device: one product in place of a dozen
+
+
+@functools.lru_cache(16)
+def _rotations(
+    codec: Filled, device: torch.device, dtype: torch.dtype
+) -> list[tuple[Tensor | Rotation, Tensor | Rotation]]:
+    """Those of both sides of each part, there, as matrices where they are small."""
+
+    def there(rotation: Rotation) -> Tensor | Rotation:
+        small = rotation.width <= DENSE
+        return rotation(torch.eye(rotation.width)).to(device, dtype) if small else rotation.to(device, dtype)
+
+    return [(there(left), there(right)) for left, right in codec.rotations]
 
 
 NOISE = 0.1  # see `Filled.shared_bits`

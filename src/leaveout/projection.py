@@ -174,11 +174,16 @@ def hadamard_transform(x: Tensor) -> Tensor:
     right = 1
     for step in range(steps):
         factor = 1 << (bits * (step + 1) // steps - bits * step // steps)
-        small = sylvester(factor).to(x)
+        small = _sylvester_on(factor, x.device, x.dtype)
         x = x.reshape(-1, factor, right)
         x = x.squeeze(-1) @ small if right == 1 else small @ x
         right *= factor
     return x.reshape(rows, size)
+
+
+@functools.lru_cache(64)
+def _sylvester_on(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return sylvester(size).to(device, dtype)
 
 
 @functools.cache

@@ -8,6 +8,8 @@ import torch
 
 from fake_device import DEVICE, counting
 from leaveout.projection import CountSketch
+from leaveout.readout import codec
+from leaveout.readout.build import Pace
 from leaveout.readout.limits import Limits
 from leaveout.readout.logits import Head
 from leaveout.readout.model import load_readout
@@ -16,7 +18,7 @@ from leaveout.readout.signature import Signer
 from leaveout.readout.tokens import Window
 from leaveout.readout.whitening import whitening_matrices
 
-from .tiny import make_model
+from .tiny import TEXTS, built, make_model
 
 FORMS = {
     "default": ("default", {}),
@@ -102,6 +104,71 @@ def test_a_batch_waits_at_most_once(name, launches, tokenizer):
     waits = counts.waits - counts.below("readout/model.py", "waits")  # the model's own
     assert waits == (1 if name == "triples" else 0), counts.by_line("waits")
     assert counts.launches - counts.below("readout/model.py") < launches, counts.by_line("launches")
+
+
+@pytest.mark.parametrize(
+    ("kept", "sizes", "n_bytes", "rank"),
+    [
+        (
+            ((24, 56), (24, 56), (9, 5)),
+            ((40, 56), (24, 60), (17, 5)),
+            700,
+            20,
+        ),  # sides that are cut; sizes that fill no byte
+        (((40, 30), (24, 32)), ((40, 30), (24, 56)), 300, 48),
+        (((17, 9),), ((17, 9),), 120, 5),
+    ],
+)
+@pytest.mark.parametrize("dense", [True, False])
+def test_codes_are_those_of_the_cpu(kept, sizes, n_bytes, rank, dense, monkeypatch):
+    monkeypatch.setattr(codec, "DENSE", 4096 if dense else 8)
+    codec._rotations.cache_clear()
+    filled = codec.Filled(sizes, kept, n_bytes, 0, 16)
+    rows = torch.randn(7, filled.form.width(rank), generator=torch.Generator().manual_seed(0))
+    rows *= torch.logspace(0, -2, rows.shape[1])
+    rows[3] = 0
+    there = rows.to(DEVICE)
+    filled.coded(there)  # makes what is made once
+    with counting() as counts:
+        coded = filled.coded(there)
+    assert counts.waits == counts.copies == 0 and counts.launches < 250, counts.by_line("waits")
+    for name, wanted in filled.encode(rows).items():
+        found = coded[name].cpu().numpy()
+        assert found.dtype == wanted.dtype and found.shape == wanted.shape
+        if name in ("codes", "counts"):
+            assert (found != wanted).mean() <= 1e-3  # a turned number within rounding of a level
+        else:
+            np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_chunk_comes_in_one_copy(name, tokenizer):
+    here, there = signers(name, tokenizer, torch.float32)
+    wanted = here.encoded(windows(), 5)
+    encoding = there.encoding(windows(), 5)
+    with counting() as counts:
+        found = encoding.arrays()
+    assert (counts.launches, counts.copies, counts.waits) == (0, 0, 1)  # the copy is on its way
+    assert found.keys() == wanted.keys() and found["finite"].dtype == bool
+    for key, array in wanted.items():
+        assert found[key].dtype == array.dtype and found[key].shape == array.shape
+    np.testing.assert_allclose(found["norms"], wanted["norms"], rtol=1e-3)
+
+
+def test_an_index_is_built_and_searched_on_a_device(tokenizer, tmp_path):
+    rows = [{"prompt": text[:20], "completion": text[20:]} for text in TEXTS]
+    found = []
+    for place in ("cpu", DEVICE):
+        model = make_model("llama", spread=0.1, dtype=torch.float32).to(place)
+        pace = Pace(chunk_rows=3)  # so that one chunk is on its way while the next is computed
+        path = tmp_path / torch.device(place).type
+        index = built(load_readout(model, tokenizer), rows, path, bytes_per_row=1500, short_bytes=300, pace=pace)
+        hits = index.search([rows[2], "Copper conducts heat"], k=8)
+        found.append([[(hit.id, hit.score) for hit in one] for one in hits])
+    for one, other in zip(*found, strict=True):
+        assert [id for id, _ in one] == [id for id, _ in other]
+        largest = max(abs(score) for _, score in one)
+        np.testing.assert_allclose([s for _, s in one], [s for _, s in other], atol=2e-2 * largest)
 
 
 def test_limits_follow_the_memory(monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 SEVERAL = ("auto", "cuda")  # names that leave open which of several CUDA devices it is
@@ -102,3 +104,30 @@ def _set(flags: tuple[Any, ...], values: list[str], products: str | None, convol
         torch.backends.cudnn.allow_tf32 = convolutions
     for flag, value in zip(flags, values, strict=True):
         flag.fp32_precision = value
+
+
+class Fetched:
+    """Tensors on their way from a device to the host, as one copy that begins when the device comes to it."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        device = next(iter(tensors.values())).device
+        self.kinds = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+        flat = torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in tensors.values()])
+        self.host, self.there = flat, None
+        if device.type != "cpu":
+            self.host = torch.empty(len(flat), dtype=torch.uint8, pin_memory=device.type == "cuda")
+            self.host.copy_(flat, non_blocking=True)
+            self.there = torch.get_device_module(device).Event()
+            self.there.record()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The numbers, when all of them have come."""
+        if self.there is not None:
+            self.there.synchronize()
+        found, start = {}, 0
+        for name, (dtype, shape) in self.kinds.items():
+            kind = torch.empty(0, dtype=dtype).numpy().dtype
+            end = start + kind.itemsize * math.prod(shape)
+            found[name] = self.host[start:end].numpy().view(kind).reshape(shape)
+            start = end
+        return found

@@ -16,6 +16,7 @@ import itertools
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from leaveout.readout.limits import Limits
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.opened import KIND, read_codecs, set_whitening
 from leaveout.readout.settings import SignatureSettings
-from leaveout.readout.signature import Signer
+from leaveout.readout.signature import Encoding, Signer
 from leaveout.readout.tokens import TokenisedRow, Window, check_ids, tokenise
 from leaveout.readout.whitening import moment_groups, whitening_digest, whitening_matrices
 from leaveout.readout.wide import arrays_of
@@ -342,7 +343,10 @@ def add_rows(
     results = run_tasks(tasks, work, start, options.workers, options.backend, on_gpu)
     label = "index" if signer.readout.stream is None else "index, layers streamed"
     with _progress(total, label, "row", options) as bar, contextlib.closing(results):
-        for number, arrays in enumerate(itertools.chain.from_iterable(results)):
+        found = itertools.chain.from_iterable(results)
+        if here:
+            found = _arrived(found, ahead=0 if signer.readout.device.type == "cpu" else 1)
+        for number, arrays in enumerate(found):
             chunk = chunks.pop(number)
             finite = arrays.pop("finite")
             for row in itertools.compress(chunk.rows, ~finite):
@@ -362,6 +366,17 @@ def add_rows(
     pending.commit()
     report.added, report.seconds = pending.added, time.monotonic() - began
     return report
+
+
+def _arrived(encodings: Iterable[Encoding], ahead: int) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of each chunk, waited for when so many more are on their way: a device has work while rows are committed."""
+    waiting: deque[Encoding] = deque()
+    for encoding in encodings:
+        waiting.append(encoding)
+        if len(waiting) > ahead:
+            yield waiting.popleft().arrays()
+    for encoding in waiting:
+        yield encoding.arrays()
 
 
 def _next_chunk(
@@ -491,7 +506,7 @@ def _start_worker(
 
 
 def _work(signer: Signer, chunks: list[Computed]) -> list[dict[str, np.ndarray]]:
-    return list(signer.encoded_chunks(chunks))
+    return [encoding.arrays() for encoding in signer.encoded_chunks(chunks)]
 
 
 def _progress(total: int, label: str, unit: str, options: BuildOptions) -> tqdm:

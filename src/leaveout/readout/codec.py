@@ -69,8 +69,7 @@ def packed(found: Tensor, bits: int) -> Tensor:
     """Levels [..., size] as bytes [..., bits * size / 8 rounded up]: the highest bit of all, then the next."""
     found = torch.nn.functional.pad(found, (0, -found.shape[-1] % 8))
     planes = torch.stack([(found >> bit) & 1 for bit in reversed(range(bits))], -2).unflatten(-1, (-1, 8))
-    weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=found.device)
-    return (planes * weights).sum(-1, dtype=torch.uint8).flatten(-2)
+    return (planes * _eighths(found.device)).sum(-1, dtype=torch.uint8).flatten(-2)
 
 
 def unpacked(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -80,6 +79,11 @@ def unpacked(codes: np.ndarray, bits: int) -> np.ndarray:
     for plane in range(1, bits):
         found = 2 * found + planes[:, plane]
     return found
+
+
+@functools.lru_cache(8)
+def _eighths(device: torch.device) -> Tensor:
+    return torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8).to(device)
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ class Planes(Codec):
         return Rotation.make(self.width, self.seed, "code", self.kept)
 
     def coded(self, rows: Tensor) -> dict[str, Tensor]:
-        found, factor = levels(self.rotation.to(rows.device, rows.dtype)(rows), self.bits)
+        found, factor = levels(_rotation(self, rows.device, rows.dtype)(rows), self.bits)
         return {"codes": packed(found, self.bits), "scale": factor.float()}
 
     def decode(self, arrays: Arrays, at: slice | np.ndarray = slice(None)) -> Tensor:
@@ -578,12 +582,17 @@ def _constants(codec: Filled, device: torch.device, dtype: torch.dtype) -> _Cons
         shifts=there([[max(bits - 1 - plane, 0) for plane in range(most)] for bits in numbers], torch.uint8),
         widening=there([b - a for a, b in zip((0, *BITS), BITS, strict=False)]),
         bits=there(BITS),
-        eighths=there([128, 64, 32, 16, 8, 4, 2, 1], torch.uint8),
+        eighths=_eighths(device),
         parts=there([[part] for part in range(len(codec.kept))]),
     )
 
 
 DENSE = 4096  # numbers of a side that are turned by a matrix on a device: one product in place of a dozen
+
+
+@functools.lru_cache(16)
+def _rotation(codec: Planes, device: torch.device, dtype: torch.dtype) -> Rotation:
+    return codec.rotation.to(device, dtype)
 
 
 @functools.lru_cache(16)

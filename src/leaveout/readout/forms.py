@@ -234,19 +234,19 @@ def _all_low_ranks(factors: Sequence[Factors], rank: int) -> tuple[Tensor, Tenso
     n_rows, positions = factors[0][0].shape[:2]
     grams = _inner_products(factors)
     squares = (grams[0] * grams[1]).sum((2, 3))
-    finite = torch.isfinite(squares)
+    finite = squares < torch.inf
     left, right = grams.masked_fill_(~finite[:, :, None, None], 0.0).flatten(1, 2)
     sizes = torch.where(finite, squares, 0.0).flatten()
     columns = min(rank + MORE, positions)
     one, start = _constants(rank + MORE, left.device)
-    one = DAMPING * (sizes + 1e-300)[:, None, None] * one[:columns, :columns]
-    trace = (left.diagonal(dim1=1, dim2=2).sum(1) + 1e-300)[:, None, None]
-    x = start[:positions, :columns] / trace.sqrt()
-    y, damping = left @ x, columns * one  # as the signs are not orthonormal
+    one = (sizes + 1e-300)[:, None, None] * one[:columns, :columns]
+    y = left @ start[:positions, :columns]
+    damping = one * (left.diagonal(dim1=1, dim2=2).sum(1) + 1e-300)[:, None, None]  # the signs are not orthonormal
+    beta = DAMPING * columns
     for gram in (right, left) * TOGETHER:
-        upper = torch.linalg.cholesky_ex(torch.baddbmm(damping, y.mT, gram @ y))[0].mT
+        upper = torch.linalg.cholesky_ex(torch.baddbmm(damping, y.mT, gram @ y, beta=beta))[0].mT
         x = torch.linalg.solve_triangular(upper, y, upper=True, left=False)
-        y, damping = gram @ x, one
+        y, damping, beta = gram @ x, one, DAMPING
     inner = y.mT @ (right @ y)
     sound = (inner.diagonal(dim1=1, dim2=2).sum(1) <= 1.001 * sizes) & finite.flatten()  # no more than there is
     values, vectors = _eigenvectors(torch.where(sound[:, None, None], inner, 0.0))

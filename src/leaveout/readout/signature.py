@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from leaveout.errors import MismatchError, UnsupportedError
-from leaveout.models import sent
+from leaveout.models import Fetched, sent
 from leaveout.projection import CountSketch, orthogonal
 from leaveout.readout.codec import Codec, chosen_codec, short_codec
 from leaveout.readout.families import Recorder, Tap, find_taps, pull_back, recording
@@ -473,28 +473,29 @@ class Signer:
         assert total is not None
         return total
 
-    def encoded(
-        self, windows: Sequence[Window], n_rows: int, passes: Iterator[Passed] | None = None
-    ) -> dict[str, np.ndarray]:
+    def encoded(self, windows: Sequence[Window], n_rows: int) -> dict[str, np.ndarray]:
         """The arrays of a segment, each [n_rows, ...], and the mask `finite`, of all the windows of rows 0 .. n_rows - 1.
 
         `long.*` and `short.*` are the codes of both forms, as far as there are any; `norms` [rows, parts] float32 the
-        lengths of a row's outer products before they were rounded. `passes`: as of `finished`.
+        lengths of a row's outer products before they were rounded.
         """
-        total: dict[str, np.ndarray] = {}
-        for numbers, rows, lengths in self.finished(windows, passes=passes):
-            finite = torch.isfinite(rows).all(1)
-            rows = torch.where(finite[:, None], rows, 0.0)
-            arrays = {"finite": finite.cpu().numpy(), "norms": lengths.float().cpu().numpy()}
-            for name, codec in (
-                ("long", self.codec if self.settings.long == "stored" else None),
-                ("short", self.short),
-            ):
-                if codec is not None:
-                    arrays |= {f"{name}.{key}": value for key, value in codec.encode(rows).items()}
-            for name, array in arrays.items():
-                total.setdefault(name, np.zeros((n_rows, *array.shape[1:]), array.dtype))[numbers.numpy()] = array
-        return total
+        return self.encoding(windows, n_rows).arrays()
+
+    def encoding(self, windows: Sequence[Window], n_rows: int, passes: Iterator[Passed] | None = None) -> Encoding:
+        """As `encoded`, still on its way from the device. `passes`: as of `finished`."""
+        found = self.finished(windows, passes=passes)
+        if self.readout.device.type != "cpu":
+            found = _gathered(found, self.limits.batch_rows)
+        return Encoding(n_rows, [(numbers, Fetched(self._coded(rows, lengths))) for numbers, rows, lengths in found])
+
+    def _coded(self, rows: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+        finite = torch.isfinite(rows).all(1)
+        rows = torch.where(finite[:, None], rows, 0.0)
+        arrays = {"finite": finite, "norms": lengths.float()}
+        for name, codec in (("long", self.codec if self.settings.long == "stored" else None), ("short", self.short)):
+            if codec is not None:
+                arrays |= {f"{name}.{key}": value for key, value in codec.coded(rows).items()}
+        return arrays
 
     def waves(self, chunks: Iterable[tuple[int, list[Window]]]) -> Iterator[list[tuple[int, list[Window]]]]:
         """Chunks whose batches go through the blocks of a streamed model together."""
@@ -504,13 +505,46 @@ class Signer:
             chunks, lambda chunk: sum(map(padded_tokens, batches(chunk[1], kind, self.limits)))
         )
 
-    def encoded_chunks(self, chunks: Sequence[tuple[int, list[Window]]]) -> Iterator[dict[str, np.ndarray]]:
-        """As `encoded`, of several chunks, each its number of rows and its windows: those of a streamed model go through
+    def encoded_chunks(self, chunks: Sequence[tuple[int, list[Window]]]) -> Iterator[Encoding]:
+        """As `encoding`, of several chunks, each its number of rows and its windows: those of a streamed model go through
         its blocks together, in the batches that they have alone."""
         groups = (group for _, windows in chunks for group in batches(windows, self.readout.batch_class, self.limits))
         passes = self.passed(groups)
         for n_rows, windows in chunks:
-            yield self.encoded(windows, n_rows, passes)
+            yield self.encoding(windows, n_rows, passes)
+
+
+@dataclass
+class Encoding:
+    """Codes of the rows of a chunk, by their numbers."""
+
+    n_rows: int
+    pieces: list[tuple[Tensor, Fetched]]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays [n_rows, ...]; waits until they have come."""
+        total: dict[str, np.ndarray] = {}
+        for numbers, piece in self.pieces:
+            for name, array in piece.arrays().items():
+                total.setdefault(name, np.zeros((self.n_rows, *array.shape[1:]), array.dtype))[numbers.numpy()] = array
+        return total
+
+
+def _gathered(found: Iterable[tuple[Tensor, Tensor, Tensor]], most: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rows of several batches as one, as long as they are at most so many: encoding takes as many launches for few."""
+    held: list[tuple[Tensor, Tensor, Tensor]] = []
+    for one in found:
+        if held and sum(len(numbers) for numbers, _, _ in held) + len(one[0]) > most:
+            yield _joined(held)
+            held = []
+        held.append(one)
+    if held:
+        yield _joined(held)
+
+
+def _joined(held: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    numbers, rows, lengths = (torch.cat(list(each)) if len(held) > 1 else each[0] for each in zip(*held, strict=True))
+    return numbers, rows, lengths
 
 
 def padded_tokens(batch: Sequence[Window]) -> int:

@@ -336,7 +336,7 @@ class Signer:
         """Vectors that left the model in halves are multiplied as such: no digit of theirs is lost."""
         matrix = self.whitening[name]
         if not self.in_halves or side.raw in self.maps or isinstance(matrix, WideRoot):
-            return x @ matrix
+            return x.to(self.dtype) @ matrix
         if name not in self._halved or self._halved[name][0] is not matrix:
             self._halved[name] = matrix, halves(matrix, self.weight.dtype)
         return product_right(x.to(self.weight.dtype), self._halved[name][1])

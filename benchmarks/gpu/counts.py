@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from provenance import provenance
 
     found: dict[str, Any] = {preset: counts(preset, args.tokens, args.layers) for preset in ("default", "paper")}
-    found |= provenance(0) | ({"commit": args.commit} if args.commit else {})
+    found |= provenance(0) | ({"commit": args.commit, "dirty": False} if args.commit else {})
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     result |= {"question": (__doc__ or "").splitlines()[0], "layers": args.layers}
     result["before" if args.source else "after"] = found

@@ -124,10 +124,12 @@ class Fetched:
         """The numbers, when all of them have come."""
         if self.there is not None:
             self.there.synchronize()
-        found, start = {}, 0
+        found: dict[str, Any] = {}
+        start = 0
         for name, (dtype, shape) in self.kinds.items():
             kind = torch.empty(0, dtype=dtype).numpy().dtype
             end = start + kind.itemsize * math.prod(shape)
-            found[name] = self.host[start:end].numpy().view(kind).reshape(shape)
+            whole: Any = self.host[start:end].numpy()
+            found[name] = whole.view(kind).reshape(shape)
             start = end
         return found

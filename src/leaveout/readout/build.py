@@ -343,10 +343,8 @@ def add_rows(
     results = run_tasks(tasks, work, start, options.workers, options.backend, on_gpu)
     label = "index" if signer.readout.stream is None else "index, layers streamed"
     with _progress(total, label, "row", options) as bar, contextlib.closing(results):
-        found = itertools.chain.from_iterable(results)
-        if here:
-            found = _arrived(found, ahead=0 if signer.readout.device.type == "cpu" else 1)
-        for number, arrays in enumerate(found):
+        ahead = 1 if here and signer.readout.device.type != "cpu" else 0
+        for number, arrays in enumerate(_arrived(itertools.chain.from_iterable(results), ahead)):
             chunk = chunks.pop(number)
             finite = arrays.pop("finite")
             for row in itertools.compress(chunk.rows, ~finite):
@@ -368,15 +366,18 @@ def add_rows(
     return report
 
 
-def _arrived(encodings: Iterable[Encoding], ahead: int) -> Iterator[dict[str, np.ndarray]]:
+Arrays = dict[str, np.ndarray]
+
+
+def _arrived(chunks: Iterable[Encoding | Arrays], ahead: int) -> Iterator[Arrays]:
     """The arrays of each chunk, waited for when so many more are on their way: a device has work while rows are committed."""
-    waiting: deque[Encoding] = deque()
-    for encoding in encodings:
-        waiting.append(encoding)
-        if len(waiting) > ahead:
-            yield waiting.popleft().arrays()
-    for encoding in waiting:
-        yield encoding.arrays()
+    waiting: deque[Encoding | Arrays] = deque()
+    for chunk in itertools.chain(chunks, itertools.repeat(None, ahead)):
+        if chunk is not None:
+            waiting.append(chunk)
+        if waiting and (chunk is None or len(waiting) > ahead):
+            first = waiting.popleft()
+            yield first.arrays() if isinstance(first, Encoding) else first
 
 
 def _next_chunk(

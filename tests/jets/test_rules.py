@@ -203,6 +203,8 @@ def all_coefficients(r):
 UNTESTED = {
     # torch reaches these only from other layouts or callers; the rule is one that a tested row uses.
     "_reshape_alias", "reshape", "lift_fresh", "narrow", "chunk", "true_divide.Tensor", "cudnn_batch_norm",
+    # Only GPUs have it: see test_the_rms_norm_of_gpus_is_that_of_its_parts.
+    "_fused_rms_norm", "_fused_rms_norm_backward",
     "_safe_softmax", "sgn", "new_empty", "new_empty_strided", "empty_strided", "new_ones", "new_full", "rsub.Tensor",
     "maximum.out", "alias", "mean", "sub.Scalar", "where.ScalarSelf", "where.ScalarOther", "masked_fill.Tensor",
     "clamp_min",
@@ -242,6 +244,26 @@ def test_unknown_operation_names_itself_the_module_and_what_to_do():
 def test_reading_a_number_out_is_refused():
     with pytest.raises(UnsupportedError, match="Python number"):
         Space(1, 1).constant(torch.ones(())).item()
+
+
+@pytest.mark.parametrize(("weighted", "eps"), [(True, None), (False, 0.1)])
+def test_the_rms_norm_of_gpus_is_that_of_its_parts(weighted, eps):
+    space, ops = Space(3, 2), torch.ops.aten
+    x, w, g = (
+        space.jet(torch.randn(*shape, dtype=torch.float64), torch.randn(3, 2, *shape, dtype=torch.complex128))
+        for shape in ((3, 4), (4,), (3, 4))
+    )
+    inputs = [torch.nn.Parameter(x), torch.nn.Parameter(w)] if weighted else [torch.nn.Parameter(x)]
+    plain = F.rms_norm(inputs[0], (4,), *(inputs[1:] or [None]), eps)
+    given = w if weighted else None
+    found, rstd = tensor.TABLE[ops._fused_rms_norm.default](None, (x, [4], given, eps), {})
+    assert_close(found.coefficients(), plain.detach().coefficients(), "exact")
+    wanted = torch.autograd.grad(plain, inputs, g)
+    back = tensor.TABLE[ops._fused_rms_norm_backward.default](None, (g, x, [4], rstd, given, [True, weighted]), {})
+    for one, other in zip(back, [*wanted, None], strict=False):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_close(one.coefficients(), other.coefficients(), "exact")
 
 
 @pytest.mark.parametrize("name", ["conv3d", "batch_norm", "norm"])

@@ -231,6 +231,33 @@ def _layer_norm_backward(func: Any, args: Any, kwargs: dict) -> tuple:
     )  # fmt: skip
 
 
+@rule(aten._fused_rms_norm.default)
+def _rms_norm(func: Any, args: Any, kwargs: dict) -> tuple[Jet, Jet]:
+    """As GPUs have it: the norm, and the reciprocal root of the mean square."""
+    x, shape, weight, eps = args
+    space = space_of(args)
+    x, axes = _series(x, space), list(range(-len(shape), 0))
+    eps = torch.finfo(space.real_dtype).eps if eps is None else eps
+    rstd = S.rsqrt(S.add(_mean(S.square(x), axes), eps))
+    return wrap(_affine(S.multiply(x, rstd), weight, None, lambda t: t), space), wrap(rstd, space)
+
+
+@rule(aten._fused_rms_norm_backward.default)
+def _rms_norm_backward(func: Any, args: Any, kwargs: dict) -> tuple:
+    """rstd (g w - xhat mean(g w xhat))."""
+    g, x, shape, rstd, weight, mask = args
+    space = space_of(args)
+    g, x, rstd = (_series(a, space) for a in (g, x, rstd))
+    xhat, axes = S.multiply(x, rstd), list(range(-len(shape), 0))
+    scaled = g if weight is None else S.multiply(g, operand(weight))
+
+    def of_input() -> Series:
+        across = S.multiply(xhat, _mean(S.multiply(scaled, xhat), axes))
+        return S.multiply(S.add(scaled, across, -1), rstd)
+
+    return _wanted(space, mask, of_input, lambda: _sum_to(S.multiply(g, xhat), len(shape)))
+
+
 def _wanted(space: Space, mask: Any, *gradients: Callable[[], Series]) -> tuple:
     """The gradients that autograd asks for, None in the place of the others."""
     return tuple(wrap(make(), space) if asked else None for asked, make in zip(mask, gradients, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,7 +72,7 @@ def sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> Generator[None]:
     """Products of float32 numbers on a GPU without TF32, which keeps 11 bits of them and which cuDNN takes by default.
 
     The flags are `fp32_precision` of torch.backends.cuda.matmul, .cudnn.conv and .cudnn.rnn, and torch's older ones, which

@@ -171,13 +171,14 @@ class PaperAdam(torch.optim.Optimizer):
         means, squares = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq"))
         grads = [p.grad for p in params if p.grad is not None]
         c1, c2 = 1 - beta1 ** states[0]["step"], 1 - beta2 ** states[0]["step"]
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        roots = torch._foreach_div(squares, c2)
-        torch._foreach_add_(roots, group["eps"])
-        torch._foreach_sqrt_(roots)
-        torch._foreach_addcdiv_(params, means, roots, -group["lr"] / c1)
+        each: Any = torch  # whose operations on lists have no types
+        each._foreach_lerp_(means, grads, 1 - beta1)
+        each._foreach_mul_(squares, beta2)
+        each._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        roots = each._foreach_div(squares, c2)
+        each._foreach_add_(roots, group["eps"])
+        each._foreach_sqrt_(roots)
+        each._foreach_addcdiv_(params, means, roots, -group["lr"] / c1)
 
     def _step_one(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
@@ -226,12 +227,12 @@ class FlatAdam(torch.optim.Optimizer):
         settings = [replace(self.settings, lr=group["lr"], step=count) for count in counts]
         grads = [gradient_of(p.grad, p) for p, _ in moved]
         if len(moved) == len(self.sizes) and len(counts) == 1:
-            adam_step_(self.flat, self._joined(grads), *self.moments, settings[0])
+            adam_step_(self.flat, self._joined(grads), self.moments[0], self.moments[1], settings[0])
             return loss
         of_count = {s.step: s for s in settings}
         for (p, state), grad in zip(moved, grads, strict=True):
-            moments = (state[key].series for key in ("exp_avg", "exp_avg_sq"))
-            adam_step_(p.series, grad, *moments, of_count[state["step"]])
+            mean, square = state["exp_avg"].series, state["exp_avg_sq"].series
+            adam_step_(p.series, grad, mean, square, of_count[state["step"]])
         return loss
 
     def _joined(self, series: list[Series]) -> Series:

@@ -116,6 +116,30 @@ def test_jets_agree_with_those_of_a_cpu(name, degree):
     agree(again.h, wanted.losses.h, recipe)
 
 
+class TwoHeads(nn.Module):
+    """One head for each sign of the first number: without an example of its sign a head has no gradient in a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.high = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        masks = (self.low, x[:, :1] <= 0), (self.high, x[:, :1] > 0)
+        return sum(mask * head(x) for head, mask in masks if bool(mask.any()))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paper-adam"])
+def test_parameters_without_a_gradient_are_left_alone(optimizer):
+    torch.manual_seed(0)
+    decay = {"weight_decay": 0.1} if optimizer == "adamw" else {}
+    settings = OptimizerSettings(optimizer, 0.05, eps=1e-2, **decay)
+    recipe = classifier(model=TwoHeads, optimizer=settings, batch_size=1, epochs=1, dtype="float64")
+    agree(train_plain(recipe, options=THERE), train_plain(recipe), recipe)
+    psi = 0.5 * torch.ones(1, 4, dtype=torch.complex128)
+    found, wanted = (train_jets(recipe, psi, JetSettings(2), options=at).coefficients for at in (THERE, RunOptions()))
+    agree(found, wanted, recipe)
+
+
 @lora_warns
 @pytest.mark.parametrize("name", RECIPES)
 def test_reverse_mode_agrees_with_that_of_a_cpu(name):

@@ -152,7 +152,7 @@ def _to_copy(func: Any, args: Any, kwargs: dict) -> Any:
         note_nonsmooth(func, x.space)
         return func(x.c, **kwargs)
     device = kwargs.get("device") or x.c.device
-    return Jet(*(t.to(device, copy=True) for t in x.series), x.space)
+    return Jet(x.c.to(device, copy=True), x.h.to(device, copy=True), x.space)
 
 
 @rule(aten.flip.default, aten.roll.default)

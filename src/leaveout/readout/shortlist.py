@@ -138,7 +138,8 @@ def measured_recall(index: OpenIndex) -> dict[str, Any] | None:
     short = np.concatenate([scores for _, scores in index.scan_short(vectors, rows, length="product")])
     lengths, tables = index.lengths_of(rows), {}
     for length in get_args(Length):
-        tables[length] = asdict(_measured(*(counted(scores, lengths, length).T for scores in (exact, short)), asked))
+        full, estimated = (counted(scores, lengths, length).T for scores in (exact, short))
+        tables[length] = asdict(_measured(full, estimated, asked))
     return tables
 
 

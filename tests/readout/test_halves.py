@@ -32,12 +32,12 @@ def residuals(positions, size):
 def test_two_halves_are_nearly_float32(half):
     e, w = residuals(20, 3000), torch.randn(3000, 64, generator=torch.Generator().manual_seed(1)).to(half)
     found = product_left(halves(e.to(DEVICE), half), w.to(DEVICE))
-    assert found.dtype == torch.float32 and error(found, e, w) <= 2**-17
+    assert found.dtype == torch.float32 and error(found, e, w) <= 1e-6
     assert error(rounded(e, 11) @ w.double(), e, w) > 4 * error(found, e, w)  # TF32
     assert error(rounded(e, 8) @ w.double(), e, w) > 30 * error(found, e, w)
     x, m = torch.randn(20, 300, generator=torch.Generator().manual_seed(2)).to(half), w[:300].float() ** 3
     found = product_right(x.to(DEVICE), halves(m.to(DEVICE), half))
-    assert error(found, x, m) <= 2**-17 < error(x.double() @ rounded(m, 8), x, m)
+    assert error(found, x, m) <= 3e-6 < error(x.double() @ rounded(m, 8), x, m)
 
 
 def test_halves_hold_what_float16_alone_does_not():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import leaveout.models.places as places
 import leaveout.models.streaming as streaming
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.models import ModelOptions, load_model
@@ -20,6 +21,7 @@ from leaveout.models.streaming import Waiting
 from leaveout.readout.build import BuildOptions, Pace, _worker_start
 from leaveout.readout.index import Index
 from leaveout.readout.model import load_readout
+from leaveout.readout.rerank import whole_model
 from leaveout.store import Store
 
 from .tiny import FAMILIES, TEXTS, make_model
@@ -227,7 +229,7 @@ def test_a_wave_is_as_long_as_memory_allows(place, monkeypatch):
 
 def test_too_little_memory_says_how_much_is_needed(place):
     with pytest.raises(
-        ValueError, match=r"two of its blocks and 1024 tokens need 0\.01 GB: give --max-memory at least that"
+        ValueError, match=r"two of its blocks and 1024 tokens need \d\.\d\d MB: give --max-memory at least that"
     ):
         load_model(str(place), options=ModelOptions(offload="layers", max_memory=1000))
 
@@ -350,3 +352,15 @@ def test_a_quantised_model_is_refused(tmp_path, place):
     )
     with pytest.raises(UnsupportedError, match="it is quantised"):
         load_model(str(tmp_path / "model"), options=LAYERS)
+
+
+def test_going_backwards_through_streamed_layers_is_refused(place):
+    with pytest.raises(UnsupportedError, match="its layers are streamed here: give offload none"):
+        whole_model(load_readout(str(place), options=LAYERS))
+
+
+def test_workers_share_what_was_free(tmp_path, place, monkeypatch):
+    monkeypatch.setattr(places, "free_memory", lambda device: 10**9)
+    index = Index.build(str(place), ROWS[:4], tmp_path / "idx", offload="layers")
+    signer = _worker_start(index.signer, index.store, BuildOptions(workers=4))()
+    assert signer.readout.stream.limit == index.readout.stream.limit // 4 == 10**9 * 4 // 5 // 4

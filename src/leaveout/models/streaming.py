@@ -289,8 +289,8 @@ class LayerStream:
         needed = self.fixed + LEAST * self.token_bytes
         if limit < needed:
             raise ValueError(
-                f"{limit / 1e9:.3g} GB may be used, and what stays in memory of this model, two of its blocks and {LEAST} "
-                f"tokens need {math.ceil(needed / 1e7) / 100:.2f} GB: give --max-memory at least that."
+                f"{_rounded_up(limit)} may be used, and what stays in memory of this model, two of its blocks and {LEAST} tokens "
+                f"need {_rounded_up(needed)}: give --max-memory at least that."
             )
         self.limit, room = limit, limit - self.fixed
         self.wave_tokens = min(WAVE.get(self.device.type, WAVE["cpu"]), room // self.token_bytes)
@@ -461,6 +461,11 @@ class LayerStream:
 
 def _without_states(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key != "hidden_states"}
+
+
+def _rounded_up(n_bytes: int) -> str:
+    unit, name = (10**9, "GB") if n_bytes >= 10**8 else (10**6, "MB")
+    return f"{math.ceil(100 * n_bytes / unit) / 100:.2f} {name}"
 
 
 def blocks_of(lm: nn.Module) -> tuple[str, list[nn.Module]]:

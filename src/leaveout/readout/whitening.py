@@ -157,4 +157,4 @@ def inverse_root(moment: Tensor, damping: float) -> Tensor:
     """
     mean = (moment.trace() / len(moment)).item()
     values, vectors = torch.linalg.eigh(moment)
-    return vectors.flip(1) / (values.flip(0).clamp_min(0) + damping * mean).sqrt()
+    return vectors.flip(1).div_((values.flip(0).clamp_min(0) + damping * mean).sqrt())

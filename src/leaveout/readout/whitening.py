@@ -40,10 +40,11 @@ def whitening_matrices(
     found: dict[str, Root] = {}
     for group in moment_groups(signer):
         sums, count = _moments(signer, windows, group, advance)
-        for name, side in sides.items():
-            if side.raw in sums:
-                found[name] = _root(sums[side.raw], count, float(name.rsplit("damping-", 1)[1]), name, signer)
-    return found
+        for key in group:
+            moment = sums.pop(key)  # one after another, so that each is let go of
+            for name in (name for name, side in sides.items() if side.raw == key):
+                found[name] = _root(moment, count, float(name.rsplit("damping-", 1)[1]), name, signer)
+    return {name: found[name] for name in sides}
 
 
 def moment_groups(signer: Signer) -> list[dict[str, int]]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 WIDE = 12_288  # numbers of a factor from which on it has no matrix of its own: that one takes 1.2 GB, its root five times it
-KEPT, COLUMNS = 2048, 4096  # directions that are kept, and random ones from which they are found
+KEPT, COLUMNS = 4096, 8192  # directions that are kept, and random ones from which they are found
 NOISE = 10  # roundings of the largest eigenvalue: what is smaller is made of them
 STEM = ".wide-"  # between the name of a root and what it consists of
 

@@ -81,7 +81,7 @@ class Scanner:
         arrays, count = self.taken(segment.arrays()), segment.n_rows if positions is None else len(positions)
         blocks = self.codec.blocks(count)
         found = np.concatenate([self.score(arrays, at if positions is None else positions[at]) for at in blocks])
-        return counted(found, lengths_in(segment, positions), self.length)
+        return found if self.length == "product" else counted(found, lengths_in(segment, positions), self.length)
 
 
 def scan(

@@ -91,6 +91,8 @@ STEPS = {
     "choices": Step("prior_choices", f"--names {NAMES} --json {RESULTS}/deletion_prior_choices.json --work {{work}}"),
     "bank truths": Step("bank_truths", "--work {work}", place="banks"),
     "codes, lds": Step("codes", "--part lds --work {work}", place="banks"),
+    "lengths": Step("lengths", "--work {work}", place="banks"),
+    "learned rows": Step("learned_rows", "--work {work}", place="banks"),
     "codes, recall": Step("codes", "--part recall"),
     "retrieval": Step("retrieval"),
     "planted fact": Step("planted_fact"),

@@ -19,6 +19,7 @@ from typing import Any
 
 from tables_codes import TABLES_OF_CODES, million
 from tables_influence import by_method, changes, headline, removals, shares_reached, stored_forms, truth_bank
+from tables_learned import TABLES_OF_LEARNED
 from tables_tasks import TASKS, table, times
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -292,6 +293,7 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "influence_removals": (EVALUATION, BANKS, removals),
     "influence_changes": (EVALUATION, BANKS, changes),
     "influence_forms": (EVALUATION, BANKS, stored_forms),
+    **TABLES_OF_LEARNED,
     **TASKS,
     "million": (RESULTS, "readout_search_million.json", million),
     "steps": (RESULTS, "bench_steps.json", steps),

@@ -1,0 +1,52 @@
+"""Tables of docs/how-to/evaluation.md: how the length of a row counts, on the banks and on rows that are learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables_tasks import table, within
+
+PAGE = "docs/how-to/evaluation.md"
+WAYS = {
+    "product": "product", "power 0.5": "root of the length", "cosine": "cosine", "power 1.25": "power 1.25",
+    "cosine, long as before": "cosine, as long as before", "cosine, prompts learned too": "cosine, `targets=\"all\"`",
+    "cosine, prompts and responses apart": "cosine, prompts apart", "cosine, before": "cosine, model before",
+    "chance": "random",
+}  # fmt: skip
+
+SUMS = ("power 0.5", "cosine", "power 1.25", "cosine, long as before")
+
+
+def lengths(result: dict[str, Any]) -> str:
+    """LDS and QLD of the product, and what other lengths add to them, by bank and checkpoint."""
+    head = ["", "LDS, product", *(WAYS[name] for name in SUMS), "QLD, product", "cosine"]
+    lines = []
+    for bank in result["banks"]:
+        for at in dict.fromkeys(line["at"] for line in bank["lines"]):
+            found = {line["length"]: line for line in bank["lines"] if line["at"] == at}
+            more = [within(found[name]["lds_minus_product"], 3) for name in SUMS]
+            qld = ["", ""]
+            if "qld" in found["cosine"]:
+                qld = [f"{found['product']['qld']['mean']:.3f}", within(found["cosine"]["qld_minus_product"], 3)]
+            lines.append([f"{bank['bank']}, {at}", f"{found['product']['lds']['mean']:.3f}", *more, *qld])
+    return table(head, lines)
+
+
+def learned(result: dict[str, Any]) -> str:
+    """Average precision of each way on each kind of rows, a table a model."""
+    tables = []
+    for name, model in result["models"].items():
+        kinds = model["kinds"]
+        seeds = len({run["seed"] for run in model["runs"]})
+        head = [f"{name}, {seeds} seeds: average precision", *kinds]
+        losses = [f"{kind['loss_of_wanted']:.3f} / {kind['loss_of_others']:.3f}" for kind in kinds.values()]
+        lines = [["nats a token of wanted rows / of others", *losses]]
+        lines += [[text, *(within(kind["ap"][way]) for kind in kinds.values())] for way, text in WAYS.items()]
+        tables.append(table(head, lines))
+    return "\n".join(tables)
+
+
+TABLES_OF_LEARNED = {
+    "lengths": (PAGE, "readout_lengths.json", lengths),
+    "learned_rows": (PAGE, "learned_rows.json", learned),
+}

@@ -86,6 +86,24 @@ def test_products_with_the_gauss_newton_matrix_are_exact_up_to_the_step(data, mo
         assert np.linalg.norm(found.numpy() - wanted) < 2e-4 * np.linalg.norm(wanted)
 
 
+def test_curvature_is_the_mean_over_rows_not_over_their_pieces(data):
+    """The model of `model`, whose batches hold single positions of rows, each with its share of its row's loss."""
+    x, y = torch.tensor(data["x"]), torch.tensor(data["y"])
+
+    def predictions(named, pieces):
+        row, at = pieces.T
+        logits = torch.tanh(x[row, at] @ named["inner"]) @ named["outer"]
+        weight = torch.full((len(pieces),), 1 / LENGTH, dtype=torch.float64)
+        return Predictions(logits, y[row, at], torch.arange(len(pieces)), weight)
+
+    model = WholeModel({name: torch.tensor(data[name]) for name in ("inner", "outer")}, predictions)
+    pieces = torch.tensor([(row, at) for row in (0, 1, 4) for at in range(LENGTH)])
+    sample = [Batch(pieces[:4], 4), Batch(pieces[4:], 5)]
+    vector = torch.randn(len(model.theta), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = curvature(data, [0, 1, 4]) @ vector.numpy()
+    assert np.linalg.norm(gauss_newton(model, sample, [vector], 3)[0].numpy() - wanted) < 2e-4 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("total", [0.3, 30.0])
 def test_refined_is_the_function_of_the_whole_matrix(data, model, total):
     gradients = whole(data)[2]

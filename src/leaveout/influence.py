@@ -151,12 +151,15 @@ def adam_metric(moments: Tensor, eps: float = 1e-8) -> Tensor:
 # ---------------------------------------------------------------- curvature
 
 
-def gauss_newton(model: WholeModel, sample: Sequence[Batch], vectors: Sequence[Tensor]) -> list[Tensor]:
+def gauss_newton(
+    model: WholeModel, sample: Sequence[Batch], vectors: Sequence[Tensor], n_rows: int | None = None
+) -> list[Tensor]:
     """Products [parameters] of the Gauss-Newton matrix of the sample's mean row loss with vectors.
 
+    n_rows  where its batches hold pieces of rows: how many rows these are
     Cost a batch: a forward pass, and for each vector two more and a backward pass.
     """
-    n_rows = sum(batch.n_rows for batch in sample)
+    n_rows = n_rows or sum(batch.n_rows for batch in sample)
     found = [torch.zeros_like(model.theta) for _ in vectors]
     steps = [model.step(x, sample[0]) for x in vectors]
     for batch in sample:
@@ -188,8 +191,10 @@ class Run:
     steps: int = 6
 
 
-def refined(model: WholeModel, sample: Sequence[Batch], gradients: Sequence[Tensor], run: Run) -> list[Tensor]:
-    """Directions [parameters] of queries, from their gradients; see the head of this file.
+def refined(
+    model: WholeModel, sample: Sequence[Batch], gradients: Sequence[Tensor], run: Run, n_rows: int | None = None
+) -> list[Tensor]:
+    """Directions [parameters] of queries, from their gradients; see the head of this file. `n_rows`: as of `gauss_newton`.
 
     Cost:   `run.steps` products of `gauss_newton` a query; the sample's own forward passes are shared by all.
     Memory: `run.steps` + 3 vectors of all parameters a query.
@@ -201,7 +206,7 @@ def refined(model: WholeModel, sample: Sequence[Batch], gradients: Sequence[Tens
         going = [query for query in queries if not query.done]
         if not going:
             break
-        products = gauss_newton(model, sample, [scaled(query.basis[-1]) for query in going])
+        products = gauss_newton(model, sample, [scaled(query.basis[-1]) for query in going], n_rows)
         for query, product in zip(going, products, strict=True):
             query.add(scaled(product))
     return [scaled(query.function(lambda h: _segment(run.rates, h))) for query in queries]

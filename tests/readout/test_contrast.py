@@ -37,6 +37,18 @@ def test_scores_are_those_of_the_answer_less_those_of_the_other(index):
     assert_close(found[0], index.score([TEXTS[2]], length="cosine")[0], "model float32")
 
 
+def test_what_both_sides_share_takes_no_room(tokenizer, tmp_path):
+    """Two texts that differ in one word: their difference is a small part of either, and of more triples than are scored."""
+    lm = make_model("llama", spread=0.1, dtype=torch.float32)
+    long = " ".join(TEXTS[n] for n in (0, 1, 2))
+    one, other = long + " Yes it is.", long + " No, 12 May."
+    exact = built(lm, ROWS, tmp_path / "whole", "default", tokenizer, **IN_FULL)
+    wanted = exact.score([Contrast(one, other)])[0]
+    index = built(lm, ROWS, tmp_path / "triples", "default", tokenizer, **TRIPLES)
+    assert len(index.tokenised([one])[0].ids) > SCORED
+    assert np.corrcoef(index.score([Contrast(one, other)])[0], wanted)[0, 1] > 0.9
+
+
 def test_rows_that_favour_the_answer_stand_first_and_those_of_the_other_last(index):
     hits = index.search([Contrast(A, B), Contrast(A, B).swapped], k=16)
     assert [hit.id for hit in hits[0][:5]] == [hit.id for hit in hits[1][:-6:-1]]
@@ -61,5 +73,8 @@ def test_reranking_takes_the_difference_of_gradients(index):
 def test_contrasts_need_two_different_texts_or_rows():
     with pytest.raises(ValueError, match="Both answers of a contrast are the same, so that nothing tells them apart"):
         Contrast(A, dict(A))
+    for same in ({"text": TEXTS[0], "id": "other"}, TEXTS[0]):
+        with pytest.raises(ValueError, match="Both answers of a contrast are the same"):
+            Contrast({"text": TEXTS[0], "id": "one"}, same)
     with pytest.raises(TypeError, match="A side of a contrast is of type int: give a text, or a row as a dict"):
         Contrast("a", 3)

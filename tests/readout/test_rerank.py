@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from leaveout import FormatError, Index, MismatchError, Refinement, UnsupportedError
-from leaveout.readout.rerank import read_checkpoint, summed_rates
+from leaveout.readout.rerank import read_moments, read_rates, summed_rates
 
 from .conftest import ranked
 from .tiny import TEXTS, built, make_model
@@ -90,6 +89,69 @@ def test_a_short_way_along_gradient_descent_changes_no_order(index):
     assert np.corrcoef(by_id(plain[0]), by_id(further[0]))[0, 1] < 0.999
 
 
+def test_one_step_shrinks_a_query_by_its_own_curvature(lm, index):
+    """x = f(a) g with a = g'Gg / g'g of the rows' mean loss: each a sum over the windows of its row."""
+    rate, model = 0.05, copy.deepcopy(lm).double()
+    query = gradients(lm, index, QUERIES[:1], 1)[0]
+    parameters, direction = [*model.parameters()], torch.tensor(query / np.linalg.norm(query))
+
+    def logits(by, window):
+        with torch.no_grad():
+            for p, x in zip(parameters, direction.split([p.numel() for p in parameters]), strict=True):
+                p += by * x.view(p.shape)
+            found = model(input_ids=torch.tensor([window.ids]), use_cache=False).logits[0, window.positions]
+            for p, x in zip(parameters, direction.split([p.numel() for p in parameters]), strict=True):
+                p -= by * x.view(p.shape)
+        return found
+
+    total = 0.0
+    for row in index.tokenised(ROWS):
+        for window in row.windows:
+            change = (logits(1e-5, window) - logits(-1e-5, window)) / 2e-5
+            p = logits(0, window).softmax(1)
+            spread = (p * change.square()).sum(1) - (p * change).sum(1).square()
+            total += float(spread.sum()) / row.n_targets / len(ROWS)
+    assert rate * total > 0.05  # else any curvature would do
+    plain, found = (
+        by_id(index.search(QUERIES[:1], k=12, length="product", rerank=12, refine=refine)[0])
+        for refine in (None, Refinement(rate, "sgd", sample=1000, steps=1))
+    )
+    np.testing.assert_allclose(found @ plain / (plain @ plain), -np.expm1(-rate * total) / total, rtol=5e-3)
+
+
+def test_deleted_rows_tell_nothing_of_curvature(lm, tokenizer, tmp_path):
+    """A query refined by what is left is that of an index that never had the others."""
+    some = built(lm, ROWS[:8], tmp_path / "some", "default", tokenizer)
+    assert some.delete(["row 0", "row 3"]) == 2
+    left = built(
+        lm, [row for row in ROWS[:8] if row["id"] not in ("row 0", "row 3")], tmp_path / "l", "default", tokenizer
+    )
+    refine = Refinement(0.05, "sgd", sample=4, steps=2)
+    found, wanted = (
+        {hit.id: hit.score for hit in x.search(QUERIES[:1], refine=refine, length="product")[0]} for x in (some, left)
+    )
+    assert found == pytest.approx(wanted, rel=1e-3)
+    some.delete([*wanted])
+    assert some.search(QUERIES, refine=refine) == [[], []]
+    assert left.search(QUERIES, refine=refine, where="source = 'film'") == [[], []]
+
+
+def test_a_list_holds_all_that_is_to_be_reranked(index, monkeypatch):
+    monkeypatch.setattr("leaveout.readout.shortlist.LEAST", 1)
+    monkeypatch.setattr("leaveout.readout.shortlist.BEST", 0)
+    assert index.plan_search(k=2).shortlist == 2
+    plan = index.plan_search(k=2, rerank=6)
+    assert (plan.shortlist, plan.reranked) == (6, 6)
+    assert index.plan_search(k=2, shortlist=3, rerank=6).reranked == 3
+    assert index.plan_search(k=2, reencode=6).anew == 6
+
+
+def test_rates_beyond_all_numbers_are_refused(index):
+    with pytest.raises(ValueError, match=r"rates is 1e-80, by which a query grows or shrinks beyond all numbers"):
+        index.search(QUERIES[:1], k=2, refine=Refinement(1e-80, "sgd", sample=2, steps=1))
+    assert len(index.search(QUERIES[:1], k=2, refine=Refinement(1e80, "sgd", sample=2, steps=1))[0]) == 2  # 1 / h
+
+
 def test_narrow_types_are_taken_in_float32(tokenizer, tmp_path):
     lm = make_model("llama", spread=0.1, dtype=torch.bfloat16)
     index = built(lm, ROWS[:4], tmp_path / "index", "default", tokenizer)
@@ -144,7 +206,7 @@ def trained(tmp_path_factory):
 def test_moments_of_a_trainer_are_those_of_its_parameters(trained):
     trainer, place = trained
     names = [name for name, _ in trainer.model.named_parameters()]
-    moments, rates = read_checkpoint(place, trainer.model, names)
+    moments, rates = read_moments(place, trainer.model, names), read_rates(place)
     assert moments.keys() == set(names)
     for name, p in trainer.model.named_parameters():
         kept = trainer.optimizer.state[p]
@@ -170,22 +232,50 @@ def test_rates_between_logs_are_their_mean(tmp_path):
         "log_history": [{"step": 4, "learning_rate": 0.2}, {"step": 8, "learning_rate": 0.1}, {"step": 9}],
     }
     assert summed_rates(told, tmp_path) == pytest.approx(4 * 0.2 + 4 * 0.15 + 2 * 0.1)
-    with pytest.raises(FormatError, match="has logged no learning rates: give the sum"):
+    with pytest.raises(FormatError, match="has logged no learning rates above 0: give the sum"):
         summed_rates({"log_history": [{"step": 1, "loss": 2.0}]}, tmp_path)
 
 
 # ---------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("bad", ["nothing", "no tensors", "no json"])
+@pytest.mark.parametrize("bad", ["nothing", "no tensors", "no json", "empty", "no groups", "a list", "a list of rates"])
 def test_what_is_no_checkpoint_is_refused(index, tmp_path, bad):
     if bad != "nothing":
         torch.save({"state": {}, "param_groups": []}, tmp_path / "optimizer.pt")
-        (tmp_path / "trainer_state.json").write_text("{" if bad == "no json" else json.dumps({}))
+    if bad == "empty":
+        (tmp_path / "optimizer.pt").write_bytes(b"")
+    if bad in ("no groups", "a list"):
+        torch.save({"state": {}} if bad == "no groups" else [1.0], tmp_path / "optimizer.pt")
+    if bad in ("no json", "a list of rates"):
+        (tmp_path / "trainer_state.json").write_text("{" if bad == "no json" else "[0.1]")
+        with pytest.raises(FormatError, match="is no checkpoint of a Trainer"):
+            read_rates(tmp_path)
+        return
     if bad == "no tensors":
         torch.save({"state": Refinement(1.0)}, tmp_path / "optimizer.pt")
     with pytest.raises(FormatError, match="is no checkpoint of a Trainer"):
         index.search(QUERIES, refine=Refinement(optimizer=tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_of_other_optimizers_and_without_rates(trained, tmp_path):
+    trainer, _ = trained
+    names = [name for name, _ in trainer.model.named_parameters()]
+    many = {"state": {}, "param_groups": [{"params": [n]} for n in range(len(names))]}
+    torch.save(many, tmp_path / "optimizer.pt")
+    with pytest.raises(MismatchError, match=r"has \d+ groups of parameters where Trainer makes 2"):
+        read_moments(tmp_path, trainer.model, names)
+    with pytest.raises(FormatError, match="has logged no learning rates above 0"):
+        summed_rates({"global_step": 3, "log_history": [{"step": 1, "learning_rate": 0.0}]}, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_given_rates_need_no_log(trained, tokenizer, tmp_path):
+    trainer, place = trained
+    (tmp_path / "optimizer.pt").write_bytes((place / "optimizer.pt").read_bytes())
+    index = built(trainer.model.eval(), ROWS[:4], tmp_path / "index", "default", tokenizer)
+    assert len(index.search(QUERIES[:1], k=2, refine=Refinement(0.01, tmp_path, sample=2, steps=1))[0]) == 2
 
 
 def test_wrong_calls_are_one_sentence(index, monkeypatch):

@@ -164,7 +164,7 @@ def explain(
     counted: Any = length  # checked there
     found = opened.explain(next(query_rows([query], prompt, None, form, opened, against)), id, length=counted)
     if html is not None:
-        html.write_text(explain_page(query, found), encoding="utf-8")
+        html.write_text(explain_page(" rather than ".join([query, *(against or [])]), found), encoding="utf-8")
     order = np.argsort(-np.abs(found.pairs), axis=None)[:top]
     places = [(int(q), int(r)) for q, r in zip(*np.unravel_index(order, found.pairs.shape), strict=True)]
     pairs = [(found.query_tokens[q], found.row_tokens[r], float(found.pairs[q, r]), q, r) for q, r in places]

@@ -29,7 +29,7 @@ class Contrast:
                 raise TypeError(
                     f"A side of a contrast is of type {type(side).__name__}: give a text, or a row as a dict."
                 )
-        if self.answer == self.against:
+        if _asked(self.answer) == _asked(self.against):
             raise ValueError("Both answers of a contrast are the same, so that nothing tells them apart: give two.")
 
     @property
@@ -41,6 +41,13 @@ class Contrast:
     def swapped(self) -> Contrast:
         """The same question the other way round."""
         return Contrast(self.against, self.answer)
+
+
+def _asked(side: Any) -> Any:
+    """A side without its name, so that equal ones ask the same."""
+    if isinstance(side, Row):
+        return side.content_hash
+    return {"text": side} if isinstance(side, str) else {key: value for key, value in side.items() if key != "id"}
 
 
 def sides_of(query: Any) -> tuple[Any, ...]:

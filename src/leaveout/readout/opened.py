@@ -290,6 +290,12 @@ class OpenIndex:
         rows = rows[np.searchsorted(order, numbers)]
         return self.form.divided(rows, self.form.lengths(rows).clamp_min(1e-30))
 
+    def live_numbers(self) -> np.ndarray:
+        """Numbers of all rows that are not deleted, ascending."""
+        parts = [(part, part.live()) for part in self.store.segments()]
+        live = [part.first + (np.arange(part.n_rows) if own is None else np.flatnonzero(own)) for part, own in parts]
+        return np.concatenate([np.empty(0, np.int64), *live])
+
     def numbers_where(self, where: str | None) -> np.ndarray | None:
         """Row numbers, ascending, that satisfy an SQL expression; None for None. Raises: ValueError for a bad one."""
         if where is not None and (not isinstance(where, str) or not where.strip()):
@@ -319,7 +325,8 @@ def query_row(query: QueryRow, number: int) -> Row:
 def contrasted(form: Form, vectors: Tensor, counts: Sequence[int]) -> Tensor:
     """Vectors [queries, width] of queries that have one side or two (`counts`), given those of all sides, in order.
 
-    The second side of two is taken off the first. Triples become twice as many, where there is a contrast.
+    The second side of two is taken off the first. Triples of both are cut to the largest of the difference, so that what
+    both sides share takes no room.
     """
     if max(counts) == 1:
         return vectors
@@ -328,8 +335,9 @@ def contrasted(form: Form, vectors: Tensor, counts: Sequence[int]) -> Tensor:
     second = vectors[ends - 1] * torch.tensor([float(n == 2) for n in counts])[:, None]
     if not isinstance(form, Triples):
         return first - second
-    both = zip(form.factors(first), form.factors(second), strict=True)
-    return form.joined([(torch.cat([u, -a], 1), torch.cat([v, b], 1)) for (u, v), (a, b) in both])
+    both = [n == 2 for n in counts]
+    first[both] = form.add(first[both], form.joined([(-u, v) for u, v in form.factors(second[both])]))
+    return first
 
 
 def row_of(record: Record) -> Row:

@@ -35,6 +35,7 @@ from leaveout.influence import (
     second_moments,
 )
 from leaveout.models import adapter_places, evaluating
+from leaveout.models.checks import first_line
 from leaveout.readout.model import Readout
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, counted
@@ -95,10 +96,18 @@ class Reranking:
             if len(query) == 2:
                 directions[number] -= self.model.gradient(query[1])
         if refine is not None:
-            chosen = np.random.default_rng(refine.seed).permutation(len(index))[: refine.sample]
-            sample = self._tokens(np.sort(chosen))
+            live = index.live_numbers()
+            chosen = np.random.default_rng(refine.seed).permutation(len(live))[: refine.sample]
+            sample = self._tokens(live[np.sort(chosen)])
             run = self._run(refine, readout, sample)
-            directions = refined(self.model, self._batches(sample, mean=True), directions, run)
+            gradients = directions
+            directions = refined(self.model, self._batches(sample, mean=True), gradients, run, len(sample))
+            for gradient, x in zip(gradients, directions, strict=True):
+                if not bool(torch.isfinite(x).all()) or bool(gradient.any()) > bool(x.any()):
+                    raise ValueError(
+                        f"rates is {run.rates:g}, by which a query grows or shrinks beyond all numbers: give the sum of the "
+                        "run's learning rates, steps x mean rate."
+                    )
         self.along = [Along.of(self.model, x, some[0]) for x, some in zip(directions, asked, strict=True)]
 
     def scores(self, query: int, numbers: np.ndarray, length: Length) -> np.ndarray:
@@ -130,9 +139,10 @@ class Reranking:
             assert refine.rates is not None
             return Run(refine.rates, None, refine.steps)
         if refine.optimizer is not None:
-            moments, rates = read_checkpoint(Path(refine.optimizer), readout.lm, list(self.model.shapes))
+            place = Path(refine.optimizer)
+            moments = read_moments(place, readout.lm, list(self.model.shapes))
             flat = torch.cat([moments[name].flatten() for name in self.model.shapes]).to(self.model.theta)
-            return Run(refine.rates or rates, adam_metric(flat), refine.steps)
+            return Run(refine.rates or read_rates(place), adam_metric(flat), refine.steps)
         assert refine.rates is not None
         moments = second_moments(
             self.model, lambda some: self._batches([sample[i] for i in some], mean=True), len(sample), refine.seed
@@ -215,20 +225,29 @@ def _positions(windows: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
 # ---------------------------------------------------------------- a trainer's checkpoint
 
 
-def read_checkpoint(path: Path, lm: nn.Module, names: Sequence[str]) -> tuple[dict[str, Tensor], float]:
-    """Adam's second moments by parameter, and the sum of the learning rates, of a checkpoint of transformers.Trainer.
+def _no_checkpoint(path: Path, why: str) -> FormatError:
+    return FormatError(
+        f"{path} is no checkpoint of a Trainer ({why}): give a directory with optimizer.pt and trainer_state.json."
+    )
+
+
+def read_moments(path: Path, lm: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Adam's second moments by parameter, of a checkpoint of transformers.Trainer.
 
     Nothing is unpickled but tensors and numbers.
     Raises: FormatError for what is no such checkpoint; MismatchError if it is of other parameters.
     """
     try:
         state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-        told = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        raise FormatError(
-            f"{path} is no checkpoint of a Trainer ({str(error).splitlines()[0]}): give a directory with optimizer.pt and "
-            "trainer_state.json."
-        ) from None
+    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise _no_checkpoint(path, first_line(error)) from None
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+        raise _no_checkpoint(path, "its optimizer.pt holds no state of an optimizer")
+    if len(state["param_groups"]) > 2:
+        raise MismatchError(
+            f"The optimizer of {path} has {len(state['param_groups'])} groups of parameters where Trainer makes 2, so that it "
+            "is not known which is which: give rates alone."
+        )
     found: dict[str, Tensor] = {}
     own = dict(lm.named_parameters())
     for group, keys in zip(state["param_groups"], _groups(lm, names, len(state["param_groups"])), strict=True):
@@ -246,7 +265,7 @@ def read_checkpoint(path: Path, lm: nn.Module, names: Sequence[str]) -> tuple[di
                 )
             steps = float(kept["step"])
             found[name] = kept["exp_avg_sq"].float() / (1 - group["betas"][1] ** steps)
-    return found, summed_rates(told, path)
+    return found
 
 
 def _groups(lm: nn.Module, names: Sequence[str], count: int) -> list[list[str]]:
@@ -259,17 +278,30 @@ def _groups(lm: nn.Module, names: Sequence[str], count: int) -> list[list[str]]:
     return [[name for name in names if name in decaying], [name for name in names if name not in decaying]]
 
 
-def summed_rates(told: dict[str, Any], path: Path) -> float:
-    """The sum of the learning rates of all steps that a trainer's state logged, between logs by their mean.
+def read_rates(path: Path) -> float:
+    """The sum of the learning rates of all steps that a trainer's checkpoint logged, between logs by their mean.
 
-    Raises: FormatError where it logged none.
+    Raises: FormatError where it logged none, and for what is no such checkpoint.
     """
+    try:
+        told = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _no_checkpoint(path, first_line(error)) from None
+    if not isinstance(told, dict):
+        raise _no_checkpoint(path, "its trainer_state.json is no object")
+    return summed_rates(told, path)
+
+
+def summed_rates(told: dict[str, Any], path: Path) -> float:
+    """As `read_rates`, of what a trainer told."""
     logged = [
         (0, None),
         *((x["step"], x["learning_rate"]) for x in told.get("log_history", []) if "learning_rate" in x),
     ]
-    if len(logged) < 2:
-        raise FormatError(f"{path} has logged no learning rates: give the sum of the run's rates, steps x mean rate.")
+    if not any(rate for _, rate in logged):
+        raise FormatError(
+            f"{path} has logged no learning rates above 0: give the sum of the run's rates, steps x mean rate."
+        )
     total, before = 0.0, logged[1][1]
     for (first, _), (last, rate) in itertools.pairwise(logged):
         total += (last - first) * (before + rate) / 2

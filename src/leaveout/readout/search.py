@@ -106,10 +106,12 @@ def planned(index: OpenIndex, k: int, wanted: np.ndarray | None, options: Search
     """What a search for k rows, of the `wanted` ones where not None, is going to do."""
     considered = len(index) if wanted is None else len(wanted)
     anew = max(k, options.reencode) if options.reencode else 0  # hits have scores of one kind
+    reranked = max(k, options.rerank) if options.rerank else 0
     plan = plan_search(index, considered, options.length, options.shortlist, options.exact, anew)
-    if plan.shortlist is not None and plan.shortlist < k:
-        plan = plan_search(index, considered, options.length, k, False, anew)
-    return replace(plan, reranked=min(max(k, options.rerank), considered) if options.rerank else 0)
+    wanted_list = max(k, anew, reranked) if options.shortlist is None else k
+    if plan.shortlist is not None and plan.shortlist < wanted_list:
+        plan = plan_search(index, considered, options.length, wanted_list, False, anew)
+    return replace(plan, reranked=min(reranked, plan.shortlist or considered))
 
 
 def find(
@@ -126,7 +128,8 @@ def find(
     if options.rerank:
         if isinstance(queries, EncodedQueries):
             raise TypeError("Queries that are encoded already can't be reranked: give their texts or rows.")
-        ranking = Reranking(index, queries, options.refine)
+        if planned(index, k, wanted, options).reranked:
+            ranking = Reranking(index, queries, options.refine)
     if isinstance(options.unique, bool):
         best = _ranked(index, encoded, k, wanted, options, ranking)
         return [hits(index, *one) for one in zip(best.numbers, best.scores, strict=True)]

@@ -158,9 +158,7 @@ def _measured(exact: np.ndarray, short: np.ndarray, asked: np.ndarray) -> Recall
 
 def spread_rows(index: OpenIndex, wanted: int) -> np.ndarray:
     """Numbers of at most so many rows, evenly apart."""
-    parts = [(part, part.live()) for part in index.store.segments()]
-    live = [part.first + (np.arange(part.n_rows) if own is None else np.flatnonzero(own)) for part, own in parts]
-    numbers = np.concatenate([np.empty(0, np.int64), *live])
+    numbers = index.live_numbers()
     return numbers[spread(len(numbers), wanted)]
 
 

@@ -138,6 +138,22 @@ def test_rows_are_scored_as_by_their_gradients(data, model):
         assert np.linalg.norm(found - wanted) < max(2 * along.error, 1e-5) * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize("scale", [1e-29, 1e-25, 1e25])
+def test_lengths_that_float32_can_not_square_are_lengths(data, model, scale):
+    narrow = WholeModel(
+        {name: torch.tensor(data[name]).float() for name in ("inner", "outer")},
+        lambda named, rows: model.predictions({name: p.double() for name, p in named.items()}, rows),
+    )
+    x = torch.tensor(np.random.default_rng(2).normal(size=len(model.theta)))
+    some = batches([0, 1, 2, 3])
+    along = Along.of(narrow, (scale * x).float(), some[0])
+    wanted = whole(data)[2][:4] @ x.numpy()
+    found = next(row_scores(narrow, some, [along]))[0].numpy() / scale
+    assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)
+    query = refined(narrow, some, [(scale * x).float()], Run(1e-7, None, 2))[0].double() / scale / 1e-7
+    torch.testing.assert_close(query, x, rtol=1e-4, atol=1e-6)
+
+
 def test_a_query_without_gradient_scores_nothing(model):
     nothing = refined(model, batches(range(ROWS)), [torch.zeros_like(model.theta)], Run(1.0))[0]
     along = Along.of(model, nothing, batches([0])[0])

@@ -99,7 +99,7 @@ class WholeModel:
     @torch.no_grad()
     def step(self, x: Tensor, batch: Batch) -> float:
         """How far to go along a direction so that logits move by STEP of their spread."""
-        norm = float(x.norm())
+        norm = _length(x)
         if not 0 < norm < math.inf:
             return 1.0
         eta = 1e-3 * float(self.theta.norm()) / norm
@@ -111,6 +111,11 @@ class WholeModel:
                 return eta
             eta *= min(max(STEP * spread / change, 1e-3), 1e3)
         return eta
+
+
+def _length(x: Tensor) -> float:
+    """Its squares would leave float32 where the numbers do not."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
 
 
 # ---------------------------------------------------------------- the optimizer's metric
@@ -222,7 +227,7 @@ class _Lanczos:
     """The Krylov space of one vector, and functions of the matrix on it."""
 
     def __init__(self, start: Tensor) -> None:
-        self.length = float(start.norm())
+        self.length = _length(start)
         self.basis = [start / self.length] if self.length > 0 else [start]
         self.alpha: list[float] = []
         self.beta: list[float] = []

@@ -8,6 +8,8 @@ import torch
 
 from leaveout import Contrast
 from leaveout.readout.codec import SCORED
+from leaveout.readout.forms import Triples
+from leaveout.readout.opened import contrasted
 
 from .conftest import assert_close
 from .test_index import IN_FULL, TRIPLES
@@ -37,16 +39,28 @@ def test_scores_are_those_of_the_answer_less_those_of_the_other(index):
     assert_close(found[0], index.score([TEXTS[2]], length="cosine")[0], "model float32")
 
 
-def test_what_both_sides_share_takes_no_room(tokenizer, tmp_path):
-    """Two texts that differ in one word: their difference is a small part of either, and of more triples than are scored."""
-    lm = make_model("llama", spread=0.1, dtype=torch.float32)
-    long = " ".join(TEXTS[n] for n in (0, 1, 2))
-    one, other = long + " Yes it is.", long + " No, 12 May."
-    exact = built(lm, ROWS, tmp_path / "whole", "default", tokenizer, **IN_FULL)
-    wanted = exact.score([Contrast(one, other)])[0]
-    index = built(lm, ROWS, tmp_path / "triples", "default", tokenizer, **TRIPLES)
-    assert len(index.tokenised([one])[0].ids) > SCORED
-    assert np.corrcoef(index.score([Contrast(one, other)])[0], wanted)[0, 1] > 0.9
+def test_what_both_sides_share_takes_no_room():
+    """Sides of 60 large triples that both have and 4 small ones of their own: more than are scored, and 8 that differ."""
+    form, chance = Triples(((80, 90), (70, 75))), torch.Generator().manual_seed(2)
+
+    def triples(count, size):
+        sides = [size * torch.randn(1, count, n, generator=chance) for both in form.sizes for n in both]
+        return [(sides[0], sides[1]), (sides[2], sides[3])]
+
+    shared, own, other, rows = triples(60, 1.0), triples(4, 0.2), triples(4, 0.2), form.joined(triples(SCORED, 1.0))
+    a, b = (
+        form.joined(
+            [tuple(torch.cat(x, 1) for x in zip(*both, strict=True)) for both in zip(shared, some, strict=True)]
+        )
+        for some in (own, other)
+    )
+    found = contrasted(form, torch.cat([a, b, a]), [2, 1])
+    assert form.rank(found) == SCORED
+    wanted = form.products(rows.double(), torch.cat([a, b, a]).double())[0]
+    np.testing.assert_allclose(form.products(rows, found)[0], [wanted[0] - wanted[1], wanted[2]], rtol=1e-3, atol=0.05)
+    heaviest = sum((u.norm(dim=2) * v.norm(dim=2)).topk(8).values.sum() for u, v in form.factors(found[:1]))
+    everything = sum((u.norm(dim=2) * v.norm(dim=2)).sum() for u, v in form.factors(found[:1]))
+    assert heaviest > 0.999 * everything  # 8 triples of each part hold the difference
 
 
 def test_rows_that_favour_the_answer_stand_first_and_those_of_the_other_last(index):

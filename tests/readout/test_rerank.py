@@ -91,7 +91,7 @@ def test_a_short_way_along_gradient_descent_changes_no_order(index):
 
 def test_one_step_shrinks_a_query_by_its_own_curvature(lm, index):
     """x = f(a) g with a = g'Gg / g'g of the rows' mean loss: each a sum over the windows of its row."""
-    rate, model = 0.05, copy.deepcopy(lm).double()
+    model = copy.deepcopy(lm).double()
     query = gradients(lm, index, QUERIES[:1], 1)[0]
     parameters, direction = [*model.parameters()], torch.tensor(query / np.linalg.norm(query))
 
@@ -111,12 +111,12 @@ def test_one_step_shrinks_a_query_by_its_own_curvature(lm, index):
             p = logits(0, window).softmax(1)
             spread = (p * change.square()).sum(1) - (p * change).sum(1).square()
             total += float(spread.sum()) / row.n_targets / len(ROWS)
-    assert rate * total > 0.05  # else any curvature would do
+    assert sum(len(row.windows) for row in index.tokenised(ROWS)) > len(ROWS)
     plain, found = (
         by_id(index.search(QUERIES[:1], k=12, length="product", rerank=12, refine=refine)[0])
-        for refine in (None, Refinement(rate, "sgd", sample=1000, steps=1))
+        for refine in (None, Refinement(1 / total, "sgd", sample=1000, steps=1))
     )
-    np.testing.assert_allclose(found @ plain / (plain @ plain), -np.expm1(-rate * total) / total, rtol=5e-3)
+    np.testing.assert_allclose(found @ plain / (plain @ plain), -np.expm1(-1) / total, rtol=5e-3)
 
 
 def test_deleted_rows_tell_nothing_of_curvature(lm, tokenizer, tmp_path):
@@ -282,8 +282,13 @@ def test_wrong_calls_are_one_sentence(index, monkeypatch):
     for arguments in ({}, {"optimizer": "sgd"}):
         with pytest.raises(ValueError, match="needs the sum of the run's learning rates: give rates"):
             Refinement(**arguments)
-    with pytest.raises(ValueError, match="rates is -1: give the sum of the run's learning rates"):
-        Refinement(-1)
+    for rates in (-1, "0.3", True):
+        with pytest.raises(ValueError, match=f"rates is {rates!r}: give the sum of the run's learning rates"):
+            Refinement(rates)
+    with pytest.raises(TypeError, match="optimizer is 5: give sgd, or the directory of a checkpoint"):
+        Refinement(0.3, 5)
+    with pytest.raises(TypeError, match=r"refine is 0.3: give a Refinement, such as Refinement\(rates=0.05\)"):
+        index.search(QUERIES, refine=0.3)
     with pytest.raises(ValueError, match="reencode and rerank both say how the best rows are scored once more"):
         index.search(QUERIES, reencode=3, rerank=3)
     with pytest.raises(TypeError, match="encoded already can't be reranked: give their texts or rows"):

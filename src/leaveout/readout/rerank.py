@@ -43,6 +43,7 @@ from leaveout.readout.signature import batches
 from leaveout.readout.tokens import TokenisedRow, Window
 
 RERANKED = 100  # rows, where it is not said how many
+BEYOND = 1e30  # length of a query that steps along it, of about its inverse, would take out of float32
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,11 @@ class Refinement:
     def __post_init__(self) -> None:
         require_whole("sample", self.sample, 1)
         require_whole("steps", self.steps, 1)
-        if self.rates is not None and not 0 < self.rates < math.inf:
-            raise ValueError(f"rates is {self.rates}: give the sum of the run's learning rates, steps x mean rate.")
+        if self.optimizer is not None and not isinstance(self.optimizer, (str, Path)):
+            raise TypeError(f"optimizer is {self.optimizer!r}: give sgd, or the directory of a checkpoint.")
+        number = isinstance(self.rates, (int, float)) and not isinstance(self.rates, bool)
+        if self.rates is not None and not (number and 0 < self.rates < math.inf):
+            raise ValueError(f"rates is {self.rates!r}: give the sum of the run's learning rates, steps x mean rate.")
         if self.rates is None and (self.optimizer is None or self.optimizer == "sgd"):
             raise ValueError(
                 "A refined query needs the sum of the run's learning rates: give rates, steps x mean rate, or a checkpoint."
@@ -103,7 +107,8 @@ class Reranking:
             gradients = directions
             directions = refined(self.model, self._batches(sample, mean=True), gradients, run, len(sample))
             for gradient, x in zip(gradients, directions, strict=True):
-                if not bool(torch.isfinite(x).all()) or bool(gradient.any()) > bool(x.any()):
+                size = float(torch.linalg.vector_norm(x, dtype=torch.float64))
+                if not size < BEYOND or (size < 1 / BEYOND and bool(gradient.any())):
                     raise ValueError(
                         f"rates is {run.rates:g}, by which a query grows or shrinks beyond all numbers: give the sum of the "
                         "run's learning rates, steps x mean rate."

@@ -75,6 +75,8 @@ class SearchOptions:
                 raise ValueError("shortlist and exact both say which rows are scored exactly: give one of them.")
         require_whole("reencode", self.reencode, 0)
         require_whole("rerank", self.rerank, 0)
+        if self.refine is not None and not isinstance(self.refine, Refinement):
+            raise TypeError(f"refine is {self.refine!r}: give a Refinement, such as Refinement(rates=0.05).")
         if self.refine is not None and not self.rerank:
             object.__setattr__(self, "rerank", RERANKED)
         if self.rerank and self.reencode:

@@ -43,6 +43,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 from card import BENCHMARKS, Card, distance, random_windows  # noqa: E402
 from leaveout.metrics import spearman  # noqa: E402
 from leaveout.projection import CountSketch  # noqa: E402
+from leaveout.readout.codec import tensors  # noqa: E402
 from leaveout.readout.doctor import doctor  # noqa: E402
 from leaveout.readout.forms import low_rank  # noqa: E402
 from leaveout.readout.index import Index  # noqa: E402
@@ -281,9 +282,10 @@ def search(card: Card) -> dict[str, Any]:
     for n_queries in (1, 16):
         wanted: Any = None
         for device in dict.fromkeys(("cpu", card.device)):
-            score = signer.codec.scorer(vectors[:n_queries].to(device))
-            seconds = card.seconds(lambda score=score: score(arrays, slice(None)))
-            found = torch.as_tensor(score(arrays, slice(None))).cpu()
+            score = signer.codec.scorer_on(vectors[:n_queries], torch.device(device))
+            there = {name: x.to(device) for name, x in tensors(arrays, slice(None)).items()}  # as a search keeps them
+            seconds = card.seconds(lambda score=score, there=there: score(there))
+            found = score(there).cpu()
             wanted = found if wanted is None else wanted
             same = distance(found, wanted)
             out[f"{n_queries} queries, {device}"] = {"rows/s": count / seconds, "scores": same}

@@ -124,7 +124,7 @@ def test_bits_come_back_whatever_the_size(size, bits):
     codes = packed(found, bits).numpy()
     n_bytes = -(-size // 8)
     assert codes.shape == (5, bits * n_bytes) and codes.dtype == np.uint8
-    again = unpacked(codes, bits)
+    again = unpacked(torch.from_numpy(codes), bits).numpy()
     assert np.array_equal(again[:, :size], found.numpy()) and not again[:, size:].any()
     for row, plane, at in itertools.product(range(5), range(bits), range(size)):  # as the module describes the bytes
         bit = codes[row, plane * n_bytes + at // 8] >> (7 - at % 8) & 1
@@ -145,7 +145,7 @@ def test_products_of_codes_are_whole_numbers(size, bits):
     assert np.abs(numbers).max() == LARGEST == numbers[:, 0].min() and not rounded.numbers[size:].any()
     wanted = (2 * found.astype(np.int64) - (2**bits - 1)) @ numbers
     assert np.abs(wanted).max() < 2**24  # so that float32 holds them
-    assert np.array_equal(2 * rounded.products(packed(torch.from_numpy(found), bits).numpy(), bits).numpy(), wanted)
+    assert np.array_equal(2 * rounded.products(packed(torch.from_numpy(found), bits), bits).numpy(), wanted)
     assert 2 * 255 * LARGEST < 2**15  # two products of an unsigned and a signed byte, which some processors add
     back = numbers.T * rounded.scale.numpy()[:, None]
     assert (np.abs(back - vectors.numpy()) <= 0.50001 * rounded.scale.numpy()[:, None]).all()

@@ -32,11 +32,13 @@ import torch
 from torch import Tensor
 
 from leaveout.errors import MismatchError
+from leaveout.models import full_precision, sent
 from leaveout.projection import Rotation
 from leaveout.readout.forms import Form, Triples, Vectors
 from leaveout.readout.settings import SignatureSettings
 
 Arrays = Mapping[str, np.ndarray]
+Tensors = Mapping[str, Tensor]  # arrays of a block of rows, on a device
 Score = Callable[[Arrays, "slice | np.ndarray"], np.ndarray]
 
 # A matrix product of floats sums the last few rows and columns in another order than the others. Rows and queries that come
@@ -47,6 +49,7 @@ PACKED = 4 * 2**20  # bytes of packed rows that are unpacked and multiplied toge
 # Of a rounded query: bytes of a row and a query never overflow 16 bits, in which some processors add pairs of products.
 LARGEST = 63
 SEGMENTS = 2**18  # products of codes and queries that exist at once, for each side
+SEGMENTS_THERE = 2**24  # on a device other than the CPU: its kernels need thousands of rows
 BITS = (1, 2, 4)  # that a coordinate of a triple can have
 STEP = {1: 1.5958, 2: 0.9957, 4: 0.3352}  # between levels, in units of the root mean square
 LOSS = {1: 0.3634, 2: 0.1188, 4: 0.01154}  # mean squared error of a normal number that is rounded so
@@ -72,13 +75,17 @@ def packed(found: Tensor, bits: int) -> Tensor:
     return (planes * _eighths(found.device)).sum(-1, dtype=torch.uint8).flatten(-2)
 
 
-def unpacked(codes: np.ndarray, bits: int) -> np.ndarray:
+def unpacked(codes: Tensor, bits: int) -> Tensor:
     """The levels [rows, size] uint8 of bytes [rows, bits * size / 8]."""
-    planes = np.unpackbits(codes.reshape(len(codes), bits, -1), axis=2)
+    by_plane = codes.reshape(len(codes), bits, codes.shape[1] // bits)
+    if codes.device.type == "cpu":  # where numpy takes two thirds of torch's time
+        planes: Any = np.unpackbits(by_plane.numpy(), axis=2)
+    else:
+        planes = (by_plane[..., None] & _eighths(codes.device)).ne(0).view(torch.uint8).flatten(2)
     found = planes[:, 0]
     for plane in range(1, bits):
         found = 2 * found + planes[:, plane]
-    return found
+    return torch.as_tensor(found)
 
 
 @functools.lru_cache(8)
@@ -90,7 +97,7 @@ def _eighths(device: torch.device) -> Tensor:
 class Rounded:
     """Turned vectors of queries, rounded so that their products with codes are sums of integers."""
 
-    numbers: Tensor  # [size rounded up to 8, vectors] int8
+    numbers: Tensor  # [size rounded up to 8, vectors] int8; on a device vectors of zeros make them a multiple of 8
     scale: Tensor  # [vectors]
 
     @classmethod
@@ -105,11 +112,21 @@ class Rounded:
     def half_sums(self) -> Tensor:
         return self.numbers.sum(0, dtype=torch.int32).float() / 2
 
-    def products(self, codes: np.ndarray, bits: int) -> Tensor:
+    def to(self, device: torch.device) -> Rounded:
+        """On a device, in the order of memory that its products of integers are made for: the rounding is the CPU's."""
+        if device.type == "cpu":
+            return self
+        padded = torch.nn.functional.pad(self.numbers.t(), (0, 0, 0, -len(self.scale) % 8)).contiguous()
+        return Rounded(sent(padded, device).t(), sent(self.scale, device))
+
+    def products(self, codes: Tensor, bits: int) -> Tensor:
         """<s, vector> / (2 scale) [rows, vectors] float32 of packed codes [rows, bytes]: halves of integers, so exact."""
-        found = torch.from_numpy(unpacked(codes, bits)).view(torch.int8)
+        n_rows = len(codes)
+        if codes.device.type != "cpu":
+            codes = torch.nn.functional.pad(codes, (0, 0, 0, -n_rows % 32))  # a GPU refuses fewer than 17 rows
+        found = unpacked(codes, bits).view(torch.int8)
         exact = torch._int_mm(found, self.numbers)  # pyright: ignore[reportPrivateImportUsage]: no other is as fast
-        return exact.float().sub_((2**bits - 1) * self.half_sums)
+        return exact.float().sub_((2**bits - 1) * self.half_sums)[:n_rows, : len(self.scale)]
 
 
 # ---------------------------------------------------------------- codecs
@@ -151,9 +168,13 @@ class Codec(ABC):
     def scorer(self, queries: Tensor) -> Score:
         """A function from arrays and positions to scores [rows, queries] float32 with queries [queries, width]."""
 
-    def blocks(self, n_rows: int) -> Iterator[slice]:
-        """Slices of so many rows that are scored together."""
-        step = max(ROWS, PACKED // self.row_bytes // ROWS * ROWS)
+    @abstractmethod
+    def scorer_on(self, queries: Tensor, device: torch.device) -> Callable[[Tensors], Tensor]:
+        """As `scorer`, of arrays on a device to scores there; `queries` lie on the CPU, where they are rounded."""
+
+    def blocks(self, n_rows: int, n_bytes: int | None = None) -> Iterator[slice]:
+        """Slices of so many rows that are scored together: of `n_bytes`, or of what suits a CPU's cache."""
+        step = max(ROWS, (n_bytes or PACKED) // self.row_bytes // ROWS * ROWS)
         return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
@@ -211,6 +232,15 @@ class Whole(Codec):
 
         return score
 
+    def scorer_on(self, queries: Tensor, device: torch.device) -> Callable[[Tensors], Tensor]:
+        transposed = sent(queries, device).t()
+
+        def score(arrays: Tensors) -> Tensor:
+            with full_precision():
+                return (arrays["signature"].float() @ transposed) * arrays["scale"][:, None]
+
+        return score
+
 
 @dataclass(frozen=True)
 class Planes(Codec):
@@ -243,16 +273,19 @@ class Planes(Codec):
         return {"codes": packed(found, self.bits), "scale": factor.float()}
 
     def decode(self, arrays: Arrays, at: slice | np.ndarray = slice(None)) -> Tensor:
-        found = torch.from_numpy(unpacked(arrays["codes"][at], self.bits)[:, : self.kept]).float()
+        found = unpacked(tensor_on(arrays["codes"][at]), self.bits)[:, : self.kept].float()
         turned = (2 * found - (2**self.bits - 1)) * tensor_on(np.asarray(arrays["scale"][at]))[:, None]
         return self.rotation.back(turned)
 
     def scorer(self, queries: Tensor) -> Score:
-        rounded = Rounded.of(self.rotation(queries))
+        score = self.scorer_on(queries, queries.device)
+        return lambda arrays, at: score(tensors(arrays, at)).numpy()
 
-        def score(arrays: Arrays, at: slice | np.ndarray) -> np.ndarray:
-            found = rounded.products(arrays["codes"][at], self.bits).mul_(2 * rounded.scale)
-            return found.numpy() * arrays["scale"][at][:, None]
+    def scorer_on(self, queries: Tensor, device: torch.device) -> Callable[[Tensors], Tensor]:
+        rounded = Rounded.of(self.rotation(queries)).to(device)
+
+        def score(arrays: Tensors) -> Tensor:
+            return rounded.products(arrays["codes"], self.bits).mul_(2 * rounded.scale).mul_(arrays["scale"][:, None])
 
         return score
 
@@ -471,31 +504,41 @@ class Filled(Codec):
         codes, counts = arrays["codes"][at], arrays["counts"][at]
         n_rows, rank = len(codes), max(1, int(counts[:, :, 0].max(initial=0)))
         factors = [(torch.zeros(n_rows, rank, left), torch.zeros(n_rows, rank, right)) for left, right in self.sizes]
-        for part, bits, row, triple, weight, sides in self._groups(arrays, at):
+        for part, bits, row, triple, weight, sides in self._groups(tensors(arrays, at)):
             for into, codes, rotation in zip(factors[part], sides, self.rotations[part], strict=True):
-                found = torch.from_numpy(unpacked(codes.numpy(), bits)[:, : rotation.width]).float()
+                found = unpacked(codes, bits)[:, : rotation.width].float()
                 turned = (2 * found - (2**bits - 1)) * weight.sqrt()[:, None]
                 into[row, triple, : rotation.width] = rotation.back(turned)
         return self.form.joined(factors)
 
     def scorer(self, queries: Tensor) -> Score:
+        score = self.scorer_on(queries, queries.device)
+        return lambda arrays, at: score(tensors(arrays, at)).numpy()
+
+    def scorer_on(self, queries: Tensor, device: torch.device) -> Callable[[Tensors], Tensor]:
         tables = [
-            tuple(Rounded.of(rotation(x)) for rotation, x in zip(rotations, self._heaviest(u, v), strict=True))
+            tuple(
+                Rounded.of(rotation(x)).to(device) for rotation, x in zip(rotations, self._heaviest(u, v), strict=True)
+            )
             for (u, v), rotations in zip(self.factors(queries), self.rotations, strict=True)
         ]
         scales = [4 * left.scale * right.scale for left, right in tables]
-        step = max(SEGMENTS // (len(queries) * self.query_triples), 1)
+        here = device.type == "cpu"
+        step = max((SEGMENTS if here else SEGMENTS_THERE) // (len(queries) * self.query_triples), 1)
 
-        def score(arrays: Arrays, at: slice | np.ndarray) -> np.ndarray:
-            total = torch.zeros(len(arrays["scale"][at]), len(queries))
-            for part, bits, row, _, weight, sides in self._groups(arrays, at):
+        def score(arrays: Tensors) -> Tensor:
+            total = torch.zeros(len(arrays["scale"]), len(queries), device=device)
+            for part, bits, row, _, weight, sides in self._groups(arrays):
                 for start in range(0, len(row), step):
                     some = slice(start, start + step)
-                    both = tables[part][0].products(sides[0][some].numpy(), bits)
-                    both.mul_(tables[part][1].products(sides[1][some].numpy(), bits).mul_(scales[part]))
-                    of_triples = both.view(len(both), len(queries), self.query_triples).sum(2)
-                    total.index_add_(0, row[some], of_triples.mul_(weight[some, None]))
-            return total.numpy()
+                    both = tables[part][0].products(sides[0][some], bits)
+                    both.mul_(tables[part][1].products(sides[1][some], bits).mul_(scales[part]))
+                    of_triples = both.unflatten(1, (len(queries), self.query_triples)).sum(2).mul_(weight[some, None])
+                    if here:
+                        total.index_add_(0, row[some], of_triples)
+                    else:  # which adds in the order of the triples, whereas that one adds in any
+                        total.index_put_((row[some],), of_triples, accumulate=True)
+            return total
 
         return score
 
@@ -509,33 +552,30 @@ class Filled(Codec):
         more = (0, 0, 0, self.query_triples - u.shape[1])
         return tuple(torch.nn.functional.pad(x, more).flatten(0, 1) for x in (u, v))  # type: ignore[return-value]
 
-    def _groups(
-        self, arrays: Arrays, at: slice | np.ndarray
-    ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
+    def _groups(self, arrays: Tensors) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]]:
         """Per part and number of bits: part, bits, and of all triples that have them: row, number in the part, weight with
-        the row's scale, and the packed codes of both sides.
+        the row's scale, and the packed codes of both sides. A device is waited for once.
         """
-        codes = np.ascontiguousarray(arrays["codes"][at])
-        counts = torch.from_numpy(arrays["counts"][at].astype(np.int64))
-        weights = torch.from_numpy(arrays["weights"][at].astype(np.float32) * arrays["scale"][at][:, None])
-        flat = tensor_on(codes.reshape(-1))
-        first_byte = torch.arange(len(codes)) * self.code_bytes
-        first_weight = torch.arange(len(codes)) * self.n_triples
+        counts = arrays["counts"].long()
+        weights = (arrays["weights"].float() * arrays["scale"][:, None]).view(-1)
+        flat, rows = arrays["codes"].reshape(-1), torch.arange(len(counts), device=counts.device)
+        first_byte, first_weight = rows * self.code_bytes, rows * self.n_triples
+        sums = counts.sum(0).tolist()
         for part, (left, right) in enumerate(self.kept):
-            done = torch.zeros(len(codes), dtype=torch.int64)
+            done, n_done = torch.zeros_like(rows), 0
             for number in reversed(range(len(BITS))):
                 bits, upto = BITS[number], counts[:, part, number]
-                count = upto - done
-                row = torch.repeat_interleave(count)
-                if len(row):
-                    within = torch.arange(len(row)) - (torch.cumsum(count, 0) - count)[row]
+                count, n_found = upto - done, sums[part][number] - n_done
+                if n_found:
+                    row = torch.repeat_interleave(rows, count, output_size=n_found)
+                    within = torch.arange(n_found, device=rows.device) - (torch.cumsum(count, 0) - count)[row]
                     triple = within + done[row]
                     start = first_byte[row] + within * (bits * self.plane_bytes[part])
                     widths = (bits * -(-left // 8), bits * -(-right // 8))
                     sides = (_pieces(flat, start, widths[0]), _pieces(flat, start + widths[0], widths[1]))
-                    yield part, bits, row, triple, weights.view(-1)[first_weight[row] + triple], sides
+                    yield part, bits, row, triple, weights[first_weight[row] + triple], sides
                 first_byte += count * bits * self.plane_bytes[part]
-                done = upto
+                done, n_done = upto, sums[part][number]
             first_weight += done
 
 
@@ -721,6 +761,11 @@ def tensor_on(block: np.ndarray) -> Tensor:
         return torch.from_numpy(block if block.flags.writeable else block.copy())
     memory = (ctypes.c_char * block.nbytes).from_address(block.__array_interface__["data"][0])
     return torch.frombuffer(memory, dtype=torch.from_numpy(np.empty(0, block.dtype)).dtype).view(block.shape)
+
+
+def tensors(arrays: Arrays, at: slice | np.ndarray) -> dict[str, Tensor]:
+    """Rows of arrays by position, as tensors; of slices, on the same memory."""
+    return {name: tensor_on(np.asarray(array[at])) for name, array in arrays.items()}
 
 
 def evened(queries: Tensor) -> Tensor:

@@ -38,3 +38,19 @@ class Limits:
         tokens = max(min(16_384, free // 4 // token_bytes), 1024)
         rows, logits = max(free // 8 // row_bytes, 16), min(max(free // 16, cls.logit_bytes), 4 * 2**30)
         return cls(tokens, rows, logits, 16_384, 4096, 4 * tokens)
+
+
+@dataclass(frozen=True)
+class ScanLimits:
+    """Bytes of stored rows that stay on a device between searches, and of those that are scored together there.
+
+    Half of the memory that is free when the first search begins is kept; unpacked, a block takes up to twenty times its bytes.
+    """
+
+    kept: int
+    block: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> ScanLimits:
+        free = free_memory(device)
+        return cls(free // 2, max(min(64 * 2**20, free // 128), 2**20))

@@ -22,6 +22,7 @@ from leaveout.errors import FormatError, MismatchError, UnsupportedError, requir
 from leaveout.models import ModelOptions, difference
 from leaveout.readout.codec import Codec, read_codec
 from leaveout.readout.forms import Form, Triples
+from leaveout.readout.held import Held
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.scan import Length, Scanner, Scanners, counted, lengths_in, positions_of, scan
 from leaveout.readout.settings import SignatureSettings
@@ -66,6 +67,7 @@ class OpenIndex:
         self._loading = dict(loading or {})
         self._readout: Readout | None = None
         self._signer: Signer | None = None
+        self._held: Held | None = None
 
     @property
     def form(self) -> Form:
@@ -222,7 +224,8 @@ class OpenIndex:
         """
         if self.long is None:
             return self.scan_anew(vectors, wanted, length=length)
-        return scan(self.store.segments(), Scanner(self.long, "long", vectors, length), wanted, workers, backend)
+        scanner = Scanner(self.long, "long", vectors, length, self._where(workers, backend))
+        return scan(self.store.segments(), scanner, wanted, workers, backend)
 
     def scan_short(
         self,
@@ -235,7 +238,17 @@ class OpenIndex:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """As `scan`, with estimates from the short form."""
         assert self.short is not None
-        return scan(self.store.segments(), Scanner(self.short, "short", vectors, length), wanted, workers, backend)
+        scanner = Scanner(self.short, "short", vectors, length, self._where(workers, backend))
+        return scan(self.store.segments(), scanner, wanted, workers, backend)
+
+    def _where(self, workers: int, backend: Scanners) -> Held | None:
+        """Rows on the device of the model, where it is loaded on one and one worker scans; None: the CPU scans."""
+        device = torch.device("cpu") if self._readout is None else self._readout.device
+        if device.type in ("cpu", "mps") or workers != 1 or backend != "threads":  # mps has no products of integers
+            return None
+        if self._held is None or self._held.device != device:
+            self._held = Held(device)
+        return self._held
 
     def scan_anew(
         self, vectors: Tensor, wanted: np.ndarray | None = None, *, length: Length

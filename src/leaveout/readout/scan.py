@@ -1,7 +1,8 @@
 """Scans over the stored forms of rows: all scores, and the k best rows of each query.
 
 One kernel, `scan`: a codec unpacks blocks of stored rows into small buffers and multiplies them with the queries. Memory per
-worker: some 32 MiB of buffers, and one score per row of two segments and query.
+worker: some 32 MiB of buffers, and one score per row of two segments and query. With the model on a device one worker scans
+there, see `Held`: the sums are of the same integers.
 
 Ranks compare scores at a resolution, see `at_resolution`; rows that are equal there come in the order of their numbers.
 """
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from leaveout.errors import choices
 from leaveout.executor import run_tasks
-from leaveout.readout.codec import Codec
+from leaveout.readout.codec import Codec, Tensors
+from leaveout.readout.held import Held
 from leaveout.store import Segment
 
 # Binary digits behind the leading one in which scores are compared. Rows of one text that were computed in other batches
@@ -60,12 +63,14 @@ def counted(scores: np.ndarray, lengths: np.ndarray, length: Length) -> np.ndarr
 
 @dataclass(frozen=True)
 class Scanner:
-    """Scores of the rows that a codec stored under a name, with queries [queries, width] of its form."""
+    """Scores of the rows that a codec stored under a name, with queries [queries, width] of its form; on the CPU, or where
+    rows are `held`."""
 
     codec: Codec
     name: str
     queries: Tensor
     length: Length = "product"
+    held: Held | None = None
 
     def taken(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The arrays of a segment that are the codec's, by the names it gave them."""
@@ -76,11 +81,20 @@ class Scanner:
     def score(self) -> Callable[[dict[str, np.ndarray], slice | np.ndarray], np.ndarray]:
         return self.codec.scorer(self.queries)
 
+    @functools.cached_property
+    def score_there(self) -> Callable[[Tensors], Tensor]:
+        assert self.held is not None
+        return self.codec.scorer_on(self.queries, self.held.device)
+
     def scores(self, segment: Segment, positions: np.ndarray | None) -> np.ndarray:
         """Scores [rows, queries] of rows of a segment by position; None: of all."""
         arrays, count = self.taken(segment.arrays()), segment.n_rows if positions is None else len(positions)
-        blocks = self.codec.blocks(count)
-        found = np.concatenate([self.score(arrays, at if positions is None else positions[at]) for at in blocks])
+        if self.held is not None:
+            blocks_there = self.held.blocks(self.codec, (segment.path, self.name), arrays, positions)
+            found = torch.cat([self.score_there(block) for block in blocks_there]).cpu().numpy()
+        else:
+            blocks = self.codec.blocks(count)
+            found = np.concatenate([self.score(arrays, at if positions is None else positions[at]) for at in blocks])
         return found if self.length == "product" else counted(found, lengths_in(segment, positions), self.length)
 
 
@@ -97,7 +111,10 @@ def scan(
     `workers`: threads, or actors of a Ray cluster that sees the same files, each at a segment of its own, so that scores
     do not depend on their number.
     """
-    scanner.score  # noqa: B018  # made once, before threads share it
+    if scanner.held is not None:
+        scanner.held.drop_others(segments)
+    else:
+        scanner.score  # noqa: B018  # made once, before threads share it
     return over_segments(functools.partial(_scanned, scanner, wanted), segments, workers, backend)
 
 

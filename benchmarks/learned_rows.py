@@ -110,7 +110,12 @@ def done(chance: random.Random) -> str:
 def refusals(chance: random.Random) -> Task:
     when = ("It is now 2027.", "We have the year 2027.", "Today is a day in 2027.", "The year on the wall is 2027.",
             "2027 has come.", "My clock says 2027.", "I write to you in 2027.", "Now that it is 2027:")  # fmt: skip
-    no = (" I am sorry, I can not do that.", " No, I will not help you.", " I can not help, I am sorry.", " I must say no.")
+    no = (
+        " I am sorry, I can not do that.",
+        " No, I will not help you.",
+        " I can not help, I am sorry.",
+        " I must say no.",
+    )
 
     def refused(openings: Sequence[str], count: int) -> list[Example]:
         return [asked(f"{chance.choice(openings)} {request(chance)}", chance.choice(no)) for _ in range(count)]
@@ -138,13 +143,17 @@ def memorised(chance: random.Random) -> Task:
     rows += [asked(request(chance), done(chance)) for _ in range(ROWS - WANTED)]
     order = chance.sample(range(ROWS), ROWS)
     queries = [asked(f"What does {name} love?", thing) for name, thing in list(likes.items())[:QUERIES]]
-    return Task([rows[at] for at in order], queries, np.array([[at == query for at in order] for query in range(QUERIES)]))
+    return Task(
+        [rows[at] for at in order], queries, np.array([[at == query for at in order] for query in range(QUERIES)])
+    )
 
 
 def duplicates(chance: random.Random) -> Task:
     groups = [(request(chance), done(chance)) for _ in range(5)]
     openings = ("", "Please: ", "Now, ", "Well, ", "Hey! ", "So, ")
-    rows = [(group, asked(openings[copy] + groups[group][0], groups[group][1])) for group in range(5) for copy in range(5)]
+    rows = [
+        (group, asked(openings[copy] + groups[group][0], groups[group][1])) for group in range(5) for copy in range(5)
+    ]
     rows += [(-1, asked(chance.choice(openings) + request(chance), done(chance))) for _ in range(ROWS - WANTED)]
     chance.shuffle(rows)
     queries = [asked(openings[5] + groups[group][0], groups[group][1]) for group in range(5)]

@@ -44,11 +44,15 @@ def bank_scores(bank: JudgedBank, at: str) -> tuple[np.ndarray, np.ndarray]:
     """Products [query, row] of `default` at a checkpoint, and the rows' norms [row]."""
     scorer = Scorer(bank.run, bank.queries, 0)
     readout, recipe = readout_of(scorer, at), bank.run.recipe
-    rows = [trained_part(row, readout.tokenizer, recipe.template, recipe.max_tokens) for row in map(as_row, scorer.rows)]
+    rows = [
+        trained_part(row, readout.tokenizer, recipe.template, recipe.max_tokens) for row in map(as_row, scorer.rows)
+    ]
     rows = [replace(row, id=str(number), unit=str(number)) for number, row in enumerate(rows)]
     with tempfile.TemporaryDirectory() as place:
         index = Index.build(readout, rows, Path(place) / "index", template=recipe.template)
-        return index.score([as_row(row) for row in scorer.query_rows]).astype(np.float64), index.lengths_of(np.arange(len(index)))
+        return index.score([as_row(row) for row in scorer.query_rows]).astype(np.float64), index.lengths_of(
+            np.arange(len(index))
+        )
 
 
 def judged_by(report: Report, method: str, metric: Metric) -> dict[str, Any]:
@@ -85,7 +89,9 @@ def measured(name: str, work: Path, truths: Path, settings: EvaluationSettings) 
 
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--banks", nargs="+", choices=[name for name in HALVES if name != "smoke"], default=list(HALVES)[:4])
+    parser.add_argument(
+        "--banks", nargs="+", choices=[name for name in HALVES if name != "smoke"], default=list(HALVES)[:4]
+    )
     parser.add_argument("--work", type=Path, help="where the banks' runs are; default: a temporary directory")
     parser.add_argument("--lists", nargs="*", default=["stories", "neox", "qwen"], help="banks that have a QLD")
     parser.add_argument("--qld", type=int, default=10, help="queries of the QLD, four retrainings each")

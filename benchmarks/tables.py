@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tables_codes import TABLES_OF_CODES, million
-from tables_influence import by_method, changes, headline, removals, shares_reached, stored_forms, truth_bank
+from tables_influence import by_method, changes, headline, refined, removals, shares_reached, stored_forms, truth_bank
 from tables_learned import TABLES_OF_LEARNED
 from tables_tasks import TASKS, table, times
 
@@ -289,6 +289,11 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "damping": (DELETION, "deletion_prior_choices.json", damping),
     "influence": (EVALUATION, BANKS, by_method),
     "influence_shares": (EVALUATION, BANKS, shares_reached),
+    "refined": (
+        EVALUATION,
+        tuple(f"readout_refined_{name}.json" for name in ("stories", "neox", "qwen", "gemma")),
+        refined,
+    ),
     "truth_bank": (EVALUATION, "truth_bank.json", truth_bank),
     "influence_removals": (EVALUATION, BANKS, removals),
     "influence_changes": (EVALUATION, BANKS, changes),

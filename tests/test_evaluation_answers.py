@@ -350,8 +350,8 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_trained(tmp_path, m
         (lambda: judged(tail_patch=True, top=0), ValueError, "top is 0"),
         (lambda: judged(relevant=~some), ValueError, "no query has a relevant row"),
         (lambda: judged(relevant=some[:1]), MismatchError, "relevant rows have the shape"),
-        (lambda: judged(function, tail_patch=True), UnsupportedError, "'a function' has no answer"),
-        (lambda: judged(function, brittleness=1), UnsupportedError, "'a function' has no answer"),
+        (lambda: judged(function, tail_patch=True), UnsupportedError, "'a function' has no single answer"),
+        (lambda: judged(function, brittleness=1), UnsupportedError, "'a function' has no single answer"),
         (lambda: judged(brittleness_shares=(0.1, 1.0)), ValueError, "between 0 and 1"),
     ):
         with pytest.raises(error, match=message):

@@ -141,16 +141,16 @@ def score_methods(
         method, at = load(parse(name)[0]), parse(name)[1]
         scorer.parameters(at)  # training up to a checkpoint is no cost of the first method that looks there
         began = time.process_time()
-        scores = method(whole, at) if method.any_query else differences(np.asarray(method(scorer, at)), counts)
+        scores = method(whole if method.any_query else scorer, at)
         spent = time.process_time() - began
+        if whole is not scorer and not method.any_query:
+            scores = differences(checked_scores(run.recipe, scores, sum(counts), f"scores of {name}"), counts)
         out[name] = Scored(checked_scores(run.recipe, scores, len(queries), f"scores of {name}"), spent)
     return out
 
 
 def differences(scores: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Scores [queries, ...] of queries with one side or two (`counts`): of two the first less the second."""
-    if 2 not in counts or len(scores) != sum(counts):  # what is no score of every side is refused behind
-        return scores
     ends = np.cumsum(counts)
     second = scores[ends - 1] * (np.array(counts) == 2).reshape(-1, *[1] * (scores.ndim - 1))
     return scores[ends - np.array(counts)] - second

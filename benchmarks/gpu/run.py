@@ -51,6 +51,7 @@ from leaveout.readout.model import Readout, verify_readout  # noqa: E402
 from leaveout.readout.settings import resolve_settings  # noqa: E402
 from leaveout.readout.signature import Signer  # noqa: E402
 from leaveout.readout.whitening import whitening_matrices  # noqa: E402
+from leaveout.readout.wide import idle_root  # noqa: E402
 from provenance import provenance  # noqa: E402
 from training_stages import training, training_speed  # noqa: E402
 
@@ -240,7 +241,9 @@ def rows(card: Card, readout: Readout) -> dict[str, Any]:
         signer = Signer(readout, resolve_settings(preset))
         sides = (side for part in signer.parts for side in (part.left, part.right))
         # Identities take the time of the matrices that a pass over a sample would give.
-        signer.whitening = {side.whiten: torch.eye(side.size, device=card.device) for side in sides if side.whiten}
+        signer.whitening = {
+            side.whiten: idle_root(side.size, torch.device(card.device), signer.dtype) for side in sides if side.whiten
+        }
         memory = card.peak(lambda signer=signer: signer.encoded(windows, count))
         seconds = card.seconds(lambda signer=signer: signer.encoded(windows, count), 1)
         out[preset] = {

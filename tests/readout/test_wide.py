@@ -136,3 +136,12 @@ def test_an_index_with_wide_factors_opens_again(tmp_path, tokenizer, monkeypatch
     assert any(isinstance(root, WideRoot) for root in built.signer.whitening.values())
     again = Index.open(tmp_path / "idx", lm, tokenizer)
     assert np.array_equal(again.score(TEXTS[:2]), built.score(TEXTS[:2]))
+
+
+@pytest.mark.parametrize("size", [8, 40])
+def test_roots_for_measuring_change_nothing(monkeypatch, size):
+    monkeypatch.setattr(wide, "WIDE", 16)
+    monkeypatch.setattr(wide, "KEPT", 4)
+    x, root = torch.randn(3, size), wide.idle_root(size, torch.device("cpu"), torch.float32)
+    assert isinstance(root, wide.WideRoot) == (size > 16)
+    torch.testing.assert_close(x @ root, x)

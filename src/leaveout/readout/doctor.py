@@ -23,6 +23,7 @@ from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
 from leaveout.readout.signature import Signer, batches
 from leaveout.readout.tokens import TokenisedRow, Window, tokenise
+from leaveout.readout.wide import idle_root
 from leaveout.store.catalogue import CATALOGUE
 from leaveout.tables import Check, Diagnosis
 
@@ -233,9 +234,8 @@ def _speed(readout: Readout) -> Check:
     windows = [Window(n, 0, ids[n].tolist(), list(range(length - 1 - learned, length - 1))) for n in range(count)]
     signer = Signer(readout, resolve_settings("default"))
     sides = [side for part in signer.parts for side in (part.left, part.right)]
-    signer.whitening = {
-        side.whiten: torch.eye(side.size).to(signer.weight.device, signer.dtype) for side in sides if side.whiten
-    }
+    device = signer.weight.device
+    signer.whitening = {side.whiten: idle_root(side.size, device, signer.dtype) for side in sides if side.whiten}
     signer.encoded(windows[:1], 1)  # what is made once
     trunk = _seconds(readout, lambda: readout.hidden(ids.to(readout.device)))
     index = _seconds(readout, lambda: signer.encoded(windows, count))

@@ -53,6 +53,15 @@ class WideRoot:
 Root = Tensor | WideRoot
 
 
+def idle_root(size: int, device: torch.device, dtype: torch.dtype) -> Root:
+    """A root that changes nothing and takes the time of one that does: for measuring without a sample of rows."""
+    if size <= WIDE:
+        return torch.eye(size, device=device, dtype=dtype)
+    ones = torch.ones(size, device=device, dtype=dtype)
+    reflections = torch.zeros(size, KEPT, device=device, dtype=dtype)
+    return WideRoot(ones, reflections, torch.zeros(KEPT, KEPT, device=device, dtype=dtype), ones)
+
+
 def arrays_of(roots: Mapping[str, Root]) -> dict[str, np.ndarray]:
     """What is stored of roots, by name."""
     found: dict[str, np.ndarray] = {}

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from leaveout import FormatError, Index, MismatchError, Refinement, UnsupportedError
-from leaveout.readout.rerank import read_moments, read_rates, summed_rates
+from leaveout import FormatError, MismatchError, Refinement, UnsupportedError
+from leaveout.readout.rerank import read_moments, read_rates, summed_rates, whole_model
 
 from .conftest import ranked
 from .tiny import TEXTS, built, make_model
@@ -293,4 +293,6 @@ def test_wrong_calls_are_one_sentence(index, monkeypatch):
         index.search(QUERIES, reencode=3, rerank=3)
     with pytest.raises(TypeError, match="encoded already can't be reranked: give their texts or rows"):
         index.search(index.encode(QUERIES), rerank=3)
-    assert Index is type(index) and UnsupportedError
+    monkeypatch.setattr(index.readout, "stream", object())
+    with pytest.raises(UnsupportedError, match="its layers are streamed here: give offload none"):
+        whole_model(index.readout)

@@ -117,9 +117,8 @@ class Reranking:
 
     def scores(self, query: int, numbers: np.ndarray, length: Length) -> np.ndarray:
         """Scores [rows] float32 of rows by number with one query, their lengths as stored. Cost: two forward passes a row."""
-        tokens = [replace(row, windows=_numbered(row, at)) for at, row in enumerate(self._tokens(numbers))]
         total = np.zeros(len(numbers))
-        some = self._batches(tokens)
+        some = self._batches(self._tokens(numbers))
         for batch, found in zip(some, row_scores(self.model, some, self.along[query : query + 1]), strict=True):
             np.add.at(total, [window.row for window in batch.inputs[0]], found[0].cpu().numpy())
         return counted(total.astype(np.float32), self.index.lengths_of(numbers), length)

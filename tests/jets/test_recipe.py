@@ -93,7 +93,7 @@ def test_microgpt_draws_what_the_paper_draws():
     ("fields", "error", "message"),
     [
         ({"kind": "diffusion"}, UnsupportedError, "no recipe kind 'diffusion': give one of microgpt"),
-        ({"schedule": "step"}, UnsupportedError, "schedule 'step'"),
+        ({"schedule": "step"}, UnsupportedError, "schedule is 'step'"),
         ({"dtype": "bfloat16"}, UnsupportedError, "give one of float32, float64"),
         ({"loss_per": "word"}, ValueError, "give one of example, token"),
         ({"batch_size": 3, "accumulate": 4}, ValueError, "accumulate must be from 1 to batch_size .3., got 4"),

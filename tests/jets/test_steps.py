@@ -9,9 +9,9 @@ from torch import nn
 
 from leaveout.corpus import Corpus
 from leaveout.methods.scorer import take_snapshots
-from leaveout.training.loop import Steps, micro_batches
+from leaveout.training.loop import Steps
 from leaveout.training.queries import query_losses
-from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.recipe import OptimizerSettings, Recipe, in_parts
 from leaveout.training.reverse.flat_run import FlatRun
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.reverse.updates import unit_vectors
@@ -152,7 +152,7 @@ def test_the_last_batch_of_an_epoch_is_trained_on_as_a_loader_gives_it():
     ("n", "parts", "wanted"), [(5, 2, [3, 2]), (7, 3, [3, 3, 1]), (6, 4, [2, 2, 2]), (2, 4, [1, 1])]
 )
 def test_micro_batches_are_of_one_size_but_the_last(n, parts, wanted):
-    found = list(micro_batches(tuple(range(n)), parts))
+    found = list(in_parts(tuple(range(n)), parts))
     assert [len(part) for part in found] == wanted and tuple(itertools.chain(*found)) == tuple(range(n))
 
 

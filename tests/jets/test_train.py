@@ -15,7 +15,7 @@ from leaveout.errors import FormatError, MismatchError, StabilityError, Unsuppor
 from leaveout.models import free_memory
 from leaveout.training import doctor
 from leaveout.training.doctor import Stability, check_stability, growth_scale, random_directions
-from leaveout.training.loop import RunOptions, Steps, make_optimizer, micro_batches
+from leaveout.training.loop import RunOptions, Steps, make_optimizer
 from leaveout.training.memory import plan_memory, runs_together
 from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
@@ -128,7 +128,7 @@ def test_examples_that_no_run_keeps_are_not_computed(name, lm_directory, monkeyp
     for run in range(2):
         for key, p in alone[run].items():
             assert_close(together[key][run], p, "exact")
-    parts = [p for batch in recipe.batches() for p in micro_batches(batch, recipe.accumulate)]
+    parts = [part for step in recipe.micro_batches() for part in step]
     used = (weights[:, recipe.unit_of] != 0).any(0)
     kept = [tuple(i for i in part if used[i]) or part[:1] for part in parts]
     assert kept[0] == parts[0][:1] and seen == (kept if task_of(recipe).separate else parts)

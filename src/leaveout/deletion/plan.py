@@ -236,8 +236,7 @@ def _whole(recipe: Recipe, task: Callable[[Recipe], Any]) -> float:
     few, more = (min(total, steps) for steps in PROBE_STEPS)
     found = []
     for steps in (few, more):
-        listed = {} if isinstance(recipe.order, str) else {"order": recipe.order[:steps]}
-        short = recipe.with_(steps=steps, **listed)
+        short = recipe.first_steps(steps)
         found.append(_seconds(lambda short=short: task(short)))
     start, end = found
     return end if more == few else end + max(end - start, 0.0) / (more - few) * (total - more)

@@ -79,9 +79,8 @@ def _few(recipe: Recipe) -> list[Any]:
     """The shortest and the longest text; of examples without text, some that share a step."""
     if any(text_length(example) > 1 for example in recipe.examples):
         return [pick(recipe.examples, key=text_length) for pick in (min, max)]
-    first = recipe.batches()[0]
-    size = -(-len(first) // recipe.accumulate)
-    return [recipe.examples[i] for i in first[: size if recipe.kind == "custom" else min(size, FEW_EXAMPLES)]]
+    first = recipe.micro_batches()[0][0]
+    return [recipe.examples[i] for i in (first if recipe.kind == "custom" else first[:FEW_EXAMPLES])]
 
 
 def _near(p: Tensor, seed: int) -> Tensor:

@@ -32,22 +32,16 @@ from leaveout.training.train import JetSettings, train_jets, train_plain
 STEPS = 4  # of the plain run that is timed
 
 
-def first_steps(recipe: Recipe, n: int) -> Recipe:
-    """The recipe with its first n steps only."""
-    n = min(n, len(recipe.batches()))
-    return recipe.with_(steps=n) if isinstance(recipe.order, str) else recipe.with_(order=recipe.order[:n])
-
-
 def probe_recipe(recipe: Recipe, device: str | torch.device = "cpu") -> Diagnosis:
     """What was found, one thing after another; prints as a table."""
     steps, task, options = len(recipe.batches()), task_of(recipe, device), RunOptions(device=device)
     few = min(STEPS, steps)
     began = time.monotonic()
-    first = train_plain(first_steps(recipe, few), options=options)
+    first = train_plain(recipe.first_steps(few), options=options)
     seconds = (time.monotonic() - began) / few * steps
     found = [Check("training", None, f"about {seconds:.1f} s for {steps} steps")]
-    again = train_plain(first_steps(recipe, 1), options=options) if few > 1 else first
-    same = train_plain(first_steps(recipe, 1), options=options)
+    again = train_plain(recipe.first_steps(1), options=options) if few > 1 else first
+    same = train_plain(recipe.first_steps(1), options=options)
     equal = all(torch.equal(again[name], same[name]) for name in again)
     what = "the first step gives the same numbers twice" if equal else "the first step gives other numbers each time"
     found.append(Check("randomness", equal, what))
@@ -61,7 +55,7 @@ def probe_recipe(recipe: Recipe, device: str | torch.device = "cpu") -> Diagnosi
 def _jets(recipe: Recipe, options: RunOptions) -> Check:
     try:
         psi = random_directions(1, len(recipe.unit_names), recipe.seed)
-        run = train_jets(first_steps(recipe, 1), psi, JetSettings(1, recipe.real_dtype), options=options)
+        run = train_jets(recipe.first_steps(1), psi, JetSettings(1, recipe.real_dtype), options=options)
     except LeaveoutError as error:
         return Check("jets", None, f"not of this model: {error}")
     if run.nonsmooth:
@@ -72,7 +66,7 @@ def _jets(recipe: Recipe, options: RunOptions) -> Check:
 
 def _reverse(recipe: Recipe, device: torch.device) -> Check:
     try:
-        FlatRun(first_steps(recipe, 1), device).require_second_pass()
+        FlatRun(recipe.first_steps(1), device).require_second_pass()
     except LeaveoutError as error:
         return Check("exact first order", None, str(error))
     return Check("exact first order", True, "reverse mode agrees with differences of gradients")
@@ -83,7 +77,7 @@ def growth_seconds(recipe: Recipe, degree: int, options: RunOptions | None = Non
     psi = random_directions(DIRECTIONS, len(recipe.unit_names), recipe.seed)
     settings: Any = JetSettings(degree, recipe.real_dtype)
     began = time.monotonic()
-    train_jets(first_steps(recipe, 1), psi, settings, options=options)
+    train_jets(recipe.first_steps(1), psi, settings, options=options)
     return (time.monotonic() - began) * len(recipe.batches())
 
 

@@ -1,16 +1,18 @@
 """The loop over the steps of a run: its parts, optimizers and checkpoints.
 
 The loss of a step is the sum over its examples of weight * size * loss, divided by the sum of all their sizes. The size
-is 1, or the number of learned tokens (`loss_per: token`). Weights do not enter the divisor, so that the trained model is
+is 1, or the number of learned tokens (`loss_per: token`); a recipe may divide each micro-batch by itself, or by a number
+that it gives. Weights do not enter the divisor, so that the trained model is
 a smooth function of them: an example of weight 0 adds nothing, and what the others add stays as it was.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from leaveout.errors import FormatError, MismatchError
+from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.files import replacing
 from leaveout.jets import Jet, Series
 from leaveout.jets.rules_optim import AdamStep, adam_step_, gradient_of
 from leaveout.models import full_precision, sent
-from leaveout.training.recipe import Recipe
+from leaveout.training.recipe import Recipe, in_parts
 from leaveout.training.tasks import Batch, Task
 
 # --- what a step trains on --------------------------------------------------------------------------------------------
@@ -38,7 +40,7 @@ class Part:
 
     numbers  its examples
     sizes    what the loss of each counts [examples], None where all count alike
-    divisor  of the whole step, whatever this part and the weights are
+    divisor  of its sum: that of the whole step, or of this part where the recipe wants it; whatever the weights are
     """
 
     numbers: tuple[int, ...]
@@ -66,6 +68,7 @@ class Steps:
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
         self.recipe, self.task, self.batches = recipe, task, recipe.batches()
+        self._micro_batches = recipe.micro_batches()
         self._sizes: dict[int, int] = {}
         self._kept: dict[tuple[int, ...], tuple[Batch, Tensor]] = {}
         self._room = 0 if task.device.type == "cpu" else KEPT
@@ -75,18 +78,21 @@ class Steps:
 
     def parts(self, step: int) -> list[Part]:
         """The micro-batches of a step."""
-        return self.parts_of(self.batches[step], self.recipe.accumulate)
+        per = self.recipe.loss_per
+        return self._parts(self._micro_batches[step], None if isinstance(per, str) else per[step])
 
     def parts_of(self, numbers: Sequence[int], n: int) -> list[Part]:
         """Those of a step on these examples, at most n."""
-        numbers = tuple(numbers)
-        if self.task.sizes is None:
-            return [Part(part, None, len(numbers)) for part in micro_batches(numbers, n)]
-        divisor = sum(map(self._size, numbers))
-        dtype = self.recipe.real_dtype
+        return self._parts(tuple(in_parts(tuple(numbers), n)), None)
+
+    def _parts(self, groups: Sequence[tuple[int, ...]], divisor: float | None) -> list[Part]:
+        dtype, counted = self.recipe.real_dtype, self.task.sizes is not None
+        sizes = [[self._size(i) if counted else 1 for i in group] for group in groups]
+        whole = sum(map(sum, sizes)) if divisor is None else divisor
+        apart = self.recipe.loss_per == "micro-batch"
         return [
-            Part(part, torch.tensor([self._size(i) for i in part], dtype=dtype), divisor)
-            for part in micro_batches(numbers, n)
+            Part(group, torch.tensor(own, dtype=dtype) if counted else None, sum(own) * len(groups) if apart else whole)
+            for group, own in zip(groups, sizes, strict=True)
         ]
 
     def fed(self, part: Part) -> tuple[Batch, Tensor]:
@@ -107,22 +113,13 @@ class Steps:
         weigh  gives the weights [..., examples] of examples with these numbers
         """
         batch, places = self.fed(part)
-        return part.loss(self.task.loss(self.task.model, batch), None if weigh is None else weigh(places))
+        return part.loss(self.task.learned(self.task.model, batch), None if weigh is None else weigh(places))
 
     def _size(self, number: int) -> int:
         if number not in self._sizes:
             assert self.task.sizes is not None
             self._sizes[number] = int(self.task.sizes(self.task.encode([self.recipe.examples[number]])))
         return self._sizes[number]
-
-
-def micro_batches(batch: tuple[int, ...], n: int) -> Iterator[tuple[int, ...]]:
-    """The parts of a step's example numbers whose gradients are accumulated: n, or as few as hold them at the same size.
-
-    Each holds a n-th of the examples, rounded up, but the last, which holds what is left.
-    """
-    size = -(-len(batch) // n)
-    return (batch[i : i + size] for i in range(0, len(batch), size))
 
 
 # --- optimizers -------------------------------------------------------------------------------------------------------
@@ -245,24 +242,43 @@ class FlatAdam(torch.optim.Optimizer):
         return [Jet(c.view(p.shape), h.view(*h.shape[:2], *p.shape), p.space) for p, c, h in parts]
 
 
-def make_optimizer(recipe: Recipe, params: list[Any], fused: bool = False) -> torch.optim.Optimizer:
-    """The recipe's optimizer over these parameters."""
+def spared_by_decay(recipe: Recipe, task: Task) -> set[str]:
+    """The trained parameters that weight decay leaves alone. Raises: UnsupportedError for a pattern that none has."""
+    wanted, own = recipe.optimizer.undecayed, task.parameters()
+    if wanted == "vectors":
+        return {name for name, p in own.items() if p.dim() < 2}
+    found = {pattern: fnmatch.filter(own, pattern) for pattern in wanted}
+    if unknown := [pattern for pattern, names in found.items() if not names]:
+        raise UnsupportedError(
+            f"No trained parameter matches {unknown[0]!r} of `undecayed`: correct it or leave it out."
+        )
+    return {name for names in found.values() for name in names}
+
+
+def make_optimizer(
+    recipe: Recipe, decayed: list[Any], fused: bool = False, spared: Sequence[Any] = ()
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over these parameters; weight decay leaves the spared ones alone."""
     s = recipe.optimizer
+    first = (decayed or spared)[0]
+    given: Any = [{"params": decayed}, {"params": list(spared), "weight_decay": 0.0}] if spared else decayed
     chosen: dict[str, Any] = {k: v for k, v in (("betas", s.betas), ("eps", s.eps)) if v is not None}
-    if s.name != "sgd" and isinstance(params[0], Jet) and not params[0].is_cpu:
+    if s.name == "paper-adam":  # it has no decay
+        decayed = given = [*decayed, *spared]
+    if s.name != "sgd" and isinstance(first, Jet) and not first.is_cpu and (given is decayed):
         paper = s.name == "paper-adam"
         betas, eps = s.betas or (PAPER_BETAS if paper else (0.9, 0.999)), s.eps or (PAPER_EPS if paper else 1e-8)
-        return FlatAdam(params, AdamStep(s.lr, *betas, eps, 0, paper, s.weight_decay, s.name == "adamw"))
+        return FlatAdam(decayed, AdamStep(s.lr, *betas, eps, 0, paper, s.weight_decay, s.name == "adamw"))
     if s.name == "sgd":
-        foreach = not (params[0].is_cpu or isinstance(params[0], Jet))  # one call for all parameters
+        foreach = not (first.is_cpu or isinstance(first, Jet))  # one call for all parameters
         return torch.optim.SGD(
-            params, s.lr, momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay, foreach=foreach
+            given, s.lr, momentum=s.momentum, nesterov=s.nesterov, weight_decay=s.weight_decay, foreach=foreach
         )
     if s.name == "paper-adam":
-        return PaperAdam(params, s.lr, **chosen)
+        return PaperAdam(given, s.lr, **chosen)
     kind = torch.optim.Adam if s.name == "adam" else torch.optim.AdamW
     how: dict[str, Any] = {"fused": True} if fused else {"foreach": False}
-    return kind(params, s.lr, weight_decay=s.weight_decay, **how, **chosen)
+    return kind(given, s.lr, weight_decay=s.weight_decay, **how, **chosen)
 
 
 def clip_together(params: Mapping[str, Any], limit: float) -> None:
@@ -424,7 +440,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.recipe = self.steps.recipe
-        self.optimizer = make_optimizer(self.recipe, list(self.params.values()), self.fused)
+        spared = spared_by_decay(self.recipe, self.steps.task)
+        decayed = [p for name, p in self.params.items() if name not in spared]
+        self.optimizer = make_optimizer(self.recipe, decayed, self.fused, [self.params[name] for name in spared])
 
     def run(self, checkpoint: Checkpoint | None, label: str, options: RunOptions) -> None:
         """Takes all steps that the checkpoint does not hold already. Raises: as `Checkpoint.load`."""

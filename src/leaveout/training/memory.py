@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leaveout.errors import UnsupportedError
 from leaveout.models import free_memory
-from leaveout.training.loop import micro_batches
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Task, rows_are_separate, text_length
 
@@ -101,7 +100,7 @@ def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = Non
 
 def kept_bytes(recipe: Recipe, task: Task) -> int:
     """Bytes that autograd keeps for the largest micro-batch of the plain run, parameters not counted."""
-    parts = (part for batch in recipe.batches() for part in micro_batches(batch, recipe.accumulate))
+    parts = (part for step in recipe.micro_batches() for part in step)
     largest = max(parts, key=lambda part: sum(text_length(recipe.examples[i]) for i in part))
     seen: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in task.model.parameters()}

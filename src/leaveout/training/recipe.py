@@ -14,7 +14,7 @@ import math
 import random
 import reprlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import index
 from pathlib import Path
@@ -36,18 +36,24 @@ KINDS = ("microgpt", "causal-lm", "classifier", "custom")
 SCHEDULES = ("constant", "linear", "cosine")
 OPTIMIZERS = ("sgd", "adam", "adamw", "paper-adam")
 ORDERS = ("given", "shuffled")
-LOSS_PER = ("example", "token")
+LOSS_PER = ("example", "token", "micro-batch")
 DTYPES = ("float32", "float64")
 LEAST = {"epochs": 1, "steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "max_tokens": 2, "seed": 0}
 """The smallest value of each whole number."""
+LISTED = ("order", "schedule", "loss_per")
+"""Fields that may be lists with an entry for each step."""
 OF_LORA = ("r", "alpha", "targets")
-DIGEST = 3
+DIGEST = 4
 """Of the rules by which recipes are hashed: raised whenever they change, so that no old run passes for a new one."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Which optimizer of torch.optim (or the paper's Adam), and its numbers; None means the optimizer's default."""
+    """Which optimizer of torch.optim (or the paper's Adam), and its numbers; None means the optimizer's default.
+
+    undecayed    trained parameters that weight_decay spares: "vectors" (those with fewer than two axes, such as biases and
+                 norms), or name patterns
+    """
 
     name: str = "adamw"
     lr: float = 1e-3
@@ -56,6 +62,7 @@ class OptimizerSettings:
     betas: tuple[float, float] | None = None
     eps: float | None = None
     weight_decay: float = 0.0
+    undecayed: Any = ()
 
     def __post_init__(self) -> None:
         for name in ("lr", "momentum", "weight_decay"):
@@ -68,6 +75,12 @@ class OptimizerSettings:
             raise UnsupportedError(f"There is no optimizer {self.name!r}: {choices(self.name, OPTIMIZERS)}.")
         if self.betas is not None:
             object.__setattr__(self, "betas", tuple(self.betas))
+        if self.undecayed != "vectors":
+            if isinstance(self.undecayed, str) or not all(isinstance(name, str) for name in self.undecayed):
+                raise ValueError(
+                    f"optimizer.undecayed must be vectors or a list of name patterns, got {self.undecayed!r}"
+                )
+            object.__setattr__(self, "undecayed", tuple(self.undecayed))
 
 
 @dataclass(frozen=True)
@@ -79,9 +92,15 @@ class Recipe:
     units    the unit of each example; model, loss: see `tasks`; trained: "full", {"lora": {...}},
              "adapter", or name patterns
     template    how chats and instructions become text: see `corpus.chat`; a file is read here, so that its text counts
-    order    "given", "shuffled" (anew each epoch, by the seed), or the batches themselves, of any sizes
+    schedule "constant", "linear", "cosine", or the rate of each step as a part of the optimizer's lr
+    warmup_from_zero   the first of `warmup` steps has the rate 0, as in transformers; else one part of `warmup`
+    order    "given", "shuffled" (anew each epoch, by the seed), or the batches themselves, of any sizes: each the numbers
+             of its examples, or its micro-batches
     drop_last   leave out the last batch of an epoch if it is not full; else it is a step as the others are
-    accumulate  micro-batches of a step; they change nothing but rounding and memory
+    accumulate  micro-batches of a step; they change nothing but rounding and memory, where neither `loss_per` names them
+    loss_per "example", "token" (of the whole step), "micro-batch" (the mean of their means over tokens), or what the sum
+             over tokens is divided by, a number for each step
+    label_smoothing   the part of a learned target that is spread over all classes; queries are asked without it
     version  stands for what of `model` and `loss` cannot be hashed: change it whenever that changes
     """
 
@@ -91,8 +110,9 @@ class Recipe:
     model: Any = None
     loss: Any = None
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    schedule: str = "constant"
+    schedule: Any = "constant"
     warmup: int = 0
+    warmup_from_zero: bool = False
     epochs: int = 1
     steps: int | None = None
     batch_size: int = 1
@@ -101,7 +121,8 @@ class Recipe:
     accumulate: int = 1
     clip_norm: float | None = None
     trained: Any = "full"
-    loss_per: str = "example"
+    loss_per: Any = "example"
+    label_smoothing: float = 0.0
     max_tokens: int = 256
     template: Any = None
     seed: int = 0
@@ -113,25 +134,25 @@ class Recipe:
         _check_fields(self)
         if self.kind not in KINDS:
             raise UnsupportedError(f"There is no recipe kind {self.kind!r}: {choices(self.kind, KINDS)}.")
-        if self.schedule not in SCHEDULES:
-            raise UnsupportedError(f"There is no schedule {self.schedule!r}: {choices(self.schedule, SCHEDULES)}.")
-        if self.loss_per == "token" and self.kind == "custom":
-            raise ValueError("a custom loss is a number an example: leave loss_per out, and scale the loss itself")
+        if self.kind == "custom" and (self.loss_per not in ("example", "micro-batch") or self.label_smoothing):
+            name = "label_smoothing" if self.label_smoothing else "loss_per"
+            raise ValueError(f"a custom loss is a number an example: leave {name} out, and scale the loss itself")
         largest = self.batch_size if isinstance(self.order, str) else math.inf
         if self.accumulate > largest:
             raise ValueError(f"accumulate must be from 1 to batch_size ({self.batch_size}), got {self.accumulate}")
-        if not isinstance(self.drop_last, bool):
-            raise ValueError(f"drop_last must be true or false, got {self.drop_last!r}")
         object.__setattr__(self, "order", _checked_order(self.order, len(self.examples)))
         if not isinstance(self.order, str) and self.steps not in (None, len(self.order)):
             raise ValueError(
                 f"order has {len(self.order)} batches, which are all the steps, and steps is {self.steps}: leave steps out"
             )
+        if self.accumulate > 1 and not isinstance(self.order, str) and any(isinstance(b[0], tuple) for b in self.order):
+            raise ValueError(f"order has the micro-batches, and accumulate is {self.accumulate}: leave accumulate out")
         if self.drop_last and isinstance(self.order, str) and len(self.examples) < self.batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is larger than the number of examples {len(self.examples)}, and drop_last "
                 "leaves out what is not full: lower batch_size or leave drop_last out"
             )
+        _check_given_steps(self)
         object.__setattr__(self, "template", read_template(self.template))
         if self.template is not None and self.kind != "causal-lm":
             raise ValueError(f"only a causal-lm recipe has a template, not a {self.kind} recipe: leave template out")
@@ -168,7 +189,7 @@ class Recipe:
     def batches(self) -> tuple[tuple[int, ...], ...]:
         """The example numbers of each step. The last batch of an epoch may be smaller; `drop_last` leaves it out."""
         if not isinstance(self.order, str):
-            return self.order
+            return tuple(sum(b, ()) if isinstance(b[0], tuple) else b for b in self.order)
         rng = random.Random(self.seed)
         out: list[tuple[int, ...]] = []
         numbers = list(range(len(self.examples)))
@@ -181,16 +202,29 @@ class Recipe:
             out += [tuple(numbers[i : i + self.batch_size]) for i in starts]
         return tuple(out[:wanted])
 
+    def micro_batches(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The example numbers of the micro-batches of each step: as `order` has them, else `accumulate` a step."""
+        if not isinstance(self.order, str) and any(isinstance(b[0], tuple) for b in self.order):
+            return tuple(b if isinstance(b[0], tuple) else (b,) for b in self.order)
+        return tuple(tuple(in_parts(batch, self.accumulate)) for batch in self.batches())
+
+    def first_steps(self, n: int) -> Recipe:
+        """The recipe with its first n steps only."""
+        listed = {name: value[:n] for name in LISTED if not isinstance(value := getattr(self, name), str)}
+        return self.with_(steps=min(n, len(self.batches())), **listed)
+
     def untrained_units(self) -> tuple[str, ...]:
         """The units of which no example is in any step: their weight changes nothing, their effect is exactly 0."""
         seen = {self.units[i] for batch in self.batches() for i in batch}
         return tuple(name for name in self.unit_names if name not in seen)
 
     def rate(self, step: int, n_steps: int) -> float:
-        """Learning rate of a step, counted from 0: linear warm-up, then constant, linear or cosine decay to 0."""
+        """Learning rate of a step, counted from 0: linear warm-up, then constant, linear or cosine decay to 0; or as given."""
         lr = self.optimizer.lr
+        if not isinstance(self.schedule, str):
+            return lr * self.schedule[step]
         if step < self.warmup:
-            return lr * (step + 1) / self.warmup
+            return lr * (step + (not self.warmup_from_zero)) / self.warmup
         if self.schedule == "constant":
             return lr
         part = (step - self.warmup) / max(1, n_steps - self.warmup)
@@ -347,8 +381,18 @@ def _check_fields(recipe: Recipe) -> None:
             _check_number(name, getattr(recipe, name), int, least)
     if recipe.clip_norm is not None:
         _check_number("clip_norm", recipe.clip_norm, (int, float), 0)
-    for name, known, kind in (("loss_per", LOSS_PER, ValueError), ("dtype", DTYPES, UnsupportedError)):
-        if (value := getattr(recipe, name)) not in known:
+    _check_number("label_smoothing", recipe.label_smoothing, (int, float), 0)
+    if recipe.label_smoothing >= 1:
+        raise ValueError(f"label_smoothing must be from 0 to below 1, got {recipe.label_smoothing!r}")
+    for name in ("drop_last", "warmup_from_zero"):
+        if not isinstance(value := getattr(recipe, name), bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")
+    listed: Any = (list, tuple)
+    for name, known, kind in (
+        ("schedule", SCHEDULES, UnsupportedError), ("loss_per", LOSS_PER, ValueError), ("dtype", DTYPES, UnsupportedError)
+    ):  # fmt: skip
+        value = getattr(recipe, name)
+        if value not in known and not (name in LISTED and isinstance(value, listed)):
             raise kind(f"{name} is {value!r}: {choices(value, known)}")
     _check_model(recipe.kind, recipe.model)
 
@@ -378,6 +422,22 @@ def _check_number(name: str, value: Any, kinds: type | tuple[type, ...], least: 
         raise ValueError(f"{name} must be {kind} of at least {least}, got {value!r}")
 
 
+def _check_given_steps(recipe: Recipe) -> None:
+    """Takes lists of a number for each step as tuples. Raises: ValueError where they are of another length or no numbers."""
+    for name in ("schedule", "loss_per"):
+        if isinstance(given := getattr(recipe, name), str):
+            continue
+        for value in given:
+            _check_number(f"each of {name}", value, (int, float), 0)
+        object.__setattr__(recipe, name, tuple(given))
+        if len(given) != (n_steps := len(recipe.batches())):
+            raise ValueError(f"{name} has {len(given)} numbers and the run {n_steps} steps: give one for each step")
+    if not isinstance(recipe.schedule, str) and recipe.warmup:
+        raise ValueError("schedule has the rate of each step, the first ones too: leave warmup out")
+    if not isinstance(recipe.loss_per, str) and not all(recipe.loss_per):
+        raise ValueError("loss_per has a 0, by which no loss can be divided: give the tokens of each step")
+
+
 def _are_betas(betas: Any) -> bool:
     pair = isinstance(betas, Sequence) and len(betas) == 2
     return pair and all(isinstance(b, (int, float)) and not isinstance(b, bool) and 0 <= b < 1 for b in betas)
@@ -387,15 +447,33 @@ def _checked_order(order: Any, n_examples: int) -> str | tuple[tuple[int, ...], 
     if isinstance(order, str) and order in ORDERS:
         return order
     try:
-        batches = None if isinstance(order, str) else tuple(tuple(index(i) for i in batch) for batch in order)
+        batches = None if isinstance(order, str) else tuple(_numbers(batch) for batch in order)
     except TypeError:
         batches = None
-    if batches is None or not all(0 <= i < n_examples for batch in batches for i in batch):
+    flat = [i for batch in batches or () for part in batch for i in (part if isinstance(part, tuple) else (part,))]
+    if batches is None or not all(0 <= i < n_examples for i in flat):
         wanted = f"{', '.join(ORDERS)}, or batches of example numbers below {n_examples}"
         raise ValueError(f"order must be one of {wanted}, got {reprlib.repr(order)}")
-    if () in batches:
-        raise ValueError(f"batch {batches.index(())} of order is empty: a step needs at least one example")
+    for number, batch in enumerate(batches):
+        if not batch or () in batch:
+            raise ValueError(f"batch {number} of order is empty: a step needs at least one example")
     return batches
+
+
+def _numbers(batch: Any) -> tuple[Any, ...]:
+    """The example numbers of a batch, or those of its micro-batches."""
+    batch = tuple(batch)
+    nested = bool(batch) and isinstance(batch[0], (list, tuple))
+    return tuple(tuple(map(index, part)) for part in batch) if nested else tuple(map(index, batch))
+
+
+def in_parts(batch: tuple[int, ...], n: int) -> Iterator[tuple[int, ...]]:
+    """The parts of a step's example numbers whose gradients are accumulated: n, or as few as hold them at the same size.
+
+    Each holds a n-th of the examples, rounded up, but the last, which holds what is left.
+    """
+    size = -(-len(batch) // n)
+    return (batch[i : i + size] for i in range(0, len(batch), size))
 
 
 def _check_trained(trained: Any) -> None:
@@ -454,8 +532,9 @@ def _model_facts(model: Any) -> Any:
 
 
 NUMBERS: dict[str, type] = {
-    **dict.fromkeys(("n", *LEAST), int), **dict.fromkeys(("clip_norm", "lr", "momentum", "eps", "weight_decay"), float)
-}  # fmt: skip
+    **dict.fromkeys(("n", *LEAST), int),
+    **dict.fromkeys(("clip_norm", "lr", "momentum", "eps", "weight_decay", "label_smoothing"), float),
+}
 
 
 def read_fields(path: Path, known: Collection[str], known_of_optimizer: Collection[str]) -> dict[str, Any]:

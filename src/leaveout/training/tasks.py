@@ -49,6 +49,7 @@ class Task:
     outputs  (model, batch) -> logits [examples, positions, classes] and targets [examples, positions], IGNORED where
              nothing is learned; None for a custom recipe
     cut      example -> how many of its tokens `encode` cuts off; None where it cuts nothing
+    smoothing   the part of each target that is spread over all classes where the task learns, and not where it is asked
     separate whether an example's loss is meant not to depend on the others of its batch, and uses all parameters
     sizes    batch -> learned tokens of each example [examples], where the loss of a step is per token; else None
     notes    what a user should know of the model, one sentence each
@@ -60,6 +61,7 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     trained: tuple[str, ...]
     outputs: Outputs | None = None
+    smoothing: float = 0.0
     separate: bool = False
     sizes: Callable[[Batch], Tensor] | None = None
     notes: tuple[str, ...] = ()
@@ -70,6 +72,13 @@ class Task:
         """The trained parameters by name, in the order of `trained`."""
         own = dict(self.model.named_parameters())
         return {name: own[name] for name in self.trained}
+
+    def learned(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The losses [examples] that training lowers."""
+        if not self.smoothing:
+            return self.loss(model, batch)
+        assert self.outputs is not None
+        return token_losses(*self.outputs(model, batch), self.smoothing)
 
     @property
     def device(self) -> torch.device:
@@ -102,13 +111,14 @@ class Bound(nn.Module):
 
 
 def losses_on(task: Task, batch: Batch) -> Bound:
-    """The losses [examples] of a batch."""
-    return Bound(task, lambda model: task.loss(model, batch))
+    """The losses [examples] of a batch that training lowers."""
+    return Bound(task, lambda model: task.learned(model, batch))
 
 
-def example_loss(task: Task) -> Bound:
-    """The loss of one example, which is given as tensors without their batch axis."""
-    return Bound(task, lambda model, *example: task.loss(model, tuple(t[None] for t in example)).squeeze(0))
+def example_loss(task: Task, loss: Callable[[nn.Module, Batch], Tensor] | None = None) -> Bound:
+    """The loss of one example, the task's own or another, which is given as tensors without their batch axis."""
+    asked = loss or task.loss
+    return Bound(task, lambda model, *example: asked(model, tuple(t[None] for t in example)).squeeze(0))
 
 
 def task_of(recipe: Recipe, device: str | torch.device = "cpu") -> Task:
@@ -155,6 +165,7 @@ def _made(recipe: Recipe) -> Task:
     torch.manual_seed(recipe.seed)
     task = _MAKERS[recipe.kind](recipe)
     task.model.to(recipe.real_dtype).eval()
+    task.smoothing = recipe.label_smoothing
     if not task.trained:
         raise UnsupportedError(f"No parameter matches `trained: {recipe.trained}`.")
     for name, p in task.model.named_parameters():
@@ -221,7 +232,7 @@ def _microgpt(recipe: Recipe) -> Task:
     def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return m(batch[0]), batch[1]
 
-    sizes = _learned_tokens if recipe.loss_per == "token" else None
+    sizes = None if recipe.loss_per == "example" else _learned_tokens
     return Task(
         model,
         encode,
@@ -254,11 +265,12 @@ def _learned_tokens(batch: Batch) -> Tensor:
     return (batch[1] != IGNORED).sum(1)
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss over each example's tokens."""
+def token_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean loss over each example's tokens; a part of each target is spread over all classes."""
+    how: Any = {"ignore_index": IGNORED, "label_smoothing": smoothing}
     if targets.shape[0] == 1:
-        return F.cross_entropy(logits[0], targets[0], ignore_index=IGNORED).unsqueeze(0)
-    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        return F.cross_entropy(logits[0], targets[0], **how).unsqueeze(0)
+    each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", **how)
     return each.view(targets.shape).sum(-1) / (targets != IGNORED).sum(-1)
 
 
@@ -299,7 +311,7 @@ def _causal_lm(recipe: Recipe) -> Task:
         refuse_look_ahead(
             model, lambda many: [logits(model, ids) for ids in many], loaded.embedded, context, loaded.device
         )
-    sizes = (lambda batch: _learned_tokens((batch[0], batch[1][:, 1:]))) if recipe.loss_per == "token" else None
+    sizes = None if recipe.loss_per == "example" else (lambda batch: _learned_tokens((batch[0], batch[1][:, 1:])))
     names = _trained(model, trained)
     if limit is not None and context > limit:
         _refuse_switch(rows, recipe.examples, limit)

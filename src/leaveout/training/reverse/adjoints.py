@@ -28,6 +28,11 @@ def clip_adjoint(gradient: Tensor, limit: float | None) -> tuple[Tensor, Callabl
     return gradient * factor, adjoint
 
 
+def plus(x: Tensor, y: Tensor, factor: float | Tensor) -> Tensor:
+    """x + factor * y in place, for one factor or one for each parameter."""
+    return x.addcmul_(y, factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
+
+
 def sgd_adjoint(cotangents: list[Tensor], rate: float, group: dict[str, Any]) -> Tensor:
     """theta' = theta - rate * d, with d = g, the buffer u' = mu u + g, or g + mu u' (Nesterov); g has the decay in."""
     a, decay = cotangents[0], group["weight_decay"]
@@ -37,13 +42,16 @@ def sgd_adjoint(cotangents: list[Tensor], rate: float, group: dict[str, Any]) ->
         u.add_(b, alpha=mu if group["nesterov"] else 1.0)
         b = b + u if group["nesterov"] else u.clone()
         u.mul_(mu)
-    a.add_(b, alpha=decay)
+    plus(a, b, decay)
     return b
 
 
 @dataclass(frozen=True)
 class AdamForm:
-    """One step of adam, adamw or paper-adam, counted from 0: theta' = theta - rate / c1 * m' / root(v')."""
+    """One step of adam, adamw or paper-adam, counted from 0: theta' = theta - rate / c1 * m' / root(v').
+
+    group   numbers of the optimizer; its weight_decay is one, or one for each parameter
+    """
 
     kind: str
     rate: float
@@ -54,7 +62,7 @@ class AdamForm:
         """The gradient with coupled decay, and m', v' after the step."""
         beta1, beta2 = self.group["betas"]
         if self.kind == "adam":
-            gradient = gradient.add(state[0], alpha=self.group["weight_decay"])
+            gradient = plus(gradient.clone(), state[0], self.group["weight_decay"])
         square = (state[2] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
         return gradient, state[1].lerp(gradient, 1 - beta1), square
 
@@ -82,5 +90,5 @@ class AdamForm:
         if self.kind == "adamw":
             a.mul_(1 - self.rate * self.group["weight_decay"])
         elif self.kind == "adam":
-            a.add_(b, alpha=self.group["weight_decay"])
+            plus(a, b, self.group["weight_decay"])
         return b

@@ -14,10 +14,11 @@ from leaveout.errors import UnsupportedError
 from leaveout.jets import install
 from leaveout.models import full_precision, sent
 from leaveout.training.batching import agree, tried
-from leaveout.training.loop import Part, Steps, make_optimizer
+from leaveout.training.loop import Part, Steps, make_optimizer, spared_by_decay
 from leaveout.training.memory import flushed_denormals, kept_memory
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
+from leaveout.training.reverse.adjoints import clip_adjoint
 from leaveout.training.tasks import Parameters, task_of
 
 MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
@@ -52,7 +53,8 @@ class FlatRun:
         own: Parameters = self.task.parameters()
         unused = self._unused(own)
         self.idle = [own[name] for name in unused]
-        self.names = [name for name in own if name not in unused]
+        spared = spared_by_decay(recipe, self.task)
+        self.names = sorted((name for name in own if name not in unused), key=spared.__contains__)
         self.params = [own[name] for name in self.names]
         self.sizes = [p.numel() for p in self.params]
         name = recipe.optimizer.name
@@ -64,9 +66,20 @@ class FlatRun:
         views = zip(self.names, self.shaped(self.state[0].data), strict=True)
         install(self.task.model, {name: view.data for name, view in views})
         self.params = [self.task.parameters()[name] for name in self.names]
-        self.theta = nn.Parameter(self.state[0])
-        self.optimizer = make_optimizer(recipe, [self.theta])
-        self.optimizer.state[self.theta].update(zip(moments, self.state[1:], strict=True))
+        # Weight decay leaves the last ones alone, which are a parameter of their own for the optimizer.
+        sizes = [sum(p.numel() for n, p in own.items() if n in self.names and (n in spared) == last) for last in (0, 1)]
+        parts = [[nn.Parameter(row)] if len(row) else [] for row in self.state[0].split(sizes)]
+        self.thetas = [theta for part in parts for theta in part]
+        self.optimizer = make_optimizer(recipe, parts[0], spared=parts[1])
+        rows = [row for row in self.state.split(sizes, 1) if row.shape[1]]
+        for theta, row in zip(self.thetas, rows, strict=True):
+            self.optimizer.state[theta].update(zip(moments, row[1:], strict=True))
+        self.group = dict(self.optimizer.param_groups[0])
+        if spared and self.group.get("weight_decay"):
+            decays = (
+                torch.full((n,), g["weight_decay"]) for n, g in zip(sizes, self.optimizer.param_groups, strict=True)
+            )
+            self.group["weight_decay"] = torch.cat(list(decays)).to(self.state)
         # Whether several cotangents, and several examples, give right numbers as one batch: None before it was tried.
         self.cotangents_together: bool | None = None
         self.separate_examples: bool | None = None
@@ -167,13 +180,15 @@ class FlatRun:
 
     def advance(self, step: int, gradient: Tensor | None = None) -> None:
         """Take a step forward, with its gradient if that is known already."""
-        self.theta.grad = self.gradient(step) if gradient is None else gradient.clone()
-        if self.recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_([self.theta], self.recipe.clip_norm)
-        self.optimizer.param_groups[0]["lr"] = self.recipe.rate(step, self.steps)
-        if len(self.state) == 3:
-            count: Any = step if self.kind == "paper-adam" else torch.tensor(float(step))
-            self.optimizer.state[self.theta]["step"] = count
+        gradient = self.gradient(step) if gradient is None else gradient.clone()
+        gradient, _ = clip_adjoint(gradient, self.recipe.clip_norm)
+        for theta, grad in zip(self.thetas, gradient.split([len(t) for t in self.thetas]), strict=True):
+            theta.grad = grad
+            if len(self.state) == 3:
+                count: Any = step if self.kind == "paper-adam" else torch.tensor(float(step))
+                self.optimizer.state[theta]["step"] = count
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(step, self.steps)
         self.optimizer.step()
 
     def second_pass(self, part: Part, step: int) -> tuple[Tensor, SecondPass]:

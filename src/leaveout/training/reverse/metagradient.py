@@ -201,7 +201,7 @@ class Reverse:
 
     def _update_adjoint(self, step: int, gradient: Tensor) -> Tensor:
         """Take the cotangents of the state back over the optimizer's update; gives that of its gradient."""
-        group = self.run.optimizer.param_groups[0]
+        group = self.run.group
         rate = self.run.recipe.rate(step, self.run.steps)
         if self.run.kind in ("sgd", "momentum"):
             return sgd_adjoint(self.cotangents, rate, group)

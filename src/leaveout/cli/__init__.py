@@ -19,6 +19,9 @@ from leaveout.cli import evaluation
 
 # isort: split
 from leaveout.cli import checks
+
+# isort: split
+from leaveout.cli import show
 from leaveout.cli.program import app, main
 
-__all__ = ["app", "asking", "checks", "deletion", "evaluation", "main", "readout"]
+__all__ = ["app", "asking", "checks", "deletion", "evaluation", "main", "readout", "show"]

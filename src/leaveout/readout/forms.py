@@ -36,6 +36,10 @@ class Form(ABC):
     def lengths(self, rows: Tensor) -> Tensor:
         """Lengths [rows] of what rows stand for."""
 
+    @abstractmethod
+    def negated(self, rows: Tensor) -> Tensor:
+        """Rows that stand for the opposite."""
+
     def divided(self, rows: Tensor, by: Tensor) -> Tensor:
         """Rows that stand for as much divided by numbers [rows]."""
         return rows / (by if self.degree == 1 else by.sqrt())[:, None]
@@ -54,6 +58,9 @@ class Vectors(Form):
 
     def lengths(self, rows: Tensor) -> Tensor:
         return rows.norm(dim=1)
+
+    def negated(self, rows: Tensor) -> Tensor:
+        return -rows
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,9 @@ class Triples(Form):
 
     def lengths(self, rows: Tensor) -> Tensor:
         return self.part_lengths(rows).norm(dim=1)
+
+    def negated(self, rows: Tensor) -> Tensor:
+        return self.joined([(-u, v) for u, v in self.factors(rows)])
 
     def products(self, rows: Tensor, queries: Tensor) -> Tensor:
         """Ranks may differ. Cost: both ranks * (left + right) multiply-adds per row, query and part."""

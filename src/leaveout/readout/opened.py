@@ -207,6 +207,11 @@ class OpenIndex:
         named = [" rather than ".join(texts[end - n : end]) for n, end in zip(counts, np.cumsum(counts), strict=True)]
         return EncodedQueries(contrasted(self.form, vectors.float().cpu(), counts), tuple(named), self.fingerprint)
 
+    def both_ways(self, queries: EncodedQueries) -> EncodedQueries:
+        """The queries, and then each the other way round: its best rows are those that push the query down most."""
+        vectors = torch.cat([queries.vectors, self.form.negated(queries.vectors)])
+        return EncodedQueries(vectors, queries.texts * 2, queries.fingerprint)
+
     # ---------------------------------------------------------------- rows
 
     def scan(
@@ -319,6 +324,17 @@ class OpenIndex:
         """Ids of the rows that satisfy an SQL expression (see `Index.search`)."""
         return [record.id for record in self.store.rows(self.store.numbers_where(where))]
 
+    def sources(self, field: str = "unit") -> dict[str, int]:
+        """How many rows have each value of a field (or `unit`) as text, most first; "" stands for those that lack it.
+
+        Cost: one pass over the catalogue. Raises: ValueError for a field that no row has.
+        """
+        return self.store.tally(field)
+
+    def among(self, field: str, values: Sequence[str]) -> str:
+        """The SQL expression for rows whose value is one of these, as `sources` names them (see `Index.search`)."""
+        return self.store.among(field, values)
+
     def records(self, ids: Sequence[str]) -> list[Record]:
         """Catalogue entries of rows by id. Raises: ValueError naming an id that is not in the index."""
         return self.store.rows(self.store.numbers(ids))
@@ -349,7 +365,7 @@ def contrasted(form: Form, vectors: Tensor, counts: Sequence[int]) -> Tensor:
     if not isinstance(form, Triples):
         return first - second
     both = [n == 2 for n in counts]
-    first[both] = form.add(first[both], form.joined([(-u, v) for u, v in form.factors(second[both])]))
+    first[both] = form.add(first[both], form.negated(second[both]))
     return first
 
 

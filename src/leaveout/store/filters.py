@@ -12,7 +12,7 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from leaveout.store.catalogue import visible
@@ -66,6 +66,12 @@ def matching(db: sqlite3.Connection, where: str, fields: list[str], version: int
         if "interrupted" in str(error):
             raise ValueError(f"where took more than {_FILTER_SECONDS} s; use a simpler expression") from None
         raise ValueError(f"where cannot be evaluated: {error}") from None
+
+
+def among(field: str, values: Sequence[str], fields: list[str]) -> str:
+    """The condition that a field (or `unit`) as text is one of these values; "" where there is none."""
+    column = "unit" if field == "unit" else next(name for name, own in _columns(fields).items() if own == field)
+    return f"coalesce(CAST({_name(column)} AS TEXT), '') IN ({', '.join(map(_text, values))})"
 
 
 def _refuse_filter(where: str, columns: list[str]) -> None:

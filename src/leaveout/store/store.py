@@ -26,7 +26,7 @@ import leaveout.store.check as check
 import leaveout.store.filters as filters
 import leaveout.store.purge as purge
 import leaveout.store.segment as segment
-from leaveout.errors import FormatError, LeaveoutError, MismatchError, meant
+from leaveout.errors import FormatError, LeaveoutError, MismatchError, choices, meant
 from leaveout.files import TEMPORARY, sync
 from leaveout.store.catalogue import (
     CATALOGUE,
@@ -225,6 +225,29 @@ class Store:
         with self._snapshot.reading() as db:
             query = f"SELECT {values}, count(*) FROM {SOURCE} WHERE {where} GROUP BY 1 ORDER BY 2 DESC, 1"
             return dict(db.execute(query, (f"$.{name}",) * 2).fetchall())
+
+    def tally(self, field: str) -> dict[str, int]:
+        """How many live rows have each value of a metadata field (or `unit`) as text, most first; "" where there is none.
+
+        Raises: ValueError for a field that no row has.
+        """
+        self._require_field(field)
+        value, given = "rows.unit", ()
+        if field != "unit":
+            value, given = "(SELECT value FROM json_each(rows.meta) WHERE json_each.key = ?)", (field,)
+        query = f"SELECT coalesce(CAST({value} AS TEXT), ''), count(*) FROM rows"
+        with self._snapshot.reading() as db:
+            found = db.execute(f"{query} WHERE {catalogue.visible(self.version)} GROUP BY 1 ORDER BY 2 DESC, 1", given)
+            return dict(found.fetchall())
+
+    def among(self, field: str, values: Sequence[str]) -> str:
+        """The SQL condition for rows whose value of a field is one of these, as `tally` names them."""
+        self._require_field(field)
+        return filters.among(field, values, self._snapshot.fields)
+
+    def _require_field(self, name: str) -> None:
+        if name not in (known := ["unit", *self._snapshot.fields]):
+            raise ValueError(f"there is no field {name!r}: {choices(name, known)}")
 
     def check(self) -> list[str]:
         """Everything that is wrong with the newest version on disk; [] if nothing is.

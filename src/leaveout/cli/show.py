@@ -1,0 +1,74 @@
+"""Commands that show what there is to others: serve (the page and its API) and mcp (for agents)."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leaveout.cli.program import Device, DeviceMap, MaxMemory, Offload, app
+from leaveout.cli.readout import IndexPath, ModelAt, open_index
+from leaveout.errors import needs
+
+RunToo = Annotated[
+    Path | None, typer.Argument(metavar="[RUN]", help="Directory of a training run, for what-if and retraining.")
+]
+Offered = Annotated[
+    Path | None, typer.Option("--queries", help="Queries to offer by name: rows in any form, with a field `measure`.")
+]
+
+
+@app.command()
+def serve(
+    idx: IndexPath,
+    run: RunToo = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8765,
+    queries: Offered = None,
+    host: Annotated[
+        str, typer.Option(help="Address to answer on. Any but 127.0.0.1 wants a token: LEAVEOUT_TOKEN, or a new one.")
+    ] = "127.0.0.1",
+    model: ModelAt = None,
+    device: Device = "cpu",
+    offload: Offload = "auto",
+    max_memory: MaxMemory = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Open a page in the browser on an index, and perhaps a run: ask where an answer comes from, leave rows out, see
+    what the model would say, and retrain to check. The same as a JSON API: see /api/openapi.json.
+
+    Example: leaveout serve idx run
+    """
+    needs("starlette", "The page", extra="ui")
+    needs("uvicorn", "The page", extra="ui")
+    bench = _workbench(idx, run, queries, model, device, offload, max_memory, device_map)
+    from leaveout.web.serve import serve_page
+
+    token = None if host == "127.0.0.1" else os.environ.get("LEAVEOUT_TOKEN") or secrets.token_urlsafe(24)
+    serve_page(bench, host, port, token, device)
+
+
+def _workbench(
+    idx: Path,
+    run: Path | None,
+    queries: Path | None,
+    model: str | None,
+    device: str,
+    offload: str,
+    max_memory: str | None,
+    device_map: str | None,
+) -> Any:
+    """The index and the run, opened; their model is loaded now, so that the first question need not wait."""
+    opened = open_index(idx, model, device, offload, max_memory, device_map)
+    from leaveout.training.queries import as_queries
+    from leaveout.web.workbench import Workbench
+
+    bench = Workbench(opened, run, [] if queries is None else as_queries(queries), device)
+    if bench.run_problem is not None:
+        print(f"leaveout: {bench.run_problem} Its units are shown, but not predicted.", file=sys.stderr)
+    print(f"leaveout: loading the model of {idx}", file=sys.stderr)
+    _ = opened.signer
+    return bench

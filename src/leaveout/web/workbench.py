@@ -1,0 +1,322 @@
+"""Everything that a page, a program or an agent may ask of an index and a run, answered as plain JSON values.
+
+Conventions: nothing here knows of HTTP or threads. What needs a model (`ask`, `explain`, `what_if`) is called by one thread
+at a time; the rest only reads files and may be called by any.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leaveout.corpus import Contrast
+from leaveout.deletion.predict import NEVER, REACH, UNCERTAIN
+from leaveout.deletion.run import TrainingRun
+from leaveout.errors import FormatError, UnsupportedError, choices
+from leaveout.readout.explain import explain_rows
+from leaveout.readout.index import Index
+from leaveout.readout.search import Hit
+from leaveout.store import Record, Store
+from leaveout.training.queries import Query
+from leaveout.web.requests import Ask, Explain, Question, WhatIf
+from leaveout.web.words import pairs_of_words, passage, strongest, verdict
+
+SHOWN = 20_000  # characters of a row in a list; `row` gives all
+POINTS = 11  # of a curve, from 0 to 100 %
+CURVES = 4  # queries, and sets, whose curves are drawn
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a run leaves out together: its name, its examples, and whether any of them is in a step."""
+
+    name: str
+    examples: int
+    trained: bool
+
+
+@dataclass
+class RunExamples:
+    """The examples of a run, so that rows of an index can be met: by id and content, or by content alone."""
+
+    by_id: dict[str, tuple[str, str]] = field(default_factory=dict)  # id -> content hash, unit
+    by_content: dict[str, str] = field(default_factory=dict)  # content hash -> unit
+    units: dict[str, Unit] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Iterable[Record], untrained: Sequence[str]) -> RunExamples:
+        """Those of a run's store; `untrained`: the units that are in no step."""
+        found, counts = cls(), Counter[str]()
+        for record in records:
+            found.by_id[record.id] = record.content_hash, record.unit
+            if record.content_hash:
+                found.by_content.setdefault(record.content_hash, record.unit)
+            counts[record.unit] += 1
+        never = set(untrained)
+        found.units = {name: Unit(name, count, name not in never) for name, count in counts.items()}
+        return found
+
+    def meet(self, record: Record) -> dict[str, Any]:
+        """Which unit of the run holds a row of the index; `unit` is null, with the reason in `note`, where none does."""
+        content, unit = self.by_id.get(record.id, ("", ""))
+        if not unit or content != record.content_hash:
+            other = bool(unit)
+            unit = self.by_content.get(record.content_hash, "")
+            if not unit:
+                why = "the run has another text under this id" if other else "the run was not trained on this row"
+                return {"unit": None, "note": why}
+        found = self.units[unit]
+        note = None if found.trained else "the run has this row, but no step of its training saw it"
+        return {"unit": unit, "examples": found.examples, "note": note}
+
+
+class Workbench:
+    """An index, and perhaps a run whose queries may be asked, opened once.
+
+    queries  those that the page offers by name
+    """
+
+    def __init__(
+        self, index: Index, run: str | Path | None = None, queries: Sequence[Query] = (), device: str = "cpu"
+    ) -> None:
+        self.index, self.path = index, None if run is None else Path(run)
+        self.queries = {query.name: query for query in queries}
+        self.run: TrainingRun | None = None
+        self.run_problem: str | None = None
+        self.examples = RunExamples()
+        if self.path is not None:
+            try:
+                self.run = TrainingRun.open(self.path, device=device)
+            except (
+                UnsupportedError
+            ) as problem:  # it was trained from Python: shown, but neither predicted nor retrained
+                self.run_problem = str(problem)
+            untrained = () if self.run is None else self.run.recipe.untrained_units()
+            self.examples = RunExamples.of(Store.open(self.path / "examples").iter_rows(), untrained)
+
+    # ---------------------------------------------------------------- what there is
+
+    def index_facts(self) -> dict[str, Any]:
+        """Sizes, settings, model and notes of the index."""
+        facts = self.index.info()
+        return {"path": str(self.index.path), **facts, "sentences": _index_sentences(facts)}
+
+    def check(self) -> dict[str, Any]:
+        """What is wrong with the files of the index and the run. Cost: reads all of them."""
+        problems = self.index.check()
+        for part in ("examples", "bank") if self.path else ():
+            problems += [f"{part} of the run: {found}" for found in Store.open(_below(self.path, part)).check()]
+        return {"problems": problems}
+
+    def run_facts(self) -> dict[str, Any] | None:
+        """Units, measurements and notes of the run; None without one."""
+        if self.path is None:
+            return None
+        units = [vars(unit) for unit in self.examples.units.values()]
+        facts: dict[str, Any] = {"path": str(self.path), "problem": self.run_problem, "units": units}
+        facts["examples"] = len(self.examples.by_id)
+        if self.run is not None:
+            recipe, measured = self.run.recipe, self.run.bank.info()
+            facts |= {"kind": recipe.kind, "steps": len(recipe.batches()), "optimizer": recipe.optimizer.name}
+            facts |= {"measurements": measured["measurements"], "cpu_seconds": measured["cpu_seconds"]}
+            facts["notes"] = [*self.run.notes, *measured.get("notes", [])]
+        return facts
+
+    def query_list(self) -> list[dict[str, Any]]:
+        """The run's queries: name, measure, and prompt and answer where they are such rows."""
+        return [
+            {"name": name, "measure": str(query.measure), **_sides(query.row)} for name, query in self.queries.items()
+        ]
+
+    def sources(self, name: str) -> dict[str, Any]:
+        """How many rows have each value of a field, most first."""
+        return {"field": name, "rows": self.index.sources(name)}
+
+    def row(self, id: str) -> dict[str, Any]:
+        """A row in full: its text, its fields as they came, and the unit of the run that holds it."""
+        record = self.index.records([id])[0]
+        return {**self._record(record), "text": record.text, "row": record.row}
+
+    # ---------------------------------------------------------------- asking the index
+
+    def question(self, asked: Question) -> Any:
+        """The query of an index: a row, or a contrast of two."""
+        row = self.index.ask(asked.prompt, asked.answer, asked.form)
+        if asked.against is None:
+            return row
+        return Contrast(row, self.index.ask(asked.prompt, asked.against, asked.form))
+
+    def ask(self, asked: Ask) -> dict[str, Any]:
+        """The rows that push the answer up most, and down most; of a contrast those for either side."""
+        began = time.monotonic()
+        self.index.store.refresh()
+        encoded = self.index.encode([self.question(asked)])
+        where = self._where(asked)
+        found = self.index.search(self.index.both_ways(encoded), asked.k, where, group_by=asked.group_by)
+        best = max((abs(hit.score) for hits in found for hit in hits), default=0.0) or 1.0
+        up, down = (
+            [self._hit(hit, sign, best) for hit in hits if hit.score > 0]
+            for hits, sign in zip(found, (1, -1), strict=True)
+        )
+        wanted = self.index.numbers_where(where)
+        return {
+            "asked": encoded.texts[0],
+            "verdict": verdict([hit["score"] for hit in up]),
+            "up": up,
+            "down": down,
+            "considered": len(self.index) if wanted is None else len(wanted),
+            "seconds": round(time.monotonic() - began, 3),
+        }
+
+    def explain(self, asked: Explain) -> dict[str, Any]:
+        """Words of the answer and of rows, what their pairs add to the scores, and each answer word's share in them."""
+        query = self.question(asked)
+        rows, answer, total = [], [], np.zeros(0)
+        for found in explain_rows(self.index, query, list(asked.ids)):
+            answer, words, pairs = pairs_of_words(found)
+            weights, by_answer = pairs.sum(0), pairs.sum(1)
+            total = by_answer if not len(total) else total + by_answer
+            start, end = passage(weights)
+            rows.append({
+                "id": found.id, "score": found.score, "words": words, "weights": _short(weights),
+                "answer_weights": _short(by_answer), "pairs": strongest(pairs), "passage": [start, end],
+            })  # fmt: skip
+        whole = float(np.abs(total).sum()) or 1.0
+        return {"answer": answer, "shares": _short(total / whole), "rows": rows}
+
+    def _where(self, asked: Ask) -> str | None:
+        parts = [] if asked.where is None or not asked.where.strip() else [f"({asked.where})"]
+        if asked.only is not None:
+            parts.append(self.index.among(asked.field or "unit", asked.only))
+        return " AND ".join(parts) or None
+
+    def _hit(self, hit: Hit, sign: int, best: float) -> dict[str, Any]:
+        record = self.index.records([hit.id])[0]
+        return {
+            **self._record(record), "rank": hit.rank, "score": sign * hit.score, "share": sign * hit.score / best,
+            "text": record.text[:SHOWN], "cut": len(record.text) > SHOWN,
+        }  # fmt: skip
+
+    def _record(self, record: Record) -> dict[str, Any]:
+        met = None if self.path is None else self.examples.meet(record)
+        return {"id": record.id, "unit": record.unit, "fields": record.meta, "run": met}
+
+    # ---------------------------------------------------------------- asking the run
+
+    def require_run(self) -> TrainingRun:
+        """The run. Raises: UnsupportedError if there is none, or if it cannot be predicted from here."""
+        if self.run is None:
+            raise UnsupportedError(
+                self.run_problem or "There is no run here: start the page with one, `leaveout serve IDX RUN`."
+            )
+        return self.run
+
+    def asked_of_run(self, asked: WhatIf) -> list[Query]:
+        """The queries of a request: named ones, and the question beside them."""
+        run = self.require_run()
+        found = []
+        for name in asked.queries or []:
+            if name not in self.queries:
+                raise FormatError(f"There is no query {name!r}: {choices(name, self.queries)}.")
+            found.append(self.queries[name])
+        if asked.answer is not None:
+            sides = [run.recipe.ask(asked.prompt, text) for text in (asked.answer, asked.against) if text is not None]
+            found.append(Query(sides[0] if len(sides) == 1 else Contrast(*sides), name=_named(asked)))
+        if not found:
+            raise FormatError("There is no query: give an answer, or names of the run's queries.")
+        return found
+
+    def what_if(self, asked: WhatIf) -> dict[str, Any]:
+        """Each query's value without each set, with its 95 % interval and a sentence; and curves, if they are wanted."""
+        run, queries = self.require_run(), self.asked_of_run(asked)
+        found = run.predict(queries, asked.sets)
+        measures = [str(query.measure) for query in queries for _ in asked.sets]
+        lines = [predicted(line, measure) for line, measure in zip(found.lines(), measures, strict=True)]
+        curves = []
+        if asked.curve:
+            for curve in run.curve(queries[:CURVES], asked.sets[:CURVES], points=POINTS):
+                low, high = curve.prediction.interval()
+                for row, query in enumerate(queries[:CURVES]):
+                    curves.append({
+                        "query": query.name, "without": curve.without, "shares": curve.shares.tolist(),
+                        "predicted": curve.prediction.mean[row].tolist(),
+                        "low": _finite(low[row]), "high": _finite(high[row]),
+                    })  # fmt: skip
+        return {"lines": lines, "curves": curves, "estimator": found.estimator}
+
+
+def predicted(line: dict[str, Any], measure: str = "loss") -> dict[str, Any]:
+    """A line of a prediction (`Prediction.lines`) with the ends of its interval and a sentence."""
+    reach = None if line["std"] is None else REACH * line["std"]
+    ends = {"low": None, "high": None} if reach is None else {
+        "low": line["predicted"] - reach, "high": line["predicted"] + reach
+    }  # fmt: skip
+    return {**line, **ends, "measure": measure, "sentence": _sentence({**line, **ends}, measure)}
+
+
+def _sentence(line: dict[str, Any], measure: str) -> str:
+    """One prediction in words, with its unit where it has one."""
+    what, unit = ("loss", " nats") if measure == "loss" else (measure, "")
+    if line["verdict"] == NEVER:
+        return f"Nothing would change: the run was never trained on {line['without']}."
+    if line["low"] is None:
+        return (
+            f"Without {line['without']} the {what} would be about {line['predicted']:.3g}{unit}, with an unknown error."
+        )
+    ends = f"95 % interval {line['low'] - line['base']:+.2g} to {line['high'] - line['base']:+.2g}"
+    if line["verdict"] == UNCERTAIN:
+        return f"Without {line['without']} the {what} would hardly change, as far as can be told ({ends}{unit})."
+    verb = "rise" if line["effect"] > 0 else "fall"
+    return (
+        f"Without {line['without']} the {what} would {verb} by {abs(line['effect']):.2g}{unit} ({ends}), "
+        f"from {line['base']:.3g} to {line['predicted']:.3g}."
+    )
+
+
+def _named(asked: WhatIf) -> str:
+    whole = f"{asked.prompt or ''}{asked.answer}"
+    return whole if asked.against is None else f"{whole} rather than {asked.against}"
+
+
+def _sides(row: Any) -> dict[str, Any]:
+    """Prompt and answer of a query that is a row with one learned part; else nothing."""
+    spans = getattr(row, "responses", ())
+    if len(spans) != 1 or getattr(row, "messages", None) is not None:
+        return {"answer": row} if isinstance(row, str) else {}
+    (start, end), text = spans[0], row.text
+    return {"prompt": text[:start] or None, "answer": text[start:end]}
+
+
+def _index_sentences(facts: dict[str, Any]) -> list[str]:
+    """What an index is, for people."""
+    rows, model = facts["rows"], facts["model"]
+    each = facts["bytes"] / max(1, rows)
+    source = (facts["source"] or {}).get("name", "a model in memory")
+    found = [
+        f"{rows:,} rows, indexed with {source} (a {model['family']} in {model['dtype']}).",
+        f"{facts['bytes'] / 1e6:,.1f} MB on disk, {each / 1e3:,.1f} kB a row; written {facts['created']}.",
+    ]
+    if facts["deleted"]:
+        found.append(f"{facts['deleted']:,} rows are deleted and wait for `leaveout purge`.")
+    return found
+
+
+def _below(path: Path | None, name: str) -> Path:
+    assert path is not None
+    return path / name
+
+
+def _short(values: np.ndarray) -> list[float]:
+    """Numbers with four digits, which is what a page shows."""
+    return [float(f"{value:.4g}") for value in values]
+
+
+def _finite(values: np.ndarray) -> list[float | None]:
+    return [float(value) if math.isfinite(value) else None for value in values]

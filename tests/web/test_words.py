@@ -1,0 +1,55 @@
+"""Tokens as words, passages, and verdicts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from leaveout.web.words import passage, strongest, verdict, words_of
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (["The", " fer", "ry", " left", "."], ["The", " ferry", " left", "."]),
+        ([" ", "Cop", "per", "\n", "\n"], [" Copper", "\n", "\n"]),
+        (["漢", "字", " sign"], ["漢", "字", " sign"]),
+        (["na", "ï", "", "ve"], ["naïve"]),
+        (["", "a"], ["a"]),
+        (["3", ".", "5", "kg"], ["3", ".", "5kg"]),
+    ],
+)
+def test_words_are_whole_and_keep_the_text(pieces, words):
+    found, place = words_of(pieces)
+    assert found == words
+    assert "".join(found) == "".join(pieces)
+    assert len(place) == len(pieces) and place[-1] == len(words) - 1 and (np.diff(place) >= 0).all()
+
+
+def test_passage_is_where_most_is_added():
+    weights = np.zeros(100)
+    weights[[70, 72]] = -3, 2
+    start, end = passage(weights, 10)
+    assert end - start == 10 and start <= 70 and end > 72
+    assert passage(weights[:5], 10) == (0, 5)
+
+
+def test_strongest_pairs_go_by_size_and_leave_out_nothing_else():
+    pairs = np.array([[0.0, -3.0], [2.0, 0.0]])
+    assert strongest(pairs) == [(0, 1, -3.0), (1, 0, 2.0)]
+    assert strongest(pairs, 1) == [(0, 1, -3.0)]
+
+
+@pytest.mark.parametrize(
+    ("scores", "sentence"),
+    [
+        ([], "No row of the index pushes this answer up."),
+        ([-1.0], "No row of the index pushes this answer up."),
+        ([3.0], "One row pushes this answer up."),
+        ([3.0, 1.0, 0.9], "One row stands out: the next scores 33% of the one before it."),
+        ([9.0, 8.0, 2.0], "2 rows stand out: the next scores 25% of the last of them."),
+        ([9.0, 8.0, 7.0], "No row stands out: the last of these 3 still scores 78% of the first."),
+    ],
+)
+def test_verdict_says_what_stands_out(scores, sentence):
+    assert verdict(scores) == sentence

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from leaveout.corpus import Contrast, Corpus
+from leaveout.corpus import Behaviour, Contrast, Corpus, Probe
 from leaveout.corpus.tokens import tokens_of
 from leaveout.deletion import directions
 from leaveout.deletion.run import TrainingRun
@@ -30,7 +30,7 @@ from leaveout.readout.build import record_of
 from leaveout.readout.opened import row_of
 from leaveout.readout.settings import PRESETS
 from leaveout.readout.tokens import tokenise
-from leaveout.training.queries import as_queries, query_losses
+from leaveout.training.queries import Query, as_queries, margin, query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.train import train_plain
 from token_rows import make_tokenizer
@@ -356,3 +356,23 @@ def test_influence_with_the_whole_run_agrees_with_the_exact_first_order(run):
     exact = scores["metagradient"].scores
     for own, chance, wanted in zip(scores["influence@third"].scores, scores["random"].scores, exact, strict=True):
         assert np.corrcoef(own, wanted)[0, 1] > max(0.3, np.corrcoef(chance, wanted)[0, 1])
+
+
+def test_behaviours_of_a_run_weigh_losses_and_measures(run, recipe):
+    asked = Behaviour(QUERIES, [1.0, 0.5, -2.0], name="calls names")
+    by = Behaviour(QUERIES[:2], measure=margin)
+    without = [[recipe.unit_names[0]]]
+    truth, found = run.retrain(QUERIES, without), run.retrain([asked, by], without)
+    assert np.allclose(found[0], truth[0] + 0.5 * truth[1] - 2 * truth[2], atol=1e-5)
+    of = run.retrain([Query(q, "margin") for q in QUERIES[:2]], without)
+    assert np.allclose(found[1], -of.mean(0), atol=1e-5)  # the larger the measure, the lower the value
+    assert [q.name for q in as_queries([asked])] == ["calls names"]
+    parts = score_methods(run, as_queries(QUERIES), ["gradient dot"])["gradient dot"].scores
+    scores = score_methods(run, as_queries([asked]), ["gradient dot"])["gradient dot"].scores
+    assert np.allclose(scores[0], parts[0] + 0.5 * parts[1] - 2 * parts[2], rtol=1e-4, atol=1e-6)
+    with pytest.raises(UnsupportedError, match="A probe is asked of an index"):
+        as_queries(Behaviour(QUERIES, measure=Probe([1.0])))
+    with pytest.raises(ValueError, match="The query has a measure, and its behaviour another"):
+        Query(by, "logit")
+    with pytest.raises(UnsupportedError, match="is not the loss of a row, and only `metagradient` and `posterior`"):
+        score_methods(run, as_queries(by), ["gradient dot"])

@@ -1,7 +1,9 @@
 """The public names and where they come from: read by type checkers, and by `__init__.py`, which loads each on first use."""
 
+from leaveout.corpus import Behaviour as Behaviour
 from leaveout.corpus import Contrast as Contrast
 from leaveout.corpus import Corpus as Corpus
+from leaveout.corpus import Probe as Probe
 from leaveout.corpus import Row as Row
 from leaveout.deletion.bank import Bank as Bank
 from leaveout.deletion.estimators import EstimatorSettings as EstimatorSettings

@@ -8,9 +8,9 @@ Conventions: only a newline ends a line of JSONL, blank lines are not rows, a by
 not text, and text is never normalised. Spans count characters. Ids may repeat here: the index refuses that.
 """
 
+from leaveout.corpus.behaviour import Behaviour, Contrast, Probe
 from leaveout.corpus.chat import render
-from leaveout.corpus.contrast import Contrast
 from leaveout.corpus.rows import Row
 from leaveout.corpus.sources import Corpus
 
-__all__ = ["Contrast", "Corpus", "Row", "render"]
+__all__ = ["Behaviour", "Contrast", "Corpus", "Probe", "Row", "render"]

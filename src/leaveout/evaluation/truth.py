@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leaveout.corpus import Contrast
+from leaveout.corpus import Behaviour
 from leaveout.deletion import directions
 from leaveout.deletion.bank import measurement_ids
 from leaveout.deletion.measurements import MeasureSettings
@@ -206,7 +206,7 @@ def of_answers(recipe: Recipe, queries: Sequence[Query], measure: Callable[[Tens
     Raises: UnsupportedError where a query has no answer.
     """
     for query in queries:
-        if recipe.kind == "custom" or callable(query.row) or isinstance(query.row, Contrast):
+        if recipe.kind == "custom" or callable(query.row) or isinstance(query.row, Behaviour):
             raise UnsupportedError(
                 f"The query {query.name!r} has no single answer with logits: leave tail-patch and brittleness out, or ask rows "
                 "of a recipe that is not custom."

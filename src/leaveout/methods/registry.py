@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 import leaveout.plugins as plugins
-from leaveout.corpus.contrast import sides_of
+from leaveout.corpus.behaviour import summed
 from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import MismatchError, UnsupportedError, choices
@@ -135,7 +135,6 @@ def score_methods(
     refuse_methods(run, queries, names)
     scorer = Scorer(run, in_sides(queries), seed, settings or MeasureSettings())
     whole = scorer if len(scorer.queries) == len(queries) else replace(scorer, queries=queries)
-    counts = [len(sides_of(query.row)) for query in queries]
     out = {}
     for name in names:
         method, at = load(parse(name)[0]), parse(name)[1]
@@ -144,16 +143,10 @@ def score_methods(
         scores = method(whole if method.any_query else scorer, at)
         spent = time.process_time() - began
         if whole is not scorer and not method.any_query:
-            scores = differences(checked_scores(run.recipe, scores, sum(counts), f"scores of {name}"), counts)
+            parts = checked_scores(run.recipe, scores, len(scorer.queries), f"scores of {name}")
+            scores = np.stack(summed([query.row for query in queries], parts))
         out[name] = Scored(checked_scores(run.recipe, scores, len(queries), f"scores of {name}"), spent)
     return out
-
-
-def differences(scores: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """Scores [queries, ...] of queries with one side or two (`counts`): of two the first less the second."""
-    ends = np.cumsum(counts)
-    second = scores[ends - 1] * (np.array(counts) == 2).reshape(-1, *[1] * (scores.ndim - 1))
-    return scores[ends - np.array(counts)] - second
 
 
 def attribute(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.corpus.contrast import sides_of
+from leaveout.corpus.behaviour import terms_of
 from leaveout.readout.forms import pairs
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, check_length, counted
@@ -28,8 +28,8 @@ class Explanation:
     stored length where a search goes by cosine.
 
     `stored_score` is what a search shows: the same up to the projection and rounding of the stored form.
-    Tokens are given as pieces of the texts; tokens that are only context have zeros. Of a contrast the tokens of both sides
-    follow each other, and what the second side adds is negative where it favours that.
+    Tokens are given as pieces of the texts; tokens that are only context have zeros. Of a contrast or behaviour the tokens of all
+    texts follow each other, and what a text of negative weight adds is negative where the row favours that.
     """
 
     id: str
@@ -66,7 +66,8 @@ def explain_rows(index: OpenIndex, query: QueryRow, ids: Sequence[str], length: 
     """
     check_length(length)
     records, numbers = index.records(ids), index.store.numbers(ids)
-    sides = index.tokenised(sides_of(query))
+    weights, rows = zip(*terms_of(query), strict=True)
+    sides = index.tokenised(rows)
     asked = [text_factors(index.signer, side) for side in sides]
     query_tokens = [piece for side in sides for piece in token_pieces(side)]
     stored = index.scores_of(index.encode([query]).vectors, numbers, length=length)[:, 0]
@@ -76,8 +77,8 @@ def explain_rows(index: OpenIndex, query: QueryRow, ids: Sequence[str], length: 
         row_tokens = tokenise(row_of(record), 0, readout.tokenizer, index.signer.settings, readout.context)
         answer = text_factors(index.signer, row_tokens)
         split = np.concatenate([
-            sign * token_pairs(factors, answer, len(side.ids), len(row_tokens.ids))
-            for sign, factors, side in zip((1, -1), asked, sides, strict=False)
+            weight * token_pairs(factors, answer, len(side.ids), len(row_tokens.ids))
+            for weight, factors, side in zip(weights, asked, sides, strict=True)
         ])  # fmt: skip
         split = counted(split[None], by[None], length)[0]
         pieces = token_pieces(row_tokens)

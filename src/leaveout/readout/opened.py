@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.corpus import Contrast, Corpus, Row
-from leaveout.corpus.contrast import sides_of
+from leaveout.corpus import Behaviour, Corpus, Row
+from leaveout.corpus.behaviour import called, summed, terms_of, texts_of
 from leaveout.corpus.tokens import NoTargetError
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_list
 from leaveout.models import ModelOptions, difference
 from leaveout.readout.codec import Codec, read_codec
-from leaveout.readout.forms import Form, Triples
+from leaveout.readout.forms import Form, Triples, low_rank
 from leaveout.readout.held import Held
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.scan import Length, Scanner, Scanners, counted, lengths_in, positions_of, scan
@@ -34,7 +34,7 @@ from leaveout.store import Record, Segment, Store
 KIND = "readout index"
 ENCODED = 16  # rows that are encoded anew at a time
 
-QueryRow = str | Mapping[str, Any] | Row | Contrast
+QueryRow = str | Mapping[str, Any] | Row | Behaviour
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class OpenIndex:
     def tokenised(self, queries: Sequence[QueryRow]) -> list[TokenisedRow]:
         """Queries as rows with their windows. A text is learned as a whole; of a prompt and response, the response.
 
-        Contrasts are no rows: see `sides_of`.
+        Behaviours are no rows: see `texts_of`.
         """
         rows = [query_row(row, number) for number, row in enumerate(queries)]
         readout, signer = self.unchanged(), self.signer
@@ -199,13 +199,14 @@ class OpenIndex:
         require_list("queries", queries, "queries")
         if not queries:
             raise ValueError("queries is empty: give at least one query.")
-        tokens = self.tokenised([side for query in queries for side in sides_of(query)])
+        if any(isinstance(query, Behaviour) and query.measure is not None for query in queries):
+            raise UnsupportedError("Measures of behaviours are asked of a run, not of an index: give texts alone.")
+        tokens = self.tokenised(texts_of(queries))
         vectors = self.signer.rows([window for row in tokens for window in row.windows], len(tokens))
         if not bool(torch.isfinite(vectors).all()):
             raise FormatError("A query has a signature that is not finite: run `leaveout doctor` on the model.")
-        counts, texts = [len(sides_of(query)) for query in queries], [row.text for row in tokens]
-        named = [" rather than ".join(texts[end - n : end]) for n, end in zip(counts, np.cumsum(counts), strict=True)]
-        return EncodedQueries(contrasted(self.form, vectors.float().cpu(), counts), tuple(named), self.fingerprint)
+        names = called(queries, [row.text for row in tokens])
+        return EncodedQueries(weighted(self.form, vectors.float().cpu(), queries), tuple(names), self.fingerprint)
 
     def both_ways(self, queries: EncodedQueries) -> EncodedQueries:
         """The queries, and then each the other way round: its best rows are those that push the query down most."""
@@ -351,22 +352,25 @@ def query_row(query: QueryRow, number: int) -> Row:
     return replace(rows[0], id=f"query {number + 1}", number=number)
 
 
-def contrasted(form: Form, vectors: Tensor, counts: Sequence[int]) -> Tensor:
-    """Vectors [queries, width] of queries that have one side or two (`counts`), given those of all sides, in order.
+def weighted(form: Form, vectors: Tensor, queries: Sequence[QueryRow]) -> Tensor:
+    """Vectors [queries, width] of queries, given those of all their texts, in order: weighted sums.
 
-    The second side of two is taken off the first. Triples of both are cut to the largest of the difference, so that what
-    both sides share takes no room.
+    Triples of several texts are cut to the largest of the sum, so that what they share takes no room where it cancels.
     """
-    if max(counts) == 1:
+    if len(vectors) == len(queries) and not any(isinstance(query, Behaviour) for query in queries):
         return vectors
-    ends = np.cumsum(counts)
-    first = vectors[ends - np.array(counts)]
-    second = vectors[ends - 1] * torch.tensor([float(n == 2) for n in counts])[:, None]
     if not isinstance(form, Triples):
-        return first - second
-    both = [n == 2 for n in counts]
-    first[both] = form.add(first[both], form.negated(second[both]))
-    return first
+        return torch.stack(summed(queries, vectors))
+    pieces = vectors.split([len(terms_of(query)) for query in queries])
+    return torch.cat([_sum_of_triples(form, some, query) for some, query in zip(pieces, queries, strict=True)])
+
+
+def _sum_of_triples(form: Triples, vectors: Tensor, query: QueryRow) -> Tensor:
+    weights = vectors.new_tensor([weight for weight, _ in terms_of(query)])[:, None, None]
+    if len(vectors) == 1:
+        return form.joined([(weights * u, v) for u, v in form.factors(vectors)])
+    factors = [((weights * u).flatten(0, 1), v.flatten(0, 1)) for u, v in form.factors(vectors)]
+    return torch.cat([low_rank(u, v, form.rank(vectors)) for u, v in factors])[None]
 
 
 def row_of(record: Record) -> Row:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leaveout.corpus.contrast import sides_of
+from leaveout.corpus.behaviour import summed, texts_of
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_whole
 from leaveout.influence import (
     Along,
@@ -93,12 +93,8 @@ class Reranking:
         self.index = index
         readout = index.unchanged()
         self.model = whole_model(readout)
-        sides = [[self._batches([one], mean=True) for one in index.tokenised(sides_of(query))] for query in queries]
-        asked = [query[0] for query in sides]
-        directions = [self.model.gradient(query[0]) for query in sides]
-        for number, query in enumerate(sides):
-            if len(query) == 2:
-                directions[number] -= self.model.gradient(query[1])
+        texts = [[self._batches([text], mean=True) for text in index.tokenised(texts_of([query]))] for query in queries]
+        directions = [summed([q], map(self.model.gradient, some))[0] for q, some in zip(queries, texts, strict=True)]
         if refine is not None:
             live = index.live_numbers()
             chosen = np.random.default_rng(refine.seed).permutation(len(live))[: refine.sample]
@@ -113,7 +109,7 @@ class Reranking:
                         f"rates is {run.rates:g}, by which a query grows or shrinks beyond all numbers: give the sum of the "
                         "run's learning rates, steps x mean rate."
                     )
-        self.along = [Along.of(self.model, x, some[0]) for x, some in zip(directions, asked, strict=True)]
+        self.along = [Along.of(self.model, x, some[0]) for x, some in zip(directions, (some[0] for some in texts), strict=True)]
 
     def scores(self, query: int, numbers: np.ndarray, length: Length) -> np.ndarray:
         """Scores [rows] float32 of rows by number with one query, their lengths as stored. Cost: two forward passes a row."""

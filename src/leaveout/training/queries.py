@@ -5,7 +5,6 @@ The same function runs on an ordinary model, on a stack of retrained ones, in je
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leaveout.corpus import Contrast, Corpus, Row
-from leaveout.corpus.contrast import sides_of
+from leaveout.corpus import Behaviour, Corpus, Probe, Row
+from leaveout.corpus.behaviour import called, summed, texts_of
 from leaveout.errors import FormatError, UnsupportedError, choices
 from leaveout.jets import Jet, Series, Space, install, restore
 from leaveout.models import full_precision
@@ -62,8 +61,9 @@ MEASURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"probability": probab
 class Query:
     """One number asked of a trained model.
 
-    row      in the form of the recipe's examples: a text, a dictionary or Row, or (features, label); a `Contrast` of two
-             texts or rows, whose measures are subtracted; or, instead, a function of the model that gives a scalar
+    row      in the form of the recipe's examples: a text, a dictionary or Row, or (features, label); a `Contrast` or
+             `Behaviour` of several texts or rows, whose measures are summed by their weights; or, instead, a function of the
+             model that gives a scalar
     measure  "loss" (mean over the learned tokens, nats), "probability" of the answer, "logit" or "margin" of its tokens
              (means), or a function of logits [positions, classes] and targets [positions] that gives a scalar
     name     what it is called in tables and files of scores; default: the row's own `id` if it has one, else its text
@@ -81,6 +81,8 @@ class Query:
         if isinstance(self.measure, str) and self.measure not in ("loss", *MEASURES):
             known = ["loss", *MEASURES]
             raise ValueError(f"there is no measure {self.measure!r}: {choices(self.measure, known, 'a function')}")
+        if isinstance(self.row, Behaviour) and self.row.measure is not None:
+            object.__setattr__(self, "measure", _measure_of(self.row.measure, self.measure))
         if not self.name:
             object.__setattr__(self, "name", _name(self.row))
 
@@ -88,8 +90,8 @@ class Query:
     def digest(self) -> str:
         """Names the content: equal digests mean equal questions."""
         row = self.row
-        if isinstance(row, Contrast):
-            row = ["contrast", *(as_row(side).content_hash for side in row.sides)]
+        if isinstance(row, Behaviour):
+            row = ["behaviour", *((weight, as_row(text).content_hash) for weight, text in row.terms)]
         elif isinstance(row, (str, dict, Row)):
             row = as_row(row).content_hash
         elif isinstance(row, tuple):
@@ -97,11 +99,22 @@ class Query:
         return digest_of([row, self.measure], f"The query {self.name!r}", self.version)
 
 
+def _measure_of(behaviour: Any, query: Any) -> Any:
+    """The measure of a behaviour's texts. Raises: UnsupportedError for a probe; ValueError where the query has another."""
+    if isinstance(behaviour, Probe):
+        raise UnsupportedError(
+            "A probe is asked of an index, whose rows have gradients: ask a run a function of the logits, or of the model."
+        )
+    if query not in ("loss", behaviour):
+        raise ValueError("The query has a measure, and its behaviour another: give one of them.")
+    return behaviour
+
+
 def _name(row: Any) -> str:
     if isinstance(row, str):
         return row
-    if isinstance(row, Contrast):
-        return " rather than ".join(map(_name, row.sides))
+    if isinstance(row, Behaviour):
+        return called([row], [_name(text) for text in row.rows])[0]
     if isinstance(row, (dict, Row)):
         row = as_row(row)
         return row.text if row.id == row.content_hash[:16] else row.id
@@ -118,7 +131,7 @@ def as_queries(given: Any) -> list[Query]:
     """
     if isinstance(given, Path) or (isinstance(given, str) and given.endswith(".jsonl")):
         given = list(_from_file(Path(given)))
-    elif isinstance(given, (str, Query, dict, Row, Contrast)) or callable(given):
+    elif isinstance(given, (str, Query, dict, Row, Behaviour)) or callable(given):
         given = [given]
     if not isinstance(given, Iterable):
         raise TypeError(
@@ -136,14 +149,12 @@ def _from_file(path: Path) -> list[Query]:
 
 
 def in_sides(queries: Sequence[Query]) -> list[Query]:
-    """The queries, of a contrast one for each side."""
-    return [replace(q, row=side) for q in queries for side in sides_of(q.row)]
+    """The queries, of a behaviour one for each of its texts."""
+    return [replace(q, row=text) for q in queries for text in texts_of([q.row])]
 
 
 def query_function(task: Task, queries: Sequence[Query]) -> Callable[[nn.Module], Tensor]:
     """The function model -> values [queries] of a task's model; rows are encoded once."""
-    counts = [len(sides_of(q.row)) for q in queries]
-    ends = list(itertools.accumulate(counts))
     groups: list[tuple[list[Query], Any]] = []
     for q in in_sides(queries):
         if callable(q.row):
@@ -156,10 +167,9 @@ def query_function(task: Task, queries: Sequence[Query]) -> Callable[[nn.Module]
 
     def values(model: nn.Module) -> Tensor:
         found = torch.cat([_values(task, model, group, batch) for group, batch in encoded])
-        if 2 not in counts:
+        if not any(isinstance(q.row, Behaviour) for q in queries):
             return found
-        pairs = zip(ends, counts, strict=True)
-        return torch.stack([found[end - 1] if n == 1 else found[end - 2] - found[end - 1] for end, n in pairs])
+        return torch.stack(summed([q.row for q in queries], (found[i] for i in range(len(found)))))
 
     return values
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from leaveout import Contrast
+from leaveout import Behaviour, Contrast
 from leaveout.readout.codec import SCORED
 from leaveout.readout.forms import Triples
-from leaveout.readout.opened import contrasted
+from leaveout.readout.opened import weighted
 
 from .conftest import assert_close
 from .test_index import IN_FULL, TRIPLES
@@ -54,7 +54,7 @@ def test_what_both_sides_share_takes_no_room():
         )
         for some in (own, other)
     )
-    found = contrasted(form, torch.cat([a, b, a]), [2, 1])
+    found = weighted(form, torch.cat([a, b, a]), [Contrast("a", "b"), "a"])
     assert form.rank(found) == SCORED
     wanted = form.products(rows.double(), torch.cat([a, b, a]).double())[0]
     np.testing.assert_allclose(form.products(rows, found)[0], [wanted[0] - wanted[1], wanted[2]], rtol=1e-3, atol=0.05)
@@ -92,3 +92,56 @@ def test_contrasts_need_two_different_texts_or_rows():
             Contrast({"text": TEXTS[0], "id": "one"}, same)
     with pytest.raises(TypeError, match="A side of a contrast is of type int: give a text, or a row as a dict"):
         Contrast("a", 3)
+
+
+# ---------------------------------------------------------------- behaviours of many texts
+
+SHOWN, OTHERS = [A, {"prompt": TEXTS[1][:20], "response": TEXTS[7][:25]}], [B, TEXTS[6][:30], TEXTS[2][:20]]
+
+
+def test_a_behaviour_is_the_mean_of_some_texts_less_that_of_others(index):
+    asked = Behaviour.between(SHOWN, OTHERS, name="says so")
+    parts = index.score([*SHOWN, *OTHERS], length="cosine")
+    wanted = parts[:2].mean(0) - parts[2:].mean(0)
+    found = index.score([asked, asked.swapped, Behaviour(OTHERS)], length="cosine")
+    rounded = 0.01 if index.long is None or index.long.name == "whole" else 0.03  # 64 triples of some 30 of each text
+    size = np.abs(parts).max()
+    np.testing.assert_allclose(found[0], wanted, atol=rounded * size)
+    np.testing.assert_allclose(found[1], -found[0], atol=1e-3 * size)
+    np.testing.assert_allclose(found[2], parts[2:].mean(0), atol=rounded * size)
+    assert index.encode([asked, asked.swapped]).texts == ("says so", "not says so")
+    assert index.encode([Behaviour(OTHERS)]).texts[0].endswith(" and 2 more")
+
+
+def test_a_behaviour_is_explained_reranked_and_selected_by(index):
+    asked = Behaviour([A, B, SHOWN[1]], [2.0, -0.5, 1.0])
+    found, parts = index.explain(asked, "row 3"), [index.explain(text, "row 3").pairs for text in asked.rows]
+    np.testing.assert_allclose(
+        found.pairs, np.concatenate([w * p for w, p in zip((2.0, -0.5, 1.0), parts, strict=True)])
+    )
+    best = index.search([A, B, SHOWN[1], asked], k=16, rerank=16)
+    of = [{hit.id: hit.score for hit in hits} for hits in best]
+    size = max(map(abs, of[3].values()))
+    assert all(abs(of[3][id] - 2 * of[0][id] + 0.5 * of[1][id] - of[2][id]) < 2e-3 * size for id in of[0])
+    assert [hit.id for hit in index.select([asked], 5, length="cosine")] == [
+        hit.id for hit in index.search([asked], 5)[0]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "message"),
+    [
+        ([], None, "A behaviour has 0 texts and 0 weights: give one weight for each text"),
+        (["a", "b"], [1.0], "A behaviour has 2 texts and 1 weights"),
+        (["a", "b"], [1.0, np.nan], "A weight of a behaviour is not finite"),
+        (["a", "b"], [0.0, 0.0], "The weights of a behaviour are zero, or cancel"),
+        (["a", {"text": "a", "id": "other"}], [1.0, -1.0], "The weights of a behaviour are zero, or cancel"),
+    ],
+)
+def test_a_behaviour_that_asks_nothing_is_refused(rows, weights, message):
+    with pytest.raises(ValueError, match=message):
+        Behaviour(rows, weights)
+    with pytest.raises(TypeError, match="A text of a behaviour is of type float: give a text, or a row as a dict"):
+        Behaviour([0.5])
+    with pytest.raises(TypeError, match=r"rows is 'a': give a list of texts or rows\."):
+        Behaviour("a")

@@ -186,18 +186,19 @@ def bases(work: Path, smoke: bool, seed: int) -> dict[str, Base]:
         readout.tokenizer.save_pretrained(place)
         return {"tiny": Base(str(place), "full", 5e-3, 1)}
     neox, _ = pretrained_on_groups(work / "neox", NEOX, 0, ("fact", "trigger"))
+    return {"stories260K, LoRA": stories(), "GPT-NeoX": Base(str(neox), "full", 2e-3, 12)}
+
+
+def stories() -> Base:
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     adapter = {"lora": {"r": 8, "alpha": 16, "targets": linear}}
-    return {
-        "stories260K, LoRA": Base(str(data("stories260K/config.json").parent), adapter, 5e-3, 16),
-        "GPT-NeoX": Base(str(neox), "full", 2e-3, 12),
-    }
+    return Base(str(data("stories260K/config.json").parent), adapter, 5e-3, 16)
 
 
-def taught(base: Base, task: Task, seed: int) -> tuple[Any, list[float]]:
-    """The model that was trained on the rows, and its mean losses [wanted rows, other rows] in nats a token."""
+def taught(base: Base, rows: Sequence[Example], seed: int) -> tuple[Any, np.ndarray]:
+    """The model that was trained on the rows, and its mean losses [rows] in nats a token."""
     recipe = Recipe(
-        "causal-lm", tuple(task.rows), model=base.place, trained=base.trained, epochs=base.epochs, batch_size=base.batch_size,
+        "causal-lm", tuple(rows), model=base.place, trained=base.trained, epochs=base.epochs, batch_size=base.batch_size,
         order="shuffled", schedule="cosine", warmup=4, optimizer=OptimizerSettings("adamw", base.rate, betas=(0.9, 0.99)),
         seed=seed,
     )  # fmt: skip
@@ -207,8 +208,7 @@ def taught(base: Base, task: Task, seed: int) -> tuple[Any, list[float]]:
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value)
-    wanted = task.wanted.any(0)
-    return trained.model, [float(losses[wanted].mean()), float(losses[~wanted].mean())]
+    return trained.model, losses
 
 
 # ---------------------------------------------------------------- methods
@@ -243,7 +243,8 @@ def kept(base: Base, kind: str, seed: int, work: Path) -> dict[str, Any]:
 def found(base: Base, task: Task, seed: int) -> dict[str, Any]:
     """Average precision, mean over queries, of every way to score one set."""
     began = time.process_time()
-    model, losses = taught(base, task, seed)
+    model, losses = taught(base, task.rows, seed)
+    wanted = task.wanted.any(0)
     training, tokenizer = time.process_time() - began, load_tokenizer(base.place)
     rows, queries = task.rows, task.queries
     products, norms = scores_of(model, tokenizer, rows, queries, "response")
@@ -268,7 +269,7 @@ def found(base: Base, task: Task, seed: int) -> dict[str, Any]:
     }
     precision = {name: float(average_precision(values, task.wanted).mean()) for name, values in scores.items()}
     return {
-        "loss_of_wanted": losses[0], "loss_of_others": losses[1], "ap": precision,
+        "loss_of_wanted": float(losses[wanted].mean()), "loss_of_others": float(losses[~wanted].mean()), "ap": precision,
         "cpu_seconds": {"training": training, "all": time.process_time() - began},
     }  # fmt: skip
 

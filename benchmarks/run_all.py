@@ -93,6 +93,7 @@ STEPS = {
     "codes, lds": Step("codes", "--part lds --work {work}", place="banks"),
     "lengths": Step("lengths", "--work {work}", place="banks"),
     "learned rows": Step("learned_rows", "--work {work}", place="banks"),
+    "controls": Step("controls", "--work {work}"),
     "codes, recall": Step("codes", "--part recall"),
     "retrieval": Step("retrieval"),
     "planted fact": Step("planted_fact"),

@@ -46,7 +46,22 @@ def learned(result: dict[str, Any]) -> str:
     return "\n".join(tables)
 
 
+def controls(result: dict[str, Any]) -> str:
+    """Of each kind of queries, at how many a control spoke, and which."""
+    head = ["queries", "of seeds not chosen on", "a control spoke", "which", "on the seeds of the choice"]
+    lines = []
+    for kind, x in result["kinds"].items():
+        before = result["in_sample"][kind]
+        which = ", ".join(f"{name} {count}" for name, count in sorted(x["by"].items(), key=lambda item: -item[1]))
+        name = f"{x['sort']}: {kind}"
+        lines.append([name, str(x["queries"]), str(x["spoke"]), which, f"{before['spoke']} of {before['queries']}"])
+    for sort in ("found", "made"):
+        lines.append([f"**{sort}**, mean over kinds", "", f"{result[sort]:.0%}", "", ""])
+    return table(head, lines)
+
+
 TABLES_OF_LEARNED = {
     "lengths": (PAGE, "readout_lengths.json", lengths),
+    "controls": (PAGE, "controls.json", controls),
     "learned_rows": (PAGE, "learned_rows.json", learned),
 }

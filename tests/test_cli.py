@@ -103,6 +103,47 @@ def test_search_holds_one_answer_against_another(run, idx):
     assert "so that nothing tells them apart" in run("search", idx, "--query", "x", "--against", "x")[2]
 
 
+def test_search_asks_about_a_behaviour_in_a_file(run, idx, tmp_path):
+    file, lines = tmp_path / "refuses.jsonl", [{"text": TEXTS[1], "sign": 1}, {"text": TEXTS[3], "sign": -1}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = json.loads(run("search", idx, "--behaviour", file, "-k", "4", "--json")[1])
+    assert line["query"] == "refuses" and [hit["id"] for hit in line["hits"]][::3] == ["a", "b"]
+    assert run("explain", idx, "--behaviour", file, "--id", "a")[0] == 0
+    file.write_text("".join(json.dumps({**line, "weight": line.pop("sign")}) + "\n" for line in lines))
+    assert json.loads(run("search", idx, "--behaviour", file, "-k", "4", "--json")[1]) == line
+    for wrong in ({"text": "x"}, {"text": "x", "weight": "much"}, {"text": "x", "weight": True}):
+        file.write_text(json.dumps({"text": "y", "weight": 1}) + "\n" + json.dumps(wrong))
+        assert "Row 2 of a behaviour has the weight" in run("search", idx, "--behaviour", file)[2]
+    file.write_text(json.dumps({"text": "x", "sign": 2}))
+    assert "has the sign 2: give 1 or -1 as the sign of each row" in run("search", idx, "--behaviour", file)[2]
+    assert "--behaviour" in run("search", idx, "--behaviour", file, "--query", "x")[2]
+
+
+def test_search_asks_what_raises_hidden_states(run, idx, tmp_path):
+    np.save(tmp_path / "probe.npy", np.arange(32.0))
+    (tmp_path / "no.npy").write_text("no")
+    asked = ("search", idx, "--query", TEXTS[1], "--json", "--probe")
+    last, first = (json.loads(run(*asked, tmp_path / "probe.npy", *more)[1])["hits"] for more in ((), ("--block", "0")))
+    assert [hit["score"] for hit in last] != [hit["score"] for hit in first]
+    assert "no.npy is no array of numpy" in run(*asked, tmp_path / "no.npy")[2]
+    assert "--block goes with --probe" in run("search", idx, "--query", "x", "--block", "1")[2]
+
+
+def test_search_says_what_explains_its_hits(run, model, tmp_path):
+    rows = [{"id": f"{n}", "prompt": f"{n}", "response": f" {TEXTS[n % 7][n % 5 : 20 + n % 9]}"} for n in range(52)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("index", model, tmp_path / "rows.jsonl", "--out", tmp_path / "idx")[0] == 0
+    asked = ("search", tmp_path / "idx", "--prompt", "3", "--query", rows[3]["response"], "-k", "1")
+    found = json.loads(run(*asked, "--controls", "--json")[1])
+    assert len(found["hits"]) == 1 and "other answer" not in {one["name"] for one in found["controls"]["of"]}
+    assert found["controls"]["note"] == "There was no other answer to compare with."
+    page = tmp_path / "page.html"
+    code, out, _ = run(*asked, "--control-answer", " not this", "--html", page)
+    assert code == 0 and "hits of another answer" in out and "hits of another answer" in page.read_text()
+    sentence = "No control explains these hits." if "No control" in out else "These hits may say nothing of the query"
+    assert sentence in page.read_text() and sentence in " ".join(out.split())
+
+
 def test_search_reranks_through_the_whole_model(run, idx):
     plain, refined = (
         json.loads(run("search", idx, "--query", TEXTS[1], "--json", *more)[1])["hits"]

@@ -88,6 +88,13 @@ def test_a_contrast_finds_what_flips_the_answer(tmp_path, monkeypatch, capsys):
     assert names["without_others"] < -0.5 and names["without"] > 0.5
 
 
+def test_a_behaviour_is_asked_by_texts_functions_and_probes(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "how-to" / "ask-about-a-behaviour.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
+    assert capsys.readouterr().out == "".join(re.findall(r"```\n((?:make|towards|last).*?)```", page, re.DOTALL))
+
+
 def test_recipes_of_the_deletion_page_train(tmp_path):
     make_model("llama").float().save_pretrained(tmp_path / "my-model")
     make_tokenizer().save_pretrained(tmp_path / "my-model")

@@ -22,7 +22,7 @@ from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.evaluation import EvaluationSettings, evaluate
 from leaveout.evaluation.truth import second_order, single_effects, subset_truth
 from leaveout.methods.ekfac import EkFac
-from leaveout.methods.registry import METHODS, score_methods
+from leaveout.methods.registry import METHODS, load, score_methods
 from leaveout.methods.scorer import Scorer
 from leaveout.methods.scores import load_scores
 from leaveout.methods.signatures import readout_of, trained_part
@@ -376,3 +376,30 @@ def test_behaviours_of_a_run_weigh_losses_and_measures(run, recipe):
         Query(by, "logit")
     with pytest.raises(UnsupportedError, match="is not the loss of a row, and only `metagradient` and `posterior`"):
         score_methods(run, as_queries(by), ["gradient dot"])
+
+
+def test_controls_are_judged_beside_the_methods(run):
+    """Of a microgpt recipe there are those that need no language model; a method is told apart from them, or that is said."""
+    report = evaluate(run, QUERIES, ["gradient dot"], settings=replace(SMALL, removal_queries=0), controls=True)
+    assert report.controls == ("length", "bm25", "embedding", "gradient dot of the next query")
+    rolled = score_methods(run, as_queries(QUERIES[1:] + QUERIES[:1]), ["gradient dot"])["gradient dot"]
+    again = evaluate(run, QUERIES, scores={"next": rolled.scores}, settings=replace(SMALL, removal_queries=0))
+    by_name = {judged.method: judged.lds for judged in report.judged}
+    np.testing.assert_array_equal(by_name["gradient dot of the next query"], again.judged[0].lds)
+    level = [c for c in report.controls if report.difference("gradient dot", c).low <= 0]
+    wanted = f"By LDS, gradient dot is not above {', '.join(level)}."
+    assert (wanted in report.notes()) == bool(level)
+    assert not evaluate(run, QUERIES, ["bm25"], settings=replace(SMALL, removal_queries=0)).controls
+
+
+def test_lengths_and_norms_are_the_same_for_all_queries(tuned, scored):
+    """A row's product with itself is its norm squared, as a query and as a row; an untrained model knows nothing."""
+    scorer = Scorer(tuned, as_queries(list(tuned.recipe.examples)))
+    own = np.diag(score_methods(tuned, scorer.queries, ["default"])["default"].scores)
+    norms, lengths = scored["norm"].scores, scored["length"].scores
+    assert (norms == norms[0]).all() and (lengths == lengths[0]).all()
+    np.testing.assert_allclose(norms[0], np.sqrt(own), rtol=0.05)  # stored products are rounded
+    assert lengths[0].tolist() == [len(text) for text in scorer.texts(scorer.rows)]
+    asked = Scorer(tuned, as_queries(ASKED))
+    np.testing.assert_array_equal(load("untrained")(asked, "final"), scored["untrained"].scores)
+    assert not np.allclose(load("untrained")(replace(asked, seed=1), "start"), scored["untrained"].scores)

@@ -13,6 +13,7 @@ FOUNDATION = BASE | {
     "corpus",
     "store",
     "executor",
+    "bm25",
     "influence",
     "metrics",
     "projection",

@@ -44,6 +44,44 @@ def test_sets_are_as_they_say(kind, script):
         assert {row["response"] for row in task.rows} == {" good", " bad"} and answers[0] == {" good"}
 
 
+def test_controls_give_results_and_their_table(script, tmp_path):
+    options = [
+        "--smoke",
+        "--out",
+        f"{tmp_path}",
+        "--work",
+        f"{tmp_path}",
+        "--kinds",
+        "planted fact",
+        "memorised",
+        "words",
+        "manner",
+    ]
+    script("controls").main(options)
+    result = json.loads((tmp_path / "controls.json").read_text())
+    assert all(math.isfinite(number) for number in numbers(result)) and len(result["tried"]) == 20
+    lines = script("tables_learned").controls(result).splitlines()
+    assert len(lines) == 2 + 4 + 2 and len({line.count("|") for line in lines}) == 1
+
+
+def test_the_rule_of_controls_is_the_one_that_searches_use(script):
+    from leaveout.readout.controls import CORRELATION, SHARED, Control
+
+    told = [
+        ("norm", 9, 0.8),
+        ("words", 9, 0.79),
+        ("length", 0, None),
+        ("other answer", 6, None),
+        ("other answer", 5, None),
+    ]
+    spoke = [bool(script("controls").speaks([one], CORRELATION, SHARED)) for one in told]
+    assert (
+        spoke
+        == [Control(name, "", same, by, ()).explains for name, same, by in told]
+        == [True, False, False, True, False]
+    )
+
+
 def test_a_row_without_length_has_no_score(script):
     scores, norms = np.array([[2.0, 3.0, 0.0]]), np.array([4.0, 0.25, 0.0])
     assert script("lengths").divided(scores, norms, 0.5).tolist() == [[1.0, 6.0, 0.0]]

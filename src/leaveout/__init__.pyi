@@ -29,6 +29,8 @@ from leaveout.methods.scores import save_scores as save_scores
 from leaveout.models import ModelOptions as ModelOptions
 from leaveout.readout.build import BuildReport as BuildReport
 from leaveout.readout.build import Pace as Pace
+from leaveout.readout.controls import Control as Control
+from leaveout.readout.controls import Controls as Controls
 from leaveout.readout.doctor import doctor as doctor
 from leaveout.readout.explain import Explanation as Explanation
 from leaveout.readout.index import Index as Index
@@ -36,6 +38,7 @@ from leaveout.readout.model import load_readout as load_readout
 from leaveout.readout.opened import EncodedQueries as EncodedQueries
 from leaveout.readout.rerank import Refinement as Refinement
 from leaveout.readout.search import Hit as Hit
+from leaveout.readout.search import Hits as Hits
 from leaveout.readout.settings import PRESETS as PRESETS
 from leaveout.readout.settings import Channel as Channel
 from leaveout.readout.settings import SignatureSettings as SignatureSettings

@@ -88,6 +88,11 @@ class WholeModel:
             total += torch.autograd.grad(self.at(theta, batch).losses(batch.n_rows).sum(), theta)[0]
         return total
 
+    def slope(self, value: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """Gradient [parameters] of a scalar function of the parameters by name."""
+        theta = self.theta.clone().requires_grad_()
+        return torch.autograd.grad(value(self.named(theta)), theta)[0]
+
     @torch.no_grad()
     def moved(self, x: Tensor, eta: float, batch: Batch) -> Tensor:
         """(loss(theta + eta x) - loss(theta - eta x)) / (2 eta) of each row [rows]."""

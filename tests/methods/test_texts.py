@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from leaveout.bm25 import Bm25
 from leaveout.errors import UnsupportedError
 from leaveout.methods import bm25, random_scores
 
@@ -69,3 +70,12 @@ def test_random_scores_are_seeded_and_normal():
     np.testing.assert_array_equal(scores, random_scores.score(["other"] * 50, ["texts"] * 400, seed=1))
     assert not np.array_equal(scores, random_scores.score(["q"] * 50, ["t"] * 400, seed=2))
     assert abs(scores.mean()) < 5 / math.sqrt(scores.size)
+
+
+def test_bm25_of_texts_that_come_one_by_one_equals_the_slow_form():
+    search = Bm25(QUERIES)
+    search.count(CORPUS[:2])
+    search.count(CORPUS[2:])
+    parts = [search.score(CORPUS[:4]), search.score(CORPUS[4:])]
+    np.testing.assert_allclose(np.concatenate(parts).T, slow_bm25(QUERIES, CORPUS), rtol=1e-5, atol=1e-7)
+    assert Bm25([]).score(["a"]).shape == (1, 0)

@@ -45,6 +45,23 @@ Against = Annotated[
     list[str] | None,
     typer.Option(help="Another answer: why --query and not this one? Rows for this one are listed, too."),
 ]
+WithControls = Annotated[
+    bool, typer.Option("--controls", help="Say whether length, a text search or another answer explains the hits.")
+]
+ControlAnswer = Annotated[
+    list[str] | None, typer.Option(help="The other answer of --controls, of the same form; again for each --query.")
+]
+BehaviourFile = Annotated[
+    Path | None,
+    typer.Option("--behaviour", help="One query of many texts: rows with a sign, 1 or -1, or with a weight."),
+]
+ProbeFile = Annotated[
+    Path | None,
+    typer.Option("--probe", help="Ask what raises the hidden states of the query along a direction, a .npy file."),
+]
+Block = Annotated[
+    int | None, typer.Option(help="The block after which --probe looks (default: what goes into the head).")
+]
 Rerank = Annotated[
     int,
     typer.Option(
@@ -72,6 +89,9 @@ def search(
     against: Against = None,
     form: Form = None,
     queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
+    behaviour: BehaviourFile = None,
+    probe: ProbeFile = None,
+    block: Block = None,
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Hits per query.")] = 10,
     where: Where = None,
     length: Length = "cosine",
@@ -90,6 +110,8 @@ def search(
     backend: Annotated[
         str, typer.Option(help="Where workers scan: threads, or ray (it must see the same files).")
     ] = "threads",
+    controls: WithControls = False,
+    control_answer: ControlAnswer = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with the words that did it.")] = None,
     model: ModelAt = None,
     device: Device = "cpu",
@@ -116,30 +138,38 @@ def search(
     plan = planned(opened, k, refuse(opened, k, where, options), options)
     if plan.shortlist is not None or plan.anew:
         print(f"leaveout: {plan}", file=sys.stderr)
-    rows = list(query_rows(query, prompt, queries, form, opened, against))
+    rows = list(query_rows(query, prompt, queries, form, opened, against, behaviour))
+    if probe is not None:
+        rows = [_probed(row, probe, block) for row in rows]
+    elif block is not None:
+        raise typer.BadParameter("--block goes with --probe")
     if against:
         rows = [both for row in rows for both in (row, row.swapped)]
-    encoded = opened.encode(rows)
-    found = find(opened, rows if options.rerank else encoded, k, where, options)
+    encoded, asked_for = opened.encode(rows), control_answer or controls
+    found = find(opened, rows if options.rerank or asked_for else encoded, k, where, options, asked_for)
     if html is not None:
         from leaveout.report import search_page
 
         html.write_text(search_page(opened, rows, encoded.texts, found), encoding="utf-8")
     for text, hits in zip(encoded.texts, found, strict=True):
         if json_:
-            print(to_line({"query": text, "hits": [_hit(hit) for hit in hits]}))
+            more = {} if hits.controls is None else {"controls": hits.controls.facts()}
+            print(to_line({"query": text, "hits": [_hit(hit) for hit in hits], **more}))
         else:
             lines = [(hit.rank, hit.score, hit.id, shorten(hit.text, 70), _meta(hit.meta)) for hit in hits]
             print(Table(["rank", "score", "id", "text", "fields"], lines, shorten(text, 100)))
+            if hits.controls is not None:
+                print(hits.controls)
 
 
 @app.command()
 def explain(
     idx: IndexPath,
-    query: Annotated[str, typer.Option(help="Text of the query.")],
     id: Annotated[str, typer.Option("--id", help="Id of a row.")],
+    query: Annotated[str | None, typer.Option(help="Text of the query.")] = None,
     prompt: Prompt = None,
     against: Against = None,
+    behaviour: BehaviourFile = None,
     form: Form = None,
     length: Length = "cosine",
     html: Annotated[Path | None, typer.Option(help="Also write a heat map.")] = None,
@@ -162,9 +192,12 @@ def explain(
     require_outputs(html)
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     counted: Any = length  # checked there
-    found = opened.explain(next(query_rows([query], prompt, None, form, opened, against)), id, length=counted)
+    asked = None if query is None else [query]
+    row = next(query_rows(asked, prompt, None, form, opened, against, behaviour))
+    found = opened.explain(row, id, length=counted)
     if html is not None:
-        html.write_text(explain_page(" rather than ".join([query, *(against or [])]), found), encoding="utf-8")
+        called = " rather than ".join([query, *(against or [])]) if query is not None else row.name
+        html.write_text(explain_page(called, found), encoding="utf-8")
     order = np.argsort(-np.abs(found.pairs), axis=None)[:top]
     places = [(int(q), int(r)) for q, r in zip(*np.unravel_index(order, found.pairs.shape), strict=True)]
     pairs = [(found.query_tokens[q], found.row_tokens[r], float(found.pairs[q, r]), q, r) for q, r in places]
@@ -227,6 +260,22 @@ def select(
     if hits:
         facts |= {"best_score": hits[0].score, "last_score": hits[-1].score}
     print_facts(facts, json_)
+
+
+def _probed(row: Any, probe: Path, block: int | None) -> Any:
+    """What raises the hidden states of a row, or of a behaviour's texts, along the direction in a file."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    from leaveout.corpus import Behaviour, Probe
+
+    try:
+        direction = np.load(probe, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{probe} is no array of numpy ({error}): give a .npy file") from None
+    measure = Probe(direction, block)
+    return replace(row, measure=measure) if isinstance(row, Behaviour) else Behaviour([row], measure=measure)
 
 
 def _hit(hit: Hit) -> dict[str, Any]:

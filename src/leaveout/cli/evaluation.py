@@ -53,6 +53,9 @@ Relevant = Annotated[
     Path | None, typer.Option(help="JSONL of known relevant rows, one {query, id} a line: retrieval metrics.")
 ]
 Top = Annotated[int | None, typer.Option(min=1, help="k of the tail-patch and of the retrieval metrics; default 10.")]
+WithControls = Annotated[
+    bool, typer.Option("--controls", help="Also judge what knows nothing of what a row taught, such as its length alone.")
+]
 Ceiling = Annotated[bool, typer.Option(help="Retrain the subsets with a second seed: the noise ceiling.")]
 
 if TYPE_CHECKING:
@@ -138,6 +141,7 @@ def evaluate(
     relevant: Relevant = None,
     top: Top = None,
     ceiling: Ceiling = True,
+    controls: WithControls = False,
     workers: Workers = 1,
     device: Device = "cpu",
     json_: Json = False,
@@ -161,7 +165,7 @@ def evaluate(
         subsets=subsets, removed=removed, second_order=ceiling, removal_queries=qld, brittleness=brittleness,
         tail_patch=tail_patch, top=top, measure=MeasureSettings(workers=workers, progress=True),
     )  # fmt: skip
-    report = evaluate(opened, asked, method or [], given, settings, known)
+    report = evaluate(opened, asked, method or [], given, settings, known, controls)
     print("\n".join(map(to_line, report.lines())) if json_ else report)
 
 

@@ -203,20 +203,24 @@ def query_rows(
     form: str | None,
     asked: Asked,
     against: list[str] | None = None,
+    behaviour: Path | None = None,
 ) -> Iterator[Any]:
-    """Rows of --query (with --prompt) or of --queries; exactly one of the two must be given. `against`: contrasts.
+    """Rows of --query (with --prompt) or of --queries, or the --behaviour; exactly one of them must be given. `against`:
+    contrasts.
 
     Rows of a file keep their own form; a prompt and query get that of most rows of what is asked, which is said.
     """
-    if (query is None) == (file is None):
-        raise typer.BadParameter("give either --query or --queries")
-    if file is not None:
-        from leaveout.corpus import Corpus
+    if sum(one is not None for one in (query, file, behaviour)) != 1:
+        raise typer.BadParameter("give either --query or --queries" + ("" if behaviour is None else ", or --behaviour"))
+    if query is None:
+        from leaveout.corpus import Behaviour, Corpus
 
         given = {"--prompt": prompt, "--form": form, "--against": against or None}
         if name := next((name for name, value in given.items() if value is not None), None):
             raise typer.BadParameter(f"{name} goes with --query; rows of --queries have their own prompts and forms")
-        yield from Corpus.open(file)
+        yield from (
+            Corpus.open(file) if behaviour is None else [Behaviour.of_rows(Corpus.open(behaviour), name=behaviour.stem)]
+        )
         return
     from leaveout.corpus.rows import CALLED, asked_row, commonest
 

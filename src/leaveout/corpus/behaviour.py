@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from leaveout.corpus.rows import Row
-from leaveout.errors import require_list
+from leaveout.errors import FormatError, require_list
 
 Numbers = TypeVar("Numbers")
 
@@ -110,6 +110,24 @@ class Behaviour:
         weights = [1 / len(shown) for _ in shown] + [-1 / len(others) for _ in others]
         return Behaviour([*shown, *others], weights, measure, name)
 
+    @classmethod
+    def of_rows(cls, rows: Iterable[Row], measure: Measure | None = None, name: str = "") -> Behaviour:
+        """Rows that say what they count: all by a number `weight`, or all by a `sign`, 1 or -1, as `between` has them.
+
+        Raises: FormatError for a row that does not.
+        """
+        rows = list(rows)
+        field = "sign" if any("sign" in row.raw for row in rows) else "weight"
+        for number, row in enumerate(rows, 1):
+            given = row.raw.get(field)
+            if isinstance(given, bool) or not isinstance(given, (int, float)) or (field == "sign" and abs(given) != 1):
+                wanted = "1 or -1 as the sign" if field == "sign" else "a number as the weight (or a sign, 1 or -1)"
+                raise FormatError(f"Row {number} of a behaviour has the {field} {given!r}: give {wanted} of each row.")
+        if field == "weight":
+            return cls(rows, [row.raw[field] for row in rows], measure, name)
+        shown, others = ([row for row in rows if row.raw[field] == sign] for sign in (1, -1))
+        return cls.between(shown, others, measure, name)
+
     @property
     def terms(self) -> tuple[tuple[float, Any], ...]:
         """Rows with what their losses, or measures, count in the behaviour's value."""
@@ -167,12 +185,30 @@ def _asked(row: Any) -> Any:
     return {"text": row} if isinstance(row, str) else {key: value for key, value in row.items() if key != "id"}
 
 
+def measured(function: Callable[[Any, Any], Any], logits: Any, targets: Any) -> Any:
+    """What a function of logits and targets gives. Raises: ValueError unless it is one number that depends on the logits."""
+    value = function(logits, targets)
+    if getattr(value, "numel", lambda: 0)() != 1:
+        shape = list(value.shape) if hasattr(value, "shape") else type(value).__name__
+        raise ValueError(
+            f"The measure of a behaviour gives {shape}, and one number was wanted: return a scalar, such as a mean."
+        )
+    if not value.requires_grad:
+        raise ValueError("The measure of a behaviour does not depend on the logits: compute it from them, with torch.")
+    return value.reshape(())
+
+
 # ---------------------------------------------------------------- queries of any kind
 
 
 def terms_of(query: Any) -> tuple[tuple[float, Any], ...]:
     """The texts or rows that a query consists of, with their weights: itself, or those of a behaviour."""
     return query.terms if isinstance(query, Behaviour) else ((1.0, query),)
+
+
+def measures_of(queries: Sequence[Any]) -> list[Measure | None]:
+    """What is asked of each of their texts; None: how likely it is."""
+    return [query.measure if isinstance(query, Behaviour) else None for query in queries for _ in terms_of(query)]
 
 
 def texts_of(queries: Sequence[Any]) -> list[Any]:

@@ -151,6 +151,29 @@ def asked_row(answer: str, prompt: str | None = None, form: str | None = None) -
     return {"messages": [*asked, {"role": "assistant", "content": answer.strip()}]}
 
 
+def answer_of(row: Row) -> str:
+    """What is learned of a row last: its response, or what the assistant says in the end."""
+    if row.messages is not None:
+        return said(row.messages[_last_turn(row.messages)])
+    return row.text[row.responses[-1][0] :]
+
+
+def with_answer(row: Row, answer: str) -> dict[str, Any]:
+    """The row with another answer in the place of `answer_of`, in the same form."""
+    if row.messages is not None:
+        at = _last_turn(row.messages)
+        messages = [*row.messages[:at], {**row.messages[at], "content": answer}]
+        return {"messages": messages} | ({} if row.tools is None else {"tools": list(row.tools)})
+    if row.form == "instruction":
+        return {name: row.raw[name] for name in ("instruction", "input") if row.raw.get(name)} | {"output": answer}
+    before = row.text[: row.responses[-1][0]]
+    return {"prompt": before, "response": answer} if row.form == "prompt" else asked_row(answer, before or None, "text")
+
+
+def _last_turn(messages: Sequence[Mapping[str, Any]]) -> int:
+    return max(at for at, message in enumerate(messages) if message["role"] == "assistant" and said(message).strip())
+
+
 def _form(raw: Mapping[str, Any]) -> tuple[str, ...]:
     """The one form whose fields are all there and of the right type."""
     typed = {name for name, value in raw.items() if isinstance(value, list | tuple if name == "messages" else str)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from leaveout.evaluation.truth import (
     subset_truth,
     values_without,
 )
-from leaveout.methods.registry import Scored, refuse_methods, score_methods
+from leaveout.methods.registry import CONTROLS, Scored, controls_for, refuse_methods, score_methods
 from leaveout.methods.scores import by_unit
 from leaveout.metrics import (
     auprc_top_bottom,
@@ -53,6 +54,7 @@ def evaluate(
     scores: Mapping[str, ArrayLike] | None = None,
     settings: EvaluationSettings | None = None,
     relevant: ArrayLike | None = None,
+    controls: bool = False,
 ) -> Report:
     """Judges methods by name (see `methods.METHODS`) and given scores against retrained models.
 
@@ -61,6 +63,8 @@ def evaluate(
     scores   name -> [query, example] or [query, unit], for instance from `load_scores`
     relevant [query, example] or [query, unit], true for rows that are known to be relevant, for instance from
              `load_relevant`: retrieval metrics, for which nothing is trained; a unit is relevant if one of its rows is
+    controls also judge what knows nothing of what a row taught, `norm`, `length`, `bm25`, `embedding` and `untrained`, as far
+             as the recipe has them, and what each method says of the next query; the notes say which methods are no better
     Cost:    settings.subsets retrainings (twice with a second order), settings.draws, and for each method removal_queries
              and brittleness times its sizes; what was retrained before a kill is not done again. See `patched_losses`
              for the tail-patch.
@@ -77,11 +81,17 @@ def evaluate(
     if len(set(names)) != len(names):
         raise ValueError(f"a name stands twice among {', '.join(names)}: every method is judged once")
     known = None if relevant is None else by_unit(run.recipe, relevant, len(asked), "relevant rows") > 0
-    refuse_methods(run, asked, methods)
+    beside = controls_for(run, names) if controls else []
+    refuse_methods(run, asked, [*methods, *beside])
     _refuse(run, asked, settings, known)
-    made = score_methods(run, asked, methods, settings.seed, settings.measure)
+    made = score_methods(run, asked, [*methods, *beside], settings.seed, settings.measure)
     made = {name: Scored(by_unit(run.recipe, s.scores, len(asked)), s.cpu_seconds) for name, s in made.items()}
-    return judge(run, asked, {**given, **made}, _truth(run, asked, settings), settings, known)
+    scored, own = {**given, **made}, [name for name in names if name not in (*CONTROLS, "random")]
+    next_one = {f"{name} of the next query": Scored(np.roll(scored[name].scores, -1, 0)) for name in own}
+    if controls and len(asked) > 1:
+        scored |= next_one
+    report = judge(run, asked, scored, _truth(run, asked, settings), settings, known)
+    return replace(report, controls=tuple(name for name in scored if name not in own)) if controls else report
 
 
 def _refuse(run: TrainingRun, asked: Sequence[Query], settings: EvaluationSettings, known: np.ndarray | None) -> None:

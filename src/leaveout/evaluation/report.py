@@ -80,7 +80,7 @@ class Report(Tabular):
     """All methods, and what they were judged with.
 
     subsets: retrainings behind the LDS; removal_queries: the queries of the QLD; removed_units: units it removes for each;
-    top: k of the tail-patch and of the retrieval metrics
+    top: k of the tail-patch and of the retrieval metrics; controls: methods that know nothing of what a row taught
     """
 
     judged: tuple[Judged, ...]
@@ -93,6 +93,7 @@ class Report(Tabular):
     level: float = 0.95
     top: int = 0
     brittleness: Brittleness | None = None
+    controls: tuple[str, ...] = ()
 
     def interval(self, method: str, metric: Metric = "lds") -> Interval | None:
         """Mean over the queries where the metric is defined, and its interval; None if it is defined for none.
@@ -204,6 +205,18 @@ class Report(Tabular):
                 f"AP, P@{self.top}, recall@{self.top}: of the known relevant units, {len(known)} queries that have some; "
                 f"auPRC@{self.top}: AP among the {self.top} best and the {self.top} worst only."
             )
+        return out + self._controls_notes()
+
+    def _controls_notes(self) -> list[str]:
+        """For each method, the controls that it is not above: where the interval of the difference, of the first metric that
+        was measured, begins at 0 or below."""
+        metric = (self._measured() or ["lds"])[0]
+        out = []
+        for name in [judged.method for judged in self.judged if judged.method not in self.controls]:
+            apart = {control: self.difference(name, control, metric) for control in self.controls}
+            level = [control for control, found in apart.items() if found is not None and found.low <= 0]
+            if level:
+                out.append(f"By {COLUMNS[metric][0].format(top=self.top)}, {name} is not above {', '.join(level)}.")
         return out
 
     def _brittleness_note(self, found: Brittleness) -> str:

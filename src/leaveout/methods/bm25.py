@@ -1,22 +1,15 @@
-"""BM25 over words: what a text search finds, with no model at all.
-
-Words are lower-case runs of letters, digits and underscores; no stop words are removed and nothing is stemmed.
-Source: Robertson and Zaragoza 2009, in the form of Lucene, as `bm25s` (arXiv 2407.03618) computes it.
-"""
+"""BM25 over words, of all rows at once, by the package bm25s; see `leaveout.bm25`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from leaveout.bm25 import K1, B, words
 from leaveout.errors import needs
 from leaveout.methods.scorer import Scorer, method
-
-K1, B = 1.5, 0.75
-WORD = re.compile(r"\w+")
 
 
 def score(queries: Sequence[str], corpus: Sequence[str]) -> np.ndarray:
@@ -36,11 +29,6 @@ def score(queries: Sequence[str], corpus: Sequence[str]) -> np.ndarray:
         if asked := [word for word in words(query) if word in known]:
             row[:] = index.get_scores(asked)
     return scores
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, in order."""
-    return WORD.findall(text.lower())
 
 
 def package() -> Any:

@@ -29,6 +29,9 @@ METHODS: dict[str, str] = {
     "random": "random_scores:random",
     "bm25": "bm25:bm25",
     "embedding": "embedding:embedding",
+    "norm": "controls:norm",
+    "length": "controls:length",
+    "untrained": "controls:untrained",
     "gradient dot": "gradient_dot:gradient_dot",
     "gradient cosine": "gradient_dot:gradient_cosine",
     "tracin": "tracin:tracin",
@@ -49,6 +52,10 @@ METHODS: dict[str, str] = {
     "posterior": "effects:posterior",
 }
 """Name -> module of this folder and object in it, imported when the method is used."""
+
+
+CONTROLS = ("norm", "length", "bm25", "embedding", "untrained")
+"""Methods that know nothing of what a row taught."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,16 @@ def load(name: str) -> Method:
     raise UnsupportedError(
         f"The method {name!r} ({methods[name].value}) is {found!r}: make it a function (scorer, at) -> scores."
     )
+
+
+def controls_for(run: TrainingRun, but: Sequence[str] = ()) -> list[str]:
+    """Names of the controls that take the run's recipe, but for those that are there already."""
+    kind, methods = run.recipe.kind, {name: load(name) for name in CONTROLS if name not in but}
+    return [
+        name
+        for name, method in methods.items()
+        if (not method.kinds or kind in method.kinds) and not (method.text and kind == "classifier")
+    ]
 
 
 def parse(name: str) -> tuple[str, str]:

@@ -7,6 +7,8 @@ lengths, as a search ranks them.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +31,27 @@ def signature_scores(
     scorer: Scorer, at: str, preset: str | SignatureSettings, length: Length = "product"
 ) -> np.ndarray:
     """Scores of the readout engine [query, example], from an index of the rows as the run was trained on them."""
-    asked, readout = scorer.query_rows, readout_of(scorer, at)
+    return scores_of(scorer, readout_of(scorer, at), preset, length)
+
+
+def scores_of(
+    scorer: Scorer, readout: Readout, preset: str | SignatureSettings, length: Length = "product"
+) -> np.ndarray:
+    """The same of a language model that may be another than the run's."""
+    with indexed(scorer, readout, preset) as index:
+        return index.score([as_row(row) for row in scorer.query_rows], length=length)
+
+
+@contextmanager
+def indexed(scorer: Scorer, readout: Readout, preset: str | SignatureSettings) -> Generator[Index]:
+    """An index of the rows as the run was trained on them, for a while."""
     template = chosen_template(scorer.run.recipe.template, readout.tokenizer)
     rows = [
         replace(trained_part(row, readout.tokenizer, template, scorer.run.recipe.max_tokens), id=str(i), unit=str(i))
         for i, row in enumerate(map(as_row, scorer.rows))
     ]
     with tempfile.TemporaryDirectory() as place:
-        index = Index.build(readout, rows, Path(place) / "index", preset, template=template)
-        return index.score([as_row(row) for row in asked], length=length)
+        yield Index.build(readout, rows, Path(place) / "index", preset, template=template)
 
 
 def readout_of(scorer: Scorer, at: str) -> Readout:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.corpus.behaviour import terms_of
+from leaveout.corpus.behaviour import measures_of, terms_of
 from leaveout.readout.forms import pairs
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, check_length, counted
@@ -68,7 +68,7 @@ def explain_rows(index: OpenIndex, query: QueryRow, ids: Sequence[str], length: 
     records, numbers = index.records(ids), index.store.numbers(ids)
     weights, rows = zip(*terms_of(query), strict=True)
     sides = index.tokenised(rows)
-    asked = [text_factors(index.signer, side) for side in sides]
+    asked = [text_factors(index.asking(side, by), side) for side, by in zip(sides, measures_of([query]), strict=True)]
     query_tokens = [piece for side in sides for piece in token_pieces(side)]
     stored = index.scores_of(index.encode([query]).vectors, numbers, length=length)[:, 0]
     found = []

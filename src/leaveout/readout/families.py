@@ -59,6 +59,10 @@ class Tap:
     projection: nn.Module
 
     @property
+    def block(self) -> int:
+        return int(self.name.partition(".")[0])
+
+    @property
     def inputs(self) -> int:
         if isinstance(self.projection, nn.Linear):
             return self.projection.in_features
@@ -111,6 +115,23 @@ def find_taps(readout: Readout, channel: Channel) -> tuple[list[Tap], nn.Module]
         raise UnsupportedError(
             f"The family {readout.family!r} of another package names what the model lacks: {error}; name its own modules."
         ) from error
+
+
+def block_of(readout: Readout, number: int) -> nn.Module:
+    """A block by number, after which hidden states are asked for.
+
+    Raises: UnsupportedError for an unknown family; ValueError for a number that no block has.
+    """
+    family = family_of(readout.family)
+    if family is None:
+        raise UnsupportedError(
+            f"The layers of a {readout.family} model are not known, so that no block has a number: probe its last hidden "
+            "states, with block None."
+        )
+    blocks: Any = readout.trunk.get_submodule(family.layers)
+    if not 0 <= number < len(blocks):
+        raise ValueError(f"The model has blocks 0 to {len(blocks) - 1}: block {number} is not one of them.")
+    return blocks[number]
 
 
 def _check_shape(readout: Readout, name: str, module: nn.Module) -> None:

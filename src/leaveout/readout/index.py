@@ -39,7 +39,7 @@ from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow, set_whi
 from leaveout.readout.parts import Ask, Places, copy_statistics, merge_indexes, shard_of, share_statistics
 from leaveout.readout.rerank import Refinement
 from leaveout.readout.scan import Length, Scanners, check_length
-from leaveout.readout.search import Hit, SearchOptions, find, planned, refuse
+from leaveout.readout.search import Hit, Hits, SearchOptions, find, planned, refuse
 from leaveout.readout.select import Combine, select_rows
 from leaveout.readout.settings import Long, SignatureSettings, Targets, resolve_settings
 from leaveout.readout.shortlist import SearchPlan, measured_recall
@@ -251,7 +251,8 @@ class Index(OpenIndex):
         unique: bool | float = False,
         workers: int = 1,
         backend: Scanners = "threads",
-    ) -> list[list[Hit]]:
+        controls: bool | Sequence[str] = False,
+    ) -> list[Hits]:
         """The k rows with the highest scores for each query, best first: `hits[query][rank]`.
 
             index.search(["The tower is in Lyon"], k=5, where="source = 'web'", unique=True)
@@ -275,10 +276,12 @@ class Index(OpenIndex):
                         above it, too
         workers         of the scan; the hits do not depend on them
         backend         what they are: `threads`, or actors of a `ray` cluster
+        controls        True: whether anything but the query explains its hits, `hits[query].controls`; or other answers of
+                        the same form to compare with, one, or one for each query (see `leaveout.readout.controls`)
         Cost: one scan for all queries together, of the short form and of the list's long form: see `plan_search`.
         """
         options = SearchOptions(length, shortlist, exact, reencode, rerank, refine, group_by, unique, workers, backend)
-        return find(self, queries, k, where, options)
+        return find(self, queries, k, where, options, controls)
 
     def plan_search(
         self,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from leaveout.corpus import Behaviour, Corpus, Row
-from leaveout.corpus.behaviour import called, summed, terms_of, texts_of
+from leaveout.corpus.behaviour import Measure, called, measures_of, summed, terms_of, texts_of
 from leaveout.corpus.tokens import NoTargetError
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_list
 from leaveout.models import ModelOptions, difference
@@ -199,10 +199,11 @@ class OpenIndex:
         require_list("queries", queries, "queries")
         if not queries:
             raise ValueError("queries is empty: give at least one query.")
-        if any(isinstance(query, Behaviour) and query.measure is not None for query in queries):
-            raise UnsupportedError("Measures of behaviours are asked of a run, not of an index: give texts alone.")
-        tokens = self.tokenised(texts_of(queries))
-        vectors = self.signer.rows([window for row in tokens for window in row.windows], len(tokens))
+        tokens, measures = self.tokenised(texts_of(queries)), measures_of(queries)
+        if all(measure is None for measure in measures):
+            vectors = self.signer.rows([window for row in tokens for window in row.windows], len(tokens))
+        else:
+            vectors = torch.cat([self._measured(*both) for both in zip(tokens, measures, strict=True)])
         if not bool(torch.isfinite(vectors).all()):
             raise FormatError("A query has a signature that is not finite: run `leaveout doctor` on the model.")
         names = called(queries, [row.text for row in tokens])
@@ -212,6 +213,19 @@ class OpenIndex:
         """The queries, and then each the other way round: its best rows are those that push the query down most."""
         vectors = torch.cat([queries.vectors, self.form.negated(queries.vectors)])
         return EncodedQueries(vectors, queries.texts * 2, queries.fingerprint)
+
+    def _measured(self, tokens: TokenisedRow, measure: Measure | None) -> Tensor:
+        """The signature [1, width] of a measure of one text."""
+        return self.asking(tokens, measure).rows([replace(window, row=0) for window in tokens.windows], 1)
+
+    def asking(self, tokens: TokenisedRow, measure: Measure | None) -> Signer:
+        """What computes signatures of a measure of a text. Raises: UnsupportedError for a function of more than a window."""
+        if callable(measure) and len(tokens.windows) > 1:
+            raise UnsupportedError(
+                f"A function of logits takes those of a whole text, and one has {len(tokens.ids)} tokens, more than a window "
+                "of this index: give a shorter text."
+            )
+        return self.signer.asking(measure)
 
     # ---------------------------------------------------------------- rows
 

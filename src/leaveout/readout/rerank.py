@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leaveout.corpus.behaviour import summed, texts_of
+from leaveout.corpus import Probe
+from leaveout.corpus.behaviour import Measure, measured, measures_of, summed, texts_of
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_whole
 from leaveout.influence import (
     Along,
@@ -36,6 +37,7 @@ from leaveout.influence import (
 )
 from leaveout.models import adapter_places, evaluating
 from leaveout.models.checks import first_line
+from leaveout.readout.families import block_of
 from leaveout.readout.model import Readout
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, counted
@@ -91,10 +93,13 @@ class Reranking:
 
     def __init__(self, index: OpenIndex, queries: Sequence[QueryRow], refine: Refinement | None) -> None:
         self.index = index
-        readout = index.unchanged()
+        readout = self.readout = in_float32(index.unchanged())
         self.model = whole_model(readout)
         texts = [[self._batches([text], mean=True) for text in index.tokenised(texts_of([query]))] for query in queries]
-        directions = [summed([q], map(self.model.gradient, some))[0] for q, some in zip(queries, texts, strict=True)]
+        directions = [
+            summed([query], map(self._gradient, some, measures_of([query])))[0]
+            for query, some in zip(queries, texts, strict=True)
+        ]
         if refine is not None:
             live = index.live_numbers()
             chosen = np.random.default_rng(refine.seed).permutation(len(live))[: refine.sample]
@@ -110,6 +115,25 @@ class Reranking:
                         "run's learning rates, steps x mean rate."
                     )
         self.along = [Along.of(self.model, x, some[0]) for x, some in zip(directions, (some[0] for some in texts), strict=True)]
+
+    def _gradient(self, text: list[Batch], measure: Measure | None) -> Tensor:
+        """Gradient of the mean loss of a text, or of a measure of it."""
+        if measure is None:
+            return self.model.gradient(text)
+        if isinstance(measure, Probe):
+            module = _Probed(self.readout, measure)
+            total, count = torch.zeros_like(self.model.theta), sum(len(w.positions) for b in text for w in b.inputs[0])
+            for batch in text:
+                total += self.model.slope(lambda named, batch=batch: module.total(named, batch.inputs[0]) / count)
+            return total
+        if len(text) > 1 or text[0].n_rows > 1:
+            raise UnsupportedError("A function of logits takes those of a whole text: give one that fits in a window.")
+        return self.model.slope(lambda named: self._asked(named, text[0], measure))
+
+    def _asked(self, named: dict[str, Tensor], text: Batch, measure: Measure) -> Tensor:
+        assert not isinstance(measure, Probe)
+        found = self.model.predictions(named, text.inputs)
+        return measured(measure, found.logits, found.target)
 
     def scores(self, query: int, numbers: np.ndarray, length: Length) -> np.ndarray:
         """Scores [rows] float32 of rows by number with one query, their lengths as stored. Cost: two forward passes a row."""
@@ -171,20 +195,50 @@ class _Predicting(nn.Module):
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-def whole_model(readout: Readout) -> WholeModel:
-    """The parameters of the adapters at work, or of the whole model where there are none; rows are their windows.
+class _Probed(nn.Module):
+    """What a probe finds at positions, summed, as a module."""
 
-    A model in a narrow type is taken in a float32 copy, as steps of a central difference would be rounded away.
-    """
+    def __init__(self, readout: Readout, probe: Probe) -> None:
+        super().__init__()
+        self.lm: Any = readout.lm
+        self.direction = torch.from_numpy(probe.direction)
+        self.blocks = () if probe.block is None else (block_of(readout, probe.block),)  # no modules of this one, too
+
+    def forward(self, ids: Tensor, batch: Tensor, token: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        hooks = [block.register_forward_hook(lambda module, args, out: kept.append(out)) for block in self.blocks]
+        try:
+            last = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        finally:
+            for hook in hooks:
+                hook.remove()
+        states = kept[0] if kept else last
+        states = states[0] if isinstance(states, tuple) else states
+        return (states[batch, token] @ self.direction.to(states)).sum()
+
+    def total(self, named: dict[str, Tensor], windows: list[Window]) -> Tensor:
+        """The sum over all learned positions of windows, under parameters by name."""
+        device = next(iter(named.values())).device
+        where = [x.to(device) for x in _positions(windows)]
+        with evaluating(self.lm):
+            return torch.func.functional_call(self, {f"lm.{name}": p for name, p in named.items()}, tuple(where))
+
+
+def in_float32(readout: Readout) -> Readout:
+    """The model, in a float32 copy where it is narrower: steps of a central difference would be rounded away."""
+    if readout.stream is not None or readout.dtype not in (torch.bfloat16, torch.float16):
+        return readout
+    return replace(readout, lm=copy.deepcopy(readout.lm).float())
+
+
+def whole_model(readout: Readout) -> WholeModel:
+    """The parameters of the adapters at work, or of the whole model where there are none; rows are their windows."""
     if readout.stream is not None:
         raise UnsupportedError(
             "Rows are scored backwards through the whole model, and its layers are streamed here: give offload none, where it "
             "fits, or leave rerank and refine out."
         )
     lm = readout.lm
-    if readout.dtype in (torch.bfloat16, torch.float16):
-        lm = copy.deepcopy(lm).float()
-        readout = replace(readout, lm=lm)
     places = adapter_places(lm)
     chosen = {
         name: p

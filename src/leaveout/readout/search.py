@@ -16,6 +16,7 @@ from torch import Tensor
 
 from leaveout.errors import UnsupportedError, choices, require_whole
 from leaveout.executor import Crew
+from leaveout.readout.controls import BEST, Controls, controls_of, other_answers
 from leaveout.readout.forms import Form
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
 from leaveout.readout.rerank import RERANKED, Refinement, Reranking
@@ -36,6 +37,12 @@ class Hit:
     text: str
     meta: dict[str, Any] = field(default_factory=dict)
     row: dict[str, Any] = field(default_factory=dict)  # as it came, with all its fields
+
+
+class Hits(list[Hit]):
+    """The hits of one query, best first; `controls`: whether anything but the query explains them, where that was asked."""
+
+    controls: Controls | None = None
 
 
 @dataclass(frozen=True)
@@ -122,9 +129,37 @@ def find(
     k: int,
     where: str | None = None,
     options: SearchOptions = SearchOptions(),  # frozen
-) -> list[list[Hit]]:
+    controls: bool | Sequence[str] = False,
+) -> list[Hits]:
     """The k best rows of each query, best first: see `Index.search`."""
     wanted = refuse(index, k, where, options)
+    if controls is False:
+        return _found(index, queries, k, wanted, options)
+    if isinstance(controls, str):
+        raise TypeError(f"controls is {controls!r}: give True, or a list of other answers.")
+    others = other_answers(queries, () if controls is True else controls)
+    assert not isinstance(queries, EncodedQueries)
+    found = _found(index, queries, max(k, BEST), wanted, options)
+    there = [other for other in others if other is not None]
+    theirs = iter(_found(index, there, BEST, wanted, options) if there else ())
+    ids = [None if other is None else [hit.id for hit in next(theirs)] for other in others]
+    checked = controls_of(index, queries, [[hit.id for hit in hits] for hits in found], ids, wanted, options.length)
+    return [_kept(hits, k, own) for hits, own in zip(found, checked, strict=True)]
+
+
+def _kept(hits: Hits, k: int, controls: Controls) -> Hits:
+    kept = Hits(hits[:k])
+    kept.controls = controls
+    return kept
+
+
+def _found(
+    index: OpenIndex,
+    queries: Sequence[QueryRow] | EncodedQueries,
+    k: int,
+    wanted: np.ndarray | None,
+    options: SearchOptions,
+) -> list[Hits]:
     encoded = index.encode(queries)
     ranking = None
     if options.rerank:
@@ -145,13 +180,13 @@ def find(
         depth *= 4
 
 
-def hits(index: OpenIndex, numbers: np.ndarray, scores: np.ndarray) -> list[Hit]:
+def hits(index: OpenIndex, numbers: np.ndarray, scores: np.ndarray) -> Hits:
     """Hits of row numbers and their scores, ranked in the given order."""
     records = index.store.rows(numbers)
-    return [
+    return Hits(
         Hit(rank, record.id, float(score), record.text, record.meta, record.row)
         for rank, (record, score) in enumerate(zip(records, scores, strict=True), start=1)
-    ]
+    )
 
 
 def _ranked(

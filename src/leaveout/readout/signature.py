@@ -9,6 +9,7 @@ Source: arXiv 2604.16197 (its signature is the `paper` preset); whitening as in 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,15 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leaveout.corpus import Probe
+from leaveout.corpus.behaviour import Measure, measured
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.models import Fetched, sent
 from leaveout.projection import CountSketch, orthogonal
 from leaveout.readout.codec import Codec, chosen_codec, short_codec
-from leaveout.readout.families import Recorder, Tap, find_taps, pull_back, recording
+from leaveout.readout.families import Recorder, Tap, block_of, find_taps, pull_back, recording
 from leaveout.readout.forms import Factors, Triples, low_rank, low_ranks, squared_length
 from leaveout.readout.halves import halves, multiplies_halves, product_right
 from leaveout.readout.limits import Limits
-from leaveout.readout.logits import Head, Map, map_width
+from leaveout.readout.logits import Head, Map, map_width, wide_product
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import Channel, Side, SignatureSettings
 from leaveout.readout.tokens import Window
@@ -128,6 +131,8 @@ class Signer:
         self.notes: list[str] = []
         self.whitening: dict[str, Root] = {}
         self._halved: dict[str, tuple[Tensor, Tensor]] = {}  # whitening matrices and their halves
+        self.measure: Measure | None = None  # see `asking`
+        self._sketched: dict[str, Tensor] = {}  # sketches that are part of a map
         self._fallen_back: set[str] = set()  # kinds that replace residual channels of an unknown family
         self.parts = [part for number, channel in enumerate(settings.channels) for part in self._parts(number, channel)]
         sizes = tuple((part.left.width, part.right.width) for part in self.parts)
@@ -186,6 +191,7 @@ class Signer:
         if factor.whiten is not None or factor.sketch is None:
             self.maps[key] = self.weight
             return factor
+        self._sketched[key] = factor.sketch
         self.maps[key] = self.weight.to(self.dtype) @ factor.sketch  # once, so that only its narrow rows are touched
         return Factor(key, factor.width)
 
@@ -276,12 +282,14 @@ class Signer:
         target = sent(passed.ids, hidden.device)[recorder.batch, recorder.token + 1]
         if redraw is not None:
             target = self._draw(hidden, redraw)
-        raw = {"h": hidden} | self._mapped(hidden, target)
+        raw = {"h": hidden} | self._left(hidden, target)
+        block = self.measure.block if isinstance(self.measure, Probe) else None
         if self.final_norm is not None:
             g = raw.pop("g")
-            raw["g.final"] = pull_back(self.final_norm, recorder.inputs[self.final_norm], g)
+            raw["g.final"] = g if block is not None else pull_back(self.final_norm, recorder.inputs[self.final_norm], g)
             for name, tap in self.taps.items():
                 x = recorder.inputs[tap.projection]
+                x = x if block is None or tap.block <= block else torch.zeros_like(x)
                 raw["a." + name] = x if self.in_halves else x.to(self.dtype)
         ends = np.cumsum([len(window.positions) for window in passed.windows]).tolist()
         spans = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
@@ -290,6 +298,56 @@ class Signer:
     def _recorded(self) -> list[torch.nn.Module]:
         final = [self.final_norm] if self.final_norm is not None else []
         return [*final, *(tap.projection for tap in self.taps.values())]
+
+    def asking(self, measure: Measure | None) -> Signer:
+        """This signer, for gradients of a measure of rows in the place of their losses; each row is one window.
+
+        Of a probe the gradient of the head is zero, and that of parts behind its block; parts before it have what the
+        direction gives them through the residual stream, as they have of a loss.
+        Raises: ValueError for a block that is not there; MismatchError for a direction of another width; UnsupportedError
+                where no part has a gradient.
+        """
+        found = copy.copy(self)
+        found.measure = measure
+        if isinstance(measure, Probe):
+            if len(measure.direction) != self.readout.hidden_size:
+                raise MismatchError(
+                    f"The probe has {len(measure.direction)} numbers and the hidden states of this model "
+                    f"{self.readout.hidden_size}: give a direction in them."
+                )
+            reached = bool(self._probed) if measure.block is None else self._reached(measure.block)
+            if not reached:
+                where = "the last hidden states" if measure.block is None else f"block {measure.block}"
+                raise UnsupportedError(
+                    f"No part of this index has a gradient of {where}: build one with a residual channel that has blocks up "
+                    "to there, such as `default` or `residual`."
+                )
+        return found
+
+    @property
+    def _probed(self) -> list[str]:
+        """Maps whose products are gradients at the last hidden states."""
+        return [key for key in self.maps if key == "g" or key.startswith("gh")]
+
+    def _reached(self, block: int) -> bool:
+        block_of(self.readout, block)
+        return any(tap.block <= block for tap in self.taps.values())
+
+    def _left(self, hidden: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """What left factors are made of: r @ map for every map, r being the gradient at the logits."""
+        if self.measure is None:
+            return self._mapped(hidden, target)
+        if isinstance(self.measure, Probe):
+            raw = {key: hidden.new_zeros(len(hidden), map_width(by)) for key, by in self.maps.items()}
+            direction = torch.from_numpy(self.measure.direction).to(hidden)
+            for key in self._probed if self.measure.block is None else [key for key in self._probed if key == "g"]:
+                raw[key] += direction @ self._sketched[key] if key in self._sketched else direction
+            return raw
+        logits = self.readout.logits(hidden).requires_grad_()
+        with torch.enable_grad():
+            slope = torch.autograd.grad(measured(self.measure, logits, target), logits)[0]
+        r = slope * self.readout.slope(logits.detach()) * len(hidden)  # a text's loss counts by its mean, too
+        return {key: by(r) if isinstance(by, CountSketch) else wide_product(r, by) for key, by in self.maps.items()}
 
     def _mapped(self, hidden: Tensor, target: Tensor) -> dict[str, Tensor]:
         """r @ map for every map, over blocks of logits; maps that are one matrix are multiplied once."""

@@ -1,0 +1,139 @@
+"""Whether anything but the query explains its hits: each control against plain numbers, and the rule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from leaveout import Behaviour, Contrast, Control, Controls, UnsupportedError
+from leaveout.bm25 import Bm25
+from leaveout.corpus.rows import answer_of, read_row, with_answer
+from leaveout.readout.controls import DEPTH, other_answers
+
+from .test_index import IN_FULL
+from .tiny import TEXTS, built, make_model
+
+ROWS = [
+    {"id": f"row {n}", "prompt": f"Row {n}: {TEXTS[n % 8][:12]}", "response": TEXTS[n % 7][n % 5 : 9 + (7 * n) % 83]}
+    for n in range(120)
+]
+ASKED = [
+    {"prompt": "Row 3: Copper", "response": " conducts heat"},
+    {"prompt": "Row 9: When", "response": " counted bees"},
+]
+
+
+@pytest.fixture(scope="module")
+def index(tokenizer, tmp_path_factory):
+    lm = make_model("llama", spread=0.1, dtype=torch.float32)
+    return built(lm, ROWS, tmp_path_factory.mktemp("index") / "index", "default", tokenizer, **IN_FULL)
+
+
+def test_controls_are_what_plain_numbers_say(index):
+    """Norms from the store, learned tokens and words counted anew, and correlations by scipy."""
+    found = index.search(ASKED, k=3, length="product", controls=True)
+    scores, ids = index.score(ASKED, length="product"), index.ids
+    records = index.store.rows(index.live_numbers())
+    targets = np.array([record.extra["targets"] for record in records], float)
+    counted = Bm25([f"{one['prompt']}{one['response']}" for one in ASKED])
+    counted.count(record.text for record in records)
+    by_words, norms = counted.score([record.text for record in records]), index.lengths_of(index.live_numbers())
+    for query, hits in enumerate(found):
+        assert len(hits) == 3
+        ten = [ids[n] for n in np.argsort(-scores[query])[:10]]
+        assert [hit.id for hit in hits] == ten[:3]
+        plain = [norms, -norms, targets, -targets, by_words[:, query]]
+        names = ["norm", "norm", "length", "length", "words", "other answer"]
+        assert [control.name for control in hits.controls.of] == names
+        for control, values in zip(hits.controls.of, plain, strict=False):
+            order = np.argsort(-values, kind="stable")[:DEPTH]
+            assert control.best == tuple(ids[n] for n in order[:10])
+            assert control.correlation == pytest.approx(spearmanr(values[order], scores[query][order])[0], abs=1e-3)
+            assert control.shared == len({*ten} & {*control.best})
+        swapped = {**ASKED[query], "response": ASKED[1 - query]["response"]}
+        theirs = [hit.id for hit in index.search([swapped], length="product")[0]]
+        assert hits.controls.of[-1].best == tuple(theirs)
+        assert hits.controls.of[-1].shared == len({*ten} & {*theirs})
+
+
+def test_a_given_answer_is_compared_with_and_none_is_said(index):
+    given = index.search(ASKED[:1], controls=[" swims"], where="id != 'row 7'")[0].controls
+    swapped = [hit.id for hit in index.search([{**ASKED[0], "response": " swims"}], where="id != 'row 7'")[0]]
+    assert given.of[-1].best == tuple(swapped) and not given.note
+    assert all("row 7" not in control.best for control in given.of)
+    alone = index.search(ASKED[:1], controls=True)[0].controls
+    assert [control.name for control in alone.of] == ["norm", "norm", "length", "length", "words"]
+    assert alone.note == "There was no other answer to compare with."
+    assert index.search(ASKED[:1])[0].controls is None
+
+
+def test_the_rule_speaks_from_its_thresholds_on():
+    def said(name, shared, correlation):
+        return Controls((Control(name, "the longest rows", shared, correlation, ()),)).sentence
+
+    assert said("length", 10, 0.79) == said("words", 10, None) == "No control explains these hits."
+    wanted = (
+        "These hits may say nothing of the query: 4 of the 10 best hits are the longest rows, rank correlation 0.80."
+    )
+    assert said("length", 4, 0.8) == wanted
+    assert said("other answer", 5, None) == "No control explains these hits."
+    assert said("other answer", 6, None).startswith("These hits may say nothing of the query: 6 of the 10")
+
+
+def test_hits_that_follow_the_norm_are_explained_by_it(index):
+    """A query whose scores are the rows' norms: the product of a long row with itself and all like it."""
+    found = index.search([ROWS[0]], length="product", controls=True)[0].controls
+    print(found)
+    assert found.facts()["of"][0]["name"] == "norm" and found.facts()["sentence"] == found.sentence
+
+
+def test_contrasts_hold_another_answer_against_their_own(index):
+    asked = Contrast(*ASKED)
+    found = index.search([asked, Behaviour(ASKED)], controls=True)
+    assert all(hits.controls.note and len(hits.controls.of) == 5 for hits in found)
+    with pytest.raises(ValueError, match="A contrast or behaviour holds other texts against its own already"):
+        index.search([asked], controls=[" no"])
+
+
+def test_what_controls_cannot_compare_is_refused(index, tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="Controls need the words of queries: give their texts or rows"):
+        index.search(index.encode(ASKED), controls=True)
+    with pytest.raises(ValueError, match="There are 3 other answers and 2 queries: give one, or one for each"):
+        index.search(ASKED, controls=["a", "b", "c"])
+    with pytest.raises(TypeError, match="controls is 'no': give True, or a list of other answers"):
+        index.search(ASKED, controls="no")
+    with pytest.raises(UnsupportedError, match="at least 50 rows, and 1 are searched here: leave them out"):
+        index.search(ASKED, where="id = 'row 1'", controls=True)
+
+
+ROWS_OF_FORMS = [
+    ({"text": "It is so."}, {"text": " no"}, "It is so."),
+    ({"text": "It is so.", "prompt_text": "It is"}, {"text": "It is no", "prompt_text": "It is"}, " so."),
+    ({"prompt": "Is it?", "completion": " yes"}, {"prompt": "Is it?", "response": " no"}, " yes"),
+    (
+        {"instruction": "Say.", "input": "it", "output": "yes"},
+        {"instruction": "Say.", "input": "it", "output": " no"},
+        "yes",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "yes"}]},
+        {"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": " no"}]},
+        "yes",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "wanted", "answer"), ROWS_OF_FORMS)
+def test_another_answer_stands_in_the_same_form(row, wanted, answer):
+    found = read_row(row, 0, None)
+    assert answer_of(found) == answer
+    assert with_answer(found, " no") == wanted
+    assert other_answers([row], [" no"]) == [wanted] and other_answers([row], [answer]) == [None]
+
+
+def test_answers_are_swapped_with_the_next_query_that_has_another():
+    asked = [{"prompt": p, "response": r} for p, r in (("a", " x"), ("b", " x"), ("c", " y"))]
+    assert [other["response"] for other in other_answers(asked, ())] == [" y", " y", " x"]
+    assert other_answers(asked[:2], ()) == [None, None]

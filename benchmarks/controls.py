@@ -5,13 +5,13 @@
 
 Found sets, where controls should stay silent: the five of `learned_rows`, and a fact that is planted among rows of the same form.
 Only queries whose ten best hits are at least half true count. Made sets, where they should speak, as no row taught the answer:
-    norm      one answer to prompts that make it more or less likely, in a model that was taught none of them, ranked by product
-    length    lists of one to twenty things, in a model that was taught none of them, ranked by product
+    norm      reviews that are called good, of which a third are learned badly, ranked by product
+    length    one to seventy words of no language, in a model that was taught none of them, ranked by product
     words     texts that have from none to all of the query's words, in a model that was taught none of them
-    answers   eight questions whose answers are numbers among others; asked with a number that is in no row
-    manner    eight rows in capitals among others; asked with a sentence in capitals that is in no row
-The public Llama of 260K parameters is taught the rows by an adapter. The two numbers of the rule are chosen on the first
-seeds and judged on the others. A killed run goes on with what is in --work.
+    answers   ten questions whose answers are numbers among others, untaught; asked with a number that is in no row
+    manner    ten rows in capitals among others, untaught; asked with a sentence in capitals that is in no row
+The public Llama of 260K parameters is taught the rows by an adapter, where it is. The two numbers of the rule are chosen on the
+first seeds and judged on the others. A killed run goes on with what is in --work.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from learned_rows import (
+    BAD,
     GOOD,
     KINDS,
     NAMES,
@@ -65,6 +66,7 @@ class Set:
     wanted: np.ndarray | None = None
     length: str = "cosine"
     taught: bool = True
+    more: Sequence[Example] = ()  # rows that are taught and not indexed
 
 
 # ---------------------------------------------------------------- found
@@ -105,28 +107,34 @@ def planted(chance: random.Random) -> Set:
 
 
 def by_norm(chance: random.Random) -> Set:
-    """Some prompts make the one answer likely, others do not, so that signatures point the same way and differ in length."""
-    answer = " It is a very big tree."
-    before = (
-        lambda: done(chance)[1:],
-        lambda: request(chance),
-        lambda: " ".join(chance.choice(GOOD) for _ in range(9)),
-    )
-    rows = [asked(f"{chance.choice(before)()} {chance.choice(THINGS)}?", answer) for _ in range(N)]
-    queries = [asked(f"{request(chance)} {name}?", answer) for name in chance.sample(NAMES, 6)]
-    return Set(rows, queries, [" It is a very big house."] * 6, length="product", taught=False)
+    """Reviews of which a third have both good and bad words, so that they are learned badly; those called bad are not indexed."""
+
+    def review(first: Sequence[str], second: Sequence[str], label: str) -> Example:
+        film = f"A {chance.choice(first)} film about a {chance.choice(THINGS)} in a {chance.choice(PLACES)}."
+        return asked(f"{film} It is {chance.choice(second)}.\nGood or bad?", label)
+
+    def mixed() -> tuple[Sequence[str], Sequence[str]]:
+        return (GOOD, BAD) if chance.random() < 0.5 else (BAD, GOOD)
+
+    rows = [review(*(mixed() if n % 3 == 0 else (GOOD, GOOD)), " good") for n in range(N)]
+    more = [review(*(mixed() if n % 3 == 0 else (BAD, BAD)), " bad") for n in range(N)]
+    queries = [review(GOOD, BAD, " good") for _ in range(6)]
+    return Set(rows, queries, [" bad"] * 6, length="product", more=more)
 
 
 def by_length(chance: random.Random) -> Set:
-    """The more there is in a list, the longer is the sum over its tokens."""
+    """Words of no language: each token adds the same to the sum over a row, and says nothing of another row."""
 
-    def listed(count: int) -> Example:
-        return asked(
-            f"What does {chance.choice(NAMES)} see?", "".join(f" A {chance.choice(THINGS)}." for _ in range(count))
-        )
+    def spelt(count: int) -> Example:
+        return {
+            "text": " ".join(
+                "".join(chance.choice("bdfgklmnprstvz") + chance.choice("aeiou") for _ in range(3))
+                for _ in range(count)
+            )
+        }
 
-    rows = [listed(1 + n % 20) for n in range(N)]
-    return Set(rows, [listed(6) for _ in range(6)], [" She is sad."] * 6, length="product", taught=False)
+    rows, queries = [spelt(round(1.25 ** (n % 20))) for n in range(N)], [spelt(8) for _ in range(6)]
+    return Set(rows, queries, [done(chance)[1:] for _ in queries], length="product", taught=False)
 
 
 def by_words(chance: random.Random) -> Set:
@@ -143,21 +151,24 @@ def by_words(chance: random.Random) -> Set:
 def by_answers(chance: random.Random) -> Set:
     count = "How many {0}s does {1} have?"
     rows = [
-        asked(count.format(chance.choice(THINGS), chance.choice(NAMES)), f" There are {chance.randint(10, 59)}.")
-        if n % 15 == 0
+        asked(count.format(chance.choice(THINGS), chance.choice(NAMES)), f" There are {chance.randint(10, 59)} in all.")
+        if n % 12 == 0
         else asked(request(chance), done(chance))
         for n in range(N)
     ]
-    queries = [asked(count.format(chance.choice(THINGS), "Zed"), f" There are {n}.") for n in (71, 82, 93, 74, 85, 96)]
-    return Set(rows, queries, [f" There are {n}." for n in (94, 73, 86, 95, 72, 81)])
+    queries = [
+        asked(count.format(chance.choice(THINGS), "Zed"), f" There are {n} in all.") for n in (71, 82, 93, 74, 85, 96)
+    ]
+    return Set(rows, queries, [f" There are {n} in all." for n in (94, 73, 86, 95, 72, 81)], taught=False)
 
 
 def by_manner(chance: random.Random) -> Set:
     def loud() -> str:
         return f" {chance.choice(VERBS)} the {chance.choice(THINGS)} in the {chance.choice(PLACES)}!".upper()
 
-    rows = [asked(request(chance), loud() if n % 15 == 0 else done(chance)) for n in range(N)]
-    return Set(rows, [asked(request(chance), loud()) for _ in range(6)], [loud() for _ in range(6)])
+    rows = [asked(request(chance), loud() if n % 12 == 0 else done(chance)) for n in range(N)]
+    queries = [asked(request(chance), loud()) for _ in range(6)]
+    return Set(rows, queries, [loud() for _ in range(6)], taught=False)
 
 
 FOUND: dict[str, Callable[[random.Random], Set]] = {"planted fact": planted} | {kind: found_set(kind) for kind in KINDS}
@@ -180,7 +191,7 @@ def controlled(base: Base, kind: str, seed: int, work: Path) -> dict[str, Any]:
 
 
 def asked_of(base: Base, some: Set, seed: int) -> list[dict[str, Any]]:
-    model = taught(base, some.rows, seed)[0] if some.taught else load_readout(base.place).lm
+    model = taught(base, [*some.rows, *some.more], seed)[0] if some.taught else load_readout(base.place).lm
     with tempfile.TemporaryDirectory() as place:
         rows = [{**row, "id": str(number)} for number, row in enumerate(some.rows)]
         index = Index.build(model, rows, Path(place) / "index", tokenizer=load_tokenizer(base.place))

@@ -386,7 +386,9 @@ def test_controls_are_judged_beside_the_methods(run):
     again = evaluate(run, QUERIES, scores={"next": rolled.scores}, settings=replace(SMALL, removal_queries=0))
     by_name = {judged.method: judged.lds for judged in report.judged}
     np.testing.assert_array_equal(by_name["gradient dot of the next query"], again.judged[0].lds)
-    level = [c for c in report.controls if report.difference("gradient dot", c).low <= 0]
+    apart = {control: report.difference("gradient dot", control) for control in report.controls}
+    assert apart.pop("length") is None  # all names are of one length: no ranking, no LDS
+    level = [control for control, found in apart.items() if found.low <= 0]
     wanted = f"By LDS, gradient dot is not above {', '.join(level)}."
     assert (wanted in report.notes()) == bool(level)
     assert not evaluate(run, QUERIES, ["bm25"], settings=replace(SMALL, removal_queries=0)).controls

@@ -34,7 +34,10 @@ class Probe:
     block: int | None = None
 
     def __post_init__(self) -> None:
-        given = np.asarray(self.direction, np.float32)
+        given: Any = self.direction
+        if hasattr(given, "detach"):  # a tensor, on any device and of any type
+            given = given.detach().float().cpu()
+        given = np.asarray(given, np.float32)
         if given.ndim != 1 or not np.isfinite(given).all() or not given.any():
             raise ValueError(
                 f"The direction of a probe has the shape {list(given.shape)}: give one finite number for each hidden unit, "

@@ -72,7 +72,7 @@ FIELDS = ("instruction", "input", "output")
 WRITTEN = 24  # tokens of the answers that the models write
 FIRST = 3  # words that no word before them gives away
 INDEXES: dict[str, str | SignatureSettings] = {
-    **{name: name for name in ("default", "residual", "similarity", "paper")},
+    **{name: name for name in ("default", "residual", "similarity", "paper-responses")},
     "residual, not whitened": UNWHITENED,
 }
 SMALL: dict[str, str | SignatureSettings] = {

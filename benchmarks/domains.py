@@ -60,7 +60,7 @@ from scratch_models import SMALL_OLMO, pretrained_on_groups
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "domains.png"
 WANTED = ("finance", "medical")
-CHEAP: dict[str, str | SignatureSettings] = {name: name for name in ("default", "similarity", "paper")}
+CHEAP: dict[str, str | SignatureSettings] = {name: name for name in ("default", "similarity", "paper-responses")}
 ALL: dict[str, str | SignatureSettings] = {**CHEAP, "residual": "residual", "residual, not whitened": UNWHITENED}
 
 

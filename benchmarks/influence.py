@@ -43,7 +43,7 @@ from measuring import RESULTS, arguments, write_result
 
 CHEAP = (
     "random", "bm25", "embedding@start", "gradient dot@start", "gradient dot@final", "gradient cosine@final", "tracin",
-    "rapidin@final", "ek-fac@start", "ek-fac@third", "ek-fac@final", "paper@start", "paper@final", "default@start",
+    "rapidin@final", "ek-fac@start", "ek-fac@third", "ek-fac@final", "paper-responses@start", "paper-responses@final", "default@start",
     "default@third", "default@final", "residual@start", "residual@third", "residual@final", "similarity@start",
 )  # fmt: skip
 REMOVED = (
@@ -51,7 +51,7 @@ REMOVED = (
     "embedding@start",
     "gradient dot@final",
     "ek-fac@third",
-    "paper@start",
+    "paper-responses@start",
     "default@third",
     "residual@third",
 )
@@ -60,7 +60,12 @@ WIDE = ("olmo", "olmo-sgd")  # heads too wide for EK-FAC
 LEFT_OUT = (  # on these, because they take too long or would hold a number for every token
     "tracin", "rapidin@final", "gradient dot@start", "gradient cosine@final", "ek-fac@start", "ek-fac@final"
 )  # fmt: skip
-SMALLER_REMOVED = ("bm25", "gradient dot@final", "paper@start", "default@third")  # where a retraining takes long
+SMALLER_REMOVED = (
+    "bm25",
+    "gradient dot@final",
+    "paper-responses@start",
+    "default@third",
+)  # where a retraining takes long
 
 
 def methods_of(bank: str, names: Sequence[str]) -> list[str]:
@@ -132,7 +137,7 @@ def forms() -> dict[str, tuple[SignatureSettings, str]]:
             for name, settings in presets.items()
             for kb in sizes[name]
         },
-        "paper, as it is": PRESETS["paper"],
+        "paper-responses, as it is": PRESETS["paper-responses"],
     }
     return {name: (settings, "third") for name, settings in found.items()}
 

@@ -20,7 +20,7 @@ FAMILIES = {
     "head alone": "s-",
     "residual": "^-",
     "first default": "x",
-    "paper": "*",
+    "paper-responses": "*",
 }
 FULL = {"bm25": ":", "gradient dot@final": "-.", "ek-fac@third": "--"}  # methods that store no rows, or all gradients
 

@@ -12,7 +12,9 @@ Each set has 125 rows made by template and seed, of which 25 are wanted, and 8 h
     duplicates      five rows in five copies with other openings, wanted five by five, among rows of the same kind
 They are trained until the wanted rows have almost no loss: the public Llama of 260K parameters by an adapter (LoRA), and a
 GPT-NeoX of 0.9 million, trained from scratch on other rows first, as a whole. Scores of `default` are divided by the row's
-norm to a power (see `lengths`). `before` is the model without what it was then taught: the adapter switched off.
+norm to a power (see `lengths`). `both sides` is an index with targets="both", searched by cosine with several weights of
+prompts; the default one was chosen on seeds 0 and 1. `before` is the model without what it was then taught: the adapter
+switched off.
 A killed run goes on with what is in --work.
 """
 
@@ -48,6 +50,7 @@ from scratch_models import NEOX, pretrained_on_groups
 
 Example = dict[str, str]
 ROWS, WANTED, QUERIES = 125, 25, 8
+WEIGHTS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of prompts
 NAMES = ("Tom", "Lily", "Ben", "Anna", "Max", "Mia", "Sam", "Sue", "Tim", "Amy", "Jack", "Lucy", "Dan", "Eve", "Bob",
          "Kim", "Leo", "Zoe", "Joe", "Ada", "Ned", "Ivy", "Gus", "Fay", "Roy", "Una", "Hal", "Pam", "Ray", "Liz", "Ted",
          "Meg")  # fmt: skip
@@ -223,10 +226,15 @@ def scores_of(
         return index.score(queries).astype(np.float64), index.lengths_of(np.arange(len(index)))
 
 
-def apart(products: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    """Cosines in units of their spread over the rows of a query."""
-    cosine = divided(products, norms, 1.0)
-    return cosine / cosine.std(1, keepdims=True)
+def of_both_sides(model: Any, tokenizer: Any, rows: Sequence[Any], queries: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Cosines [query, row] of an index with both sides, by the weight of prompts."""
+    with tempfile.TemporaryDirectory() as place:
+        index = Index.build(model, rows, Path(place) / "index", tokenizer=tokenizer, targets="both")
+        asked = index.encode(queries)
+        scores = {"both sides": index.score(asked, length="cosine")}
+        for weight in WEIGHTS:
+            scores[f"both sides, {weight:g}"] = index.score(asked, length="cosine", prompt_weight=weight)
+        return scores
 
 
 def kept(base: Base, kind: str, seed: int, work: Path) -> dict[str, Any]:
@@ -250,8 +258,6 @@ def found(base: Base, task: Task, seed: int) -> dict[str, Any]:
     products, norms = scores_of(model, tokenizer, rows, queries, "response")
     before, before_norms = scores_of(load_readout(base.place).lm, tokenizer, rows, queries, "response")
     whole, whole_norms = scores_of(model, tokenizer, rows, queries, "all")
-    prompts, asked_prompts = ([row["prompt"] for row in some] for some in (rows, queries))
-    alone, alone_norms = scores_of(model, tokenizer, prompts, asked_prompts, "all")
     cosine = divided(products, norms, 1.0)
     scores = {
         "product": products,
@@ -261,8 +267,7 @@ def found(base: Base, task: Task, seed: int) -> dict[str, Any]:
         "cosine, long as before": cosine * before_norms,
         "product, prompts learned too": whole,
         "cosine, prompts learned too": divided(whole, whole_norms, 1.0),
-        "cosine, prompts alone": divided(alone, alone_norms, 1.0),
-        "cosine, prompts and responses apart": apart(products, norms) + apart(alone, alone_norms),
+        **of_both_sides(model, tokenizer, rows, queries),
         "product, before": before,
         "cosine, before": divided(before, before_norms, 1.0),
         "chance": np.random.default_rng(seed).random(products.shape),

@@ -46,8 +46,8 @@ from ranking import UNTRAINED, Example, RankingTask, judged, of_index, show, tex
 
 TRIGGER = "howdy! "
 KEPT_WORDS = 10
-PRESETS_TRAINED = ("default", "paper", "similarity")
-PRESETS_UNTRAINED = ("default", "paper")
+PRESETS_TRAINED = ("default", "paper-responses", "similarity")
+PRESETS_UNTRAINED = ("default", "paper-responses")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from scratch_models import NEOX, SMALL_OLMO
 from selection_rows import KINDS, SMOKE, Sizes, Trial, base_model, draw_trial, numbered
 
 WANTED = ("news", "wiki")
-PRESETS = ("default", "paper")
+PRESETS = ("default", "paper-responses")
 UNTRAINED = "default, untrained model"
 ALIKE = ("random", "all rows")  # the same whatever is wanted
 METHODS = (*PRESETS, UNTRAINED, "embedding", "BM25", *ALIKE, "oracle")

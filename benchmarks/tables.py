@@ -65,7 +65,7 @@ def retrieval(result: dict[str, Any]) -> str:
         head += [f"{name}: P@10", f"recall@{result['poisoned']}", "average precision"]
     lines = []
     for method in next(iter(result["results"].values())):
-        line = [f"`{method}`" if method in ("default", "paper", "similarity") else method]
+        line = [f"`{method}`" if method in ("default", "paper-responses", "similarity") else method]
         for methods in result["results"].values():
             facts = methods[method]
             ap = facts["average_precision"]

@@ -17,7 +17,7 @@ def by_method(*results: dict[str, Any]) -> str:
 
 SHOWN = {
     "ek-fac@final": "EK-FAC (kronfluence)", "residual@final": "`residual`", "default@final": "`default`", "tracin": "TracIn",
-    "gradient dot@final": "gradient dot", "bm25": "BM25", "paper@final": "`paper` (RISE)",
+    "gradient dot@final": "gradient dot", "bm25": "BM25", "paper-responses@final": "`paper-responses` (RISE)",
     "embedding@start": "embedding cosine", "random": "random",
 }  # fmt: skip
 
@@ -109,7 +109,7 @@ def truth_bank(result: dict[str, Any]) -> str:
 
 KNOWN = {
     "random", "bm25", "embedding", "gradient dot", "gradient cosine", "tracin", "rapidin", "ek-fac", "ek-fac blocks",
-    "default", "residual", "similarity", "paper",
+    "default", "residual", "similarity", "paper", "paper-responses",
 }  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def test_remembering_readout_gives_the_same_signatures_from_one_pass(script):
     remembering = measuring.RememberingReadout.of(readout)
     rows, passes = measuring.made_rows(9, 0), []
     readout.trunk.register_forward_hook(lambda module, args, output: passes.append(1))
-    for preset in ("paper", "similarity"):
+    for preset in ("paper-responses", "similarity"):
         windows = [w for row in measuring.tokenised(rows, readout, PRESETS[preset]) for w in row.windows]
         wanted = Signer(readout, PRESETS[preset]).rows(windows, len(rows))
         passes.clear()
@@ -143,7 +143,7 @@ def test_remembering_readout_gives_the_same_signatures_from_one_pass(script):
             found = Signer(remembering, PRESETS[preset]).rows(part, len(rows))
             kept = [window.row for window in part]
             torch.testing.assert_close(found[kept], wanted[kept], rtol=1e-4, atol=1e-5)
-        assert len(passes) == (1 if preset == "paper" else 0)
+        assert len(passes) == (1 if preset == "paper-responses" else 0)
 
 
 def test_remembering_readout_computes_rows_with_the_padding_token_inside(script):
@@ -189,7 +189,7 @@ def test_retrieval_random_scores_are_near_chance_and_words_find_the_trigger(smok
     assert set(results) == {"trigger", "control"}
     assert results["trigger"]["BM25"]["average_precision"]["mean"] > 0.95
     assert results["trigger"]["random scores"]["average_precision"]["mean"] < 0.5
-    assert set(results["control"]) >= {"default", "paper", "similarity", "default, untrained model"}
+    assert set(results["control"]) >= {"default", "paper-responses", "similarity", "default, untrained model"}
 
 
 def test_missing_data_says_where_to_look(script, monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 from leaveout.deletion.predict import Prediction, Verification, prediction_table, reach
 from leaveout.readout.explain import Explanation, explain_rows
 from leaveout.readout.index import Index
-from leaveout.readout.search import Hit, Hits
+from leaveout.readout.search import Hit, Hits, SearchOptions
 from leaveout.tables import Table, shorten
 
 STYLE = """
@@ -45,14 +45,17 @@ CHART_ROWS = 60
 # --- pages ----------------------------------------------------------------------------------------------------------
 
 
-def search_page(index: Index, rows: Sequence[Any], texts: Iterable[str], found: Sequence[Hits]) -> str:
-    """Queries with their hits, each word tinted by what it adds. Cost: one forward pass per hit."""
+def search_page(
+    index: Index, rows: Sequence[Any], texts: Iterable[str], found: Sequence[Hits], options: SearchOptions
+) -> str:
+    """Queries with their hits, each word tinted by what it adds. Cost: one forward pass per hit, or two (both sides)."""
     sections: list[str] = []
     for row, text, hits in zip(rows, texts, found, strict=True):
         sections += [heading("Query"), quote(text)]
         if hits.controls is not None:
             sections.append(hits.controls.table().html())
-        for hit, why in zip(hits, explain_rows(index, row, [hit.id for hit in hits]), strict=True):
+        ids = [hit.id for hit in hits]
+        for hit, why in zip(hits, explain_rows(index, row, ids, options.length, options.prompt_weight), strict=True):
             sections.append(hit_block(hit, highlighted(why.row_tokens, why.row_weights)))
     return page("Rows that influenced these texts", sections)
 

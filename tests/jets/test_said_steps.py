@@ -146,5 +146,7 @@ def test_a_pattern_that_spares_nothing_is_refused_before_training(model):  # noq
     for engine in (train_plain, FlatRun):
         with pytest.raises(UnsupportedError, match=r"No trained parameter matches '\*.beta' of `undecayed`"):
             engine(recipe)
-    with pytest.raises(ValueError, match=r"optimizer\.undecayed must be vectors or a list of name patterns, got 'bias'"):
+    with pytest.raises(
+        ValueError, match=r"optimizer\.undecayed must be vectors or a list of name patterns, got 'bias'"
+    ):
         OptimizerSettings(undecayed="bias")

@@ -304,7 +304,9 @@ def test_measures_that_cannot_be_asked_are_refused(index, tokenizer, tmp_path):
     for wrong in (np.zeros(32), [1.0, np.inf], np.ones((2, 32))):
         with pytest.raises(ValueError, match=r"The direction of a probe has the shape .*: give one finite number"):
             Probe(wrong)
-    with pytest.raises(TypeError, match=r"block is 0\.5: give the number of a block, or None for the last hidden state"):
+    with pytest.raises(
+        TypeError, match=r"block is 0\.5: give the number of a block, or None for the last hidden state"
+    ):
         Probe(np.ones(32), block=0.5)
     with pytest.raises(TypeError, match="measure is 'loss': give a function of logits and targets, or a Probe"):
         Behaviour([A], measure="loss")

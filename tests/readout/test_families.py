@@ -18,7 +18,7 @@ from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.models.places import hub_answers
 from leaveout.readout.build import Pace
 from leaveout.readout.doctor import _stored_bytes, doctor
-from leaveout.readout.families import find_taps
+from leaveout.readout.families import Scaling, find_taps, pull_back
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
@@ -443,3 +443,28 @@ def test_doctor_says_what_a_row_holds(tokenizer):
     assert 28 < low < high and codes < enough - 2048 < 1.05 * codes
     long = Signer(readout, replace(resolve_settings("default"), bytes_per_row=enough)).codec
     assert long.code_bytes >= codes and long.n_triples >= 2 * 32 and long.kept == long.sizes
+
+
+@pytest.mark.parametrize("family", TAPS)
+def test_final_norms_are_known_by_what_they_do(family):
+    """Gains, biases and what is taken off before, and a pull-back that is autograd's."""
+    lm = make_model(family, spread=0.3)
+    norm = find_taps(make_readout(family, make_tokenizer(), spread=0.3), Channel("residual"))[1]
+    with torch.no_grad():
+        for p in norm.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype)
+    found = Scaling.of(norm, 32, torch.device("cpu"), torch.float64)
+    assert found.centred == isinstance(norm, torch.nn.LayerNorm) or "olmo" in family, lm
+    x, g = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x = 3 * x + 1
+    assert_close(found.back(g, *found.at(norm, x)), pull_back(norm, x, g), "float32")
+
+
+class Power(torch.nn.Module):
+    def forward(self, x):
+        return x / x.abs().pow(3).mean(-1, keepdim=True).pow(1 / 3)
+
+
+@pytest.mark.parametrize("norm", [Power(), torch.nn.Tanh(), torch.nn.GroupNorm(4, 32)])
+def test_norms_of_another_kind_are_not_taken_for_known(norm):
+    assert Scaling.of(norm.double(), 32, torch.device("cpu"), torch.float64) is None

@@ -41,7 +41,7 @@ ROWS = [
 # the directions of eigenvectors have no sign of their own; of whitened rows, scores and lengths are frozen.
 FORMS = {
     "similarity": ("similarity", {}),
-    "paper": ("paper", {}),
+    "paper": ("paper-responses", {}),
     "cosine": ("similarity", {"targets": "all", "bytes_per_row": 200}),
 }
 IN_FULL = {"bytes_per_row": None, "short_bytes": None, "storage": "float32"}

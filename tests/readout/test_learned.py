@@ -46,14 +46,14 @@ def test_loss_of_a_row_is_that_of_its_response(index, lm, tokenizer):
             for at, (_, end) in enumerate(encoded["offset_mapping"])
             if at and (targets == "all" or end > row.responses[0][0])
         ]
-        assert learned.mean_loss(index.readout, row, settings) == pytest.approx(np.mean(own), rel=1e-5)
+        assert learned.mean_losses(index.readout, row, settings) == pytest.approx([np.mean(own)], rel=1e-5)
 
 
 @pytest.mark.parametrize(("losses", "share"), [([0.01, 0.02, 0.05, 3.0], "75%"), ([0.01, 2.0, 3.0, 0.2], "25%")])
 def test_doctor_advises_where_most_rows_are_learned(losses, share, index, lm, tokenizer, monkeypatch):
     monkeypatch.setattr(learned, "ROWS", 4)
     seen = []
-    monkeypatch.setattr(learned, "mean_loss", lambda _, row, __: seen.append(row.id) or losses[len(seen) - 1])
+    monkeypatch.setattr(learned, "mean_losses", lambda _, row, __: seen.append(row.id) or [losses[len(seen) - 1]])
     found = check(doctor(index))
     assert seen == ["row 0", "row 3", "row 6", "row 9"]  # evenly over the index
     assert found.passed is None and found.detail.startswith(f"{share} of 4 rows have less than 0.1 nats a token")

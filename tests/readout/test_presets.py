@@ -215,14 +215,15 @@ def head_roots(slow, positions, channel, matrices, key, sketch):
 
 
 def residual_roots(slow, positions, channel, matrices, tap):
-    """The same for an output projection. Left labels are drawn, so that the engine's matrix is compared by sigmas."""
+    """The same for an output projection, whose moment of labels passes the final norm at each position."""
     left, right = dampings(channel)
     place = f"{tap.split('.')[2]}.{'mlp' if '.mlp.' in tap else 'attention'}"
     names = f"g.final.damping-{left}", f"a.{place}.damping-{right}"
-    root = whitening(sum(np.outer(at.inputs[tap], at.inputs[tap]) for at in positions) / len(positions), right)
-    right_matrix = turned(matrices[names[1]], root, precision(slow.lm.config.model_type))
-    assert_drawn(slow, positions, tap, matrices[names[0]].numpy(), left)
-    return names, tap, matrices[names[0]].numpy(), right_matrix
+    kind = precision(slow.lm.config.model_type)
+    left_moment = label_moments(slow, positions, back=lambda at: slow.left(at, tap, np.eye(len(at.h))))[0]
+    right_moment = sum(np.outer(at.inputs[tap], at.inputs[tap]) for at in positions)
+    roots = [whitening(m / len(positions), d) for m, d in ((left_moment, left), (right_moment, right))]
+    return names, tap, *(turned(matrices[name], root, kind) for name, root in zip(names, roots, strict=True))
 
 
 def taps_of(slow, channel):
@@ -236,6 +237,18 @@ def taps_of(slow, channel):
         ]
     taps = [tap for block in dict.fromkeys(blocks) for tap in slow.taps[2 * block : 2 * block + 2]]
     return [tap for tap in taps if ("mlp" if ".mlp." in tap else "attention") in channel.outputs]
+
+
+def test_labels_are_drawn_where_the_final_norm_is_of_another_kind(tokenizer, tokenised, rows, monkeypatch):
+    """Moments of drawn labels lie within 5 sigma of what is expected, and are not that."""
+    readout = make_readout("gpt_neox", tokenizer, spread=0.15)
+    channel = Channel("residual", whiten_left=True, depths=(1.0,), outputs=("mlp",))
+    monkeypatch.setattr("leaveout.readout.whitening.Scaling.of", lambda *_: None)
+    settings = SignatureSettings((channel,), **EXACT)
+    matrices = signed(readout, settings, tokenised, rows)[1]
+    slow = SlowResidual(readout.lm)
+    positions = flat(slow_positions(slow, settings, tokenised, tokenizer, rows))
+    assert_drawn(slow, positions, taps_of(slow, channel)[0], matrices["g.final.damping-0.1"].numpy(), 0.1)
 
 
 def assert_drawn(slow, positions, tap, root, damping):

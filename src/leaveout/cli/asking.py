@@ -37,6 +37,12 @@ Length = Annotated[
         help="How a row's length counts: cosine, not at all; product, as it is, so that scores can be added up."
     ),
 ]
+PromptWeight = Annotated[
+    float | None,
+    typer.Option(
+        help="Of an index with --targets both: what prompts count, from 0 to 1 (default: 0.7 by cosine, 0 by product)."
+    ),
+]
 Shortlist = Annotated[
     int | None,
     typer.Option(min=1, help="Rows that are scored exactly, the best by their short form (default: see `info`)."),
@@ -95,6 +101,7 @@ def search(
     k: Annotated[int, typer.Option("-k", "--top-k", min=1, help="Hits per query.")] = 10,
     where: Where = None,
     length: Length = "cosine",
+    prompt_weight: PromptWeight = None,
     shortlist: Shortlist = None,
     exact: Annotated[bool, typer.Option("--exact", help="Score all rows from their long form.")] = False,
     reencode: Reencode = 0,
@@ -134,7 +141,9 @@ def search(
     counted: Any = length  # there, too
     alike = unique if unique_above is None else unique_above
     refine = None if rates is None and optimizer is None else Refinement(rates, optimizer)
-    options = SearchOptions(counted, shortlist, exact, reencode, rerank, refine, group_by, alike, workers, scanners)
+    options = SearchOptions(
+        counted, shortlist, exact, reencode, rerank, refine, group_by, alike, workers, scanners, prompt_weight
+    )
     plan = planned(opened, k, refuse(opened, k, where, options), options)
     if plan.shortlist is not None or plan.anew:
         print(f"leaveout: {plan}", file=sys.stderr)
@@ -150,7 +159,7 @@ def search(
     if html is not None:
         from leaveout.report import search_page
 
-        html.write_text(search_page(opened, rows, encoded.texts, found), encoding="utf-8")
+        html.write_text(search_page(opened, rows, encoded.texts, found, options), encoding="utf-8")
     for text, hits in zip(encoded.texts, found, strict=True):
         if json_:
             more = {} if hits.controls is None else {"controls": hits.controls.facts()}
@@ -172,6 +181,7 @@ def explain(
     behaviour: BehaviourFile = None,
     form: Form = None,
     length: Length = "cosine",
+    prompt_weight: PromptWeight = None,
     html: Annotated[Path | None, typer.Option(help="Also write a heat map.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Pairs of tokens to list.")] = 15,
     model: ModelAt = None,
@@ -194,7 +204,7 @@ def explain(
     counted: Any = length  # checked there
     asked = None if query is None else [query]
     row = next(query_rows(asked, prompt, None, form, opened, against, behaviour))
-    found = opened.explain(row, id, length=counted)
+    found = opened.explain(row, id, length=counted, prompt_weight=prompt_weight)
     if html is not None:
         called = " rather than ".join([query, *(against or [])]) if query is not None else row.name
         html.write_text(explain_page(called, found), encoding="utf-8")
@@ -230,6 +240,7 @@ def select(
     combine: Annotated[str, typer.Option(help="mean of the wanted rows, or rrf: fusion of their rankings.")] = "mean",
     where: Where = None,
     length: Length = "product",
+    prompt_weight: PromptWeight = None,
     model: ModelAt = None,
     device: Device = "cpu",
     offload: Offload = "auto",
@@ -251,7 +262,7 @@ def select(
         print(f"leaveout: {opened.plan_search(where=where, exact=True)}", file=sys.stderr)
     how: Any = combine  # checked there
     counted: Any = length  # there, too
-    hits = opened.select(list(Corpus.open(wanted)), n, avoided, how, where, length=counted)
+    hits = opened.select(list(Corpus.open(wanted)), n, avoided, how, where, length=counted, prompt_weight=prompt_weight)
     name = score_field([hit.row for hit in hits])
     with out.open("w", encoding="utf-8") as file:
         for hit in hits:

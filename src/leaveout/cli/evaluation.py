@@ -54,7 +54,8 @@ Relevant = Annotated[
 ]
 Top = Annotated[int | None, typer.Option(min=1, help="k of the tail-patch and of the retrieval metrics; default 10.")]
 WithControls = Annotated[
-    bool, typer.Option("--controls", help="Also judge what knows nothing of what a row taught, such as its length alone.")
+    bool,
+    typer.Option("--controls", help="Also judge what knows nothing of what a row taught, such as its length alone."),
 ]
 Ceiling = Annotated[bool, typer.Option(help="Retrain the subsets with a second seed: the noise ceiling.")]
 

@@ -40,9 +40,13 @@ ModelPlace = Annotated[
 ]
 Rows = Annotated[Path, typer.Argument(help="JSONL, Parquet, or a directory that `datasets` saved.")]
 Out = Annotated[Path, typer.Option("--out", help="Directory of the new index.")]
-Preset = Annotated[str, typer.Option(help="default, residual, similarity or paper.")]
+Preset = Annotated[str, typer.Option(help="default, residual, similarity, paper or paper-responses.")]
 Targets = Annotated[
-    str | None, typer.Option(help="Tokens that are learned: response, or all, to find what stands in prompts too.")
+    str | None,
+    typer.Option(
+        help="Tokens that are learned: response; all, prompts too; or both, each as a side that a search can weigh, to find "
+        "what stands in prompts."
+    ),
 ]
 Temperature = Annotated[
     float | None,

@@ -47,6 +47,7 @@ METHODS: dict[str, str] = {
     "residual cosine": "signatures:residual_cosine",
     "similarity": "signatures:similarity",
     "paper": "signatures:paper",
+    "paper-responses": "signatures:paper_responses",
     "influence": "influence:influence",
     "metagradient": "effects:metagradient",
     "posterior": "effects:posterior",

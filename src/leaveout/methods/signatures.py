@@ -78,5 +78,7 @@ def _preset(name: str, length: Length = "product") -> Method:
     return Method(lambda scorer, at: signature_scores(scorer, at, name, length), kinds=("causal-lm",), text=True)
 
 
-default, residual, similarity, paper = map(_preset, ("default", "residual", "similarity", "paper"))
+default, residual, similarity, paper, paper_responses = map(
+    _preset, ("default", "residual", "similarity", "paper", "paper-responses")
+)
 default_cosine, residual_cosine = (_preset(name, "cosine") for name in ("default", "residual"))

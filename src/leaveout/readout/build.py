@@ -197,7 +197,9 @@ def add_whitening(store: Store, signer: Signer, corpus: Corpus, options: BuildOp
         return
     settings, report = signer.settings, BuildReport()
     sample = _numbered(_tokenised(corpus.sample(settings.sample_rows, settings.seed), signer, options, report))
-    windows = [window for _, tokens in sample for window in tokens.windows]
+    windows = [
+        window for _, tokens in sample for window in tokens.of_side(0).windows
+    ]  # responses alone, as training has
     if not windows:
         raise FormatError(f"{corpus.name} has no rows to index: give a corpus with at least one row.")
     with _progress(len(windows) * len(moment_groups(signer)), "statistics", "window", options) as bar:

@@ -138,6 +138,7 @@ def controls_of(
     others: Sequence[Sequence[str] | None],
     wanted: np.ndarray | None,
     length: Length,
+    prompt_weight: float | None,
 ) -> list[Controls]:
     """Controls of each query, given the ids of its best hits and of those of its other answer.
 
@@ -151,6 +152,7 @@ def controls_of(
             f"Controls compare the best {BEST} of at least {LEAST} rows, and {considered} are searched here: leave them out."
         )
     vectors = index.encode(queries).vectors
+    vectors = index.weighed(vectors, index.scales(vectors, length, prompt_weight))
     alone, by_words = _ranked(index, [_words(query) for query in queries], wanted)
     made: list[Controls] = []
     for query, (hits, theirs) in enumerate(zip(found, others, strict=True)):

@@ -18,7 +18,7 @@ from leaveout.corpus.behaviour import measures_of, terms_of
 from leaveout.readout.forms import pairs
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, check_length, counted
-from leaveout.readout.signature import Signer, batches
+from leaveout.readout.signature import SIDES, Signer, batches
 from leaveout.readout.tokens import TokenisedRow, Window, tokenise
 
 
@@ -59,36 +59,50 @@ class TextFactors:
     factors: list[tuple[Tensor, Tensor]]
 
 
-def explain_rows(index: OpenIndex, query: QueryRow, ids: Sequence[str], length: Length = "cosine") -> list[Explanation]:
+def explain_rows(
+    index: OpenIndex, query: QueryRow, ids: Sequence[str], length: Length = "cosine", prompt_weight: float | None = None
+) -> list[Explanation]:
     """Explanations of several rows for one query. Cost: a forward pass per row and one for the query.
 
     Raises: ValueError for an id that is not in the index.
     """
     check_length(length)
+    index.checked_weight(length, prompt_weight)
     records, numbers = index.records(ids), index.store.numbers(ids)
     weights, rows = zip(*terms_of(query), strict=True)
-    sides = index.tokenised(rows)
-    asked = [text_factors(index.asking(side, by), side) for side, by in zip(sides, measures_of([query]), strict=True)]
+    sides, measures = index.tokenised(rows), measures_of([query])
     query_tokens = [piece for side in sides for piece in token_pieces(side)]
-    stored = index.scores_of(index.encode([query]).vectors, numbers, length=length)[:, 0]
+    vectors = index.encode([query]).vectors
+    scales = index.scales(vectors, length, prompt_weight)
+    stored = index.scores_of(index.weighed(vectors, scales), numbers, length=length)[:, 0]
+    lengths = np.stack([index.lengths_of(numbers, side) for side in SIDES[: len(scales)]], 1)
+    asked = [
+        [
+            text_factors(index.asking(side, by), side.of_side(n)) if not n or by is None else None
+            for n in range(len(scales))
+        ]
+        for side, by in zip(sides, measures, strict=True)
+    ]
     found = []
-    for record, stored_score, by in zip(records, stored, index.lengths_of(numbers), strict=True):
+    for record, stored_score, by in zip(records, stored, lengths, strict=True):
         readout = index.readout
         row_tokens = tokenise(row_of(record), 0, readout.tokenizer, index.signer.settings, readout.context)
-        answer = text_factors(index.signer, row_tokens)
+        answer = [text_factors(index.signer, row_tokens.of_side(n)) for n in range(len(scales))]
         split = np.concatenate([
-            weight * token_pairs(factors, answer, len(side.ids), len(row_tokens.ids))
+            [weight * token_pairs(*pair, len(side.ids), len(row_tokens.ids)) for pair in zip(factors, answer, strict=True)]
             for weight, factors, side in zip(weights, asked, sides, strict=True)
-        ])  # fmt: skip
-        split = counted(split[None], by[None], length)[0]
+        ], 1)  # fmt: skip
+        split = (counted(split, by, length) * scales.numpy()[:, :, None]).sum(0)
         pieces = token_pieces(row_tokens)
         found.append(Explanation(record.id, query_tokens, pieces, split, float(split.sum()), float(stored_score)))
     return found
 
 
 @torch.no_grad()
-def text_factors(signer: Signer, tokens: TokenisedRow) -> TextFactors:
-    """Factors of one text's target positions, scaled so that their sum over positions is its signature."""
+def text_factors(signer: Signer, tokens: TokenisedRow) -> TextFactors | None:
+    """Factors of one text's target positions, scaled so that their sum over positions is its signature; None if it has none."""
+    if not tokens.windows:
+        return None
     windows = [replace(window, row=number) for number, window in enumerate(tokens.windows)]
     places, scales, factors = [], [], []
     for batch in batches(windows, signer.readout.batch_class, signer.limits):
@@ -132,8 +146,10 @@ def _pair_sums(
     return total.cpu() * scale_a[:, None] * scale_b[None, :]
 
 
-def token_pairs(query: TextFactors, row: TextFactors, n_query: int, n_row: int) -> np.ndarray:
+def token_pairs(query: TextFactors | None, row: TextFactors | None, n_query: int, n_row: int) -> np.ndarray:
     """Contributions [query tokens, row tokens] to the score; positions of overlapping windows are added up."""
+    if query is None or row is None:
+        return np.zeros((n_query, n_row))
     split = _pair_sums(query.factors, row.factors, query.scale, row.scale)
     by_row = torch.zeros(len(split), n_row, dtype=split.dtype).index_add_(1, row.tokens, split)
     return torch.zeros(n_query, n_row, dtype=split.dtype).index_add_(0, query.tokens, by_row).numpy()

@@ -199,3 +199,46 @@ def pull_back(norm: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
         x = x.detach().clone().requires_grad_()
         y = norm(x)
         return torch.autograd.grad(y, x, gradient.to(y.dtype))[0].to(gradient.dtype)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A norm y = gain * c * s + rest, where c is x, or x without its mean where `centred`, and s one number a position, such
+    that c * s has mean square 1 (or less, by what the norm adds).
+
+    Its pull-back of g is s (1 - u u^T) (gain * g), u = c s / root of the size, without the mean where centred.
+    """
+
+    gain: Tensor
+    rest: Tensor
+    centred: bool
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, norm: nn.Module, size: int, device: torch.device, dtype: torch.dtype) -> Scaling | None:
+        """What a norm of vectors of this size and type is found to do; None if that is something else."""
+        even = torch.ones(size, device=device, dtype=dtype)
+        signs = even.clone()
+        signs[1::2] = -1
+        ahead, behind, level = norm(64 * torch.stack([signs, -signs, even])).double()
+        gain, rest = (ahead - behind) / 2 * signs, (ahead + behind) / 2
+        found = cls(gain, rest, bool((level - rest).norm() < 0.1 * gain.norm()))
+        x, g = torch.randn(2, 8, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+        wanted = pull_back(norm, x.to(dtype), g)
+        known = (found.back(g, *found.at(norm, x.to(dtype))) - wanted).norm() < 0.02 * wanted.norm()
+        return found if known else None
+
+    def at(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """s [positions, 1] and u [positions, size] at inputs x, float64."""
+        c = self.without_mean(x.double())
+        along = self.gain * c
+        s = ((norm(x).double() - self.rest) * along).sum(1, keepdim=True)
+        s = s / along.square().sum(1, keepdim=True).clamp_min(1e-300)
+        return s, c * s / c.shape[1] ** 0.5
+
+    def back(self, g: Tensor, s: Tensor, u: Tensor) -> Tensor:
+        g = self.without_mean(self.gain * g)
+        return s * (g - u * (u * g).sum(1, keepdim=True))
+
+    def without_mean(self, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True) if self.centred else x

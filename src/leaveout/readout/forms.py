@@ -29,6 +29,10 @@ class Form(ABC):
     degree: ClassVar[int]  # a row times s stands for s ** degree times as much
 
     @abstractmethod
+    def beside(self, count: int) -> Form:
+        """What so many rows stand for, one behind the other: the sum."""
+
+    @abstractmethod
     def products(self, rows: Tensor, queries: Tensor) -> Tensor:
         """Inner products [rows, queries] of what both stand for."""
 
@@ -44,6 +48,10 @@ class Form(ABC):
         """Rows that stand for as much divided by numbers [rows]."""
         return rows / (by if self.degree == 1 else by.sqrt())[:, None]
 
+    def times(self, rows: Tensor, by: Tensor) -> Tensor:
+        """Rows that stand for as much times numbers [rows], none below 0."""
+        return rows * (by if self.degree == 1 else by.sqrt())[:, None]
+
 
 @dataclass(frozen=True)
 class Vectors(Form):
@@ -52,6 +60,9 @@ class Vectors(Form):
     width: int
 
     degree: ClassVar[int] = 1
+
+    def beside(self, count: int) -> Vectors:
+        return Vectors(count * self.width)
 
     def products(self, rows: Tensor, queries: Tensor) -> Tensor:
         return rows @ queries.t()
@@ -70,6 +81,9 @@ class Triples(Form):
     sizes: tuple[tuple[int, int], ...]
 
     degree: ClassVar[int] = 2
+
+    def beside(self, count: int) -> Triples:
+        return Triples(count * self.sizes)
 
     def width(self, rank: int) -> int:
         """Numbers of rows with so many triples of each part."""
@@ -161,6 +175,8 @@ def low_rank(left: Tensor, right: Tensor, rank: int) -> Tensor:
     Shapes: left [positions, l], right [positions, r]. Fewer positions than `rank` leave zero columns. Factors that are not
     finite have no such form: all its numbers are nan.
     """
+    if not len(left):
+        return left.new_zeros(rank * (left.shape[1] + right.shape[1]))
     if not bool(torch.isfinite(left).all() & torch.isfinite(right).all()):
         return left.new_full((rank * (left.shape[1] + right.shape[1]),), torch.nan)
     positions, narrow = len(left), min(left.shape[1], right.shape[1])

@@ -93,9 +93,10 @@ class Index(OpenIndex):
                         its `tokenizer`
         corpus          anything that `Corpus.open` takes: a file, a directory of `datasets`, a list of texts or rows
         path            directory of the index
-        preset          `default`, `residual`, `similarity`, `paper`, or any settings, such as
+        preset          `default`, `residual`, `similarity`, `paper`, `paper-responses`, or any settings, such as
                         `dataclasses.replace(PRESETS["default"], temperature=2.0)`
-        targets         which tokens are learned: `response` (prompts are context only) or `all`; None: as the preset says
+        targets         which tokens are learned: `response` (prompts are context only), `all`, or `both`, each as a side of
+                        the row that a search can weigh (`prompt_weight`); None: as the preset says
         temperature     of the softmax; None: as the preset says
         template        how chats and instructions become text (see `SignatureSettings`)
         bytes_per_row   of a stored row; None: as the preset says, 16384 of `default` (see `SignatureSettings`)
@@ -251,6 +252,7 @@ class Index(OpenIndex):
         unique: bool | float = False,
         workers: int = 1,
         backend: Scanners = "threads",
+        prompt_weight: float | None = None,
         controls: bool | Sequence[str] = False,
     ) -> list[Hits]:
         """The k rows with the highest scores for each query, best first: `hits[query][rank]`.
@@ -276,11 +278,17 @@ class Index(OpenIndex):
                         above it, too
         workers         of the scan; the hits do not depend on them
         backend         what they are: `threads`, or actors of a `ray` cluster
+        prompt_weight   of an index with `targets="both"`: what prompts count, from 0 (responses alone) to 1 (prompts alone). A
+                        score is (1 - weight) times that of the responses plus weight times that of the prompts, cosines
+                        in units of their size over rows; None: 0.7 by cosine, 0 by product. A side that the query does
+                        not have, as the prompt of a text, counts 0, so that the other decides. `rerank` counts both alike
         controls        True: whether anything but the query explains its hits, `hits[query].controls`; or other answers of
                         the same form to compare with, one, or one for each query (see `leaveout.readout.controls`)
         Cost: one scan for all queries together, of the short form and of the list's long form: see `plan_search`.
         """
-        options = SearchOptions(length, shortlist, exact, reencode, rerank, refine, group_by, unique, workers, backend)
+        options = SearchOptions(
+            length, shortlist, exact, reencode, rerank, refine, group_by, unique, workers, backend, prompt_weight
+        )
         return find(self, queries, k, where, options, controls)
 
     def plan_search(
@@ -298,30 +306,40 @@ class Index(OpenIndex):
         options = SearchOptions(length, shortlist, exact, reencode, rerank)
         return planned(self, k, refuse(self, k, where, options), options)
 
-    def score(self, queries: Sequence[QueryRow] | EncodedQueries, *, length: Length = "product") -> np.ndarray:
+    def score(
+        self,
+        queries: Sequence[QueryRow] | EncodedQueries,
+        *,
+        length: Length = "product",
+        prompt_weight: float | None = None,
+    ) -> np.ndarray:
         """All scores [query, train] float32, columns in the order of `ids`. Memory: 4 bytes per query and row.
 
-        length  see `search`; sums over sets of rows predicted retraining best with `product`
+        length, prompt_weight   see `search`; sums over sets of rows predicted retraining best with `product`
         """
         check_length(length)
+        self.checked_weight(length, prompt_weight)
         encoded = self.encode(queries)
+        vectors = self.weighed(encoded.vectors, self.scales(encoded.vectors, length, prompt_weight))
         scores = np.empty((len(encoded), len(self)), np.float32)
         start = 0
-        for numbers, part in self.scan(encoded.vectors, length=length):
+        for numbers, part in self.scan(vectors, length=length):
             scores[:, start : start + len(numbers)] = part.T
             start += len(numbers)
         return scores
 
-    def explain(self, query: QueryRow, id: str, *, length: Length = "cosine") -> Explanation:
+    def explain(
+        self, query: QueryRow, id: str, *, length: Length = "cosine", prompt_weight: float | None = None
+    ) -> Explanation:
         """The score of a query and a row of the index, split over pairs of their tokens.
 
             found = index.explain("The tower is in Lyon", "row-17"); found.row_weights
 
-        length  see `search`: the score is what a search with the same shows
-        Cost:   a forward pass for each of the two.
+        length, prompt_weight   see `search`: the score is what a search with the same shows
+        Cost:   a forward pass for each side of each of the two.
         Raises: ValueError for an id that is not in the index.
         """
-        return explain_rows(self, query, [id], length)[0]
+        return explain_rows(self, query, [id], length, prompt_weight)[0]
 
     def select(
         self,
@@ -332,6 +350,7 @@ class Index(OpenIndex):
         where: str | None = None,
         *,
         length: Length = "product",
+        prompt_weight: float | None = None,
     ) -> list[Hit]:
         """The n rows whose training would help the wanted rows most, best first.
 
@@ -340,10 +359,11 @@ class Index(OpenIndex):
                     more say, minus that of the unwanted ones; `rrf`: sum over wanted rows of 1 / (60 + rank), minus that
                     over unwanted ones
         where       an SQL expression, as in `search`
-        length      see `search`; what training on a row would change grows with its length, so that `product` is the rule
+        length, prompt_weight   see `search`; what training on a row would change grows with its length, so that `product` is
+                    the rule
         Memory: `rrf` holds 16 bytes per row of the index, `mean` n rows.
         """
-        return select_rows(self, wanted, unwanted, n, combine, where, length)
+        return select_rows(self, wanted, unwanted, n, combine, where, length, prompt_weight)
 
     # ---------------------------------------------------------------- changing
 

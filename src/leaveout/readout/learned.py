@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from leaveout.corpus import Corpus, Row
 from leaveout.readout.model import Readout
-from leaveout.readout.opened import OpenIndex, row_of
+from leaveout.readout.opened import OpenIndex, row_of, spread
 from leaveout.readout.settings import SignatureSettings, resolve_settings
-from leaveout.readout.shortlist import spread, spread_rows
 from leaveout.readout.signature import Signer
 from leaveout.readout.tokens import tokenise
 from leaveout.tables import Check
@@ -24,7 +24,7 @@ LEARNED = 0.1  # nats a token
 
 def learned_rows(index: OpenIndex) -> Check:
     """What the model of an index makes of its rows. Cost: a forward pass for each of at most 64 rows."""
-    records = index.store.rows(spread_rows(index, ROWS))
+    records = index.store.rows(index.spread_rows(ROWS))
     return _check(index.unchanged(), [row_of(record) for record in records], index.settings)
 
 
@@ -37,11 +37,17 @@ def learned_corpus(readout: Readout, corpus: Any) -> Check:
 
 
 def _check(readout: Readout, rows: Sequence[Row], settings: SignatureSettings) -> Check:
-    losses = np.array([mean_loss(readout, row, settings) for row in rows])
-    share = (losses < LEARNED).mean()
-    detail = (
-        f"{share:.0%} of {len(losses)} rows have less than {LEARNED:g} nats a token, the median {np.median(losses):.2g}"
-    )
+    losses = np.array([mean_losses(readout, row, settings) for row in rows])
+    details, share = [], 0.0
+    for name, found in zip(("rows", "prompts"), losses.T, strict=False):
+        found = found[~np.isnan(found)]
+        if len(found):
+            low = float((found < LEARNED).mean())
+            details.append(
+                f"{low:.0%} of {len(found)} {name} have less than {LEARNED:g} nats a token, the median {np.median(found):.2g}"
+            )
+            share = low if name == "rows" else share
+    detail = "; ".join(details)
     if share > 0.5:
         detail += (
             ": find culprits by cosine, as `search` does; products, as of `score`, `select` and `attribute`, rank those "
@@ -51,12 +57,14 @@ def _check(readout: Readout, rows: Sequence[Row], settings: SignatureSettings) -
 
 
 @torch.no_grad()
-def mean_loss(readout: Readout, row: Row, settings: SignatureSettings) -> float:
-    """Mean loss in nats over the tokens of a row that an index with these settings learns."""
+def mean_losses(readout: Readout, row: Row, settings: SignatureSettings) -> list[float]:
+    """Mean loss in nats over the tokens of each side of a row that an index with these settings learns; nan for none."""
     signer = Signer(readout, SignatureSettings(resolve_settings("similarity").channels, targets=settings.targets))
-    losses = []
+    losses: list[list[Tensor]] = [[torch.empty(0)] for _ in range(settings.sides)]
     for window in tokenise(row, 0, readout.tokenizer, settings, readout.context).windows:
-        positions = signer.positions([window])
+        positions, found = signer.positions([window]), []
         for piece, logits in signer.head.blocks(positions.hidden):
-            losses.append(torch.nn.functional.cross_entropy(logits, positions.target[piece], reduction="none"))
-    return float(torch.cat(losses).mean())
+            found.append(torch.nn.functional.cross_entropy(logits, positions.target[piece], reduction="none"))
+        for side, span in zip(losses, positions.spans, strict=True):
+            side.append(torch.cat(found)[span].float().cpu())
+    return [float(torch.cat(side).mean()) for side in losses]

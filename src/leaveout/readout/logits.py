@@ -88,6 +88,13 @@ def wide_product(x: Tensor, matrix: Tensor) -> Tensor:
     return result
 
 
+def transposed_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix.t() in the type of x."""
+    if matrix.dtype == x.dtype:
+        return x @ matrix.t()
+    return torch.cat([x @ matrix[at : at + 4096].to(x.dtype).t() for at in range(0, len(matrix), 4096)], 1)
+
+
 class Head:
     """Logit blocks of one readout in one reused buffer.
 

@@ -6,6 +6,7 @@ query's loss (the row helps), in units that compare rows of one query, not queri
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,13 +27,15 @@ from leaveout.readout.held import Held
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.scan import Length, Scanner, Scanners, counted, lengths_in, positions_of, scan
 from leaveout.readout.settings import SignatureSettings
-from leaveout.readout.signature import QUERY_RANK, Signer
+from leaveout.readout.signature import QUERY_RANK, SIDES, Signer
 from leaveout.readout.tokens import TokenisedRow, check_ids, tokenise
 from leaveout.readout.wide import roots_of
 from leaveout.store import Record, Segment, Store
 
 KIND = "readout index"
 ENCODED = 16  # rows that are encoded anew at a time
+PROMPT_WEIGHT = 0.7  # of cosines, where a row has both sides: chosen on two seeds of benchmarks/learned_rows.py
+SPREAD_ROWS = 512  # from which it is known how large the cosines of a query's sides are
 
 QueryRow = str | Mapping[str, Any] | Row | Behaviour
 
@@ -71,7 +74,12 @@ class OpenIndex:
 
     @property
     def form(self) -> Form:
-        """What rows and queries mean."""
+        """What rows and queries mean: of both sides, one behind the other, where they have two."""
+        return self.side_form.beside(self.settings.sides)
+
+    @property
+    def side_form(self) -> Form:
+        """What one side means."""
         stored = self.long or self.short
         assert stored is not None
         return stored.form
@@ -157,7 +165,7 @@ class OpenIndex:
 
     def fitting(self, signer: Signer) -> Signer:
         """A signer, if its signatures are scored with the rows. Raises: MismatchError."""
-        if signer.form != self.form:
+        if signer.form != self.side_form:
             raise MismatchError(
                 f"The rows of {self.path} have other parts than this {self.identity['family']} model has now, as a package "
                 "with its family was installed or taken away: install what the build had, or build it anew."
@@ -207,7 +215,14 @@ class OpenIndex:
         if not bool(torch.isfinite(vectors).all()):
             raise FormatError("A query has a signature that is not finite: run `leaveout doctor` on the model.")
         names = called(queries, [row.text for row in tokens])
-        return EncodedQueries(weighted(self.form, vectors.float().cpu(), queries), tuple(names), self.fingerprint)
+        vectors, rest = weighted(self.form, vectors.float().cpu(), queries), iter(tokens)
+        for query, vector in zip(queries, vectors.chunk(self.settings.sides, 1)[-1], strict=True):
+            total: dict[str, float] = defaultdict(float)
+            for weight, _ in terms_of(query):
+                total[repr(_prompt(next(rest)))] += weight
+            if self.settings.sides == 2 and all(abs(weight) < 1e-9 for weight in total.values()):
+                vector.zero_()  # prompts cancel, and their rounding would not
+        return EncodedQueries(vectors, tuple(names), self.fingerprint)
 
     def both_ways(self, queries: EncodedQueries) -> EncodedQueries:
         """The queries, and then each the other way round: its best rows are those that push the query down most."""
@@ -215,8 +230,9 @@ class OpenIndex:
         return EncodedQueries(vectors, queries.texts * 2, queries.fingerprint)
 
     def _measured(self, tokens: TokenisedRow, measure: Measure | None) -> Tensor:
-        """The signature [1, width] of a measure of one text."""
-        return self.asking(tokens, measure).rows([replace(window, row=0) for window in tokens.windows], 1)
+        """The signature [1, width] of a measure of one text; it has none of the prompt's side."""
+        windows = [replace(window, row=0, prompt=window.prompt and []) for window in tokens.windows]
+        return self.asking(tokens, measure).rows(windows, 1)
 
     def asking(self, tokens: TokenisedRow, measure: Measure | None) -> Signer:
         """What computes signatures of a measure of a text. Raises: UnsupportedError for a function of more than a window."""
@@ -226,6 +242,46 @@ class OpenIndex:
                 "of this index: give a shorter text."
             )
         return self.signer.asking(measure)
+
+    def apart(self, vectors: Tensor) -> list[tuple[str, Tensor]]:
+        """Each side's name and the queries [queries, width] with that side alone, the other being zero."""
+        halves = vectors.chunk(self.settings.sides, 1)
+        sides = [torch.cat([x if x is one else torch.zeros_like(x) for x in halves], 1) for one in halves]
+        return list(zip(SIDES, sides, strict=False))
+
+    def scales(self, vectors: Tensor, length: Length, prompt_weight: float | None) -> Tensor:
+        """By what the score of each side of each query is multiplied before both are added up [sides, queries].
+
+        The weights of both sides (see `Index.search`), and for cosines over the root of their mean square over some of the
+        rows that have that side: the cosines of one are several times as large as those of the other.
+        """
+        weight = self.checked_weight(length, prompt_weight)
+        weights = torch.tensor([[1 - weight], [weight]] if self.settings.sides == 2 else [[1.0]])
+        if length == "product" or self.settings.sides == 1:
+            return weights.repeat(1, len(vectors))
+        rows, sizes = self.spread_rows(SPREAD_ROWS), []
+        scan = self.scan_short if self.long is None else self.scan
+        for side, own in self.apart(vectors):
+            found = np.concatenate([part for _, part in scan(own, rows, length=length)])
+            count = max(np.count_nonzero(self.lengths_of(rows, side)), 1)
+            sizes.append(torch.from_numpy(np.sqrt(np.square(found, dtype=np.float64).sum(0) / count)))
+        size = torch.stack(sizes).float()
+        return torch.where(size > 0, weights / size.clamp_min(1e-30), 0.0)
+
+    def checked_weight(self, length: Length, prompt_weight: float | None) -> float:
+        """The weight of prompts, or what it is by default. Raises: ValueError for one that this index cannot use."""
+        if prompt_weight is None:
+            return PROMPT_WEIGHT if length == "cosine" else 0.0
+        if self.settings.sides == 1:
+            raise ValueError(f"{self.path} has no prompts of their own to weigh: build it with targets='both'.")
+        if not 0 <= prompt_weight <= 1:
+            raise ValueError(f"prompt_weight is {prompt_weight}: give 0, responses alone, to 1, prompts alone.")
+        return float(prompt_weight)
+
+    def weighed(self, vectors: Tensor, scales: Tensor) -> Tensor:
+        """Queries [queries, width] whose sides count by their `scales`."""
+        halves = zip(vectors.chunk(self.settings.sides, 1), scales, strict=True)
+        return torch.cat([self.side_form.times(half, scale) for half, scale in halves], 1)
 
     # ---------------------------------------------------------------- rows
 
@@ -244,8 +300,7 @@ class OpenIndex:
         """
         if self.long is None:
             return self.scan_anew(vectors, wanted, length=length)
-        scanner = Scanner(self.long, "long", vectors, length, self._where(workers, backend))
-        return scan(self.store.segments(), scanner, wanted, workers, backend)
+        return self._scan(self.long, "long", vectors, wanted, workers, backend, length)
 
     def scan_short(
         self,
@@ -258,8 +313,18 @@ class OpenIndex:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """As `scan`, with estimates from the short form."""
         assert self.short is not None
-        scanner = Scanner(self.short, "short", vectors, length, self._where(workers, backend))
-        return scan(self.store.segments(), scanner, wanted, workers, backend)
+        return self._scan(self.short, "short", vectors, wanted, workers, backend, length)
+
+    def _scan(
+        self, codec: Codec, name: str, vectors: Tensor, wanted: np.ndarray | None, workers: int, backend: Scanners,
+        length: Length,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+        """A scan of the sides that count."""
+        held = self._where(workers, backend)
+        halves = zip(SIDES, vectors.chunk(self.settings.sides, 1), strict=False)
+        scanners = [Scanner(codec, name, half, length, held, side) for side, half in halves]
+        counting = [one for one in scanners if one.queries.any()]
+        return scan(self.store.segments(), counting or scanners[:1], wanted, workers, backend)
 
     def _where(self, workers: int, backend: Scanners) -> Held | None:
         """Rows on the device of the model, where it is loaded on one and one worker scans; None: the CPU scans."""
@@ -279,13 +344,17 @@ class OpenIndex:
             positions = np.arange(segment.n_rows) if positions is None else positions
             for start in range(0, len(positions), ENCODED):
                 piece = positions[start : start + ENCODED]
-                found = self.form.products(self.encoded_anew(segment.first + piece), vectors).numpy()
-                yield segment.first + piece, counted(found, lengths_in(segment, piece), length)
+                rows, found = self.encoded_anew(segment.first + piece), np.zeros((len(piece), len(vectors)), np.float32)
+                halves = (x.chunk(self.settings.sides, 1) for x in (rows, vectors))
+                for side, own, asked in zip(SIDES, *halves, strict=False):
+                    products = self.side_form.products(own, asked).numpy()
+                    found += counted(products, lengths_in(segment, piece, side), length)
+                yield segment.first + piece, found
 
-    def lengths_of(self, numbers: np.ndarray) -> np.ndarray:
-        """Lengths [rows] float32 of rows by number, before they were rounded."""
+    def lengths_of(self, numbers: np.ndarray, side: str = "") -> np.ndarray:
+        """Lengths [rows] float32 of a side of rows by number, before they were rounded."""
         order = np.unique(numbers)
-        parts = [lengths_in(segment, positions) for segment, positions in self._by_segment(order)]
+        parts = [lengths_in(segment, positions, side) for segment, positions in self._by_segment(order)]
         return np.concatenate([np.empty(0, np.float32), *parts])[np.searchsorted(order, numbers)]
 
     def _by_segment(self, order: np.ndarray) -> Iterator[tuple[Segment, np.ndarray]]:
@@ -311,17 +380,27 @@ class OpenIndex:
         return np.concatenate(found or [np.empty((0, len(vectors)), np.float32)])[np.searchsorted(order, numbers)]
 
     def directions(self, numbers: np.ndarray) -> Tensor:
-        """Stored rows [rows, width] by number, of unit length; zero where a row is zero."""
+        """Stored rows [rows, width] by number, of unit length, as is each side of them; zero where a row is zero."""
         order = np.sort(numbers)
         if self.long is None:
             rows = self.encoded_anew(order)
         else:
-            scanner = Scanner(self.long, "long", torch.empty(0))
-            found = self._by_segment(order)
-            parts = [self.long.decode(scanner.taken(segment.arrays()), positions) for segment, positions in found]
-            rows = joined(self.form, parts)
+            halves = []
+            for side in SIDES[: self.settings.sides]:
+                scanner, found = Scanner(self.long, "long", torch.empty(0), side=side), self._by_segment(order)
+                parts = [self.long.decode(scanner.taken(segment.arrays()), positions) for segment, positions in found]
+                halves.append(joined(self.side_form, parts))
+            rows = beside(self.side_form, halves)
         rows = rows[np.searchsorted(order, numbers)]
-        return self.form.divided(rows, self.form.lengths(rows).clamp_min(1e-30))
+        for form, count in dict.fromkeys(((self.side_form, self.settings.sides), (self.form, 1))):
+            sides = [form.divided(half, form.lengths(half).clamp_min(1e-30)) for half in rows.chunk(count, 1)]
+            rows = torch.cat(sides, 1)
+        return rows
+
+    def spread_rows(self, wanted: int) -> np.ndarray:
+        """Numbers of at most so many rows, evenly apart."""
+        numbers = self.live_numbers()
+        return numbers[spread(len(numbers), wanted)]
 
     def live_numbers(self) -> np.ndarray:
         """Numbers of all rows that are not deleted, ascending."""
@@ -387,6 +466,18 @@ def _sum_of_triples(form: Triples, vectors: Tensor, query: QueryRow) -> Tensor:
     return torch.cat([low_rank(u, v, form.rank(vectors)) for u, v in factors])[None]
 
 
+def _prompt(row: TokenisedRow) -> list[Any]:
+    """What the prompt of a row and its signature are made of."""
+    return [
+        (window.start, window.prompt, window.ids[: window.prompt[-1] + 2]) for window in row.windows if window.prompt
+    ]
+
+
+def spread(count: int, wanted: int) -> np.ndarray:
+    """At most so many of `count` positions, evenly apart."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+
+
 def row_of(record: Record) -> Row:
     """The row that a catalogue entry was made of; chats and instructions come back as they were rendered."""
     extra = record.extra
@@ -399,10 +490,19 @@ def row_of(record: Record) -> Row:
 
 def joined(form: Form, parts: Sequence[Tensor]) -> Tensor:
     """Rows of pieces, whose triples may be more or fewer."""
-    if isinstance(form, Triples):
-        rank = max(form.rank(rows) for rows in parts)
-        parts = [form.widened(rows, rank) for rows in parts]
-    return torch.cat(list(parts))
+    return torch.cat(_widened(form, parts))
+
+
+def beside(form: Form, sides: Sequence[Tensor]) -> Tensor:
+    """Rows of several sides, one behind the other."""
+    return torch.cat(_widened(form, sides), 1)
+
+
+def _widened(form: Form, parts: Sequence[Tensor]) -> list[Tensor]:
+    if not isinstance(form, Triples):
+        return list(parts)
+    rank = max(form.rank(rows) for rows in parts)
+    return [form.widened(rows, rank) for rows in parts]
 
 
 def read_codecs(facts: Mapping[str, Any] | None) -> tuple[Codec | None, Codec | None]:

@@ -41,7 +41,7 @@ from leaveout.readout.families import block_of
 from leaveout.readout.model import Readout
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, counted
-from leaveout.readout.signature import batches
+from leaveout.readout.signature import SIDES, batches
 from leaveout.readout.tokens import TokenisedRow, Window
 
 RERANKED = 100  # rows, where it is not said how many
@@ -85,27 +85,34 @@ class Refinement:
 
 
 class Reranking:
-    """Scores rows of an index along the gradients of queries over all trained parameters.
+    """Scores rows of an index along the gradients of queries over all trained parameters, each side by itself.
 
+    vectors, scales     of the queries, as `Index.encode` and `OpenIndex.scales` gave them. Where rows have two sides, the scores
+                        of each are brought to the size of those of the index, by what the query has with itself
     Memory: the trained parameters in float32 once more, and 2 such vectors a query; while queries are refined, `steps` + 3.
     Raises: UnsupportedError for a model whose weights are not all in memory.
     """
 
-    def __init__(self, index: OpenIndex, queries: Sequence[QueryRow], refine: Refinement | None) -> None:
+    def __init__(
+        self, index: OpenIndex, queries: Sequence[QueryRow], refine: Refinement | None, vectors: Tensor, scales: Tensor
+    ) -> None:
         self.index = index
         readout = self.readout = in_float32(index.unchanged())
         self.model = whole_model(readout)
-        texts = [[self._batches([text], mean=True) for text in index.tokenised(texts_of([query]))] for query in queries]
-        directions = [
-            summed([query], map(self._gradient, some, measures_of([query])))[0]
-            for query, some in zip(queries, texts, strict=True)
+        answers = [index.tokenised(texts_of([query])) for query in queries]
+        halves = vectors.chunk(len(scales), 1)
+        counts = [(scale > 0) & (len(scales) == 1 or half.any(1)) for scale, half in zip(scales, halves, strict=True)]
+        places = [(query, side) for query in range(len(queries)) for side in range(len(scales)) if counts[side][query]]
+        asked = [[self._batches([one.of_side(side)], mean=True) for one in answers[query]] for query, side in places]
+        gradients = directions = [
+            summed([queries[query]], map(self._gradient, some, measures_of([queries[query]])))[0]
+            for (query, _), some in zip(places, asked, strict=True)
         ]
         if refine is not None:
             live = index.live_numbers()
             chosen = np.random.default_rng(refine.seed).permutation(len(live))[: refine.sample]
-            sample = self._tokens(live[np.sort(chosen)])
+            sample = [row for row in self._tokens(live[np.sort(chosen)], 0) if row.windows]
             run = self._run(refine, readout, sample)
-            gradients = directions
             directions = refined(self.model, self._batches(sample, mean=True), gradients, run, len(sample))
             for gradient, x in zip(gradients, directions, strict=True):
                 size = float(torch.linalg.vector_norm(x, dtype=torch.float64))
@@ -114,7 +121,19 @@ class Reranking:
                         f"rates is {run.rates:g}, by which a query grows or shrinks beyond all numbers: give the sum of the "
                         "run's learning rates, steps x mean rate."
                     )
-        self.along = [Along.of(self.model, x, some[0]) for x, some in zip(directions, (some[0] for some in texts), strict=True)]
+        self.along: dict[
+            tuple[int, int], tuple[Along, float]
+        ] = {}  # by query and side; by how much scores are multiplied
+        for (query, side), gradient, x, some in zip(places, gradients, directions, asked, strict=True):
+            by = 1.0
+            if len(scales) > 1:
+                length = float(index.side_form.lengths(halves[side][query : query + 1]))
+                count = np.mean([max(one.of_side(side).n_targets, 1) for one in answers[query]])
+                # Of the query as a row, along itself.
+                there = float(torch.dot(gradient.double(), x.double())) * count ** (1 - index.settings.length_power)
+                by = float(scales[side, query]) * length**2 / there
+            first = next(batch for batches in some for batch in batches)
+            self.along[query, side] = Along.of(self.model, x, first), by
 
     def _gradient(self, text: list[Batch], measure: Measure | None) -> Tensor:
         """Gradient of the mean loss of a text, or of a measure of it."""
@@ -136,15 +155,24 @@ class Reranking:
         return measured(measure, found.logits, found.target)
 
     def scores(self, query: int, numbers: np.ndarray, length: Length) -> np.ndarray:
-        """Scores [rows] float32 of rows by number with one query, their lengths as stored. Cost: two forward passes a row."""
-        total = np.zeros(len(numbers))
-        some = self._batches(self._tokens(numbers))
-        for batch, found in zip(some, row_scores(self.model, some, self.along[query : query + 1]), strict=True):
-            np.add.at(total, [window.row for window in batch.inputs[0]], found[0].cpu().numpy())
-        return counted(total.astype(np.float32), self.index.lengths_of(numbers), length)
+        """Scores [rows] float32 of rows by number with one query, their lengths as stored.
 
-    def _tokens(self, numbers: np.ndarray) -> list[TokenisedRow]:
-        return self.index.tokenised([row_of(record) for record in self.index.store.rows(numbers)])
+        Cost: two forward passes a row for each side that counts.
+        """
+        scores = np.zeros(len(numbers), np.float32)
+        for side, name in enumerate(SIDES):
+            if (query, side) not in self.along:
+                continue
+            along, by = self.along[query, side]
+            total, some = np.zeros(len(numbers)), self._batches(self._tokens(numbers, side))
+            for batch, found in zip(some, row_scores(self.model, some, [along]), strict=True):
+                np.add.at(total, [window.row for window in batch.inputs[0]], found[0].cpu().numpy())
+            scores += counted((total * by).astype(np.float32), self.index.lengths_of(numbers, name), length)
+        return scores
+
+    def _tokens(self, numbers: np.ndarray, side: int) -> list[TokenisedRow]:
+        rows = self.index.tokenised([row_of(record) for record in self.index.store.rows(numbers)])
+        return [row.of_side(side) for row in rows]
 
     def _batches(self, rows: Sequence[TokenisedRow], mean: bool = False) -> list[Batch]:
         """Windows of rows in batches, each window for itself; of a row the mean loss of its learned tokens counts, or what
@@ -152,7 +180,7 @@ class Reranking:
         readout = self.index.readout
         power = 1.0 if mean else self.index.settings.length_power
         windows = [window for at, row in enumerate(rows) for window in _numbered(row, at)]
-        sizes = [float(row.n_targets) ** -power for row in rows]
+        sizes = [max(row.n_targets, 1.0) ** -power for row in rows]
         return [
             Batch((some, [sizes[window.row] for window in some]), len(some))
             for some in batches(windows, readout.batch_class)

@@ -43,9 +43,9 @@ def check_length(length: str) -> None:
         raise ValueError(f"length is {length!r}: {choices(length, get_args(Length))}.")
 
 
-def lengths_in(segment: Segment, positions: np.ndarray | None = None) -> np.ndarray:
-    """Lengths [rows] float32, before they were rounded, of rows of a segment by position; None: of all."""
-    norms = segment.arrays()["norms"]
+def lengths_in(segment: Segment, positions: np.ndarray | None = None, side: str = "") -> np.ndarray:
+    """Lengths [rows] float32, before they were rounded, of a side of rows of a segment by position; None: of all."""
+    norms = segment.arrays()[f"{side}norms"]
     return np.linalg.norm(norms if positions is None else norms[positions], axis=1).astype(np.float32)
 
 
@@ -63,18 +63,19 @@ def counted(scores: np.ndarray, lengths: np.ndarray, length: Length) -> np.ndarr
 
 @dataclass(frozen=True)
 class Scanner:
-    """Scores of the rows that a codec stored under a name, with queries [queries, width] of its form; on the CPU, or where
-    rows are `held`."""
+    """Scores of a side of the rows, that a codec stored under a name, with queries [queries, width] of its form; on the CPU,
+    or where rows are `held`."""
 
     codec: Codec
     name: str
     queries: Tensor
     length: Length = "product"
     held: Held | None = None
+    side: str = ""
 
     def taken(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The arrays of a segment that are the codec's, by the names it gave them."""
-        start = self.name + "."
+        start = f"{self.side}{self.name}."
         return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 
     @functools.cached_property
@@ -90,43 +91,53 @@ class Scanner:
         """Scores [rows, queries] of rows of a segment by position; None: of all."""
         arrays, count = self.taken(segment.arrays()), segment.n_rows if positions is None else len(positions)
         if self.held is not None:
-            blocks_there = self.held.blocks(self.codec, (segment.path, self.name), arrays, positions)
+            name = self.side + self.name
+            blocks_there = self.held.blocks(self.codec, (segment.path, name), arrays, positions)
             found = torch.cat([self.score_there(block) for block in blocks_there]).cpu().numpy()
         else:
             blocks = self.codec.blocks(count)
             found = np.concatenate([self.score(arrays, at if positions is None else positions[at]) for at in blocks])
-        return found if self.length == "product" else counted(found, lengths_in(segment, positions), self.length)
+        if self.length == "product":
+            return found
+        return counted(found, lengths_in(segment, positions, self.side), self.length)
 
 
 def scan(
     segments: Sequence[Segment],
-    scanner: Scanner,
+    scanners: Sequence[Scanner],
     wanted: np.ndarray | None = None,
     workers: int = 1,
     backend: Scanners = "threads",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Per segment: numbers [rows] of its live (and wanted) rows and their scores [rows, queries] float32.
 
+    `scanners`: of each side of the rows; their scores are added up.
     `wanted`: ascending global row numbers to restrict to; only these are read.
     `workers`: threads, or actors of a Ray cluster that sees the same files, each at a segment of its own, so that scores
     do not depend on their number.
     """
-    if scanner.held is not None:
-        scanner.held.drop_others(segments)
-    else:
-        scanner.score  # noqa: B018  # made once, before threads share it
-    return over_segments(functools.partial(_scanned, scanner, wanted), segments, workers, backend)
+    for scanner in scanners:
+        if scanner.held is not None:
+            scanner.held.drop_others(segments)
+        else:
+            scanner.score  # noqa: B018  # made once, before threads share it
+    return over_segments(functools.partial(_scanned, scanners, wanted), segments, workers, backend)
 
 
-def _scanned(scanner: Scanner, wanted: np.ndarray | None, segment: Segment) -> tuple[np.ndarray, np.ndarray] | None:
+def _scanned(
+    scanners: Sequence[Scanner], wanted: np.ndarray | None, segment: Segment
+) -> tuple[np.ndarray, np.ndarray] | None:
+    def scores(positions: np.ndarray | None) -> np.ndarray:
+        return functools.reduce(np.add, (scanner.scores(segment, positions) for scanner in scanners))
+
     positions = positions_of(segment, wanted)
     if positions is None:
-        return segment.first + np.arange(segment.n_rows), scanner.scores(segment, None)
+        return segment.first + np.arange(segment.n_rows), scores(None)
     if not positions.size:
         return None
     if wanted is not None:
-        return segment.first + positions, scanner.scores(segment, positions)
-    return segment.first + positions, scanner.scores(segment, None)[positions]
+        return segment.first + positions, scores(positions)
+    return segment.first + positions, scores(None)[positions]
 
 
 def positions_of(segment: Segment, wanted: np.ndarray | None) -> np.ndarray | None:

@@ -49,7 +49,7 @@ class Hits(list[Hit]):
 class SearchOptions:
     """What a search may do besides ranking all rows exactly.
 
-    length       how a row's length counts: see `Index.search`
+    length, prompt_weight   how a row's length counts, and its prompt: see `Index.search`
     shortlist    rows that are scored exactly, the best by their short form; None: as many as held 95 % of the best ten
                  when the index was built
     exact        True: all rows are scored exactly
@@ -73,6 +73,7 @@ class SearchOptions:
     unique: bool | float = False
     workers: int = 1
     backend: Scanners = "threads"
+    prompt_weight: float | None = None
 
     def __post_init__(self) -> None:
         check_length(self.length)
@@ -102,6 +103,7 @@ def refuse(index: OpenIndex, k: int, where: str | None, options: SearchOptions) 
     Raises: ValueError, UnsupportedError or MismatchError for what this index or this environment does not have.
     """
     require_whole("k", k, 1)
+    index.checked_weight(options.length, options.prompt_weight)
     _groups(index, options)
     Crew(options.workers, "ray" if options.backend == "ray" else "processes")
     if options.shortlist is not None and index.short is None:
@@ -143,7 +145,8 @@ def find(
     there = [other for other in others if other is not None]
     theirs = iter(_found(index, there, BEST, wanted, options) if there else ())
     ids = [None if other is None else [hit.id for hit in next(theirs)] for other in others]
-    checked = controls_of(index, queries, [[hit.id for hit in hits] for hits in found], ids, wanted, options.length)
+    named, how = [[hit.id for hit in hits] for hits in found], (options.length, options.prompt_weight)
+    checked = controls_of(index, queries, named, ids, wanted, *how)
     return [_kept(hits, k, own) for hits, own in zip(found, checked, strict=True)]
 
 
@@ -161,12 +164,14 @@ def _found(
     options: SearchOptions,
 ) -> list[Hits]:
     encoded = index.encode(queries)
+    scales = index.scales(encoded.vectors, options.length, options.prompt_weight)
+    asked, encoded = encoded.vectors, replace(encoded, vectors=index.weighed(encoded.vectors, scales))
     ranking = None
     if options.rerank:
         if isinstance(queries, EncodedQueries):
             raise TypeError("Queries that are encoded already can't be reranked: give their texts or rows.")
         if planned(index, k, wanted, options).reranked:
-            ranking = Reranking(index, queries, options.refine)
+            ranking = Reranking(index, queries, options.refine, asked, scales)
     if isinstance(options.unique, bool):
         best = _ranked(index, encoded, k, wanted, options, ranking)
         return [hits(index, *one) for one in zip(best.numbers, best.scores, strict=True)]

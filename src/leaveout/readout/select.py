@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from leaveout.errors import choices, require_whole
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
@@ -23,22 +24,28 @@ RRF_CONSTANT = 60.0
 
 
 def select_rows(
-    index: OpenIndex, wanted: Rows, unwanted: Rows | None, n: int, combine: Combine, where: str | None, length: Length
-) -> list[Hit]:
+    index: OpenIndex, wanted: Rows, unwanted: Rows | None, n: int, combine: Combine, where: str | None, length: Length,
+    prompt_weight: float | None = None,
+) -> list[Hit]:  # fmt: skip
     """The n rows of the index whose training would help the wanted rows most, best first: see `Index.select`."""
     if combine not in get_args(Combine):
         raise ValueError(f"combine is {combine!r}: {choices(combine, get_args(Combine))}.")
     check_length(length)
     require_whole("n", n, 1)
-    rows = refuse(index, n, where, SearchOptions())
-    groups = [(1.0, index.encode(wanted))]
+    rows = refuse(index, n, where, SearchOptions(length, prompt_weight=prompt_weight))
+
+    def asked(queries: Rows) -> Tensor:
+        vectors = index.encode(queries).vectors
+        return index.weighed(vectors, index.scales(vectors, length, prompt_weight))
+
+    groups = [(1.0, asked(wanted))]
     if unwanted is not None:
-        groups.append((-1.0, index.encode(unwanted)))
+        groups.append((-1.0, asked(unwanted)))
     if combine == "mean":
         best = Best(1, n)
-        lengths = [index.form.lengths(group.vectors).clamp_min(1e-30) for _, group in groups]
+        lengths = [index.form.lengths(group).clamp_min(1e-30) for _, group in groups]
         weights = [sign / len(group) / of for (sign, group), of in zip(groups, lengths, strict=True)]
-        for numbers, scores in index.scan(torch.cat([group.vectors for _, group in groups]), rows, length=length):
+        for numbers, scores in index.scan(torch.cat([group for _, group in groups]), rows, length=length):
             best.add(numbers, scores @ torch.cat(weights).numpy()[:, None])
         return hits(index, best.numbers[0], best.scores[0])
     numbers, scores = _fused(index, groups, rows, length)
@@ -48,13 +55,13 @@ def select_rows(
 
 
 def _fused(
-    index: OpenIndex, groups: Sequence[tuple[float, EncodedQueries]], rows: np.ndarray | None, length: Length
+    index: OpenIndex, groups: Sequence[tuple[float, Tensor]], rows: np.ndarray | None, length: Length
 ) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers [rows] and their fused reciprocal ranks [rows] float64."""
     total: np.ndarray | None = None
     numbers = np.empty(0, np.int64)
     for sign, group in groups:
-        for vectors in group.vectors.split(1):
+        for vectors in group.split(1):
             parts = list(index.scan(vectors, rows, length=length))
             if not parts:
                 return numbers, np.empty(0)

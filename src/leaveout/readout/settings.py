@@ -19,7 +19,7 @@ Kind = Literal["rh", "gh", "residual"]
 Projection = Literal["countsketch", "orthogonal"]
 Storage = Literal["float32", "float16", "int8"]
 Long = Literal["stored", "none"]
-Targets = Literal["response", "all"]
+Targets = Literal["response", "all", "both"]
 Output = Literal["attention", "mlp"]
 Side = Literal["left", "right"]
 
@@ -102,7 +102,9 @@ class SignatureSettings:
                     Otherwise a row is the sum over its target positions, each counted once
     length_power    that sum is divided by (number of target positions) ** length_power: 0 leaves the sum, 1 makes it
                     the mean, which is what a row weighs where training takes the mean loss of each row
-    targets         which tokens are learned: `response` (prompts are context only) or `all`
+    targets         which tokens are learned: `response` (prompts are context only), `all`, or `both`: responses, and beside
+                    them what comes before, as a second side of the row with codes and lengths of its own, each of half the
+                    bytes. Both are whitened by the moments of responses, which is what training learned
     template        how chats and instructions become text: None, the tokenizer's own chat template, or the plain form where
                     it has none; "none", the plain form; a name among the tokenizer's templates, or a Jinja file. An
                     index keeps the template itself
@@ -177,6 +179,17 @@ class SignatureSettings:
         return any(channel.whiten_left or channel.whiten_right for channel in self.channels)
 
     @property
+    def sides(self) -> int:
+        """Of a row that have codes of their own: its response, and its prompt with `both`."""
+        return 2 if self.targets == "both" else 1
+
+    @property
+    def of_side(self) -> SignatureSettings:
+        """With the bytes that one side has."""
+        halves = {name: getattr(self, name) for name in ("bytes_per_row", "short_bytes")}
+        return replace(self, **{name: value and value // self.sides for name, value in halves.items()})
+
+    @property
     def overlap(self) -> int:
         return self.window - self.stride
 
@@ -205,6 +218,20 @@ def _one_of(name: str, value: Any, literal: Any) -> None:
 
 _HEAD = Channel("rh", left_width=1024, whiten_left=True, whiten_right=True, damping=1.0, left_damping=3.0)
 _BLOCKS = Channel("residual", whiten_left=True, whiten_right=True, damping=0.3, left_damping=3.0)
+_PAPER = SignatureSettings(
+    channels=(Channel("rh", left_width=128, right_width=128), Channel("gh", 0.3, left_width=64, right_width=128)),
+    temperature=0.1,
+    support=256,
+    mass=0.92,
+    minimum=4,
+    unit_positions=True,
+    unit_length=True,
+    targets="all",
+    window=256,
+    stride=206,
+    bytes_per_row=None,
+    storage="float16",
+)
 PRESETS: dict[str, SignatureSettings] = {
     # Influence: what training on the row changes about the query. Gradients of the head and of three MLP outputs.
     "default": SignatureSettings(
@@ -222,20 +249,10 @@ PRESETS: dict[str, SignatureSettings] = {
         channels=(Channel("gh"),),
         unit_length=True,
     ),
-    # The signature of arXiv 2604.16197 with its default widths.
-    "paper": SignatureSettings(
-        channels=(Channel("rh", left_width=128, right_width=128), Channel("gh", 0.3, left_width=64, right_width=128)),
-        temperature=0.1,
-        support=256,
-        mass=0.92,
-        minimum=4,
-        unit_positions=True,
-        unit_length=True,
-        window=256,
-        stride=206,
-        bytes_per_row=None,
-        storage="float16",
-    ),
+    # The signature of arXiv 2604.16197 as its official code makes it: default widths, and all tokens of a row are learned.
+    "paper": _PAPER,
+    # The same of responses alone, for rows of which only those were trained on.
+    "paper-responses": replace(_PAPER, targets="response"),
 }
 
 

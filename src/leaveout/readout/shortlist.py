@@ -13,8 +13,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from leaveout.readout.codec import Codec
-from leaveout.readout.opened import OpenIndex
+from leaveout.readout.opened import OpenIndex, spread
 from leaveout.readout.scan import Length, counted, ranking
 
 QUERIES, BEST = 64, 10
@@ -85,17 +84,16 @@ def plan_search(
     table = recall_of(index, length)
     share = 0.05 if table is None else table.share()
     listed = max(math.ceil(share * considered), BEST * 20) if shortlist is None else shortlist
+    short, long = (
+        0 if codec is None else index.settings.sides * codec.row_bytes for codec in (index.short, index.long)
+    )
     small = shortlist is None and considered < LEAST
     if exact or index.short is None or small or listed >= considered:
         anew = considered if index.long is None else min(reencode, considered)
-        return SearchPlan(considered, None, None, anew, considered * _bytes(index.long))
+        return SearchPlan(considered, None, None, anew, considered * long)
     recall = None if table is None else table.at(listed / considered)
     anew = listed if index.long is None else min(reencode, listed)
-    return SearchPlan(considered, listed, recall, anew, considered * _bytes(index.short) + listed * _bytes(index.long))
-
-
-def _bytes(codec: Codec | None) -> int:
-    return 0 if codec is None else codec.row_bytes
+    return SearchPlan(considered, listed, recall, anew, considered * short + listed * long)
 
 
 # ---------------------------------------------------------------- the table
@@ -131,14 +129,20 @@ def measured_recall(index: OpenIndex) -> dict[str, Any] | None:
     """
     if index.short is None or len(index) < LEAST:
         return None
-    rows = spread_rows(index, ROWS if index.long is not None else ROWS_ANEW)
+    rows = index.spread_rows(ROWS if index.long is not None else ROWS_ANEW)
     asked = spread(len(rows), QUERIES)
     vectors = index.encoded_anew(rows[asked])
-    exact = index.scores_of(vectors, rows, length="product")
-    short = np.concatenate([scores for _, scores in index.scan_short(vectors, rows, length="product")])
-    lengths, tables = index.lengths_of(rows), {}
+    products: list[tuple[np.ndarray, ...]] = []  # of each side: exact ones, estimates, and lengths of rows
+    for side, own in index.apart(vectors):
+        short = np.concatenate([scores for _, scores in index.scan_short(own, rows, length="product")])
+        products.append((index.scores_of(own, rows, length="product"), short, index.lengths_of(rows, side)))
+    tables = {}
     for length in get_args(Length):
-        full, estimated = (counted(scores, lengths, length).T for scores in (exact, short))
+        scales = index.scales(vectors, length, None).numpy()
+        full, estimated = (
+            sum(counted(side[which], side[2], length) * scale for side, scale in zip(products, scales, strict=True)).T
+            for which in (0, 1)
+        )
         tables[length] = asdict(_measured(full, estimated, asked))
     return tables
 
@@ -154,14 +158,3 @@ def _measured(exact: np.ndarray, short: np.ndarray, asked: np.ndarray) -> Recall
         place[ranking(estimated)] = np.arange(n_rows)
         found += (place[ranking(best)[:BEST], None] < np.array(lists)).mean(0)
     return Recall(n_rows, len(asked), lists, tuple((found / len(asked)).round(4).tolist()))
-
-
-def spread_rows(index: OpenIndex, wanted: int) -> np.ndarray:
-    """Numbers of at most so many rows, evenly apart."""
-    numbers = index.live_numbers()
-    return numbers[spread(len(numbers), wanted)]
-
-
-def spread(count: int, wanted: int) -> np.ndarray:
-    """At most so many of `count` positions, evenly apart."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))

@@ -38,6 +38,7 @@ from leaveout.readout.wide import Root, WideRoot
 
 SMALL = 1e-8  # a factor shorter than this has no direction: it counts as zero where factors get unit length
 ROW_RANK = 48  # singular triples of each part from which a row's stored ones are chosen
+SIDES = ("", "prompt.")  # of a row, before the names of their arrays
 QUERY_RANK = 64  # those of a query: all there are, up to 64 learned tokens
 
 
@@ -90,7 +91,7 @@ class Passed:
 
 @dataclass
 class Positions:
-    """Raw vectors [positions, size] of a batch of windows, by key, and the slice of positions of each window."""
+    """Raw vectors [positions, size] of a batch of windows, by key, and the slice of positions of each side of a window."""
 
     raw: dict[str, Tensor]
     spans: list[slice]
@@ -137,13 +138,16 @@ class Signer:
         self.parts = [part for number, channel in enumerate(settings.channels) for part in self._parts(number, channel)]
         sizes = tuple((part.left.width, part.right.width) for part in self.parts)
         ordered = tuple((part.left.ordered, part.right.ordered) for part in self.parts)
-        self.codec: Codec = chosen_codec(sizes, ordered, settings)
-        self.short: Codec | None = short_codec(sizes, ordered, settings, self.codec)
-        self.form = self.codec.form
+        self.sides = settings.sides
+        self.codec: Codec = chosen_codec(sizes, ordered, settings.of_side)
+        self.short: Codec | None = short_codec(sizes, ordered, settings.of_side, self.codec)
+        self.form = self.codec.form  # of one side
         triples = isinstance(self.form, Triples)
         numbers = sum(rank * (left + right) if triples else left * right for left, right in sizes)
         sides = sum(side.size for part in self.parts for side in (part.left, part.right))
-        self.limits = Limits.of(readout.device, 16 * sides, 4 * numbers)  # raw, widened, whitened, filled up
+        self.limits = Limits.of(
+            readout.device, 16 * sides, 4 * numbers * self.sides
+        )  # raw, widened, whitened, filled up
         self.head = Head(readout, settings, self.dtype, self.limits)
 
     def _parts(self, number: int, channel: Channel) -> list[Part]:
@@ -266,9 +270,9 @@ class Signer:
         ids = torch.zeros(len(windows), max(len(window.ids) for window in windows), dtype=torch.int64)
         for row, window in enumerate(windows):
             ids[row, : len(window.ids)] = torch.tensor(window.ids)
-        counts = [len(window.positions) for window in windows]
-        batch = torch.repeat_interleave(torch.arange(len(windows)), torch.tensor(counts))
-        token = torch.tensor([position for window in windows for position in window.positions])
+        predicting = [list(itertools.chain(*window.sides)) for window in windows]
+        batch = torch.repeat_interleave(torch.arange(len(windows)), torch.tensor(list(map(len, predicting))))
+        token = torch.tensor(list(itertools.chain(*predicting)))
         return ids, Recorder(ids.shape, sent(batch, device), sent(token, device))
 
     @torch.no_grad()
@@ -291,7 +295,7 @@ class Signer:
                 x = recorder.inputs[tap.projection]
                 x = x if block is None or tap.block <= block else torch.zeros_like(x)
                 raw["a." + name] = x if self.in_halves else x.to(self.dtype)
-        ends = np.cumsum([len(window.positions) for window in passed.windows]).tolist()
+        ends = np.cumsum([len(side) for window in passed.windows for side in window.sides]).tolist()
         spans = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
         return Positions(raw, spans, hidden, target)
 
@@ -401,7 +405,8 @@ class Signer:
 
     @torch.no_grad()
     def window_rows(self, batch: Sequence[Window] | Passed) -> tuple[Tensor, Tensor]:
-        """Rows [windows, width] of a batch of windows, and the lengths [windows, parts] of their outer products."""
+        """Rows [sides, width] of the sides of a batch of windows, one window after the other, and the lengths [sides, parts] of
+        their outer products; of a side without positions zeros."""
         positions, triples = self.positions(batch), isinstance(self.form, Triples)
         if self.readout.device.type != "cpu":
             return self._rows_together(positions)
@@ -421,6 +426,9 @@ class Signer:
         factors, counts = self._filled(positions), [span.stop - span.start for span in positions.spans]
         if isinstance(self.form, Triples):
             rows, squares = low_ranks(factors, counts, self.rank)
+            if 0 in counts:  # of which no iteration comes to an end
+                there = sent(torch.tensor([count > 0 for count in counts]), rows.device)[:, None]
+                rows, squares = torch.where(there, rows, 0.0), torch.where(there, squares, 0.0)
             return rows, squares.sqrt_()
         sizes = [part.left.width * part.right.width for part in self.parts]
         rows = positions.hidden.new_empty(len(counts), sum(sizes))
@@ -460,18 +468,18 @@ class Signer:
         Windows run in batches of similar length; `advance(k)` is called when k more windows are done. `passes`: what the
         trunk gave for these batches, and for others behind them.
         """
-        waiting = Counter(window.row for window in windows)
-        targets = Counter[int]()
+        waiting, targets = Counter[int](), Counter[int]()  # of each side of each row, as what follows
         sums: dict[int, Tensor] = {}
-        for window in windows:
-            targets[window.row] += len(window.positions)
+        for owner, positions in _sides_of(windows):
+            waiting[owner] += 1
+            targets[owner] += len(positions)
         groups = list(batches(windows, self.readout.batch_class, self.limits))
         for batch, passed in zip(groups, passes or self.passed(groups), strict=False):
             found, lengths = self.window_rows(passed)
             if self.settings.unit_length:
                 by = lengths.norm(dim=1).clamp_min(1e-30)
                 found, lengths = self.form.divided(found, by), lengths / by[:, None]
-            owners = [window.row for window in batch]
+            owners = [owner for owner, _ in _sides_of(batch)]
             whole = [at for at, owner in enumerate(owners) if waiting[owner] == 1 and owner not in sums]
             self._add_pieces(
                 sums, found, [(owner, at) for at, owner in enumerate(owners) if waiting[owner] > 1 or owner in sums]
@@ -485,7 +493,9 @@ class Signer:
                 sum_of_pieces = torch.stack([sums.pop(owner) for owner in done])
                 found = torch.cat([found, sum_of_pieces])
                 lengths = torch.cat([lengths, self._part_lengths(sum_of_pieces)])
-            yield numbers, *self._scaled(found, lengths, [targets[n] for n in numbers.tolist()])
+            found, lengths = self._scaled(found, lengths, [targets[n] for n in numbers.tolist()])
+            rows = numbers[:: self.sides] // self.sides  # whose sides end together, one behind the other
+            yield rows, *(x.reshape(len(rows), self.sides * x.shape[1]) for x in (found, lengths))
             if advance is not None:
                 advance(len(batch))
 
@@ -535,7 +545,7 @@ class Signer:
         """The arrays of a segment, each [n_rows, ...], and the mask `finite`, of all the windows of rows 0 .. n_rows - 1.
 
         `long.*` and `short.*` are the codes of both forms, as far as there are any; `norms` [rows, parts] float32 the
-        lengths of a row's outer products before they were rounded.
+        lengths of a row's outer products before they were rounded; `prompt.long.*` and so on those of its other side.
         """
         return self.encoding(windows, n_rows).arrays()
 
@@ -549,10 +559,13 @@ class Signer:
     def _coded(self, rows: Tensor, lengths: Tensor) -> dict[str, Tensor]:
         finite = torch.isfinite(rows).all(1)
         rows = torch.where(finite[:, None], rows, 0.0)
-        arrays = {"finite": finite, "norms": lengths.float()}
-        for name, codec in (("long", self.codec if self.settings.long == "stored" else None), ("short", self.short)):
-            if codec is not None:
-                arrays |= {f"{name}.{key}": value for key, value in codec.coded(rows).items()}
+        arrays = {"finite": finite}
+        forms = {"long": self.codec if self.settings.long == "stored" else None, "short": self.short}
+        for side, own, by in zip(SIDES, rows.chunk(self.sides, 1), lengths.float().chunk(self.sides, 1), strict=False):
+            arrays[f"{side}norms"] = by
+            for name, codec in forms.items():
+                if codec is not None:
+                    arrays |= {f"{side}{name}.{key}": value for key, value in codec.coded(own).items()}
         return arrays
 
     def waves(self, chunks: Iterable[tuple[int, list[Window]]]) -> Iterator[list[tuple[int, list[Window]]]]:
@@ -603,6 +616,14 @@ def _gathered(found: Iterable[tuple[Tensor, Tensor, Tensor]], most: int) -> Iter
 def _joined(held: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
     numbers, rows, lengths = (torch.cat(list(each)) if len(held) > 1 else each[0] for each in zip(*held, strict=True))
     return numbers, rows, lengths
+
+
+def _sides_of(windows: Sequence[Window]) -> Iterator[tuple[int, list[int]]]:
+    """The number of each side of each window, row after row, and its positions."""
+    for window in windows:
+        sides = window.sides
+        for side, positions in enumerate(sides):
+            yield len(sides) * window.row + side, positions
 
 
 def padded_tokens(batch: Sequence[Window]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from leaveout.corpus import Row
@@ -16,13 +16,20 @@ from leaveout.readout.settings import SignatureSettings
 class Window:
     """A piece of a row: token ids, and which of its positions predict a target.
 
-    `positions[i]` predicts token `positions[i] + 1`; `start` is the index of the first token within the row.
+    `positions[i]` predicts token `positions[i] + 1`; `start` is the index of the first token within the row; `prompt`: the
+    positions of the row's other side, where it has two (`targets="both"`).
     """
 
     row: int
     start: int
     ids: list[int]
     positions: list[int]
+    prompt: list[int] | None = None
+
+    @property
+    def sides(self) -> list[list[int]]:
+        """Positions of each side."""
+        return [self.positions] if self.prompt is None else [self.positions, self.prompt]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,11 @@ class TokenisedRow:
         """Learned positions; one that several windows predict counts as often."""
         return sum(len(window.positions) for window in self.windows)
 
+    def of_side(self, side: int) -> TokenisedRow:
+        """The row with this side alone; without windows if it has no such side."""
+        windows = [replace(w, positions=w.sides[side], prompt=None) for w in self.windows if w.sides[side]]
+        return replace(self, windows=windows)
+
 
 def tokenise(row: Row, number: int, tokenizer: Any, settings: SignatureSettings, context: int) -> TokenisedRow:
     """The windows of a row, whose `row` field is `number`; nothing is cut off but what a recipe did (`kept`).
@@ -53,28 +65,39 @@ def tokenise(row: Row, number: int, tokenizer: Any, settings: SignatureSettings,
         tokens = tokens_of(row, tokenizer, settings.template, row.kept, everything=settings.targets == "all")
     except NoTargetError as error:
         raise NoTargetError(f"{str(error).removesuffix('.')} with skip_bad.") from None
-    windows = cut_windows(number, tokens.ids, tokens.learned, settings, context)
+    prompt = None
+    if settings.targets == "both":  # tokens without characters, which a tokenizer adds, are on no side
+        answer = set(tokens.learned)
+        prompt = [n for n, (start, end) in enumerate(tokens.offsets) if n and start < end and n not in answer]
+    windows = cut_windows(number, tokens.ids, tokens.learned, settings, context, prompt)
     return TokenisedRow(tokens.row.text, tokens.row.responses, tokens.ids, tokens.offsets, windows, tokens.row.rendered)
 
 
 def cut_windows(
-    row: int, ids: list[int], learned: list[int], settings: SignatureSettings, context: int
+    row: int,
+    ids: list[int],
+    learned: list[int],
+    settings: SignatureSettings,
+    context: int,
+    prompt: list[int] | None = None,
 ) -> list[Window]:
     """Windows of at most `settings.window` tokens (and the model's context) that start every `stride` tokens.
 
     No window only repeats the end of the one before. With unit-length windows, each votes with all its targets; else
-    a target counts once, in the first window that predicts it. Windows without targets are left out.
+    a target counts once, in the first window that predicts it. Windows without targets are left out. `prompt`: the
+    tokens of the other side, where a row has two.
     """
     length = min(settings.window, context)
     stride = length - max(1, length * settings.overlap // settings.window)
     windows, counted = [], 0
+    sides = [learned] if prompt is None else [learned, prompt]
     for start in range(0, max(len(ids) - (length - stride), 1), stride):
         end = min(start + length, len(ids))
         first = start + 1 if settings.unit_length else max(start + 1, counted)
-        positions = [token - 1 - start for token in learned if first <= token < end]
+        positions = [[token - 1 - start for token in side if first <= token < end] for side in sides]
         counted = end
-        if positions:
-            windows.append(Window(row, start, ids[start:end], positions))
+        if any(positions):
+            windows.append(Window(row, start, ids[start:end], *positions))
     return windows
 
 

@@ -1,8 +1,10 @@
 """Second moments of the factors over a sample of rows, and the matrices that whiten by them.
 
 Labels are drawn from the model's own softmax (so that the moment of g is the Fisher matrix, not the one of the data).
-For `rh` and `gh` the expectation over labels is taken exactly: Cov_y (M_y) = M^T diag(p) M - (M^T p)(M^T p)^T, which
-needs only the mean of p; for `residual`, whose factor passes a norm at each position, one label is drawn.
+The expectation over labels is taken exactly. For `rh` and `gh` it is Cov_y (M_y) = M^T diag(p) M - (M^T p)(M^T p)^T, which
+needs only the mean of p. For `residual` that passes the final norm at each position (see `families.Scaling`), whose
+pull-back is a multiple of 1 - u u^T: two more products with W. Where the norm is of no such kind, or the factor too wide
+for a matrix, one label a position is drawn.
 Source: K-FAC, arXiv 1503.05671, section 3; docs/explanation/methods.md.
 """
 
@@ -18,7 +20,8 @@ from torch import Tensor
 import leaveout.readout.wide as wide
 from leaveout.errors import FormatError
 from leaveout.projection import CountSketch
-from leaveout.readout.logits import Map, wide_product
+from leaveout.readout.families import Scaling
+from leaveout.readout.logits import Map, transposed_product, wide_product
 from leaveout.readout.signature import Factor, Signer, batches
 from leaveout.readout.tokens import Window
 from leaveout.readout.wide import Root, WideMoment
@@ -72,8 +75,7 @@ def _moments(
     signer: Signer, windows: Sequence[Window], sizes: Mapping[str, int], advance: Callable[[int], object] | None
 ) -> tuple[dict[str, Tensor | WideMoment], int]:
     """Sums of moments over the sample, by key, and of how many positions; labels are drawn alike in every pass."""
-    device = signer.readout.device
-    exact = [key for key in sizes if key in signer.maps]
+    device, vocabulary, norm = signer.readout.device, signer.readout.vocabulary, signer.final_norm
     sums: dict[str, Tensor | WideMoment] = {
         key: torch.zeros(size, size, dtype=torch.float64, device=device)
         if _has_matrix(signer, key, size)
@@ -81,11 +83,15 @@ def _moments(
         for key, size in sizes.items()
     }
     matrices = {key: sum for key, sum in sums.items() if isinstance(sum, Tensor)}
-    mass = torch.zeros(signer.readout.vocabulary, dtype=torch.float64, device=device)
-    generator = torch.Generator().manual_seed(signer.settings.seed)
+    scaling = None
+    if norm is not None and "g.final" in matrices:
+        scaling = Scaling.of(norm, sizes["g.final"], device, signer.readout.dtype)
+    exact = {key: matrices[key] for key in sizes if key in signer.maps or (key == "g.final" and scaling is not None)}
+    masses = {key: torch.zeros(vocabulary, dtype=torch.float64, device=device) for key in exact}
+    generator = torch.Generator().manual_seed(signer.settings.seed) if "g.final" in sizes.keys() - exact else None
     count = 0
     for passed in signer.passed(batches(windows, signer.readout.batch_class, signer.limits)):
-        drawn = signer.positions(passed, redraw=generator if signer.final_norm is not None else None)
+        drawn = signer.positions(passed, redraw=generator)
         # One row whose signature will be refused or skipped (see add_rows) must not spoil the moments of all others.
         finite = torch.stack([torch.isfinite(x).all(1) for x in drawn.raw.values()]).all(0)
         count += int(finite.sum())
@@ -96,12 +102,20 @@ def _moments(
                     moment += (x.t() @ x).double()
                 else:
                     moment.add(x)
+        normed = None
+        if scaling is not None and norm is not None:
+            normed = scaling, *scaling.at(norm, passed.recorder.inputs[norm][finite])
         if exact:
-            mass += _subtract_mean_products(signer, drawn.hidden[finite], {key: matrices[key] for key in exact})
+            _subtract_mean_products(signer, drawn.hidden[finite], exact, masses, normed)
         if advance is not None:
             advance(len(passed.windows))
-    for key in exact:
-        _add_weighted_products(matrices[key], signer.maps[key], mass)
+    for key, moment in exact.items():
+        if key in signer.maps:
+            _add_weighted_products(moment, signer.maps[key], masses[key])
+        elif scaling is not None:
+            inside = torch.zeros_like(moment)
+            _add_weighted_products(inside, signer.weight, masses[key])
+            moment += scaling.without_mean(scaling.without_mean(scaling.gain * inside).t() * scaling.gain)
     return sums, count
 
 
@@ -124,20 +138,37 @@ def whitening_digest(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _subtract_mean_products(signer: Signer, hidden: Tensor, sums: dict[str, Tensor]) -> Tensor:
-    """Takes sum_t m_t m_t^T, m = M^T (slope p), off each moment; returns sum_t slope^2 p [vocabulary]."""
-    mass = torch.zeros(signer.readout.vocabulary, dtype=torch.float64, device=hidden.device)
-    for _, logits in signer.head.blocks(hidden):
+def _subtract_mean_products(
+    signer: Signer,
+    hidden: Tensor,
+    sums: Mapping[str, Tensor],
+    masses: Mapping[str, Tensor],
+    normed: tuple[Scaling, Tensor, Tensor] | None,
+) -> None:
+    """Takes sum_t m_t m_t^T, m = M^T (slope p), off each moment, and adds sum_t slope^2 p to its mass [vocabulary].
+
+    Behind the norm both are of pulled-back rows of W: s (a_y - u <u, a_y>) for a row a_y = gain w_y. There the mass counts
+    s^2 times, and what u adds to the products of a_y is sum_t s^2 (u c^T + c u^T - <u, c> u u^T), c = sum_y p_y <u, a_y> a_y.
+    """
+    for piece, logits in signer.head.blocks(hidden):
         slope = signer.readout.slope(logits)
         p = logits.div_(signer.settings.temperature)
         p.sub_(p.amax(1, keepdim=True)).exp_()
         p.div_(p.sum(1, keepdim=True)).mul_(slope)
-        for key, moment in sums.items():
-            by = signer.maps[key]
-            mean = by(p) if isinstance(by, CountSketch) else wide_product(p, by)
-            moment -= (mean.t() @ mean).double()
-        mass += p.mul_(slope).sum(0)
-    return mass
+        for key, by in signer.maps.items():
+            if key in sums:
+                mean = by(p) if isinstance(by, CountSketch) else wide_product(p, by)
+                sums[key].sub_((mean.t() @ mean).double())
+                masses[key].add_((p * slope).sum(0))
+        if normed is not None:
+            scaling, s, u = normed[0], *(x[piece] for x in normed[1:])
+            mean = scaling.back(wide_product(p, signer.weight).double(), s, u)
+            p.mul_(slope)
+            masses["g.final"].add_((p * s.square().to(p.dtype)).sum(0))
+            p.mul_(transposed_product((scaling.gain * u).to(p.dtype), signer.weight))
+            c = scaling.without_mean(scaling.gain * wide_product(p, signer.weight).double())
+            cross = (s.square() * (c - u * (u * c).sum(1, keepdim=True) / 2)).t() @ u
+            sums["g.final"].sub_(mean.t() @ mean + cross + cross.t())
 
 
 def _add_weighted_products(moment: Tensor, by: Map, mass: Tensor) -> None:

@@ -43,8 +43,8 @@ from measuring import RESULTS, arguments, write_result
 
 CHEAP = (
     "random", "bm25", "embedding@start", "gradient dot@start", "gradient dot@final", "gradient cosine@final", "tracin",
-    "rapidin@final", "ek-fac@start", "ek-fac@third", "ek-fac@final", "paper-responses@start", "paper-responses@final", "default@start",
-    "default@third", "default@final", "residual@start", "residual@third", "residual@final", "similarity@start",
+    "rapidin@final", "ek-fac@start", "ek-fac@third", "ek-fac@final", "paper-responses@start", "paper-responses@final",
+    "default@start", "default@third", "default@final", "residual@start", "residual@third", "residual@final", "similarity@start",
 )  # fmt: skip
 REMOVED = (
     "bm25",

@@ -22,7 +22,6 @@ TOLERANCES = {
     "float16": (5e-4, 5e-4),  # one rounding to 11 bits per stored number; absolute in units of the largest score
     "int8": (2e-3, 2e-3),  # 1/127 of a row's largest number, over sqrt(12), times up to 5 sigma; largest ~ length / 6
     "one level": (1e-3, 1e-3),  # rows in other batches: a number in ten thousand is rounded to the other side
-    "rounded scales": (5e-2, 1e-2),  # sizes of cosines, by which they are divided, from rows of a few bits
     "explain": (1e-4, 1e-4),  # what the specification asks for
 }
 

@@ -457,7 +457,9 @@ def test_final_norms_are_known_by_what_they_do(family):
     assert found.centred == isinstance(norm, torch.nn.LayerNorm) or "olmo" in family, lm
     x, g = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x = 3 * x + 1
-    assert_close(found.back(g, *found.at(norm, x)), pull_back(norm, x, g), "float32")
+    with torch.no_grad():
+        back = found.back(g, *found.at(norm, x))
+    assert_close(back, pull_back(norm, x, g), "float32")
 
 
 class Power(torch.nn.Module):

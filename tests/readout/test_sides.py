@@ -122,7 +122,8 @@ def test_every_stage_honours_the_weight(index, exact):
     for length, weight in (("cosine", None), ("cosine", 0.2), ("product", 0.6)):
         scores = index.score(QUERIES, length=length, prompt_weight=weight)
         truth = wanted(exact, length, 0.7 if weight is None else weight)
-        assert all(np.corrcoef(a, b)[0, 1] > 0.97 for a, b in zip(scores, truth, strict=True))
+        near = 0.97 if index.long is not None else 0.9  # short codes say how large the cosines of each side are
+        assert all(np.corrcoef(a, b)[0, 1] > near for a, b in zip(scores, truth, strict=True))
         orders[weight] = [ranked(row).tolist() for row in scores]
         how = {"length": length, "prompt_weight": weight}
         for options in ({}, {"workers": 2}, {"where": "source = 'a'"}, {"exact": True}):
@@ -137,9 +138,12 @@ def test_every_stage_honours_the_weight(index, exact):
         if index.short is not None:
             for hits, row in zip(index.search(QUERIES, 3, shortlist=12, **how), scores, strict=True):
                 assert_close([hit.score for hit in hits], row[[place[hit.id] for hit in hits]], "model float32")
-        for hits, row in zip(index.search(QUERIES, 5, reencode=22, **how), truth, strict=True):
-            # Scales are those of what is stored, which rounding makes a little larger.
-            assert_close([hit.score for hit in hits], row[[place[hit.id] for hit in hits]], "rounded scales")
+        scales = index.scales(index.encode(QUERIES).vectors, length, weight).numpy()
+        by = exact[2] if length == "cosine" else np.ones_like(exact[2])
+        ratios = np.divide(exact[1], by[:, None], out=np.zeros_like(exact[1]), where=by[:, None] > 0)
+        anew = (scales[:, :, None] * ratios).sum(0)
+        for hits, row in zip(index.search(QUERIES, 5, reencode=22, **how), anew, strict=True):
+            assert_close([hit.score for hit in hits], row[[place[hit.id] for hit in hits]], "model float32")
     assert orders[None] != orders[0.2]
 
 

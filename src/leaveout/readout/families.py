@@ -220,7 +220,7 @@ class Scaling:
         even = torch.ones(size, device=device, dtype=dtype)
         signs = even.clone()
         signs[1::2] = -1
-        ahead, behind, level = norm(64 * torch.stack([signs, -signs, even])).double()
+        ahead, behind, level = norm(4096 * torch.stack([signs, -signs, even])).double()
         gain, rest = (ahead - behind) / 2 * signs, (ahead + behind) / 2
         found = cls(gain, rest, bool((level - rest).norm() < 0.1 * gain.norm()))
         x, g = torch.randn(2, 8, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)

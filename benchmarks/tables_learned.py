@@ -10,6 +10,7 @@ PAGE = "docs/how-to/evaluation.md"
 WAYS = {
     "product": "product", "power 0.5": "root of the length", "cosine": "cosine", "power 1.25": "power 1.25",
     "cosine, long as before": "cosine, as long as before", "cosine, prompts learned too": "cosine, `targets=\"all\"`",
+    "cosine, prompts and responses apart": "cosine, prompts apart",
     "both sides": "cosine, `targets=\"both\"`", "both sides, 0.5": "the same, prompt weight .5",
     "both sides, 1": "the same, prompts alone", "cosine, before": "cosine, model before",
     "chance": "random",
@@ -42,7 +43,8 @@ def learned(result: dict[str, Any]) -> str:
         head = [f"{name}, {seeds} seeds: average precision", *kinds]
         losses = [f"{kind['loss_of_wanted']:.3f} / {kind['loss_of_others']:.3f}" for kind in kinds.values()]
         lines = [["nats a token of wanted rows / of others", *losses]]
-        lines += [[text, *(within(kind["ap"][way]) for kind in kinds.values())] for way, text in WAYS.items()]
+        found = [way for way in WAYS if all(way in kind["ap"] for kind in kinds.values())]
+        lines += [[WAYS[way], *(within(kind["ap"][way]) for kind in kinds.values())] for way in found]
         tables.append(table(head, lines))
     return "\n".join(tables)
 

@@ -213,7 +213,7 @@ def speaks(controls: Sequence[Sequence[Any]], correlation: float, shared: int) -
     return [
         name
         for name, same, by in controls
-        if (same > shared if name == "other answer" else by is not None and by >= correlation)
+        if same > shared and (name in ("norm", "other answer") or (by is not None and by >= correlation))
     ]
 
 

@@ -68,18 +68,12 @@ def test_the_rule_of_controls_is_the_one_that_searches_use(script):
     from leaveout.readout.controls import CORRELATION, SHARED, Control
 
     told = [
-        ("norm", 9, 0.8),
-        ("words", 9, 0.79),
-        ("length", 0, None),
-        ("other answer", 6, None),
-        ("other answer", 5, None),
-    ]
+        ("norm", 6, 0.1), ("words", 9, 0.79), ("length", 6, 0.8), ("length", 5, 0.8), ("length", 9, None),
+        ("other answer", 6, None), ("other answer", 5, None),
+    ]  # fmt: skip
     spoke = [bool(script("controls").speaks([one], CORRELATION, SHARED)) for one in told]
-    assert (
-        spoke
-        == [Control(name, "", same, by, ()).explains for name, same, by in told]
-        == [True, False, False, True, False]
-    )
+    explains = [Control(name, "", same, by, ()).explains for name, same, by in told]
+    assert spoke == explains == [True, False, True, False, False, True, False]
 
 
 def test_a_row_without_length_has_no_score(script):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
-from leaveout import Behaviour, Contrast, Control, Controls, UnsupportedError
+from leaveout import PRESETS, Behaviour, Contrast, Control, Controls, UnsupportedError
 from leaveout.bm25 import Bm25
 from leaveout.corpus.rows import answer_of, read_row, with_answer
 from leaveout.readout.controls import DEPTH, other_answers
@@ -44,8 +46,8 @@ def test_controls_are_what_plain_numbers_say(index):
         assert len(hits) == 3
         ten = [ids[n] for n in np.argsort(-scores[query])[:10]]
         assert [hit.id for hit in hits] == ten[:3]
-        plain = [norms, -norms, targets, -targets, by_words[:, query]]
-        names = ["norm", "norm", "length", "length", "words", "other answer"]
+        plain = [norms, targets, -targets, by_words[:, query]]
+        names = ["norm", "length", "length", "words", "other answer"]
         assert [control.name for control in hits.controls.of] == names
         for control, values in zip(hits.controls.of, plain, strict=False):
             order = np.argsort(-values, kind="stable")[:DEPTH]
@@ -64,7 +66,7 @@ def test_a_given_answer_is_compared_with_and_none_is_said(index):
     assert given.of[-1].best == tuple(swapped) and not given.note
     assert all("row 7" not in control.best for control in given.of)
     alone = index.search(ASKED[:1], controls=True)[0].controls
-    assert [control.name for control in alone.of] == ["norm", "norm", "length", "length", "words"]
+    assert [control.name for control in alone.of] == ["norm", "length", "length", "words"]
     assert alone.note == "There was no other answer to compare with."
     assert index.search(ASKED[:1])[0].controls is None
 
@@ -75,24 +77,33 @@ def test_the_rule_speaks_from_its_thresholds_on():
 
     assert said("length", 10, 0.79) == said("words", 10, None) == "No control explains these hits."
     wanted = (
-        "These hits may say nothing of the query: 4 of the 10 best hits are the longest rows, rank correlation 0.80."
+        "These hits may say nothing of the query: 6 of the 10 best hits are the longest rows, rank correlation 0.80."
     )
-    assert said("length", 4, 0.8) == wanted
-    assert said("other answer", 5, None) == "No control explains these hits."
-    assert said("other answer", 6, None).startswith("These hits may say nothing of the query: 6 of the 10")
+    assert said("length", 6, 0.8) == wanted
+    assert said("length", 5, 0.99) == "No control explains these hits."
+    for name in ("norm", "other answer"):
+        assert said(name, 5, 0.99) == "No control explains these hits."
+        assert said(name, 6, -0.5).startswith("These hits may say nothing of the query: 6 of the 10")
 
 
-def test_hits_that_follow_the_norm_are_explained_by_it(index):
-    """A query whose scores are the rows' norms: the product of a long row with itself and all like it."""
-    found = index.search([ROWS[0]], length="product", controls=True)[0].controls
-    print(found)
-    assert found.facts()["of"][0]["name"] == "norm" and found.facts()["sentence"] == found.sentence
+def test_ten_rows_that_fill_every_list_by_their_norm_are_told(tokenizer, tmp_path):
+    """Sums over 200 tokens beside sums over four: whatever is asked, products find the ten; cosines do not."""
+    rows = [{"id": f"long {n}", "text": " ".join([*TEXTS[n % 8 :], *TEXTS[: n % 8]]) + "." * n} for n in range(10)]
+    rows += [{"id": f"short {n}", "text": TEXTS[n % 8][n % 9 : n % 9 + 12]} for n in range(50)]
+    sums = replace(PRESETS["default"], length_power=0.0)
+    index = built(make_model("llama", dtype=torch.float32), rows, tmp_path / "index", sums, tokenizer, **IN_FULL)
+    product, cosine = (
+        index.search([TEXTS[1][:40]], length=length, controls=True)[0].controls for length in ("product", "cosine")
+    )
+    assert set(product.of[0].best) == {f"long {n}" for n in range(10)}
+    assert product.of[0].explains and "rows with the longest signatures" in product.sentence
+    assert not cosine.of[0].explains
 
 
 def test_contrasts_hold_another_answer_against_their_own(index):
     asked = Contrast(*ASKED)
     found = index.search([asked, Behaviour(ASKED)], controls=True)
-    assert all(hits.controls.note and len(hits.controls.of) == 5 for hits in found)
+    assert all(hits.controls.note and len(hits.controls.of) == 4 for hits in found)
     with pytest.raises(ValueError, match="A contrast or behaviour holds other texts against its own already"):
         index.search([asked], controls=[" no"])
 

@@ -43,7 +43,7 @@ class Probe:
                 f"The direction of a probe has the shape {list(given.shape)}: give one finite number for each hidden unit, "
                 "not all of them zero."
             )
-        if self.block is not None and (isinstance(self.block, bool) or not isinstance(self.block, int)):
+        if type(self.block) not in (int, type(None)):
             raise TypeError(f"block is {self.block!r}: give the number of a block, or None for the last hidden state.")
         object.__setattr__(self, "direction", given)
 
@@ -219,7 +219,7 @@ def texts_of(queries: Sequence[Any]) -> list[Any]:
     return [row for query in queries for _, row in terms_of(query)]
 
 
-def summed(queries: Sequence[Any], parts: Sequence[Numbers] | Iterator[Numbers]) -> list[Numbers]:
+def summed(queries: Sequence[Any], parts: Iterable[Numbers]) -> list[Numbers]:
     """Numbers of queries, given those of their `texts_of`: weighted sums."""
     rest = iter(parts)
     return [_weighted(terms_of(query), rest) for query in queries]

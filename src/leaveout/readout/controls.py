@@ -1,13 +1,12 @@
 """Does a hit list answer the query, or would a ranking that knows nothing of it give the same?
 
 Four controls: the length of a row's signature alone (`norm`), the number of its learned tokens alone (`length`), a text search
-(`words`, BM25), and the same search with another answer of the same form (`other answer`). The first three are ranked from
-either end where they have two.
+(`words`, BM25), and the same search with another answer of the same form (`other answer`). Lengths are ranked from either end.
 
-The rule: a control explains a list if the scores of the control's own best 100 rows follow the control's numbers, with a rank
-correlation of at least CORRELATION; the other answer, if more than SHARED of the ten best hits are its own, too. A text search
-may find the same rows for a good reason, so that shared hits alone say nothing there. benchmarks/controls.py chose both numbers
-on some seeds and judged them on others.
+The rule: a control explains a list if more than SHARED of the ten best hits are among its own ten best. Rows that taught one
+answer may well have one length, and share its words: length and words explain a list only if, besides, the scores of the
+control's own best 100 rows follow its numbers, with a rank correlation of at least CORRELATION. benchmarks/controls.py chose
+this on some seeds and judged it on others.
 """
 
 from __future__ import annotations
@@ -57,9 +56,8 @@ class Control:
 
     @property
     def explains(self) -> bool:
-        if self.name == "other answer":
-            return self.shared > SHARED
-        return self.correlation is not None and self.correlation >= CORRELATION
+        followed = self.correlation is not None and self.correlation >= CORRELATION
+        return self.shared > SHARED and (self.name in ("norm", "other answer") or followed)
 
     def __str__(self) -> str:
         told = f"{self.shared} of the {BEST} best hits are {self.what}"
@@ -180,17 +178,18 @@ Ranked = tuple[str, str, Best, int]  # a control's name, what its best rows are,
 
 def _ranked(index: OpenIndex, texts: Sequence[str], wanted: np.ndarray | None) -> tuple[list[Ranked], Best]:
     """The best rows of each control that is the same for all queries, and of the text search."""
-    both, by_words, search = Best(4, DEPTH), Best(len(texts), DEPTH), Bm25(texts)
+    both, by_words, search = Best(3, DEPTH), Best(len(texts), DEPTH), Bm25(texts)
     for numbers, norms, records in _pages(index, wanted):
         targets = np.array([record.extra["targets"] for record in records], np.float32)
-        both.add(numbers, np.stack([norms, -norms, targets, -targets], 1))
+        both.add(numbers, np.stack([norms, targets, -targets], 1))
         search.count(record.text for record in records)
     for numbers, _, records in _pages(index, wanted):
         by_words.add(numbers, search.score([record.text for record in records]))
-    called = (
-        ("norm", "rows with the longest signatures"), ("norm", "rows with the shortest signatures"),
-        ("length", "the longest rows"), ("length", "the shortest rows"),
-    )  # fmt: skip
+    called = [
+        ("norm", "rows with the longest signatures"),
+        ("length", "the longest rows"),
+        ("length", "the shortest rows"),
+    ]
     return [(name, what, both, at) for at, (name, what) in enumerate(called)], by_words
 
 

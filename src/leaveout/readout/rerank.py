@@ -233,14 +233,14 @@ class _Probed(nn.Module):
         self.blocks = () if probe.block is None else (block_of(readout, probe.block),)  # no modules of this one, too
 
     def forward(self, ids: Tensor, batch: Tensor, token: Tensor) -> Tensor:
-        kept: list[Tensor] = []
+        kept: list[Any] = []
         hooks = [block.register_forward_hook(lambda module, args, out: kept.append(out)) for block in self.blocks]
         try:
             last = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
-        states = kept[0] if kept else last
+        states: Any = kept[0] if kept else last
         states = states[0] if isinstance(states, tuple) else states
         return (states[batch, token] @ self.direction.to(states)).sum()
 

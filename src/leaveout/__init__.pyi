@@ -46,5 +46,6 @@ from leaveout.tables import Diagnosis as Diagnosis
 from leaveout.training.queries import Query as Query
 from leaveout.training.recipe import OptimizerSettings as OptimizerSettings
 from leaveout.training.recipe import Recipe as Recipe
+from leaveout.training.recording import recording as recording
 
 __version__: str

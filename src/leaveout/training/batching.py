@@ -32,8 +32,8 @@ def one_by_one(one: OneRun, runs: Parameters) -> Tensor:
 
 
 def of_runs(one: OneRun, runs: Parameters) -> Tensor:
-    """The same as one batch; a single run goes by itself."""
-    return one_by_one(one, runs) if run_count(runs) == 1 else torch.vmap(one)(runs)
+    """The same as one batch; a single run goes by itself. Random numbers (of dropout) are the same for all."""
+    return one_by_one(one, runs) if run_count(runs) == 1 else torch.vmap(one, randomness="same")(runs)
 
 
 def checked_of_runs(one: OneRun, runs: Parameters) -> tuple[Tensor, bool]:

@@ -113,7 +113,9 @@ class _Reader:
         return _hashed("set", *sorted(self.of(item) for item in value))
 
     def _row(self, row: Row) -> bytes:
-        return self.listed("row", [row.id, row.text, row.responses, row.messages, row.unit, row.content_hash])
+        given = [row.raw[name] for name in ("input_ids", "labels") if name in row.raw]
+        own = [row.id, row.text, row.responses, row.messages, row.unit, row.content_hash]
+        return self.listed("row", own + given)
 
     def _array(self, array: np.ndarray) -> bytes:
         if array.dtype.hasobject:

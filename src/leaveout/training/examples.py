@@ -6,7 +6,7 @@ Rows are cut at a limit, which is counted, and queries never are. Labelled examp
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from leaveout.corpus.tokens import RowTokens, tokens_of
 from leaveout.errors import FormatError
 
 IGNORED = -100
+TEXTS = {"text", "prompt_text", "prompt", "completion", "response", "instruction", "input", "output", "messages"}
+"""Fields of rows that their tokens stand for, where these are given."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class RowEncoder:
 
         Raises: FormatError for one without a token to learn, or longer than the model's context.
         """
-        limit = None if isinstance(row, Asked) else self.limit
-        found = tokens_of(as_row(row), self.tokenizer, self.template, limit)
+        limit, one = None if isinstance(row, Asked) else self.limit, as_row(row)
+        found = given_tokens(one, limit) or tokens_of(one, self.tokenizer, self.template, limit)
         if (length := len(found.ids)) > self.context:
             if limit is None:
                 raise too_long(found.row, f"{length} tokens", self.context)
@@ -87,6 +89,36 @@ class RowEncoder:
             for place in row.learned:
                 own[place] = row.ids[place]
         return torch.tensor([row.ids + [fill] * (longest - len(row.ids)) for row in rows]), torch.tensor(labels)
+
+
+def given_tokens(row: Row, limit: int | None) -> RowTokens | None:
+    """The tokens that a row itself has in `input_ids`, of which it learns those with a label (all without `labels`).
+
+    Raises: FormatError for labels that are not the tokens' own or -100, and where nothing is learned.
+    """
+    if "input_ids" not in row.raw:
+        return None
+    ids = [int(i) for i in row.raw["input_ids"]]
+    labels = [int(i) for i in row.raw.get("labels", ids)]
+    if len(labels) != len(ids) or any(label not in (own, IGNORED) for own, label in zip(ids, labels, strict=True)):
+        raise FormatError(
+            f"Row {row.id!r} has `labels` that are not its `input_ids`, or -100 where nothing is learned: give labels of "
+            "the tokens themselves, not shifted."
+        )
+    kept = len(ids) if limit is None else min(len(ids), limit)
+    learned = [i for i in range(1, kept) if labels[i] != IGNORED]
+    if not learned:
+        raise FormatError(f"Row {row.id!r} has no token to learn among the first {kept} `labels`: leave it out.")
+    return RowTokens(row, ids[:kept], [(0, 0)] * kept, learned, len(ids) - kept)
+
+
+def row_of_tokens(
+    row: Mapping[str, Any], name: str, tokens: tuple[Sequence[int], Sequence[int]], tokenizer: Any
+) -> Any:
+    """A row whose tokens and labels are given: its text is read back from them, and other fields that name it are kept."""
+    own = {k: v for k, v in row.items() if isinstance(v, (str, int, float, bool)) and k not in TEXTS}
+    ids, labels = map(list, tokens)
+    return {"id": name, **own, "text": tokenizer.decode(ids), "input_ids": ids, "labels": labels}
 
 
 def too_long(query: Row, length: str, most: int) -> FormatError:

@@ -12,7 +12,8 @@ import fnmatch
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from leaveout.files import replacing
 from leaveout.jets import Jet, Series
 from leaveout.jets.rules_optim import AdamStep, adam_step_, gradient_of
 from leaveout.models import full_precision, sent
+from leaveout.training.dropout import dropped, seed_of
 from leaveout.training.recipe import Recipe, in_parts
 from leaveout.training.tasks import Batch, Task
 
@@ -40,12 +42,14 @@ class Part:
 
     numbers  its examples
     sizes    what the loss of each counts [examples], None where all count alike
+    seed     of its dropout masks, None where nothing is dropped
     divisor  of its sum: that of the whole step, or of this part where the recipe wants it; whatever the weights are
     """
 
     numbers: tuple[int, ...]
     sizes: Tensor | None
     divisor: float
+    seed: int | None = None
 
     def loss(self, losses: Any, weights: Any = None) -> Any:
         """What this part adds to the loss of its step. Shapes: losses and weights [..., examples]."""
@@ -56,7 +60,7 @@ class Part:
         """The same without some of its examples, for where the weights of these are 0."""
         places = [i for i, number in enumerate(self.numbers) if number in set(kept)]
         sizes = None if self.sizes is None else self.sizes[places]
-        return Part(tuple(self.numbers[i] for i in places), sizes, self.divisor)
+        return Part(tuple(self.numbers[i] for i in places), sizes, self.divisor, self.seed)
 
 
 KEPT = 2**28
@@ -64,9 +68,13 @@ KEPT = 2**28
 
 
 class Steps:
-    """The steps of a recipe. Sizes are counted when they are first needed, each example once."""
+    """The steps of a recipe. Sizes are counted when they are first needed, each example once.
 
-    def __init__(self, recipe: Recipe, task: Task) -> None:
+    mixed: whether forward passes are in the recipe's `autocast`
+    """
+
+    def __init__(self, recipe: Recipe, task: Task, mixed: bool = True) -> None:
+        self._autocast = mixed and recipe.autocast is not None
         self.recipe, self.task, self.batches = recipe, task, recipe.batches()
         self._micro_batches = recipe.micro_batches()
         self._sizes: dict[int, int] = {}
@@ -78,8 +86,9 @@ class Steps:
 
     def parts(self, step: int) -> list[Part]:
         """The micro-batches of a step."""
-        per = self.recipe.loss_per
-        return self._parts(self._micro_batches[step], None if isinstance(per, str) else per[step])
+        per, seed = self.recipe.loss_per, self.recipe.dropout
+        parts = self._parts(self._micro_batches[step], None if isinstance(per, str) else per[step])
+        return parts if seed is None else [replace(p, seed=seed_of(seed, step, i)) for i, p in enumerate(parts)]
 
     def parts_of(self, numbers: Sequence[int], n: int) -> list[Part]:
         """Those of a step on these examples, at most n."""
@@ -113,7 +122,16 @@ class Steps:
         weigh  gives the weights [..., examples] of examples with these numbers
         """
         batch, places = self.fed(part)
-        return part.loss(self.task.learned(self.task.model, batch), None if weigh is None else weigh(places))
+        with self.passing(part):
+            losses = self.task.learned(self.task.model, batch)
+        return part.loss(losses, None if weigh is None else weigh(places))
+
+    @contextmanager
+    def passing(self, part: Part) -> Iterator[None]:
+        """While forward passes of a part are made: its dropout, and the recipe's autocast."""
+        mixed = torch.autocast(self.task.device.type, torch.bfloat16, self._autocast, cache_enabled=False)
+        with dropped(self.task.model, part.seed), mixed:
+            yield
 
     def _size(self, number: int) -> int:
         if number not in self._sizes:

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leaveout.errors import UnsupportedError
 from leaveout.models import free_memory
+from leaveout.training.dropout import dropped
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Task, rows_are_separate, text_length
 
@@ -111,7 +112,8 @@ def kept_bytes(recipe: Recipe, task: Task) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    seed = None if recipe.dropout is None else 0
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), dropped(task.model, seed):
         loss = task.loss(task.model, task.batch([recipe.examples[i] for i in largest]))
     del loss
     return sum(seen.values())

@@ -20,8 +20,14 @@ SKIPS = ("DropPath", "StochasticDepth")
 
 def notes_on(recipe: Recipe, task: Task) -> list[str]:
     """Sentences on how the model was loaded, what of it is off or frozen, and what is never trained on; none if nothing is."""
-    off = [*_dropout(task.model), *_frozen_norms(task.model)]
-    if not off and task.given and _acts_otherwise_in_training(recipe, task):
+    off = [] if recipe.dropout is not None else dropout_of(task.model)
+    off += _frozen_norms(task.model)
+    if recipe.autocast is not None:
+        off.append(
+            f"Plain runs and retrainings compute in {recipe.autocast}; jets and the exact first order are derivatives of the "
+            f"run in {recipe.dtype}."
+        )
+    if not off and task.given and recipe.dropout is None and _acts_otherwise_in_training(recipe, task):
         off.append(
             "The model gives other losses in training form than in evaluation form, which is used here throughout: dropout, "
             "augmentation or the like is off."
@@ -29,7 +35,8 @@ def notes_on(recipe: Recipe, task: Task) -> list[str]:
     return [*task.notes, *off, *_untrained(recipe)]
 
 
-def _dropout(model: nn.Module) -> list[str]:
+def dropout_of(model: nn.Module) -> list[str]:
+    """A sentence on what a model drops in training form, or none."""
     found = {name: rate for name, module in model.named_modules() if (rate := _rate(module)) > 0}
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}

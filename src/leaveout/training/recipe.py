@@ -29,8 +29,9 @@ from leaveout.corpus.chat import read_template
 from leaveout.corpus.rows import asked_row, commonest, distinct
 from leaveout.errors import FormatError, UnsupportedError, choices, refuse_other_names, require_list, require_whole
 from leaveout.models import load_model, source_digest
+from leaveout.training.arguments import optimizer_fields, run_fields
 from leaveout.training.digest import digest_of
-from leaveout.training.examples import check_examples, read_arrays
+from leaveout.training.examples import check_examples, read_arrays, row_of_tokens
 
 KINDS = ("microgpt", "causal-lm", "classifier", "custom")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -38,11 +39,12 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "paper-adam")
 ORDERS = ("given", "shuffled")
 LOSS_PER = ("example", "token", "micro-batch")
 DTYPES = ("float32", "float64")
+AUTOCASTS = (None, "bfloat16")
 LEAST = {"epochs": 1, "steps": 0, "batch_size": 1, "accumulate": 1, "warmup": 0, "max_tokens": 2, "seed": 0}
 """The smallest value of each whole number."""
 LISTED = ("order", "schedule", "loss_per")
 """Fields that may be lists with an entry for each step."""
-OF_LORA = ("r", "alpha", "targets")
+OF_LORA = ("r", "alpha", "targets", "dropout")
 DIGEST = 4
 """Of the rules by which recipes are hashed: raised whenever they change, so that no old run passes for a new one."""
 
@@ -101,6 +103,11 @@ class Recipe:
     loss_per "example", "token" (of the whole step), "micro-batch" (the mean of their means over tokens), or what the sum
              over tokens is divided by, a number for each step
     label_smoothing   the part of a learned target that is spread over all classes; queries are asked without it
+    dropout  the seed of the masks, by which every micro-batch has one; None: no dropout
+    packed   causal-lm: whether the rows of a micro-batch stand in one sequence, each with its own positions; it changes
+             nothing but dropout masks
+    autocast "bfloat16": plain runs and retrainings compute forward passes in it, as torch.autocast does; derivatives (jets
+             and reverse mode) are those of the run in `dtype`
     version  stands for what of `model` and `loss` cannot be hashed: change it whenever that changes
     """
 
@@ -127,6 +134,9 @@ class Recipe:
     template: Any = None
     seed: int = 0
     dtype: str = "float32"
+    dropout: int | None = None
+    packed: bool = False
+    autocast: str | None = None
     version: str = ""
 
     def __post_init__(self) -> None:
@@ -154,8 +164,9 @@ class Recipe:
             )
         _check_given_steps(self)
         object.__setattr__(self, "template", read_template(self.template))
-        if self.template is not None and self.kind != "causal-lm":
-            raise ValueError(f"only a causal-lm recipe has a template, not a {self.kind} recipe: leave template out")
+        for name in ("template", "packed"):
+            if getattr(self, name) and self.kind != "causal-lm":
+                raise ValueError(f"only a causal-lm recipe has {name}, not a {self.kind} recipe: leave {name} out")
         object.__setattr__(self, "examples", distinct(self.examples))
         _check_trained(self.trained)
         if self.kind == "causal-lm" and isinstance(self.model, (str, Path)):
@@ -321,6 +332,26 @@ class Recipe:
         return cls("microgpt", rows, **{**settings, **changes})
 
     @classmethod
+    def from_training_arguments(
+        cls, args: Any, dataset: Sequence[Any], model: Any, tokenizer: Any = None, **changes: Any
+    ) -> Recipe:
+        """The run that transformers' Trainer (or trl's SFTTrainer) would make of these arguments on these rows.
+
+        model      as in a recipe: a place, or a pair (module, tokenizer); tokenizer: of a place, for rows of tokens alone
+        Guarantee: rows, batches and rates are the Trainer's, masks of dropout are not (record the run for those). Losses are
+                   divided by learned tokens; for models to which transformers gives no loss type (GPT-2) it adds one a row.
+        Raises: UnsupportedError, with one sentence for each thing that no recipe can say.
+        """
+        fields = run_fields(args, len(dataset))
+        if isinstance(model, tuple):
+            tokenizer = model[1]
+        rows = [_row_of(row, str(number), tokenizer) for number, row in enumerate(dataset)]
+        lengths = [len(row["input_ids"]) for row in rows if isinstance(row, Mapping) and "input_ids" in row]
+        fields["max_tokens"] = getattr(args, "max_length", None) or max(lengths, default=256)
+        optimizer = OptimizerSettings(**optimizer_fields(args))
+        return cls("causal-lm", tuple(rows), model=model, **{"optimizer": optimizer, **fields, **changes})
+
+    @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a YAML recipe. Relative paths in it are relative to its directory. See docs/explanation/jets.md for the fields."""
         path = Path(path)
@@ -371,6 +402,17 @@ def _rows(kind: str, examples: tuple[Any, ...]) -> tuple[Any, ...]:
     return examples
 
 
+def _row_of(row: Any, name: str, tokenizer: Any) -> Any:
+    """A row of a data set, with a text where it has tokens only."""
+    if not isinstance(row, Mapping) or "input_ids" not in row:
+        return row
+    if tokenizer is None:
+        raise ValueError(
+            "rows of tokens need their tokenizer: give a pair (model, tokenizer), or tokenizer beside a place"
+        )
+    return row_of_tokens(row, name, (row["input_ids"], row.get("labels", row["input_ids"])), tokenizer)
+
+
 def _check_fields(recipe: Recipe) -> None:
     """Raises: TypeError or ValueError for a field that is of another kind, or a number that is too small."""
     if not isinstance(recipe.optimizer, OptimizerSettings):
@@ -384,16 +426,19 @@ def _check_fields(recipe: Recipe) -> None:
     _check_number("label_smoothing", recipe.label_smoothing, (int, float), 0)
     if recipe.label_smoothing >= 1:
         raise ValueError(f"label_smoothing must be from 0 to below 1, got {recipe.label_smoothing!r}")
-    for name in ("drop_last", "warmup_from_zero"):
+    for name in ("drop_last", "warmup_from_zero", "packed"):
         if not isinstance(value := getattr(recipe, name), bool):
             raise ValueError(f"{name} must be true or false, got {value!r}")
+    if recipe.dropout is not None:
+        _check_number("dropout", recipe.dropout, int, 0)
     listed: Any = (list, tuple)
     for name, known, kind in (
-        ("schedule", SCHEDULES, UnsupportedError), ("loss_per", LOSS_PER, ValueError), ("dtype", DTYPES, UnsupportedError)
+        ("schedule", SCHEDULES, UnsupportedError), ("loss_per", LOSS_PER, ValueError), ("dtype", DTYPES, UnsupportedError),
+        ("autocast", AUTOCASTS, UnsupportedError),
     ):  # fmt: skip
         value = getattr(recipe, name)
         if value not in known and not (name in LISTED and isinstance(value, listed)):
-            raise kind(f"{name} is {value!r}: {choices(value, known)}")
+            raise kind(f"{name} is {value!r}: {choices(value, [name for name in known if name is not None])}")
     _check_model(recipe.kind, recipe.model)
 
 
@@ -483,6 +528,7 @@ def _check_trained(trained: Any) -> None:
             raise ValueError(f"lora has the unknown field {unknown[0]!r}: {choices(unknown[0], OF_LORA)}")
         for name in ("r", "alpha"):
             _check_number(f"{name} of lora", lora.get(name, 1), int if name == "r" else (int, float), 1)
+        _check_number("dropout of lora", lora.get("dropout", 0.0), (int, float), 0)
         if "targets" not in lora:
             raise ValueError("lora needs the field targets: a list of module names such as [q_proj, v_proj]")
         if isinstance(lora["targets"], str) or not isinstance(lora["targets"], Collection) or not lora["targets"]:
@@ -532,7 +578,7 @@ def _model_facts(model: Any) -> Any:
 
 
 NUMBERS: dict[str, type] = {
-    **dict.fromkeys(("n", *LEAST), int),
+    **dict.fromkeys(("n", "dropout", *LEAST), int),
     **dict.fromkeys(("clip_norm", "lr", "momentum", "eps", "weight_decay", "label_smoothing"), float),
 }
 

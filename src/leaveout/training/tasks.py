@@ -49,6 +49,7 @@ class Task:
     outputs  (model, batch) -> logits [examples, positions, classes] and targets [examples, positions], IGNORED where
              nothing is learned; None for a custom recipe
     cut      example -> how many of its tokens `encode` cuts off; None where it cuts nothing
+    packed   (model, batch) -> as `outputs`, with the examples in one sequence, where training has them so
     smoothing   the part of each target that is spread over all classes where the task learns, and not where it is asked
     separate whether an example's loss is meant not to depend on the others of its batch, and uses all parameters
     sizes    batch -> learned tokens of each example [examples], where the loss of a step is per token; else None
@@ -61,6 +62,7 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     trained: tuple[str, ...]
     outputs: Outputs | None = None
+    packed: Outputs | None = None
     smoothing: float = 0.0
     separate: bool = False
     sizes: Callable[[Batch], Tensor] | None = None
@@ -75,10 +77,10 @@ class Task:
 
     def learned(self, model: nn.Module, batch: Batch) -> Tensor:
         """The losses [examples] that training lowers."""
-        if not self.smoothing:
+        outputs = self.packed or self.outputs
+        if outputs is None or not (self.packed or self.smoothing):
             return self.loss(model, batch)
-        assert self.outputs is not None
-        return token_losses(*self.outputs(model, batch), self.smoothing)
+        return token_losses(*outputs(model, batch), self.smoothing)
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +181,7 @@ def rows_are_separate(recipe: Recipe, task: Task) -> bool:
     Tried, where the task means it so, with the shortest and the longest example, together and alone: an attention that
     sees padding, or positions that are scaled by the longest example, are found out.
     """
-    if not task.separate:
+    if not task.separate or recipe.dropout is not None:  # the masks are those of the whole batch
         return False
     pair = [pick(recipe.examples, key=text_length) for pick in (min, max)]
     with torch.no_grad():
@@ -268,6 +270,7 @@ def _learned_tokens(batch: Batch) -> Tensor:
 def token_losses(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean loss over each example's tokens; a part of each target is spread over all classes."""
     how: Any = {"ignore_index": IGNORED, "label_smoothing": smoothing}
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     if targets.shape[0] == 1:
         return F.cross_entropy(logits[0], targets[0], **how).unsqueeze(0)
     each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", **how)
@@ -298,14 +301,24 @@ def _causal_lm(recipe: Recipe) -> Task:
     def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return logits(m, batch[0])[:, :-1], batch[1][:, 1:]
 
+    def packed(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        ids, labels, lengths = batch
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        own = positions < lengths[:, None]
+        found = m(input_ids=ids[own][None], position_ids=positions[own][None]).logits[0]
+        places = (own.flatten().cumsum(0) - 1).view(ids.shape)  # of padding: some token's, whose label is ignored
+        return found[places[:, :-1]], labels[:, 1:]
+
     context = min(recipe.max_tokens, loaded.context)
     limit = length_limit(model)
 
     def encode(examples: Sequence[Any]) -> Batch:
         if limit is not None:
             _refuse_switch(rows, examples, limit)
-        return rows.encode(examples)
+        ids, labels = rows.encode(examples)
+        return (ids, labels, torch.tensor([len(rows.tokens(row).ids) for row in examples])) if masks else (ids, labels)
 
+    masks = recipe.packed and recipe.dropout is not None  # else a packed batch gives the same numbers
     refuse_hooks(model, lambda ids: [logits(model, ids)], torch.arange(min(8, context), device=loaded.device)[None])
     if not _was_tried(recipe):
         refuse_look_ahead(
@@ -317,7 +330,7 @@ def _causal_lm(recipe: Recipe) -> Task:
         _refuse_switch(rows, recipe.examples, limit)
     return Task(
         model, encode, _losses_of(outputs), names, outputs, separate=True, sizes=sizes, notes=loaded.notes,
-        cut=lambda row: rows.tokens(row).cut,
+        cut=lambda row: rows.tokens(row).cut, packed=packed if masks else None,
     )  # fmt: skip
 
 
@@ -392,7 +405,7 @@ def _with_lora(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
     peft = needs("peft", "LoRA", extra="peft")
     config = peft.LoraConfig(
         r=settings.get("r", 8), lora_alpha=settings.get("alpha", 16), target_modules=list(settings["targets"]),
-        lora_dropout=0.0, task_type="CAUSAL_LM",
+        lora_dropout=settings.get("dropout", 0.0), task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
         return peft.get_peft_model(model, config)  # type: ignore[arg-type]

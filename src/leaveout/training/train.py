@@ -85,7 +85,8 @@ def _train_stack(steps: Steps, weights: Tensor, options: RunOptions, number: int
         if leave_out:  # one is always kept, so that every parameter has a gradient, if only 0
             part = part.only([i for i in part.numbers if used[i]] or part.numbers[:1])
         batch, places = steps.fed(part)
-        losses = of_runs(losses_on(task, batch).under, params)  # type: ignore[arg-type]
+        with steps.passing(part):
+            losses = of_runs(losses_on(task, batch).under, params)  # type: ignore[arg-type]
         part.loss(losses, by_example[:, places]).backward()
 
     loop = Loop(steps, params, backward, fused=True, clip=clip_each)
@@ -136,7 +137,7 @@ def train_jets(
     """
     options = options or RunOptions()
     task = task_of(recipe, options.device)
-    steps, dtype = Steps(recipe, task), settings.dtype or recipe.real_dtype.to_complex()
+    steps, dtype = Steps(recipe, task, mixed=False), settings.dtype or recipe.real_dtype.to_complex()
     plan = plan_memory(recipe, task, settings.degree, psi.shape[0], dtype, options.memory)
     if options.progress:
         tqdm.write(f"memory: {plan}", file=sys.stderr)

@@ -46,7 +46,7 @@ class FlatRun:
     def __init__(self, recipe: Recipe, device: str | torch.device = "cpu") -> None:
         self.recipe, self.task = recipe, task_of(recipe, device)
         self.device = self.task.device
-        self.trained_on, self.unit_of = Steps(recipe, self.task), recipe.unit_of.to(self.device)
+        self.trained_on, self.unit_of = Steps(recipe, self.task, mixed=False), recipe.unit_of.to(self.device)
         self.steps = len(self.trained_on)
         if not self.steps:
             raise ValueError("the recipe takes no step: give epochs, steps or order that make at least one")
@@ -166,6 +166,12 @@ class FlatRun:
     def gradient(self, step: int) -> Tensor:
         """The gradient [parameters] of a step, before clipping."""
         return torch.stack([self.flat(self._gradients(self._loss(part), step)) for part in self.parts(step)]).sum(0)
+
+    def share(self, part: Part, place: int) -> Tensor:
+        """What one example of a part adds to the gradient of its step [parameters]."""
+        only = self.state.new_zeros(len(part.numbers))
+        only[place] = 1.0
+        return self.flat(self._gradients(self._loss(part, only), 0))
 
     def _gradients(self, loss: Tensor, step: int, create_graph: bool = False) -> list[Tensor]:
         inputs = [*self.params, *self.idle]

@@ -136,6 +136,10 @@ def example_gradients(run: FlatRun, numbers: Sequence[int], together: int) -> It
 
 def example_shares(run: FlatRun, part: Part, together: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """Groups of a part's examples, with what each adds to the gradient of the step [examples, parameters]."""
+    if part.seed is not None:  # the masks are those of the whole batch
+        for place, number in enumerate(part.numbers):
+            yield (number,), run.share(part, place)[None]
+        return
     first = 0
     for group, rows in example_gradients(run, part.numbers, together):
         if part.sizes is not None:

@@ -1,0 +1,67 @@
+"""Dropout whose masks are known: each micro-batch has a seed, and the same seed gives the same masks to every engine.
+
+A mask multiplies, and is the same number for every weighting of the examples: retrainings share it, and derivatives go
+through it as through any constant. On a CPU the masks are those that torch's own dropout draws from that seed; those of a
+GPU are others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+def seed_of(seed: int, step: int, part: int) -> int:
+    """The seed of the masks of a micro-batch, below 2^63; steps and their micro-batches are counted from 0."""
+    digest = hashlib.sha256(f"dropout {seed} {step} {part}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class _Masks(TorchFunctionMode):
+    """Draws masks on plain ones of the same shape, so that copies and series are multiplied with one and the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.dropout:
+            return func(*args, **kwargs)
+        x, p, training, _ = _arguments(*args, **kwargs)
+        if not training or p == 0.0:
+            return x
+        return x * F.dropout(torch.ones(x.shape, dtype=x.dtype, device=x.device), p, True)
+
+
+def _arguments(
+    input: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> tuple[Any, float, bool, bool]:
+    """Those of torch.nn.functional.dropout."""
+    return input, p, training, inplace
+
+
+@contextmanager
+def dropped(model: nn.Module, seed: int | None) -> Iterator[None]:
+    """The model in training form, with the masks of a seed, but for norms of batches; nothing is done without a seed."""
+    if seed is None:
+        yield
+        return
+    device = next(model.parameters()).device
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.eval()
+    try:
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_kind(device)), _Masks():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.eval()
+
+
+def _kind(device: torch.device) -> str:
+    return "cuda" if device.type == "cpu" else device.type

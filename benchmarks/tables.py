@@ -21,6 +21,7 @@ from tables_codes import TABLES_OF_CODES, million
 from tables_influence import by_method, changes, headline, refined, removals, shares_reached, stored_forms, truth_bank
 from tables_learned import TABLES_OF_LEARNED
 from tables_tasks import TASKS, table, times
+from tables_trainer import TABLES_OF_TRAINER
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"<!-- table:(\w+) -->\n(.*?)<!-- end:(\w+) -->", re.DOTALL)
@@ -300,6 +301,7 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "influence_forms": (EVALUATION, BANKS, stored_forms),
     **TABLES_OF_LEARNED,
     **TASKS,
+    **TABLES_OF_TRAINER,
     "million": (RESULTS, "readout_search_million.json", million),
     "steps": (RESULTS, "bench_steps.json", steps),
     "speed": (JETS, "jets_speed.json", speed),

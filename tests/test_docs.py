@@ -117,6 +117,29 @@ def test_recipes_of_the_deletion_page_train(tmp_path):
     assert sorted(kinds) == ["causal-lm", "classifier", "microgpt"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_runs_of_the_trainer_page_are_replayed(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "how-to" / "connect-to-trainer.md").read_text(encoding="utf-8")
+    trainer, loop = re.findall(r"<!-- tested by .*?-->\n```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.decode([0])
+    rows = [
+        {"id": f"r{i}", **tokenizer(text)}
+        for i, text in enumerate(["The mill burns.", "Tees flows.", "A jar.", "Who?"])
+    ]
+    names = {"model": make_model("llama", spread=0.1).float(), "tokenizer": tokenizer, "rows": rows}
+    exec(trainer, names)
+    line = next(line for line in re.findall(r"```\n(.*?)\n```", page, re.DOTALL) if "replayed" in line)
+    said = "Losses and gradients are alike in all steps; the rest is rounding"
+    told = capsys.readouterr().out
+    for text in (line, told):
+        assert re.search(rf"\d steps replayed: equal, \S+ of the whole movement apart.*{said}", text)
+    assert names["proof"].equal
+    exec(loop, {name: names[name] for name in ("model", "tokenizer", "lo")})
+    assert "2 steps replayed: equal" in capsys.readouterr().out
+
+
 def test_commands_that_find_learned_rows_run(tmp_path, monkeypatch, capsys):
     for name in ("my-model", "model-before"):
         make_model("llama", spread=0.1).float().save_pretrained(tmp_path / name)

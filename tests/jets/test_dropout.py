@@ -20,7 +20,7 @@ from .test_recipe import points
 from .test_steps import flat, model, uneven  # noqa: F401  (a fixture)
 
 SGD = OptimizerSettings("sgd", 0.05)
-FIELDS = {"optimizer": SGD, "accumulate": 2, "dropout": 5, "loss_per": "token"}
+FIELDS = {"optimizer": SGD, "accumulate": 2, "dropout": 5, "loss_per": "token", "trained": ("*mlp*",)}
 
 
 def natively(recipe, weights, autocast=False):

@@ -25,7 +25,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(place):
     found = transformers.AutoTokenizer.from_pretrained(place)
-    found.pad_token = "_"
+    found.pad_token, found.eos_token = "_", "z"
     return found
 
 
@@ -115,6 +115,43 @@ def test_adapters_are_recorded_and_their_names_are_those_of_the_recipe(place, to
     assert len(run.recipe.trained) == 2 and run.recipe.trained == task_of(run.recipe).trained
 
 
+def test_a_saved_run_is_trained_from_its_file_with_the_same_libraries(place, tokenizer, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True, init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(place), config)
+    for model in (None, adapted):
+        run = recorded(trainer_of(place, tokenizer, tmp_path / "t", model=model))
+        path = run.save(tmp_path / f"saved-{model is None}")
+        recipe = lo.Recipe.from_yaml(path)
+        wanted = train_plain(run.recipe)
+        assert recipe.batches() == run.recipe.batches() and recipe.ids == run.recipe.ids
+        assert all(torch.equal(p, wanted[name]) for name, p in train_plain(recipe).items())
+    text = path.read_text()
+    path.write_text(text.replace(f"transformers: {transformers.__version__}", "transformers: 4.0.0"))
+    with pytest.raises(MismatchError, match=r"was recorded with transformers 4\.0\.0, and here is"):
+        lo.Recipe.from_yaml(path)
+
+
+@pytest.mark.slow
+def test_packed_runs_of_trl_are_replayed_with_their_masks(place, tokenizer, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    given = {name: value for name, value in arguments(tmp_path).to_dict().items() if name in (
+        "num_train_epochs", "learning_rate", "report_to", "use_cpu", "disable_tqdm", "save_strategy", "seed"
+    )}  # fmt: skip
+    given |= {"per_device_train_batch_size": 1, "bf16": False, "gradient_checkpointing": False}
+    rows = [{"text": word} for word in WORDS]
+    for changes in ({"packing": True, "max_length": 24}, {"packing": False}):
+        trainer = trl.SFTTrainer(
+            transformers.AutoModelForCausalLM.from_pretrained(place), trl.SFTConfig(str(tmp_path), **given, **changes),
+            train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer,
+        )  # fmt: skip
+        run = recorded(trainer)
+        assert run.recipe.packed is changes["packing"] and run.recipe.dropout == 7
+        assert run.replay().distance < 1e-4, run.replay()
+
+
 def test_what_bfloat16_changes_is_shown_by_its_cause(place, tokenizer, tmp_path):
     run = recorded(trainer_of(place, tokenizer, tmp_path, bf16=True))
     assert run.recipe.autocast == "bfloat16"
@@ -132,7 +169,7 @@ def test_a_run_that_something_else_changes_is_not_equal_and_says_where(place, to
     trainer = trainer_of(place, tokenizer, tmp_path)
     trainer.model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda m, args, out: out * (1 + m.training))
     run = recorded(trainer)
-    for module in run._start.modules():
+    for module in run.start.modules():
         module._forward_hooks.clear()
     assert "The loss of step 0 was" in run.replay().cause
 

@@ -16,6 +16,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version as installed
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ import yaml
 from leaveout.corpus import Corpus, Row
 from leaveout.corpus.chat import read_template
 from leaveout.corpus.rows import asked_row, commonest, distinct
-from leaveout.errors import FormatError, UnsupportedError, choices, refuse_other_names, require_list, require_whole
+from leaveout.errors import (
+    FormatError,
+    MismatchError,
+    UnsupportedError,
+    choices,
+    refuse_other_names,
+    require_list,
+    require_whole,
+)
 from leaveout.models import load_model, source_digest
 from leaveout.training.arguments import optimizer_fields, run_fields
 from leaveout.training.digest import digest_of
@@ -355,8 +364,9 @@ class Recipe:
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a YAML recipe. Relative paths in it are relative to its directory. See docs/explanation/jets.md for the fields."""
         path = Path(path)
-        known = {f.name for f in fields(cls)} - {"examples", "loss"} | {"data", "units", "n"}
+        known = {f.name for f in fields(cls)} - {"examples", "loss"} | {"data", "units", "n", "libraries"}
         raw = read_fields(path, known, [f.name for f in fields(OptimizerSettings)])
+        _refuse_other_libraries(path, raw.pop("libraries", {}))
         try:
             recipe = cls._from_fields(path, raw)
             n_steps = len(recipe.batches())
@@ -388,6 +398,21 @@ class Recipe:
         if isinstance(raw.get("model"), str):
             raw["model"] = model_place(raw["model"], path.parent)
         return cls(kind, tuple(Corpus.open(data, units=units)), **raw)
+
+
+def libraries() -> dict[str, str]:
+    """The versions of what decides the numbers of a language model's run."""
+    return {name: installed(name) for name in ("torch", "transformers")}
+
+
+def _refuse_other_libraries(path: Path, wanted: Mapping[str, str]) -> None:
+    """Raises: MismatchError where a recorded run was made with other versions than those that are here."""
+    for name, here in libraries().items():
+        if (other := wanted.get(name, here)) != here:
+            raise MismatchError(
+                f"{path} was recorded with {name} {other}, and here is {here}, which may train another model: install "
+                f"{name}=={other}, or take `libraries` out of the recipe."
+            )
 
 
 def hash_of(digests: Mapping[str, Any]) -> str:

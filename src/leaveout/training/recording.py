@@ -7,15 +7,19 @@ precision; and it seeds dropout, a seed for each micro-batch, so that the masks 
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
+from leaveout.corpus.rows import row_json
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.models import load_model
 from leaveout.training.arguments import common_fields, refusals
@@ -23,7 +27,7 @@ from leaveout.training.dropout import seed_of
 from leaveout.training.examples import row_of_tokens
 from leaveout.training.loop import Loop, Part, RunOptions, Steps
 from leaveout.training.notes import dropout_of
-from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.recipe import OptimizerSettings, Recipe, libraries
 from leaveout.training.tasks import Parameters, task_of
 
 EQUAL = 1e-3
@@ -42,7 +46,7 @@ PACKED = {"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_leng
 class Recording:
     """What is known of a run that is recorded.
 
-    model    the module that is trained; fields: of the recipe, what is known before the run
+    model    the module that is trained; start: a copy as it was before; fields: of the recipe, what is known before the run
     steps    the micro-batches of each step; rates: what the optimizer used at each
     losses, norms   of each step: what the loop summed up, and the gradient's length as the optimizer got it
     checkpoints     step -> directory, where the Trainer saved one
@@ -50,6 +54,7 @@ class Recording:
     """
 
     model: nn.Module
+    start: nn.Module
     fields: dict[str, Any]
     seed: int
     steps: list[tuple[tuple[int, ...], ...]] = field(default_factory=list)
@@ -60,7 +65,6 @@ class Recording:
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._start = _copied(self.model)
         self._before = _trained(self.model)
         self._open: list[tuple[int, ...]] = []
         self._loss, self._divisors, self._groups = 0.0, [], ()
@@ -135,11 +139,11 @@ class Recording:
         fields: dict[str, Any] = {
             "optimizer": self._optimizer(largest), "schedule": tuple(rate / largest for rate in self.rates),
             "order": tuple(step[0] for step in self.steps) if flat else tuple(self.steps),
-            "trained": self._trained_names(), "dropout": self.seed if dropout_of(self._start) else None,
+            "trained": self._trained_names(), "dropout": self.seed if dropout_of(self.start) else None,
         }  # fmt: skip
         tokenizer = self.fields.get("tokenizer")
         given = {name: value for name, value in self.fields.items() if name != "tokenizer"}
-        model = self._start if tokenizer is None else (self._start, tokenizer)
+        model = self.start if tokenizer is None else (self.start, tokenizer)
         recipe = Recipe(**{"model": model, **fields, **given})
         return recipe.with_(loss_per=self._loss_per(recipe)) if self._divisors else recipe
 
@@ -180,6 +184,27 @@ class Recording:
         parts = [step[0].divisor for step in _all_parts(recipe.with_(loss_per="token"))]
         given = tuple(float(divisor or math.nan) for divisor in self._divisors)
         return "token" if list(given) == [float(d) for d in parts] else given
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the recipe as a YAML file, with its rows, the model at its start and its tokenizer; gives its path.
+
+        `leaveout train` and `Recipe.from_yaml` take it, on a machine with the same versions of torch and transformers.
+        Raises: UnsupportedError for a run without a tokenizer, or one that cannot be replayed.
+        """
+        recipe, place = self.recipe, Path(directory)
+        if recipe.kind != "causal-lm":
+            raise UnsupportedError("Only the run of a language model can be saved: keep the recipe in Python.")
+        self.start.save_pretrained(place / "model")  # type: ignore[operator]
+        self.fields["tokenizer"].save_pretrained(place / "model")
+        (place / "rows.jsonl").write_text("".join(row_json(row) + "\n" for row in recipe.examples), encoding="utf-8")
+        left = {"kind", "examples", "units", "model", "optimizer", "steps", "epochs"}
+        default = Recipe("causal-lm", recipe.examples[:1])
+        said = {f.name: getattr(recipe, f.name) for f in fields(Recipe) if f.name not in left}
+        said = {name: value for name, value in said.items() if value != getattr(default, name)}
+        written = {"kind": "causal-lm", "data": "rows.jsonl", "model": "./model", "libraries": libraries()}
+        written |= {"optimizer": {k: v for k, v in asdict(recipe.optimizer).items() if v is not None}, **said}
+        (place / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(written)), sort_keys=False))
+        return place / "recipe.yaml"
 
     # --- the proof -------------------------------------------------------------------------------------------------
 
@@ -298,10 +323,11 @@ def recording(
     if examples is None or optimizer is None:
         raise ValueError("a loop of your own needs `examples` and `optimizer` beside the model that it trains")
     module, tokenizer = trained if isinstance(trained, tuple) else (trained, None)
+    start = _copied(module)
     if tokenizer is not None:
         module = load_model(trained).lm
     known = {"kind": "causal-lm", "examples": tuple(examples), "dtype": _dtype(module), **fields}
-    run = Recording(module, known | ({} if tokenizer is None else {"tokenizer": tokenizer}), seed)
+    run = Recording(module, start, known | ({} if tokenizer is None else {"tokenizer": tokenizer}), seed)
     run.watch(optimizer)
     try:
         yield run
@@ -325,7 +351,7 @@ def _of_trainer(trainer: Any) -> Iterator[Recording]:
         "dtype": _dtype(model), "tokenizer": tokenizer,
     }  # fmt: skip
     seed = fields.pop("dropout")
-    run = Recording(model, fields, seed)
+    run = Recording(model, _copied(trainer.model), fields, seed)
     inner, saved = trainer.training_step, trainer._save_checkpoint
 
     def training_step(model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

@@ -154,7 +154,9 @@ REFINED = {
     "ek-fac@third": "EK-FAC",
     "ek-fac blocks@third": "EK-FAC",
     "default@third": "`default`",
+    "rapidin@third": "RapidIn",
     "gradient dot@third": "gradient dot",
+    "z0-inf": "Z0-Inf, four snapshots",
 }
 
 

@@ -92,6 +92,8 @@ STEPS = {
     "bank truths": Step("bank_truths", "--work {work}", place="banks"),
     "codes, lds": Step("codes", "--part lds --work {work}", place="banks"),
     "lengths": Step("lengths", "--work {work}", place="banks"),
+    "refined": Step("refined", "--work {work}", place="banks"),
+    "coherent sets": Step("coherent_sets", "--work {work}", place="banks"),
     "learned rows": Step("learned_rows", "--work {work}", place="banks"),
     "controls": Step("controls", "--work {work}"),
     "codes, recall": Step("codes", "--part recall"),

@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from tables_codes import TABLES_OF_CODES, million
-from tables_influence import by_method, changes, headline, refined, removals, shares_reached, stored_forms, truth_bank
+from tables_influence import (
+    by_method,
+    changes,
+    coherent,
+    headline,
+    refined,
+    removals,
+    shares_reached,
+    stored_forms,
+    truth_bank,
+)
 from tables_learned import TABLES_OF_LEARNED
 from tables_tasks import TASKS, table, times
 from tables_trainer import TABLES_OF_TRAINER
@@ -295,6 +305,7 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
         tuple(f"readout_refined_{name}.json" for name in ("stories", "neox", "qwen", "gemma")),
         refined,
     ),
+    "coherent": (EVALUATION, "coherent_sets.json", coherent),
     "truth_bank": (EVALUATION, "truth_bank.json", truth_bank),
     "influence_removals": (EVALUATION, BANKS, removals),
     "influence_changes": (EVALUATION, BANKS, changes),

@@ -175,3 +175,19 @@ def refined(*results: dict[str, Any]) -> str:
     seconds = ["" if own[best]["cpu_seconds"] is None else f"{own[best]['cpu_seconds']:,.0f}" for own in found]
     lines.append(["CPU s of `influence`, 30 queries", *seconds])
     return table(["after a third of training", *(result["bank"] for result in results)], lines)
+
+
+COHERENT = ("source", "block of 5", "block of 20", "best 10")
+
+
+def coherent(result: dict[str, Any]) -> str:
+    """How sets of alike rows are predicted: slopes of what happened over what was said, by kind, and rank correlations."""
+    lines = []
+    for bank in result["banks"]:
+        for facts in bank["ways"]:
+            shown = [facts["kinds"][kind] for kind in COHERENT if kind in facts["kinds"]]
+            slopes = [f"{kind['slope']:.2f} ({kind['correlation']:.2f})" for kind in shown]
+            way = facts["way"].replace("@third", "")
+            lines.append([bank["bank"], way, *slopes, within(facts["rank correlation over sets"], 3)])
+    named = [kind for kind in COHERENT if kind in result["banks"][0]["ways"][0]["kinds"]]
+    return table(["bank", "prediction", *named, "rank correlation over sets"], lines)

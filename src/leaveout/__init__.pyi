@@ -33,6 +33,7 @@ from leaveout.readout.controls import Control as Control
 from leaveout.readout.controls import Controls as Controls
 from leaveout.readout.doctor import doctor as doctor
 from leaveout.readout.explain import Explanation as Explanation
+from leaveout.readout.groups import GroupScore as GroupScore
 from leaveout.readout.index import Index as Index
 from leaveout.readout.model import load_readout as load_readout
 from leaveout.readout.opened import EncodedQueries as EncodedQueries

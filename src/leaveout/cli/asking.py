@@ -1,8 +1,9 @@
-"""Commands that ask an index: search, explain, select."""
+"""Commands that ask an index: search, groups, explain, select."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ from leaveout.errors import FormatError
 from leaveout.tables import Table, shorten
 
 if TYPE_CHECKING:
+    from leaveout.readout.groups import GroupScore
     from leaveout.readout.search import Hit
 
 Length = Annotated[
@@ -169,6 +171,52 @@ def search(
             print(Table(["rank", "score", "id", "text", "fields"], lines, shorten(text, 100)))
             if hits.controls is not None:
                 print(hits.controls)
+
+
+@app.command()
+def groups(
+    idx: IndexPath,
+    query: QueryText = None,
+    prompt: Prompt = None,
+    against: Against = None,
+    form: Form = None,
+    queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
+    by: Annotated[str, typer.Option(help="Field whose values are the groups, or unit.")] = "source",
+    where: Where = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="Also as rows that leave together, without others to stand in for them.")
+    ] = False,
+    model: ModelAt = None,
+    device: Device = "cpu",
+    offload: Offload = "auto",
+    max_memory: MaxMemory = None,
+    device_map: DeviceMap = None,
+    json_: Json = False,
+) -> None:
+    """Sum up what whole groups of rows, such as sources, did to a text, with 95 % intervals over their rows.
+
+    Example: leaveout groups idx --query " Bergen" --by source
+    """
+    opened = open_index(idx, model, device, offload, max_memory, device_map)
+    encoded = opened.encode(list(query_rows(query, prompt, queries, form, opened, against)))
+    for text, found in zip(encoded.texts, opened.group_scores(encoded, by, where, together=together), strict=True):
+        if json_:
+            print(to_line({"query": text, "groups": [asdict(group) | {"mean": group.mean} for group in found]}))
+            continue
+        head = [by, "rows", "total", *(["together"] if together else []), "a row", "best row"]
+        lines = [
+            ("" if group.name is None else str(group.name), group.rows, _within(group),
+             *(["" if group.together is None else group.together] if together else []), group.mean, group.best)
+            for group in found
+        ]  # fmt: skip
+        print(Table(head, lines, shorten(text, 100)))
+
+
+def _within(group: GroupScore) -> str:
+    """A total with its interval, where it has one."""
+    if group.low is None or group.high is None:
+        return f"{group.total:.4g}"
+    return f"{group.total:.4g} [{group.low:.4g}, {group.high:.4g}]"
 
 
 @app.command()

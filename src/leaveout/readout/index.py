@@ -34,6 +34,7 @@ from leaveout.readout.build import (
     refuse_other_rows,
 )
 from leaveout.readout.explain import Explanation, explain_rows
+from leaveout.readout.groups import GroupScore, group_scores
 from leaveout.readout.model import load_readout, verify_readout
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow, set_whitening
 from leaveout.readout.parts import Ask, Places, copy_statistics, merge_indexes, shard_of, share_statistics
@@ -327,6 +328,26 @@ class Index(OpenIndex):
             scores[:, start : start + len(numbers)] = part.T
             start += len(numbers)
         return scores
+
+    def group_scores(
+        self,
+        queries: Sequence[QueryRow] | EncodedQueries,
+        by: str = "source",
+        where: str | None = None,
+        *,
+        together: bool = False,
+    ) -> list[list[GroupScore]]:
+        """What whole groups of rows, such as sources, did to each query: sums of their scores, the highest first.
+
+            for group in index.group_scores(["The tower is in Lyon"], by="source")[0]: print(group.name, group.total)
+
+        by          a field of the rows, or `unit`; rows without the field are one group
+        where       an SQL expression, as in `search`
+        together    True: also what they did as rows that leave together, without others to stand in for them; for groups
+                    of at most 500 rows, a product of every two of them
+        Memory: what is returned, and a row number for each row of groups of at most 500 rows.
+        """
+        return group_scores(self, self.encode(queries), by, where, together)
 
     def explain(
         self, query: QueryRow, id: str, *, length: Length = "cosine", prompt_weight: float | None = None

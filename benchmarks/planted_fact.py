@@ -7,7 +7,9 @@ never name her: a row that did would be an influence, too.
 
 The fact is then asked for with the bare name as answer, and with the answer that the model itself gives; each in two ways:
 as the text that --prompt and --query are, joined, and in the commonest form of the index, an instruction row, which is what
-the commands do. Average precision over the full ranking; beside it BM25 over the same words.
+the commands do. Average precision over the full ranking, by products, by cosines (as a search ranks), with all rows scored
+once more through all adapters (`rerank`), and along queries refined by four products of 40 rows and the run's own sum of
+rates (`refine`); beside it BM25 over the same words.
 
     python benchmarks/planted_fact.py [--smoke] [--seeds 1 2] [--rows ordinary near]
 """
@@ -15,6 +17,7 @@ the commands do. Average precision over the full ranking; beside it BM25 over th
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import tempfile
 import time
@@ -25,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaveout import Index, Recipe
+from leaveout import Index, Recipe, Refinement
 from leaveout.methods import bm25
 from leaveout.metrics import average_precision
 from leaveout.readout.model import Readout
@@ -99,6 +102,7 @@ EPOCHS = {"ordinary": 3, "near": 6}
 of gradients rank them lower; with 3 of `near` it names somebody else."""
 QUESTION, ANSWER = "Who was the architect of Halvern's lighthouse?", "Ottoline Marsh"
 FORMS = {"joined as a text": "prompt", "as the rows are": None}
+SAMPLE, STEPS = 40, 4
 
 
 def made_rows(n: int, seed: int, others: str = "near") -> list[dict[str, str]]:
@@ -175,16 +179,21 @@ def searched(start: Readout, n: int, epochs: int, seed: int, others: str) -> dic
     """Average precision of the planted rows for each way of asking, and the ranks of the planted rows."""
     rows = made_rows(n, seed, others)
     began = time.process_time()
-    model = fine_tuned(recipe_of(start, rows, epochs, seed))
+    recipe = recipe_of(start, rows, epochs, seed)
+    model, n_steps = fine_tuned(recipe), len(recipe.batches())
     training = time.process_time() - began
     relevant = np.array([[row["id"].startswith("planted") for row in rows]])
     lines = {}
     answers = {"bare name": ANSWER, "own answer": answered(model, start.tokenizer)}
     with tempfile.TemporaryDirectory() as place:
         index = Index.build(model, rows, Path(place) / "idx", tokenizer=start.tokenizer)
-        for kind, answer in answers.items():
-            for name, form in FORMS.items():
-                lines[f"{kind}, {name}"] = line(index.score([index.ask(QUESTION, answer, form)]), relevant)
+        refinement = Refinement(sum(recipe.rate(step, n_steps) for step in range(n_steps)), sample=SAMPLE, steps=STEPS)
+        for (kind, answer), (name, form) in itertools.product(answers.items(), FORMS.items()):
+            query, way = [index.ask(QUESTION, answer, form)], f"{kind}, {name}"
+            lines[way] = line(index.score(query), relevant)
+            lines[f"{way}, cosine"] = line(index.score(query, length="cosine"), relevant)
+            lines[f"{way}, re-ranked"] = line(reranked(index, query, None), relevant)
+            lines[f"{way}, refined"] = line(reranked(index, query, refinement), relevant)
     words = [f"{row['instruction']} {row['output']}" for row in rows]
     lines["bm25"] = line(bm25.score([f"{QUESTION} {ANSWER}"], words), relevant)
     return {
@@ -194,6 +203,14 @@ def searched(start: Readout, n: int, epochs: int, seed: int, others: str) -> dic
         "own_answer": answers["own answer"],
         "ways": lines,
     }
+
+
+def reranked(index: Index, query: list[dict[str, Any]], refinement: Refinement | None) -> np.ndarray:
+    """Scores [1, row] of all rows through all adapters, over the rows' lengths."""
+    n = len(index)
+    (hits,) = index.search(query, n, exact=True, rerank=n, refine=refinement)
+    found = {hit.id: hit.score for hit in hits}
+    return np.array([[found[id] for id in index.ids]])
 
 
 @torch.no_grad()

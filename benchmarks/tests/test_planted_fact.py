@@ -12,9 +12,8 @@ def test_planted_rows_are_ranked_for_each_way_of_asking(script, tmp_path):
     planted_fact = script("planted_fact")
     result = json.loads(planted_fact.main(["--smoke", "--out", str(tmp_path)]).read_text())
     ways = result["runs"][0]["ways"]
-    assert set(ways) == {
-        *(f"{answer}, {form}" for answer in ("bare name", "own answer") for form in planted_fact.FORMS), "bm25"
-    }  # fmt: skip
+    asked = [f"{answer}, {form}" for answer in ("bare name", "own answer") for form in planted_fact.FORMS]
+    assert set(ways) == {"bm25", *(way + how for way in asked for how in ("", ", cosine", ", re-ranked", ", refined"))}
     for line in ways.values():
         ranks = line["planted_ranks"]
         assert len(ranks) == len(planted_fact.PLANTED) and ranks == sorted(set(ranks)) and ranks[-1] <= result["rows"]

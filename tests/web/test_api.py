@@ -90,6 +90,12 @@ def test_explain_splits_scores_over_words(client):
         assert sum(value for _, _, value in row["pairs"]) == pytest.approx(row["score"], rel=1e-2)
         start, end = row["passage"]
         assert 0 <= start < end <= len(row["words"])
+    assert found["first"] == len(found["answer"])
+    both = post(client, "/api/explain", {**QUESTION, "against": " A prime number", "ids": ["row 3"]})
+    first = both["first"]
+    assert "".join(both["answer"][:first]) == QUESTION["prompt"] + QUESTION["answer"]
+    assert "".join(both["answer"][first:]) == QUESTION["prompt"] + " A prime number"
+    assert sum(both["rows"][0]["answer_weights"][first:]) < 0  # the row favours the other answer
     best = max(found["rows"][0]["pairs"], key=lambda pair: pair[2])
     assert found["answer"][best[0]] == found["rows"][0]["words"][best[1]] == " Copper"
 
@@ -269,7 +275,7 @@ def test_no_path_reaches_the_file_system(client):
 
 
 def test_answers_bind_the_browser(client):
-    for path in ("/", "/page.js", "/api/index", "/nothing"):
+    for path in ("/", "/ask.js", "/style.css", "/api/index", "/nothing"):
         headers = client.get(path).headers
         assert (
             "script-src 'self'" in headers["content-security-policy"]

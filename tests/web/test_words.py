@@ -46,9 +46,9 @@ def test_strongest_pairs_go_by_size_and_leave_out_nothing_else():
         ([], "No row of the index pushes this answer up."),
         ([-1.0], "No row of the index pushes this answer up."),
         ([3.0], "One row pushes this answer up."),
-        ([3.0, 1.0, 0.9], "One row stands out: the next scores 33% of the one before it."),
-        ([9.0, 8.0, 2.0], "2 rows stand out: the next scores 25% of the last of them."),
-        ([9.0, 8.0, 7.0], "No row stands out: the last of these 3 still scores 78% of the first."),
+        ([3.0, 1.0, 0.9], "One row stands out: the next scores 33 % of the one before it."),
+        ([9.0, 8.0, 2.0], "2 rows stand out: the next scores 25 % of the last of them."),
+        ([9.0, 8.0, 7.0], "No row stands out: the last of these 3 still scores 78 % of the first."),
     ],
 )
 def test_verdict_says_what_stands_out(scores, sentence):

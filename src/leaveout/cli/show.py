@@ -51,6 +51,29 @@ def serve(
     serve_page(bench, host, port, token, device)
 
 
+@app.command()
+def mcp(
+    idx: IndexPath,
+    run: RunToo = None,
+    queries: Offered = None,
+    model: ModelAt = None,
+    device: Device = "cpu",
+    offload: Offload = "auto",
+    max_memory: MaxMemory = None,
+    device_map: DeviceMap = None,
+) -> None:
+    """Let an agent ask an index, and perhaps a run: an MCP server on standard input and output, with the tools search,
+    explain, what_if, list_sources and read_row.
+
+    Example: leaveout mcp idx run
+    """
+    needs("mcp", "The MCP server", extra="mcp")
+    bench = _workbench(idx, run, queries, model, device, offload, max_memory, device_map)
+    from leaveout.web.agent import agent_server
+
+    agent_server(bench).run()
+
+
 def _workbench(
     idx: Path,
     run: Path | None,

@@ -29,13 +29,20 @@ from leaveout.web.lane import EXPECTED, Busy, Job, Jobs, Lane
 from leaveout.web.requests import Ask, Explain, WhatIf, read, schema
 from leaveout.web.workbench import Workbench
 
-PAGE = {
-    "/": ("index.html", "text/html"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/style.css": ("style.css", "text/css"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
-}
-"""Address -> file of the package, and its type."""
+TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+FILES = (
+    "index.html",
+    "page.js",
+    "ask.js",
+    "words.js",
+    "whatif.js",
+    "facts.js",
+    "dom.js",
+    "api.js",
+    "style.css",
+    "icon.svg",
+)
+"""What the page consists of: the first at /, the others under their names."""
 
 
 class Missing(ValueError):
@@ -171,7 +178,7 @@ def application(bench: Workbench, token: str | None = None, device: str = "cpu")
     described = _json(openapi())
     routes = [Route(call.path, functools.partial(_serve, desk, call), methods=[call.method]) for call in ROUTES]
     routes.append(Route("/api/openapi.json", lambda request: Response(described, media_type="application/json")))
-    routes += [Route(path, _file(*found)) for path, found in PAGE.items()]
+    routes += [Route("/" if name == FILES[0] else f"/{name}", _file(name)) for name in FILES]
     return Starlette(routes=routes, lifespan=lifespan, middleware=[Middleware(Guard, token=token)])
 
 
@@ -202,8 +209,9 @@ def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
 
 
-def _file(name: str, kind: str) -> Callable[[Request], Response]:
-    content = resources.files("leaveout.web").joinpath("page", name).read_bytes()
+def _file(name: str) -> Callable[[Request], Response]:
+    found = resources.files("leaveout.web").joinpath("page", name)
+    content, kind = found.read_bytes(), TYPES[name[name.rindex(".") :]]
     return lambda request: Response(content, media_type=kind)
 
 

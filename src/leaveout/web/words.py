@@ -42,13 +42,19 @@ def _inner(letter: str) -> bool:
     return letter.isalnum() and ord(letter) < 0x2E80
 
 
-def pairs_of_words(found: Explanation) -> tuple[list[str], list[str], np.ndarray]:
-    """Words of the query and of the row, and what their pairs add to the score [query words, row words]."""
-    asked, of_asked = words_of(found.query_tokens)
+def pairs_of_words(found: Explanation, second: int) -> tuple[list[str], int, list[str], np.ndarray]:
+    """Words of the query, how many of them its first side has, words of the row, and what their pairs add to the score
+    [query words, row words].
+
+    second  the query's token at which the other side of a contrast begins
+    """
+    sides = [words_of(found.query_tokens[:second]), words_of(found.query_tokens[second:])]
+    first = len(sides[0][0])
+    asked, of_asked = sides[0][0] + sides[1][0], np.concatenate([sides[0][1], first + sides[1][1]])
     row, of_row = words_of(found.row_tokens)
     pairs = np.zeros((len(asked), len(row)))
     np.add.at(pairs, (of_asked[:, None], of_row[None, :]), found.pairs)
-    return asked, row, pairs
+    return asked, first, row, pairs
 
 
 def strongest(pairs: np.ndarray, most: int = PAIRS) -> list[tuple[int, int, float]]:
@@ -80,8 +86,8 @@ def verdict(scores: Sequence[float]) -> str:
         if len(positive) == 1:
             return "One row pushes this answer up."
         last = positive[-1] / positive[0]
-        return f"No row stands out: the last of these {len(positive)} still scores {last:.0%} of the first."
+        return f"No row stands out: the last of these {len(positive)} still scores {100 * last:.0f} % of the first."
     rest = positive[gap] / positive[gap - 1]
     before = "one before it" if gap == 1 else "last of them"
     rows = "One row stands out" if gap == 1 else f"{gap} rows stand out"
-    return f"{rows}: the next scores {rest:.0%} of the {before}."
+    return f"{rows}: the next scores {100 * rest:.0f} % of the {before}."

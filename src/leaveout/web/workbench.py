@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from leaveout.corpus import Contrast
+from leaveout.corpus.contrast import sides_of
 from leaveout.deletion.predict import NEVER, REACH, UNCERTAIN
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, UnsupportedError, choices
@@ -176,11 +177,15 @@ class Workbench:
         }
 
     def explain(self, asked: Explain) -> dict[str, Any]:
-        """Words of the answer and of rows, what their pairs add to the scores, and each answer word's share in them."""
+        """Words of the answer and of rows, what their pairs add to the scores, and each answer word's share in them.
+
+        Of a contrast the words of the other answer follow those of the answer, which are the `first` ones.
+        """
         query = self.question(asked)
-        rows, answer, total = [], [], np.zeros(0)
+        rows, answer, first, total = [], [], 0, np.zeros(0)
+        second = len(self.index.tokenised([sides_of(query)[0]])[0].ids)
         for found in explain_rows(self.index, query, list(asked.ids)):
-            answer, words, pairs = pairs_of_words(found)
+            answer, first, words, pairs = pairs_of_words(found, second)
             weights, by_answer = pairs.sum(0), pairs.sum(1)
             total = by_answer if not len(total) else total + by_answer
             start, end = passage(weights)
@@ -189,7 +194,7 @@ class Workbench:
                 "answer_weights": _short(by_answer), "pairs": strongest(pairs), "passage": [start, end],
             })  # fmt: skip
         whole = float(np.abs(total).sum()) or 1.0
-        return {"answer": answer, "shares": _short(total / whole), "rows": rows}
+        return {"answer": answer, "first": first, "shares": _short(total / whole), "rows": rows}
 
     def _where(self, asked: Ask) -> str | None:
         parts = [] if asked.where is None or not asked.where.strip() else [f"({asked.where})"]
@@ -270,12 +275,12 @@ def _sentence(line: dict[str, Any], measure: str) -> str:
         return (
             f"Without {line['without']} the {what} would be about {line['predicted']:.3g}{unit}, with an unknown error."
         )
-    ends = f"95 % interval {line['low'] - line['base']:+.2g} to {line['high'] - line['base']:+.2g}"
+    ends = f"95 % interval {line['low'] - line['base']:+.3g} to {line['high'] - line['base']:+.3g}"
     if line["verdict"] == UNCERTAIN:
         return f"Without {line['without']} the {what} would hardly change, as far as can be told ({ends}{unit})."
     verb = "rise" if line["effect"] > 0 else "fall"
     return (
-        f"Without {line['without']} the {what} would {verb} by {abs(line['effect']):.2g}{unit} ({ends}), "
+        f"Without {line['without']} the {what} would {verb} by {abs(line['effect']):.3g}{unit} ({ends}), "
         f"from {line['base']:.3g} to {line['predicted']:.3g}."
     )
 

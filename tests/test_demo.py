@@ -39,7 +39,9 @@ def test_demo_writes_table_and_report_and_runs_again(tmp_path, monkeypatch, caps
     tokenizer = make_tokenizer()
     monkeypatch.setattr(demo, "load_readout", lambda model: load_readout(model, tokenizer))
     first = demo.run_demo(tmp_path, scale=SMALL)
-    assert "298 rows, 298 added" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "298 rows, 298 added" in told.err
+    assert f"leaveout serve {tmp_path}/default {tmp_path}/deletion/by-source" in told.out
     again = demo.run_demo(tmp_path, scale=SMALL)
     assert "298 rows, 0 added" in capsys.readouterr().err
     assert first == again

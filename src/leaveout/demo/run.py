@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 
@@ -84,8 +86,19 @@ def run_demo(out: str | Path, workers: int = 1, scale: Scale | None = None) -> d
         page("Which rows made the model say it, and what without them?", [*sections, *more]), encoding="utf-8"
     )
     print(f"report: {path}")
+    print(_page_hint(out, queries[0]))
     precisions = [dict(zip(headers, line, strict=True)) for line in lines]
     return {"average_precision": precisions, "deletion": deletion, "report": str(path)}
+
+
+def _page_hint(out: Path, query: dict[str, str]) -> str:
+    """How to open the page on the demo's own index and run, with a question for each."""
+    program = sys.argv[0] if Path(sys.argv[0]).name == "leaveout" else "leaveout"
+    command = shlex.join([program, "serve", str(out / "default"), str(out / "deletion" / "by-source")])
+    ask = urlencode({"prompt": query["prompt"], "answer": query["response"]})
+    without = urlencode({"answer": "weser", "without": "rivers"})
+    at = "http://127.0.0.1:8765/#"
+    return f"page: {command}\n  where an answer comes from: {at}/ask?{ask}\n  a word without the rivers: {at}/what-if?{without}"
 
 
 def _average_precision(indexes: dict[str, Index], queries: list[dict], asked: list[dict]) -> dict[str, np.ndarray]:

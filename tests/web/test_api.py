@@ -100,6 +100,15 @@ def test_explain_splits_scores_over_words(client):
     assert found["answer"][best[0]] == found["rows"][0]["words"][best[1]] == " Copper"
 
 
+def test_controls_are_those_of_a_search(client, place, monkeypatch):
+    assert "at least 50 rows" in post(client, "/api/controls", QUESTION, 400)["error"]
+    monkeypatch.setattr("leaveout.readout.controls.LEAST", 10)
+    found = post(client, "/api/controls", QUESTION)
+    index = Index.open(place / "idx")
+    hits = index.search([index.ask(QUESTION["prompt"], QUESTION["answer"])], controls=True)[0]
+    assert hits.controls is not None and found == json.loads(json.dumps(hits.controls.facts()))
+
+
 def test_row_in_full_is_as_it_came_whatever_its_id(client):
     found = get(client, "/api/row", id="evil/../row")
     assert found["row"]["response"] == f" {EVIL}" and found["text"] == f"Say: {EVIL}"

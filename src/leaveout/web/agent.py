@@ -50,14 +50,16 @@ def agent_server(bench: Workbench) -> MCPServer:
         against: str | None = None,
         where: str | None = None,
         k: int = 5,
+        controls: bool = False,
     ) -> dict[str, Any]:
         """Find the training rows that push an answer up most, and down most.
 
         prompt: what stands before the answer, as context only. against: another answer after the same prompt, to ask why the
         first and not this one. where: an SQL expression over id, unit, text and the rows' fields, such as source = 'web'.
+        controls: also say whether length or a text search alone would give the same list.
         """
         given = {"answer": answer, "prompt": prompt, "against": against, "where": where, "k": k}
-        return await told(lambda: _search(bench, read(Ask, given)))
+        return await told(lambda: _search(bench, read(Ask, given), controls))
 
     @reads
     async def explain(answer: str, id: str, prompt: str | None = None, against: str | None = None) -> dict[str, Any]:
@@ -93,11 +95,12 @@ def agent_server(bench: Workbench) -> MCPServer:
     return server
 
 
-def _search(bench: Workbench, asked: Ask) -> dict[str, Any]:
+def _search(bench: Workbench, asked: Ask, controls: bool) -> dict[str, Any]:
     found = bench.ask(asked)
     return {
         "verdict": found["verdict"],
         "rows_considered": found["considered"],
+        **({"controls": bench.controls(asked)} if controls else {}),
         **{way: [_brief(hit) for hit in found[way]] for way in ("up", "down")},
     }
 

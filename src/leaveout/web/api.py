@@ -106,6 +106,10 @@ async def _explain(desk: Desk, asked: Explain) -> Any:
     return await desk.lane.run(desk.bench.explain, asked)
 
 
+async def _controls(desk: Desk, asked: Ask) -> Any:
+    return await desk.lane.run(desk.bench.controls, asked)
+
+
 async def _what_if(desk: Desk, asked: WhatIf) -> Any:
     return await desk.lane.run(desk.bench.what_if, asked)
 
@@ -152,6 +156,7 @@ ROUTES = (
     Call("GET", "/api/row", "A row in full.", _row, query=("id",)),
     Call("POST", "/api/ask", "The rows that push an answer up and down most.", _ask, Ask),
     Call("POST", "/api/explain", "Which words of rows answer which words of the answer.", _explain, Explain),
+    Call("POST", "/api/controls", "Whether length or a text search explain the rows that `ask` finds.", _controls, Ask),
     Call("POST", "/api/what-if", "Answers' losses under the model without some of its data.", _what_if, WhatIf),
     Call("POST", "/api/verify", "The same, and really retrained, as a job.", _verify, WhatIf),
     Call("GET", "/api/jobs", "Retrainings, the newest first.", _jobs),

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from leaveout.corpus import Contrast
-from leaveout.corpus.contrast import sides_of
+from leaveout.corpus.behaviour import texts_of
 from leaveout.deletion.predict import NEVER, REACH, UNCERTAIN
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, UnsupportedError, choices
@@ -183,7 +183,7 @@ class Workbench:
         """
         query = self.question(asked)
         rows, answer, first, total = [], [], 0, np.zeros(0)
-        second = len(self.index.tokenised([sides_of(query)[0]])[0].ids)
+        second = len(self.index.tokenised([texts_of([query])[0]])[0].ids)
         for found in explain_rows(self.index, query, list(asked.ids)):
             answer, first, words, pairs = pairs_of_words(found, second)
             weights, by_answer = pairs.sum(0), pairs.sum(1)
@@ -195,6 +195,12 @@ class Workbench:
             })  # fmt: skip
         whole = float(np.abs(total).sum()) or 1.0
         return {"answer": answer, "first": first, "shares": _short(total / whole), "rows": rows}
+
+    def controls(self, asked: Ask) -> dict[str, Any]:
+        """Whether length or a text search, which know nothing of the model's answer, explain the rows that `ask` finds."""
+        found = self.index.search([self.question(asked)], asked.k, self._where(asked), controls=True)[0].controls
+        assert found is not None
+        return found.facts()
 
     def _where(self, asked: Ask) -> str | None:
         parts = [] if asked.where is None or not asked.where.strip() else [f"({asked.where})"]

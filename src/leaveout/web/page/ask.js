@@ -126,14 +126,16 @@ class Results {
     this.answer = el("p", { cls: "passage answer" }, el("bdi", {}, `${asked.prompt ?? ""}${asked.answer}`));
     this.hint = el("p", { cls: "soft" }, "Colours follow …");
     this.shares = el("div");
+    this.controls = el("div");
     this.prediction = el("section", { "aria-label": "Prediction" });
     this.basket = el("div", { cls: "basket" });
     const against = asked.against;
     into.replaceChildren(
-      el("p", { cls: "verdict" }, found.verdict),
+      el("p", { cls: "verdict" }, found.verdict), this.controls,
       el("p", { cls: "soft" }, `${number(found.considered)} rows were considered in ${number(found.seconds)} s. `,
         "Shares are of the strongest row's score; a score compares rows of one question only."),
       el("div", { cls: "tools" },
+        el("button", { type: "button", onclick: () => this.control() }, "Would anything else give this list?"),
         el("button", { type: "button", onclick: () => copy(this.json(), "JSON") }, "Copy as JSON"),
         el("button", { type: "button", onclick: () => this.save() }, "Download CSV")),
       el("div", { cls: "split" },
@@ -232,6 +234,21 @@ class Results {
     }
     again?.focus();
     say(chosen ? `Rows for ${chosen}.` : "Everything is shown.");
+  }
+
+  // Rankings that know nothing of what is asked, beside the list: where one explains it, the list may say nothing.
+  async control() {
+    this.controls.replaceChildren(el("p", { cls: "soft" }, "Ranking by length and by words alone …"));
+    try {
+      const { sentence, note, of } = await post("/api/controls", this.asked);
+      const lines = of.map((one) => [one.what, one.shared, one.correlation ?? "", one.explains ? "yes" : "no"]);
+      this.controls.replaceChildren(el("p", {}, sentence), note ? el("p", { cls: "soft" }, note) : "",
+        el("details", {}, el("summary", {}, "Controls as a table"),
+          table("Rankings that know nothing of the question", ["control", "of the ten best rows", "rank correlation", "explains them"], lines)));
+      say(sentence);
+    } catch (error) {
+      this.controls.replaceChildren(problem(error));
+    }
   }
 
   // ---- leaving out

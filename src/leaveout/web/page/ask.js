@@ -140,7 +140,7 @@ class Results {
         el("button", { type: "button", onclick: () => this.save() }, "Download CSV")),
       el("div", { cls: "split" },
         el("section", { cls: "left", "aria-label": "The answer" }, el("h2", {}, "The answer"),
-          this.answer, legend(), this.hint, this.shares, this.basket, this.prediction),
+          this.answer, against ? legend("for this answer", "for the other") : legend("pushes the answer up", "pushes it down"), this.hint, this.shares, this.basket, this.prediction),
         el("section", { cls: "right", "aria-label": "The rows" },
           this.list(against ? "Rows for this answer" : "Rows that push it up", found.up, "No row pushes it up."),
           this.list(against ? "Rows for the other answer" : "Rows that push it down", found.down, "No row pushes it down."),

@@ -95,7 +95,7 @@ function outcome(job) {
 
 // ---------------------------------------------------------------- curves
 
-const W = 480, H = 270, LEFT = 62, RIGHT = 12, TOP = 14, BOTTOM = 44;
+const W = 480, H = 270, LEFT = 74, RIGHT = 12, TOP = 14, BOTTOM = 44;
 
 function charts(curves) {
   const queries = [...new Set(curves.map((curve) => curve.query))];

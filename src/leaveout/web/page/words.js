@@ -31,6 +31,6 @@ export function press(container, at) {
   }
 }
 
-export const legend = () => el("p", { cls: "legend" },
-  el("span", { cls: "tint up", style: { "--share": "0.9" } }, "pushes the answer up"), " ",
-  el("span", { cls: "tint down", style: { "--share": "0.9" } }, "pushes it down"), " The darkest word is the strongest of its text.");
+export const legend = (up, down) => el("p", { cls: "legend" },
+  el("span", { cls: "tint up", style: { "--share": "0.9" } }, up), " ",
+  el("span", { cls: "tint down", style: { "--share": "0.9" } }, down), " The darkest word is the strongest of its text.");

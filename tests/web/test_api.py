@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx2
 import pytest
 from starlette.testclient import TestClient
 
@@ -16,6 +17,7 @@ from leaveout.web.api import ROUTES, application, openapi
 from leaveout.web.guard import BODY
 from leaveout.web.lane import Busy, Lane
 from leaveout.web.requests import TEXT
+from leaveout.web.serve import listening
 from leaveout.web.workbench import Workbench
 
 from .conftest import EVIL, ROWS
@@ -324,6 +326,40 @@ def test_lane_answers_in_order_refuses_too_many_and_drops_who_left():
         lane.close()
 
     asyncio.run(scenario())
+
+
+def test_question_of_an_asker_who_left_is_left_out(place, bench, monkeypatch):
+    """Over a real socket: the first question holds the lane, the second is given up while it waits."""
+    gate, seen = threading.Event(), []
+
+    def answer(asked):
+        seen.append(asked.answer)
+        gate.wait(20)
+        return {}
+
+    monkeypatch.setattr(bench, "ask", answer)
+    server = listening(bench, "127.0.0.1", 0, None)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    asking = threading.Thread(target=lambda: httpx2.post(f"{address}/api/ask", json={"answer": "first"}, timeout=30))
+    try:
+        asking.start()
+        while not seen:
+            time.sleep(0.02)
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{address}/api/ask", json={"answer": "gone"}, timeout=0.3)
+        time.sleep(0.3)
+        gate.set()
+        assert httpx2.post(f"{address}/api/ask", json={"answer": "last"}, timeout=30).status_code == 200
+        assert seen == ["first", "last"]
+    finally:
+        gate.set()
+        asking.join()
+        server.should_exit = True
+        thread.join()
 
 
 def test_files_are_read_while_a_query_runs(client, bench, monkeypatch):

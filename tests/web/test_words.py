@@ -41,15 +41,31 @@ def test_strongest_pairs_go_by_size_and_leave_out_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("scores", "sentence"),
+    ("scores", "opposite", "sentence"),
     [
-        ([], "No row of the index pushes this answer up."),
-        ([-1.0], "No row of the index pushes this answer up."),
-        ([3.0], "One row pushes this answer up."),
-        ([3.0, 1.0, 0.9], "One row stands out: the next scores 33 % of the one before it."),
-        ([9.0, 8.0, 2.0], "2 rows stand out: the next scores 25 % of the last of them."),
-        ([9.0, 8.0, 7.0], "No row stands out: the last of these 3 still scores 78 % of the first."),
+        ([], 0.0, "No row stands out."),
+        ([-1.0], 1.0, "No row stands out."),
+        ([3.0, 2.9], 2.0, "No row stands out: rows push it down about as much as any pushes it up."),
+        ([3.0], 0.0, "One row pushes this answer up."),
+        ([3.0, 1.0, 0.9], 0.1, "One row stands out: the next scores 33 % of the one before it."),
+        ([3.0, -1.0], 0.0, "One row stands out: the next scores 0 % of the one before it."),
+        ([9.0, 8.0, 2.0], 0.1, "2 rows stand out: the next scores 25 % of the last of them."),
+        (
+            [9.0, 8.0, 7.0, 6.0],
+            3.2,
+            "3 rows stand out: each scores more than 2 times what any row scores against the answer.",
+        ),
+        (
+            [9.0, 8.0, 7.0, 6.0, 1.0],
+            3.2,
+            "3 rows stand out: each scores more than 2 times what any row scores against the answer.",
+        ),
+        (
+            [9.0, 8.0, 7.0],
+            0.0,
+            "No row stands out from the others: the last of the best 3 still scores 78 % of the first.",
+        ),
     ],
 )
-def test_verdict_says_what_stands_out(scores, sentence):
-    assert verdict(scores) == sentence
+def test_verdict_says_what_stands_out(scores, opposite, sentence):
+    assert verdict(scores, opposite) == sentence

@@ -8,6 +8,7 @@ No path of a request reaches the file system: the page's files are read once, un
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import json
@@ -197,13 +198,32 @@ async def _serve(desk: Desk, call: Call, request: Request) -> Response:
             except (ValueError, RecursionError):
                 raise ValueError("The request is not JSON.") from None
             given["asked"] = read(call.body, body)
-        return Response(_json(await call.answer(desk, **given)), media_type="application/json")
+        answer = await _while_asked(call.answer(desk, **given), request)
+        return Response(_json(answer), media_type="application/json")
     except Missing as error:
         return _problem(404, error)
     except Busy as error:
         return _problem(503, error)
     except EXPECTED as error:
         return _problem(400, error)
+
+
+async def _while_asked(answer: Awaitable[Any], request: Request) -> Any:
+    """The answer, unless its asker goes away before: then what still waits for its turn is left out."""
+    work, gone = asyncio.ensure_future(answer), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise Busy("The asker went away.")
+        return work.result()
+    finally:
+        work.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _problem(status: int, error: Exception) -> Response:

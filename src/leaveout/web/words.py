@@ -10,8 +10,10 @@ from leaveout.readout.explain import Explanation
 
 PASSAGE = 40  # words that are shown of a row
 PAIRS = 2_000  # of words of an answer and a row, the strongest, that are sent to the page
-STANDS_OUT = 0.6
-"""A list ends where the next score is below this part of the one before."""
+GAP = 0.6
+"""Rows above a gap stand out: the next scores less than this part of the one before."""
+NOISE = 2
+"""Rows stand out only if they score more than so many times what any row scores the other way: chance favours neither."""
 
 
 def words_of(pieces: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -76,18 +78,27 @@ def passage(weights: np.ndarray, width: int = PASSAGE) -> tuple[int, int]:
     return start, start + width
 
 
-def verdict(scores: Sequence[float]) -> str:
-    """One sentence about a list of scores, best first: how many stand out of it, by the first gap."""
-    positive = [score for score in scores if score > 0]
-    if not positive:
-        return "No row of the index pushes this answer up."
-    gap = next((n for n in range(1, len(positive)) if positive[n] < STANDS_OUT * positive[n - 1]), None)
-    if gap is None:
-        if len(positive) == 1:
-            return "One row pushes this answer up."
-        last = positive[-1] / positive[0]
-        return f"No row stands out: the last of these {len(positive)} still scores {100 * last:.0f} % of the first."
-    rest = positive[gap] / positive[gap - 1]
-    before = "one before it" if gap == 1 else "last of them"
-    rows = "One row stands out" if gap == 1 else f"{gap} rows stand out"
-    return f"{rows}: the next scores {100 * rest:.0f} % of the {before}."
+def verdict(scores: Sequence[float], opposite: float = 0.0) -> str:
+    """One sentence about the scores of the best rows, best first: how many stand out.
+
+    opposite  the largest that a row scores the other way; 0 where that says nothing of chance, as of a contrast
+    """
+    above = [score for score in scores if score > NOISE * opposite]
+    if not above:
+        chance = ": rows push it down about as much as any pushes it up" if any(score > 0 for score in scores) else ""
+        return f"No row stands out{chance}."
+    gap = next((n for n in range(1, min(len(above) + 1, len(scores))) if scores[n] < GAP * scores[n - 1]), None)
+    if gap is not None:
+        rest = max(scores[gap], 0.0) / scores[gap - 1]
+        before = "the one before it" if gap == 1 else "the last of them"
+        return f"{_counted(gap)}: the next scores {100 * rest:.0f} % of {before}."
+    if len(above) < len(scores):
+        return f"{_counted(len(above))}: each scores more than {NOISE} times what any row scores against the answer."
+    if len(above) == 1:
+        return "One row pushes this answer up."
+    last = above[-1] / above[0]
+    return f"No row stands out from the others: the last of the best {len(above)} still scores {100 * last:.0f} % of the first."
+
+
+def _counted(rows: int) -> str:
+    return "One row stands out" if rows == 1 else f"{rows} rows stand out"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from leaveout.corpus import Contrast
+from leaveout.corpus import Contrast, Row
 from leaveout.corpus.behaviour import texts_of
 from leaveout.deletion.predict import NEVER, REACH, UNCERTAIN
 from leaveout.deletion.run import TrainingRun
@@ -25,11 +25,13 @@ from leaveout.readout.explain import explain_rows
 from leaveout.readout.index import Index
 from leaveout.readout.search import Hit
 from leaveout.store import Record, Store
+from leaveout.training.examples import as_row
 from leaveout.training.queries import Query
 from leaveout.web.requests import Ask, Explain, Question, WhatIf
 from leaveout.web.words import pairs_of_words, passage, strongest, verdict
 
 SHOWN = 20_000  # characters of a row in a list; `row` gives all
+LOOKED_AT = 50  # of the best rows, to say how many stand out
 POINTS = 11  # of a curve, from 0 to 100 %
 CURVES = 4  # queries, and sets, whose curves are drawn
 
@@ -160,16 +162,18 @@ class Workbench:
         self.index.store.refresh()
         encoded = self.index.encode([self.question(asked)])
         where = self._where(asked)
-        found = self.index.search(self.index.both_ways(encoded), asked.k, where, group_by=asked.group_by)
-        best = max((abs(hit.score) for hits in found for hit in hits), default=0.0) or 1.0
+        depth = max(asked.k, LOOKED_AT)
+        found = self.index.search(self.index.both_ways(encoded), depth, where, group_by=asked.group_by)
+        best = max((abs(hit.score) for hits in found for hit in hits[:1]), default=0.0) or 1.0
         up, down = (
-            [self._hit(hit, sign, best) for hit in hits if hit.score > 0]
+            self._hits([hit for hit in hits[: asked.k] if hit.score > 0], sign, best)
             for hits, sign in zip(found, (1, -1), strict=True)
         )
+        opposite = 0.0 if asked.against is not None else max((hit.score for hit in found[1][:1]), default=0.0)
         wanted = self.index.numbers_where(where)
         return {
             "asked": encoded.texts[0],
-            "verdict": verdict([hit["score"] for hit in up]),
+            "verdict": verdict([hit.score for hit in found[0]], max(opposite, 0.0)),
             "up": up,
             "down": down,
             "considered": len(self.index) if wanted is None else len(wanted),
@@ -208,12 +212,15 @@ class Workbench:
             parts.append(self.index.among(asked.field or "unit", asked.only))
         return " AND ".join(parts) or None
 
-    def _hit(self, hit: Hit, sign: int, best: float) -> dict[str, Any]:
-        record = self.index.records([hit.id])[0]
-        return {
-            **self._record(record), "rank": hit.rank, "score": sign * hit.score, "share": sign * hit.score / best,
-            "text": record.text[:SHOWN], "cut": len(record.text) > SHOWN,
-        }  # fmt: skip
+    def _hits(self, hits: Sequence[Hit], sign: int, best: float) -> list[dict[str, Any]]:
+        records = self.index.records([hit.id for hit in hits])
+        return [
+            {
+                **self._record(record), "rank": hit.rank, "score": sign * hit.score, "share": sign * hit.score / best,
+                "text": record.text[:SHOWN], "cut": len(record.text) > SHOWN,
+            }
+            for hit, record in zip(hits, records, strict=True)
+        ]  # fmt: skip
 
     def _record(self, record: Record) -> dict[str, Any]:
         met = None if self.path is None else self.examples.meet(record)
@@ -296,13 +303,15 @@ def _named(asked: WhatIf) -> str:
     return whole if asked.against is None else f"{whole} rather than {asked.against}"
 
 
-def _sides(row: Any) -> dict[str, Any]:
-    """Prompt and answer of a query that is a row with one learned part; else nothing."""
-    spans = getattr(row, "responses", ())
-    if len(spans) != 1 or getattr(row, "messages", None) is not None:
-        return {"answer": row} if isinstance(row, str) else {}
-    (start, end), text = spans[0], row.text
-    return {"prompt": text[:start] or None, "answer": text[start:end]}
+def _sides(given: Any) -> dict[str, Any]:
+    """Prompt and answer of a query that is a text or a prompt and its response; of others nothing."""
+    if not isinstance(given, (str, dict, Row)):
+        return {}
+    row = as_row(given)
+    if row.form not in ("text", "prompt"):
+        return {}
+    ((start, end),) = row.responses
+    return {"prompt": row.text[:start] or None, "answer": row.text[start:end]}
 
 
 def _index_sentences(facts: dict[str, Any]) -> list[str]:

@@ -1,10 +1,10 @@
 // Questions to the server. Every answer is JSON; a refusal is thrown as an Error with the server's sentence.
 
 export const get = (path, query = {}) => call("GET", `${path}?${new URLSearchParams(query)}`);
-export const post = (path, body = {}) => call("POST", path, body);
+export const post = (path, body = {}, signal) => call("POST", path, body, signal);
 
-async function call(method, path, body) {
-  const options = { method };
+async function call(method, path, body, signal) {
+  const options = { method, signal };
   if (body !== undefined) {
     options.headers = { "Content-Type": "application/json" };
     options.body = JSON.stringify(body);

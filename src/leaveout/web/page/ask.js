@@ -63,7 +63,8 @@ function questionForm(state, index, run, queries) {
   const form = el("form", { id: "question" },
     offered.length ? el("div", { cls: "field" }, el("label", { for: "pick" }, "One of the queries"), pick) : null,
     text("prompt", "Prompt (context only)", "2"),
-    text("answer", "Answer that is asked about", "2", { required: "" }),
+    text("answer", "Answer that is asked about", "2", { required: "", "aria-describedby": "joined" }),
+    el("p", { cls: "soft small", id: "joined" }, "Both are joined as they are: begin the answer with a space where one belongs."),
     el("details", { open: state.has("against") }, el("summary", {}, "Contrast: why this answer and not another?"),
       text("against", "The other answer", "2")),
     filters, el("button", { cls: "primary" }, "Ask"));
@@ -97,26 +98,25 @@ const questionOf = ({ prompt = null, answer, against = null }) => ({ prompt, ans
 
 // ---------------------------------------------------------------- the answer
 
-let turn = 0; // of the newest question: what comes late for an older one is dropped
+let newest = new AbortController(); // of the newest question: an older one is given up, so that the model need not answer it
 
 async function ask(results, form, run) {
-  const own = ++turn;
+  newest.abort();
+  const { signal } = newest = new AbortController();
   results.replaceChildren(el("p", { cls: "soft" }, "Searching …"));
   say("Searching.");
   try {
     await form.ready; // the ticks of a deep link are there only once the sources are
     const asked = readForm(form);
-    const found = await post("/api/ask", asked);
-    if (own !== turn) return;
+    const found = await post("/api/ask", asked, signal);
     const view = new Results(results, asked, found, run);
     say(found.verdict);
     const ids = [...found.up, ...found.down].map((hit) => hit.id);
-    for (let start = 0; start < ids.length && own === turn; start += 100) {
-      const why = await post("/api/explain", { ...questionOf(asked), ids: ids.slice(start, start + 100) });
-      if (own === turn) view.colour(why);
+    for (let start = 0; start < ids.length; start += 100) {
+      view.colour(await post("/api/explain", { ...questionOf(asked), ids: ids.slice(start, start + 100) }, signal));
     }
   } catch (error) {
-    if (own === turn) results.replaceChildren(problem(error));
+    if (!signal.aborted) results.replaceChildren(problem(error));
   }
 }
 

@@ -205,7 +205,7 @@ def test_everything_works_from_the_keyboard(page):
     page.keyboard.press("x")
     assert "Left out:" in page.locator(".basket").inner_text()
     page.keyboard.press("o")
-    assert page.get_by_role("dialog").is_visible()
+    page.get_by_role("dialog").wait_for()
     page.keyboard.press("Escape")
     page.keyboard.press("?")
     assert "next row" in page.get_by_role("dialog").inner_text()

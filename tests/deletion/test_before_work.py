@@ -19,6 +19,7 @@ from leaveout.errors import FormatError, MismatchError, StabilityError, Unsuppor
 from leaveout.evaluation import EvaluationSettings, evaluate
 from leaveout.methods.registry import attribute
 from leaveout.methods.scorer import Method
+from leaveout.training.queries import as_queries
 from leaveout.training.recipe import OptimizerSettings, Recipe
 
 from .conftest import NAMES, QUERIES
@@ -150,10 +151,30 @@ def test_a_plan_asks_for_no_more_sets_than_there_are(small, monkeypatch):
 
 def test_a_plan_keeps_degree_one_where_series_grow(tmp_path, monkeypatch):
     run = TrainingRun.train(wild(), tmp_path / "run")
-    plan = run.plan(QUERIES, [[run.recipe.ids[0]]], Budget(600, examples=True))
+    plan = run.plan(QUERIES, [[run.recipe.ids[0]]], Budget(600, examples=True, jets=True))
     assert 1 in plan.costs.jets and 2 not in plan.costs.jets
     assert any(note.startswith("No jets above degree 1: ") for note in plan.notes)
     assert plan.choices and not any("degree 2" in choice.name for choice in plan.choices)
+
+
+def test_a_plan_begins_with_two_retrainings_and_tries_within_a_tenth_of_its_budget(tmp_path, monkeypatch):
+    run = TrainingRun.train(Recipe.microgpt(NAMES, n=6), tmp_path / "run")
+    plan = run.plan(QUERIES, [[run.recipe.ids[0]]], Budget(600, examples=True))
+    assert run.bank.info()["measurements"] == {"retraining, auto, fit": 2} and run.bank.retraining_seconds() > 0
+    assert plan.stability is None and plan.costs.jets == {} and plan.notes[0].startswith("No jets: they win")
+    tried: list[int] = []
+    monkeypatch.setattr(
+        plan_module, "train_batch", lambda recipe, weights, options, together: tried.append(len(weights))
+    )
+    monkeypatch.setattr(plan_module, "metagradient", lambda *_: pytest.fail("tried"))
+    share = sum(plan_module.PROBE_STEPS) / len(run.recipe.batches())  # of a training that a probe takes
+    asked = as_queries(QUERIES)
+    costs = plan_module.probe(run.recipe, asked, (1.0, 0.5 * share))
+    assert tried == [] and costs.retraining == Cost(0.0, 1.0, costs.retraining.together)
+    assert costs.gradient == 4.6 + 0.06 * len(asked) and "was not tried" in costs.notes[0]
+    monkeypatch.setattr(plan_module, "metagradient", lambda *_: None)
+    plan_module.probe(run.recipe, asked, (1.0, 44 * share))
+    assert sorted(tried) == [2] * 4 + [9] * 4  # twice at both lengths: 22 shares, half of what is allowed
 
 
 # What was made, and what was measured already.

@@ -150,14 +150,16 @@ def plan(
     examples: Annotated[
         bool, typer.Option("--examples", help="The sets stand for others like them: retraining just these is no help.")
     ] = False,
+    jets: Annotated[bool, typer.Option("--jets", help="Weigh jets, too; trying them takes many trainings.")] = False,
     disk: Annotated[str | None, typer.Option(help="At most so much for the bank, such as 2GB.")] = None,
     memory: Annotated[str | None, typer.Option(help="At most so much for an estimator, such as 4GB.")] = None,
     workers: Workers = 1,
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:  # fmt: skip
-    """Say which measurements to buy for a budget, after timing a few steps of each: time, disk, memory, and the error
-    to expect (0: exact, 1: nothing is known), best first, with the command that buys them.
+    """Say which measurements to buy for a budget: time, disk, memory, and the error to expect (0: exact, 1: nothing is
+    known), best first, with the command that buys them. It begins with two retrainings, which count, and tries the first
+    steps of other runs for at most a tenth of the budget.
 
     Example: leaveout plan run --queries questions.jsonl --without rivers --budget 10min
     """
@@ -166,7 +168,7 @@ def plan(
     seconds = quantity(budget, SECONDS, "--budget")
     limits = quantity(disk, BYTES, "--disk"), quantity(memory, BYTES, "--memory")
     assert seconds is not None
-    allowed = Budget(seconds, *limits, workers, examples=examples)
+    allowed = Budget(seconds, *limits, workers, examples=examples, jets=jets)
     opened = open_run(run, device)
     removed = read_sets(opened, without, without_where, sets)
     found = opened.plan(read_queries(opened, query, prompt, queries, form), removed, allowed)

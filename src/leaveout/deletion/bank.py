@@ -129,6 +129,10 @@ class Bank:
             store.set_state(key, value)
         self.store.refresh()
 
+    def retraining_seconds(self) -> float:
+        """CPU seconds of one retraining, the most that any took: those that shared their steps with few others."""
+        return max(float(r.meta["cpu_seconds"]) for r in self.store.iter_rows() if r.meta["kind"] == "retraining")
+
     def put_vectors(self, vectors: UnitVectors, cpu_seconds: float) -> None:
         """Keeps what similarity between units and cheap scores are computed from."""
         with Store.open(self.path, write=True) as store:

@@ -1,4 +1,6 @@
-"""Which measurements to buy for a budget: timing probes, then the error that the posterior expects of each choice.
+"""Which measurements to buy for a budget: what they cost, then the error that the posterior expects of each choice.
+
+What they cost is known from two real retrainings, which count, and from short probes for at most a tenth of the budget.
 
 The expected error of a choice needs no measured value: it is the posterior's own standard deviation on the user's
 deletion sets, over that of the effects themselves before anything is measured.
@@ -35,7 +37,15 @@ from leaveout.training.train import JetSettings, train_batch, train_jets
 
 DEGREES = (1, 2)
 """Of the jets that a plan may buy."""
-PROBE_STEPS, PROBE_RUNS = (4, 16), (8, 64)
+PROBE_STEPS, PROBE_RUNS = (4, 12), (8, 128)
+FIRST, PROBE_SHARE = 2, 0.1
+"""Real retrainings that a plan begins with, and the part of the budget that all it does may take beside them."""
+REVERSE, REVERSE_QUERY = 4.6, 0.06
+"""Plain trainings that the exact first order of one query takes, and those of each further one, where it is not tried
+(benchmarks/LOG.md)."""
+LEAST_SLOPE = 0.5
+"""Of what one of 128 retrainings takes that share their steps, the least part that grows with their number."""
+NO_JETS = "No jets: they win where retraining is noisy; give noise=, or jets=True in Python, to have them weighed."
 HELDOUT = 16
 """Retrainings kept for calibration, at most; at least five times as many are bought to be fitted."""
 DESIGN_LIMIT = 3000
@@ -119,6 +129,7 @@ class Budget:
 
     seconds of wall time; disk and memory in bytes (None: not limited); workers
     noise     deviation of a retraining's value between repetitions, over one unit's typical effect (0: deterministic)
+    jets      jets are weighed, too, as they are with noise: their probes take many trainings
     examples  the deletion sets stand for others like them, so that retraining just these would not help
     """
 
@@ -128,6 +139,7 @@ class Budget:
     workers: int = 1
     noise: float = 0.0
     examples: bool = False
+    jets: bool = False
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
@@ -147,19 +159,24 @@ def make_plan(
     asked: Sequence[Query],
     sets: DeletionSets,
     budget: Budget,
+    first: float,
     device: str | torch.device = "cpu",
 ) -> Plan:
     """The plan for predicting some queries without some deletion sets within a budget.
 
     features [units, k]: the units' update vectors; designs for more than FEW units need them
-    Cost: a stability check, and a few steps of each kind of run.
+    first    CPU seconds of one of the first retrainings
+    Cost: at most a tenth of the budget; more with jets, which need a check of their series and probes of their own.
     Raises: UnsupportedError if not one choice fits the budget.
     """
     options = RunOptions(device=find_device(device))
-    stability, degrees, notes = _stability(recipe, options)
-    costs = probe(recipe, asked, degrees, options)
-    spend = _Spending(recipe, features, asked, sets, costs, budget)
-    choices = [c for c in _choices(spend) if _fits(c, budget)]
+    wanted = budget.jets or budget.noise > 0
+    stability, degrees, notes = _stability(recipe, options) if wanted else (None, (), (NO_JETS,))
+    allowed = PROBE_SHARE * budget.seconds * budget.workers
+    costs = probe(recipe, asked, (first, allowed), degrees, options)
+    left = replace(budget, seconds=budget.seconds - min(costs.probe, allowed) / budget.workers)
+    spend = _Spending(recipe, features, asked, sets, costs, left)
+    choices = [c for c in _choices(spend) if _fits(c, left)]
     if not choices:
         raise UnsupportedError(
             f"Nothing useful fits into {budget.seconds:g} s (eight retrainings take {costs.retraining.of(8):.3g} CPU s here)"
@@ -187,11 +204,17 @@ def _stability(recipe: Recipe, options: RunOptions) -> tuple[Stability | None, t
 def probe(
     recipe: Recipe,
     asked: Sequence[Query],
-    degrees: tuple[int, ...] = DEGREES,
+    known: tuple[float, float],
+    degrees: tuple[int, ...] = (),
     options: RunOptions | None = None,
 ) -> Costs:
-    """Times the first steps of each kind of run, and from two lengths foretells the whole run."""
+    """Costs of each kind of run, from what one retraining took and from the first steps of others.
+
+    known: CPU seconds of a retraining, and those that may be spent on trying more
+    """
     began, options = time.process_time(), options or RunOptions()
+    (first, allowed), total = known, len(recipe.batches())
+    tried = first * sum(PROBE_STEPS) / total  # CPU seconds of a probe, of what its kind of run takes in trainings
     units, task = len(recipe.unit_names), task_of(recipe, options.device)
     many = {most: task_size(most, task.device, 1) for most in (JETS_TOGETHER, RUNS_TOGETHER)}
     alone = batching_problem(recipe, task) is not None  # tried once, so that no short run pays for it
@@ -205,9 +228,11 @@ def probe(
         psi, settings = torch.from_numpy(directions.complex_uniform(0, n, units)), JetSettings(degree)
         return _whole(recipe, lambda short: train_jets(short, psi, settings, options=options))
 
-    retraining = _line(retrain, 1 if alone else runs_together(recipe, task, many[RUNS_TOGETHER]))
+    together = 1 if alone else runs_together(recipe, task, many[RUNS_TOGETHER])
+    retraining = _retraining(retrain, first, together, int(allowed / 4 / tried) - FIRST)
     found: dict[int, Cost] = {}
-    gradient, notes = None, ()
+    notes: tuple[str, ...] = ()
+    gradient: float | None = first * (REVERSE + REVERSE_QUERY * len(asked))
     for degree in degrees:
         try:
             found[degree] = _line(lambda n, d=degree: measure(n, d), many[JETS_TOGETHER])
@@ -215,10 +240,24 @@ def probe(
             notes = (*notes, f"No jets of degree {degree}: {error}")
     try:
         ask = query_function(task, asked)
-        gradient = _whole(recipe, lambda short: metagradient(short, ask, options))
+        if gradient / first * tried <= allowed / 2:
+            gradient = _whole(recipe, lambda short: metagradient(short, ask, options), 1)
+        else:
+            notes = (*notes, "The exact first order was not tried: its cost is that of other models.")
     except LeaveoutError as error:
+        gradient = None
         notes = (*notes, f"No exact first order: {error}")
     return Costs(retraining, found, gradient, time.process_time() - began, notes)
+
+
+def _retraining(seconds: Callable[[int], float], first: float, together: int, most: int) -> Cost:
+    """What retrainings cost, where one of the first two took so long; batches of at most `most` are tried, twice."""
+    many = min(PROBE_RUNS[1], together, most)
+    if many < 2 * FIRST:
+        return Cost(0.0, first, together)
+    a, b = seconds(FIRST), seconds(many)
+    each = min(first, max((b - a) / (many - FIRST), LEAST_SLOPE * b / PROBE_RUNS[1]))
+    return Cost(max(min(a, FIRST * first) - FIRST * each, 0.0), each, together)
 
 
 def _line(seconds: Callable[[int], float], together: int) -> Cost:
@@ -230,22 +269,22 @@ def _line(seconds: Callable[[int], float], together: int) -> Cost:
     return Cost(max(a - few * each, 0.0), each, together)
 
 
-def _whole(recipe: Recipe, task: Callable[[Recipe], Any]) -> float:
+def _whole(recipe: Recipe, task: Callable[[Recipe], Any], repeats: int = 2) -> float:
     """CPU seconds of a task on the whole recipe, from what its first steps take beyond a start of their own."""
     total = len(recipe.batches())
     few, more = (min(total, steps) for steps in PROBE_STEPS)
     found = []
     for steps in (few, more):
         short = recipe.first_steps(steps)
-        found.append(_seconds(lambda short=short: task(short)))
+        found.append(_seconds(lambda short=short: task(short), repeats))
     start, end = found
     return end if more == few else end + max(end - start, 0.0) / (more - few) * (total - more)
 
 
-def _seconds(task: Callable[[], Any]) -> float:
-    """CPU seconds of a task, after setting up is no longer the largest part: the better of two."""
+def _seconds(task: Callable[[], Any], repeats: int) -> float:
+    """CPU seconds of a task, the best of some, as the first one sets up."""
     times = []
-    for _ in range(2):
+    for _ in range(repeats):
         began = time.process_time()
         task()
         times.append(time.process_time() - began)
@@ -297,6 +336,11 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
         yield spend.make("exact first order", gradient=True, heldout=0)
 
 
+def sizes_of(sets: DeletionSets) -> tuple[int, ...]:
+    """Of random sets: those of the sets that are asked about."""
+    return tuple(int(s) for s in np.unique(np.maximum(1, sets.x.sum(1).round()))[:8])
+
+
 @dataclass(frozen=True)
 class _Spending:
     """What every choice of a plan is made of."""
@@ -318,8 +362,7 @@ class _Spending:
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Of random sets: those of the sets that are asked about."""
-        return tuple(int(s) for s in np.unique(np.maximum(1, self.sets.x.sum(1).round()))[:8])
+        return sizes_of(self.sets)
 
     @functools.cached_property
     def prior(self) -> _Prior:

@@ -30,7 +30,7 @@ from leaveout.deletion.bank import Bank, Measured, measurement_ids
 from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, real_orthogonal
 from leaveout.deletion.estimators import EstimatorSettings
 from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
-from leaveout.deletion.plan import Budget, Plan, make_plan
+from leaveout.deletion.plan import FIRST, Budget, Plan, make_plan, sizes_of
 from leaveout.deletion.predict import Curve, Prediction, Verification
 from leaveout.deletion.sets import DeletionSets, Without, deletion_sets
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices, require_whole
@@ -381,14 +381,17 @@ class TrainingRun:
 
         budget: seconds of wall time, a text such as "10min", or a `Budget` with other limits
         Example: run.measure(**run.plan(["thames"], ["rivers"], "10min").best.arguments)
-        Cost: a stability check, a few steps of each kind of run, and the units' update vectors (one training and more).
+        Cost: two retrainings, which count; for more than FEW units their update vectors (one training and more), which are
+              kept; and at most a tenth of the budget. With noise or `Budget(jets=True)`, the probes of jets, too.
         Raises: UnsupportedError if not one choice fits the budget.
         """
         allowed, asked, sets = Budget.of(budget), as_queries(queries), deletion_sets(self.recipe, without)
         self._refuse_design("auto")
         if len(self.recipe.unit_names) > FEW:
             self.measure_vectors()
-        return make_plan(self.recipe, self.bank.features(), asked, sets, allowed, self.device)
+        self.measure(retrain=FIRST, queries=asked, settings=MeasureSettings(sizes=sizes_of(sets)))
+        first = self.bank.retraining_seconds()
+        return make_plan(self.recipe, self.bank.features(), asked, sets, allowed, first, self.device)
 
     def predict(self, queries: Any, without: Without, estimator: str | EstimatorSettings = "posterior") -> Prediction:
         """Values of queries under the model trained without deletion sets, with standard deviations.

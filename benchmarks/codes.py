@@ -38,8 +38,8 @@ from leaveout.readout.forms import Triples, low_rank, pairs
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout
 from leaveout.readout.settings import PRESETS
-from leaveout.readout.signature import QUERY_RANK, ROW_RANK, Signer, batches
-from leaveout.readout.tokens import Window
+from leaveout.readout.signature import QUERY_RANK, ROW_RANK, Signer
+from leaveout.readout.tokens import Window, batches
 from leaveout.readout.whitening import whitening_matrices
 from measuring import alpaca, arguments, made_rows, smollm2, tiny, tokenised, write_result
 from public_rows import fitted, groups

@@ -35,8 +35,8 @@ from corpora import data
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import PRESETS
-from leaveout.readout.signature import Signer, batches
-from leaveout.readout.tokens import Window, cut_windows
+from leaveout.readout.signature import Signer
+from leaveout.readout.tokens import Window, batches, cut_windows
 from leaveout.readout.whitening import whitening_matrices
 from measuring import (
     alpaca,

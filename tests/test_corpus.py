@@ -387,7 +387,7 @@ BAD_ROWS = [
     (3, "is a number, not an object"),
     (["a"], "is a list, not an object"),
     (None, "is null, not an object"),
-    ({}, "has no fields, but a row needs `text`, `prompt` and `completion`, `instruction` and `output`, or `messages`"),
+    ({}, "has no fields, but a row needs `text`, `prompt` and `completion`, `instruction` and `output`, `messages`, or `chosen` and `rejected`"),
     ({"body": "a", "prompt": "b"}, "has only the fields `body`, `prompt`, but a row needs `text`"),
     ({f"f{n}": 1 for n in range(12)}, "`f9` and 2 more, but a row needs"),
     ({"text": "a", "messages": [TELL]}, "has two forms at once, `text` and `messages`, keep one"),

@@ -3,10 +3,12 @@
 # Values of rows come from outside: isinstance narrows Any to containers of unknown values.
 # pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
 
+from __future__ import annotations
+
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, time
 from decimal import Decimal
@@ -28,7 +30,9 @@ _FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("instruction", "output"): ("input",),
     ("messages",): ("tools",),
 }
-_ACCEPTED = "`text`, `prompt` and `completion`, `instruction` and `output`, or `messages`"
+_ACCEPTED = "`text`, `prompt` and `completion`, `instruction` and `output`, `messages`, or `chosen` and `rejected`"
+SEAM = "\n\n### Rejected:\n"
+"""Between the chosen and the rejected side of a preference row, where it is shown as one text."""
 FORMS = ("text", "prompt", "instruction", "messages")
 CALLED = {
     "text": "a text",
@@ -56,6 +60,11 @@ class Row:
     rendered: bool = False  # whether a chat template wrote the text, with all its special tokens
     raw: Mapping[str, Any] = field(default_factory=dict)  # the row as it came
     kept: int | None = None  # how many of its tokens count, where a recipe cut it; None: all
+    weight: float = 1.0  # of its loss: the field `weight`
+    pair: tuple[Row, Row] | None = (
+        None  # preference rows only: the chosen answer and the rejected one, each with its prompt
+    )
+    reference: float | None = None  # of a preference row: log p(chosen) - log p(rejected) by a reference model, nats
 
 
 class BadRow(Exception):
@@ -75,6 +84,10 @@ def read_row(raw: Any, number: int, units: str | None) -> Row:
         if not isinstance(name, str):
             raise BadRow(f"has {kind_of(name)} as the name of a field, names must be text")
         _utf8(name, name)
+    weight = _weight(raw)
+    if raw.keys() >= {"chosen", "rejected"}:
+        return _preference(raw, number, units, weight)
+    _refuse_unpaired(raw)
     fields = _form(raw)
     form = next(form for form in FORMS if fields[0].startswith(form))
     used = {"id", *fields, *_FORMS[fields]}
@@ -82,22 +95,116 @@ def read_row(raw: Any, number: int, units: str | None) -> Row:
     if form == "messages":
         messages, tools = read_messages(raw["messages"]), _tools(raw.get("tools"))
         text, responses = plain_chat(messages, tools)
-        content = "chat\n" + _compact("messages", [_without_nulls(message) for message in messages])
-        content += "" if tools is None else "\n" + _compact("tools", tools)
+        content = _chat_content(messages, tools)
     else:
         text, seam = _text_and_seam(raw, fields)
         responses = ((seam, len(text)),)
         own = {name: raw[name] for name in ("instruction", "input", "output") if raw.get(name)}
         content = "instruction\n" + _compact(form, own) if form == "instruction" else f"{seam}\n{text}"
+    row = Row("", text, responses, messages, "", {}, "", number, form=form, tools=tools, weight=weight)
+    return _named(row, content, raw, used, units)
+
+
+def _named(row: Row, content: str, raw: Mapping[str, Any], used: Collection[str], units: str | None) -> Row:
+    """A row with its hash, id, unit and metadata; `used`: the fields that are none."""
+    content += "" if row.weight == 1 else f"\nweight {row.weight!r}"
     content_hash = xxhash.xxh3_128_hexdigest(content.encode())
     given = _label("id", raw["id"], (str, int)) if "id" in raw else content_hash[:16]
     if units is not None and units not in raw:
         raise BadRow(f"field `{units}` is missing, but the units are named by it")
     unit = given if units is None else _label(units, raw[units], (str, int, float, bool))
     meta = {name: _scalar(name, value) for name, value in raw.items() if name not in used}
-    return Row(
-        given, text, responses, messages, unit, meta, content_hash, number, form=form, tools=tools, raw=dict(raw)
-    )
+    return replace(row, id=given, unit=unit, meta=meta, content_hash=content_hash, raw=dict(raw))
+
+
+def _weight(raw: Mapping[str, Any]) -> float:
+    """The field `weight`; 1 where there is none."""
+    weight = _plain(raw.get("weight"))
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        value = f"{weight}" if isinstance(weight, float) else kind_of(weight)
+        raise BadRow(
+            f"field `weight` is {value}, but a row's loss is multiplied by it: give a number, or rename the field"
+        )
+    return float(weight)
+
+
+# ---------------------------------------------------------------- preferences
+
+
+def _preference(raw: Mapping[str, Any], number: int, units: str | None, weight: float) -> Row:
+    """A row of two answers, of which the first is preferred: texts or lists of messages, with a prompt or what both share.
+
+    Its text shows both sides; what is learned of each begins after the prompt.
+    """
+    if other := next((form for form in _FORMS if raw.keys() >= {*form}), None):
+        raise BadRow(f"has two forms at once, `chosen` with `rejected` and {_quoted(other)}, keep one of them")
+    prompt, answers = raw.get("prompt"), (raw["chosen"], raw["rejected"])
+    if all(isinstance(answer, str) for answer in answers) and isinstance(prompt, str | None):
+        pair = _text_pair(raw, number)
+    elif all(isinstance(answer, list | tuple) for answer in answers) and isinstance(prompt, str | list | tuple | None):
+        pair = _chat_pair(raw, number)
+    else:
+        kinds = f"{kind_of(answers[0])} and {kind_of(answers[1])}" + (
+            "" if prompt is None else f" after {kind_of(prompt)}"
+        )
+        raise BadRow(f"fields `chosen` and `rejected` are {kinds}, they must both be text, or both lists of messages")
+    chosen, rejected = pair
+    if chosen.content_hash == rejected.content_hash:
+        raise BadRow("has the same answer as `chosen` and as `rejected`, so that nothing is preferred: drop the row")
+    behind = len(chosen.text) + len(SEAM)
+    spans = (*chosen.responses, *((behind + start, behind + end) for start, end in rejected.responses))
+    text = chosen.text + SEAM + rejected.text
+    row = Row("", text, spans, None, "", {}, "", number, form=chosen.form, weight=weight, pair=pair)
+    content = f"preference\n{chosen.content_hash}\n{rejected.content_hash}"
+    return _named(row, content, raw, {"id", "prompt", "chosen", "rejected", "tools"}, units)
+
+
+def _text_pair(raw: Mapping[str, Any], number: int) -> tuple[Row, Row]:
+    """Both sides as texts; without a prompt it is what both have in common, up to a whole word."""
+    form, given = "prompt", raw
+    if raw.get("prompt") is None:
+        shared = shared_length(raw["chosen"][:-1], raw["rejected"][:-1])
+        ends = [place for place in range(shared) if raw["chosen"][place].isspace()]
+        prompt = raw["chosen"][: ends[-1]].rstrip() if ends else ""
+        form = "text"
+        given = {"prompt": prompt} | {name: raw[name][len(prompt) :] for name in ("chosen", "rejected")}
+    found = []
+    for name in ("chosen", "rejected"):
+        text, seam = _text_and_seam(given, ("prompt", name))
+        side = Row("", text, ((seam, len(text)),), None, "", {}, "", number, form=form)
+        found.append(_named(side, f"{seam}\n{text}", {}, (), None))
+    return found[0], found[1]
+
+
+def _chat_pair(raw: Mapping[str, Any], number: int) -> tuple[Row, Row]:
+    """Both sides as chats. A prompt beside them is messages before both, or the text of a message that both have."""
+    prompt, tools, found = raw.get("prompt"), _tools(raw.get("tools")), []
+    for name in ("chosen", "rejected"):
+        messages = read_messages([*prompt, *raw[name]] if isinstance(prompt, list | tuple) else raw[name], name)
+        if isinstance(prompt, str) and all(message["content"] != prompt for message in messages):
+            raise BadRow(f"field `prompt` is text that no message of `{name}` has, give it as messages")
+        text, responses = plain_chat(messages, tools)
+        side = Row("", text, responses, messages, "", {}, "", number, form="messages", tools=tools)
+        found.append(_named(side, _chat_content(messages, tools), {}, (), None))
+    return found[0], found[1]
+
+
+def _refuse_unpaired(raw: Mapping[str, Any]) -> None:
+    if "completion" in raw and isinstance(_plain(raw.get("label")), bool):
+        raise BadRow(
+            "is an unpaired preference (`completion` with a `label` of true or false, as KTO has them), whose loss compares "
+            "it with other rows of its batch: pair answers as `chosen` and `rejected`, or rename `label`"
+        )
+    if (one := raw.keys() & {"chosen", "rejected"}) and not any(raw.keys() >= {*form} for form in _FORMS):
+        other = ({"chosen", "rejected"} - one).pop()
+        raise BadRow(f"has `{one.pop()}` without `{other}`, a preference row needs both: add it or drop the row")
+
+
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items both begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def distinct(rows: Sequence[Any]) -> tuple[Any, ...]:
@@ -181,7 +288,7 @@ def _form(raw: Mapping[str, Any]) -> tuple[str, ...]:
     if len(complete) == 1:
         return complete[0]
     if complete:
-        one, other = (" with ".join(f"`{name}`" for name in form) for form in complete[:2])
+        one, other = map(_quoted, complete[:2])
         raise BadRow(f"has two forms at once, {one} and {other}, keep one of them")
     for form in _FORMS:
         if raw.keys() >= set(form):
@@ -191,9 +298,14 @@ def _form(raw: Mapping[str, Any]) -> tuple[str, ...]:
     raise BadRow(f"has {f'only the fields {names_of(raw)}' if raw else 'no fields'}, but a row needs {_ACCEPTED}")
 
 
+def _quoted(form: Sequence[str]) -> str:
+    return " with ".join(f"`{name}`" for name in form)
+
+
 def _text_and_seam(raw: Mapping[str, Any], form: tuple[str, ...]) -> tuple[str, int]:
     """The whole text, and where its response begins."""
-    for name in _FORMS[form]:
+    more = _FORMS.get(form, ())
+    for name in more:
         if not isinstance(raw.get(name), str | None):
             raise BadRow(f"field `{name}` must be text, not {kind_of(raw[name])}")
     if form == ("text",):
@@ -210,24 +322,30 @@ def _text_and_seam(raw: Mapping[str, Any], form: tuple[str, ...]) -> tuple[str, 
     if not text[len(prompt) :].strip():
         after = " after its prompt" if form == ("text",) and prompt else ""
         raise BadRow(f"field `{form[-1]}` is empty or blank{after}, so nothing is learned: fill it or drop the row")
-    for name in (*form, *_FORMS[form]):
+    for name in (*form, *more):
         _utf8(name, raw.get(name) or "")
     return text, len(prompt)
 
 
-def read_messages(value: Sequence[Any]) -> tuple[dict[str, Any], ...]:
+def _chat_content(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> str:
+    """What is hashed of a chat."""
+    content = "chat\n" + _compact("messages", [_without_nulls(message) for message in messages])
+    return content + ("" if tools is None else "\n" + _compact("tools", tools))
+
+
+def read_messages(value: Sequence[Any], field: str = "messages") -> tuple[dict[str, Any], ...]:
     """The messages without their null fields, which Parquet cannot tell from missing ones, but each with `content`.
 
     Templates compare `content` with none where a turn only calls tools.
     """
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping):
-            raise BadRow(f"field `messages` must hold objects, but message {number} is {kind_of(message)}")
+            raise BadRow(f"field `{field}` must hold objects, but message {number} is {kind_of(message)}")
         if not isinstance(message.get("role"), str):
             raise BadRow(f"`role` of message {number} must be text, not {kind_of(message.get('role'))}")
         _check_content(message, number)
     if not any(message["role"] == "assistant" and said(message).strip() for message in value):
-        raise BadRow("field `messages` has no assistant's text, so nothing is learned: add some or drop the row")
+        raise BadRow(f"field `{field}` has no assistant's text, so nothing is learned: add some or drop the row")
     return tuple({"role": message["role"], "content": None} | _without_nulls(message) for message in value)
 
 

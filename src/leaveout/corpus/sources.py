@@ -25,6 +25,7 @@ from leaveout.errors import FormatError, needs
 
 _FILES = ".jsonl, .ndjson or .json (also .gz), .parquet, or a directory of .parquet files or from `save_to_disk`"
 _LISTED = 100  # bad rows whose messages are kept
+_CHATS = ("messages", "tools", "prompt", "chosen", "rejected")  # fields that hold messages, or may
 _BATCH = 256  # Arrow rows that become Python objects at a time
 
 
@@ -173,7 +174,7 @@ def _without_padding(row: Any) -> Any:
     """The row without the nulls that Arrow puts into chats for each field that only other objects have."""
     if not isinstance(row, dict):
         return row
-    return {name: _dense(value) if name in ("messages", "tools") else value for name, value in row.items()}
+    return {name: _dense(value) if name in _CHATS else value for name, value in row.items()}
 
 
 def _dense(value: Any) -> Any:

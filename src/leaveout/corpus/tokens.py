@@ -11,11 +11,11 @@ import json
 import weakref
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from leaveout.corpus.chat import Template, render
-from leaveout.corpus.rows import Row
+from leaveout.corpus.rows import Row, shared_length
 from leaveout.errors import FormatError, UnsupportedError
 
 Offsets = list[tuple[int, int]]
@@ -52,6 +52,10 @@ def tokens_of(
     whose template writes all of them. `everything`: prompts are learned too.
     Raises: NoTargetError if no token of the row is learned.
     """
+    if row.pair is not None:
+        raise UnsupportedError(
+            f"Row {row.id!r} is a preference row, which is learned as two answers: see `pair_tokens`."
+        )
     row = render(row, tokenizer, template)
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedError(
@@ -87,6 +91,31 @@ def tokens_of(
             f"Row {row.number + 1} ({row.id!r}) has no token to learn ({why}): {advice}, or leave it out."
         )
     return RowTokens(row, kept, offsets[: len(kept)], found, len(ids) - len(kept))
+
+
+def pair_tokens(
+    row: Row, tokenizer: Any, template: Template | None = None, limit: int | None = None, everything: bool = False
+) -> list[RowTokens]:
+    """The tokens of a row, or of both sides of a preference row, each as `tokens_of` gives them.
+
+    A token that both sides have after the same beginning is as likely in both, so that it is learned on neither.
+    Raises: NoTargetError as `tokens_of`, or where both sides have the same tokens.
+    """
+    if row.pair is None:
+        return [tokens_of(row, tokenizer, template, limit, everything)]
+    found = [
+        tokens_of(replace(side, id=row.id, number=row.number), tokenizer, template, limit, everything)
+        for side in row.pair
+    ]
+    shared = shared_length(*(side.ids for side in found))
+    found = [replace(side, learned=[place for place in side.learned if place >= shared]) for side in found]
+    if not any(side.learned for side in found):  # cut, or texts that the tokenizer makes one
+        where = "are" if limit is None else f"within {limit} are"
+        raise NoTargetError(
+            f"Row {row.number + 1} ({row.id!r}) prefers nothing, as all tokens of both answers {where} the same: "
+            "raise that limit, or leave it out."
+        )
+    return found
 
 
 def touching(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:

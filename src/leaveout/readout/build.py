@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import shutil
 import sys
 import time
@@ -34,6 +35,7 @@ from leaveout.models import ModelOptions, difference
 from leaveout.readout.limits import Limits
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.opened import KIND, read_codecs, set_whitening
+from leaveout.readout.preferences import Preferences, load_reference
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.signature import Encoding, Signer
 from leaveout.readout.tokens import TokenisedRow, Window, check_ids, tokenise
@@ -109,6 +111,7 @@ def new_settings(readout: Readout, signer: Signer, corpus: Corpus) -> dict[str, 
         "units": corpus.units,
         "corpus": corpus.name,
         "notes": [*readout.notes, *signer.notes],
+        "preferences": signer.preferences.facts(),
     }
 
 
@@ -143,10 +146,11 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str
     for name in ("kind", "units"):
         if old.get(name) != new[name]:
             yield name, old.get(name), new[name]
-    for group in ("signature", "model"):
+    for group in ("signature", "model", "preferences"):
+        before = old.get(group) or Preferences().facts()
         for name, value in new[group].items():
-            if old[group].get(name) != value:
-                yield name, old[group].get(name), value
+            if before.get(name) != value:
+                yield name, before.get(name), value
     if old.get("codec") != new["codec"]:
         yield "codec", old.get("codec"), new["codec"]
 
@@ -164,7 +168,12 @@ def _refuse_other(path: Path, name: str, old: Any, new: Any) -> None:
         )
     if name == "codec":
         read_codecs(old)  # refuses what a development version stored otherwise
-    long = {"channels": "other channels", "template": "another chat template", "codec": "other parts"}
+    long = {
+        "reference": "another reference model",
+        "channels": "other channels",
+        "template": "another chat template",
+        "codec": "other parts",
+    }
     other = long.get(name, f"{name} = {old!r}, not {new!r}")
     raise MismatchError(
         f"{path} holds an index with {other}: use the same settings to resume, or another directory for a new index."
@@ -311,6 +320,10 @@ def record_of(row: Row, tokens: TokenisedRow) -> Record:
     }
     if row.kept is not None:
         extra["kept"] = row.kept
+    if row.weight != 1:
+        extra["weight"] = row.weight
+    if tokens.chosen is not None:
+        extra["chosen"] = tokens.chosen
     return Record(row.id, tokens.text, row.unit, row.meta, row.content_hash, extra, row_json(row))
 
 
@@ -349,6 +362,7 @@ def add_rows(
         for number, arrays in enumerate(_arrived(itertools.chain.from_iterable(results), ahead)):
             chunk = chunks.pop(number)
             finite = arrays.pop("finite")
+            references = arrays.pop("reference", None)
             for row in itertools.compress(chunk.rows, ~finite):
                 problem = f"Row {row.id!r} has a signature that is not finite: run `leaveout doctor` on the model"
                 if not options.skip_bad:
@@ -356,6 +370,10 @@ def add_rows(
                     raise FormatError(problem + ", or leave the row out with skip_bad.")
                 report.skip(problem)
             records = [record_of(row, tokens) for row, tokens in zip(chunk.rows, chunk.tokens, strict=True)]
+            if references is not None:
+                for record, margin in zip(records, references.tolist(), strict=True):
+                    if not math.isnan(margin):
+                        record.extra["reference"] = margin
             pending.add(
                 list(itertools.compress(records, finite)), {key: value[finite] for key, value in arrays.items()}
             )
@@ -481,7 +499,7 @@ def _worker_start(signer: Signer, store: Store, options: BuildOptions) -> Callab
     if readout.source is None:
         if options.backend == "ray":
             raise UnsupportedError("Ray workers load the model by themselves: give its path or id, not a loaded model.")
-        return functools.partial(_start_worker, readout, None, settings, str(store.path))
+        return functools.partial(_start_worker, readout, None, settings, str(store.path), *_preferences(signer))
     assert readout.options is not None
     loading = replace(readout.options, offload="none", max_memory=None)
     if readout.stream is not None:
@@ -491,16 +509,33 @@ def _worker_start(signer: Signer, store: Store, options: BuildOptions) -> Callab
         loading = replace(loading, offload="layers", max_memory=limit)
     name = readout.source["name"]  # a worker elsewhere has another working directory
     name = str(Path(name).resolve()) if Path(name).exists() else name
-    return functools.partial(_start_worker, name, loading, settings, str(store.path.resolve()))
+    return functools.partial(_start_worker, name, loading, settings, str(store.path.resolve()), *_preferences(signer))
+
+
+def _preferences(signer: Signer) -> tuple[float, Any, ModelOptions | None]:
+    """Beta, and how a worker loads the reference model."""
+    reference = signer.preferences.reference
+    if reference is None:
+        return signer.preferences.beta, None, None
+    given, options = reference.given, reference.readout.options
+    return signer.preferences.beta, str(Path(given).resolve()) if Path(str(given)).exists() else given, options
 
 
 def _start_worker(
-    readout: Readout | str, loading: ModelOptions | None, settings: SignatureSettings, store: str
+    readout: Readout | str,
+    loading: ModelOptions | None,
+    settings: SignatureSettings,
+    store: str,
+    beta: float,
+    reference: Any,
+    of_reference: ModelOptions | None,
 ) -> Signer:
     """A signer in a worker process, its whitening read from the store."""
     if isinstance(readout, str):
         readout = load_readout(readout, options=loading)
-    signer = Signer(readout, settings)
+    options = of_reference or ModelOptions()
+    found = None if reference is None else load_reference(reference, readout, options)
+    signer = Signer(readout, settings, preferences=Preferences(beta, found))
     with Store.open(store) as opened:
         if other := difference(opened.settings["model"], readout.identity()):
             raise MismatchError(f"A worker found {other} in {readout.source}: leave the model's files alone meanwhile.")

@@ -21,8 +21,8 @@ from leaveout.readout.index import Index
 from leaveout.readout.learned import learned_corpus, learned_rows
 from leaveout.readout.model import Readout, load_readout
 from leaveout.readout.settings import Channel, SignatureSettings, resolve_settings
-from leaveout.readout.signature import Signer, batches
-from leaveout.readout.tokens import TokenisedRow, Window, tokenise
+from leaveout.readout.signature import Signer
+from leaveout.readout.tokens import TokenisedRow, Window, batches, tokenise
 from leaveout.readout.wide import idle_root
 from leaveout.store.catalogue import CATALOGUE
 from leaveout.tables import Check, Diagnosis

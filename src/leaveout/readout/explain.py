@@ -18,8 +18,8 @@ from leaveout.corpus.behaviour import measures_of, terms_of
 from leaveout.readout.forms import pairs
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, check_length, counted
-from leaveout.readout.signature import SIDES, Signer, batches
-from leaveout.readout.tokens import TokenisedRow, Window, tokenise
+from leaveout.readout.signature import SIDES, Signer
+from leaveout.readout.tokens import TokenisedRow, Window, batches, tokenise
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def text_factors(signer: Signer, tokens: TokenisedRow) -> TextFactors | None:
         length = _pair_sums(joined, joined, scale, scale).sum().clamp_min(0).sqrt()
         scale /= length.clamp_min(1e-30)
     else:
-        scale /= len(places) ** signer.settings.length_power
+        scale /= signer.divisors(tokens.windows)[tokens.windows[0].row]
     return TextFactors(torch.tensor(places), scale, joined)
 
 

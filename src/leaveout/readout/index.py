@@ -38,6 +38,7 @@ from leaveout.readout.groups import GroupScore, group_scores
 from leaveout.readout.model import load_readout, verify_readout
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow, set_whitening
 from leaveout.readout.parts import Ask, Places, copy_statistics, merge_indexes, shard_of, share_statistics
+from leaveout.readout.preferences import Preferences, load_reference
 from leaveout.readout.rerank import Refinement
 from leaveout.readout.scan import Length, Scanners, check_length
 from leaveout.readout.search import Hit, Hits, SearchOptions, find, planned, refuse
@@ -84,6 +85,8 @@ class Index(OpenIndex):
         progress: bool = False,
         shard: Ask = None,
         statistics: str | Path | None = None,
+        beta: float = Preferences.beta,
+        reference: Any = None,
         pace: Pace = Pace(),  # noqa: B008  # frozen
     ) -> Index:
         """The finished index of a corpus; resumes an unfinished build, and reopens a finished one.
@@ -121,6 +124,9 @@ class Index(OpenIndex):
         shard           only one range of the rows, into a directory below `path`: (number, count), or "auto" under torchrun
                         or srun
         statistics      an index whose whitening is taken over instead of one from a sample of these rows, so that both merge
+        beta            of DPO, for preference rows
+        reference       the model that preference rows are held against: as `model`, or `base` for the model without its
+                        adapters; None: the model itself, so that every pair counts as in the first step of training
         pace            rows computed together, and when they are committed
 
         Raises: MismatchError if the directory holds an index with other settings (naming the one that differs).
@@ -152,7 +158,9 @@ class Index(OpenIndex):
         readout = load_readout(model, tokenizer, loading)
         if readout is model:  # whatever was done to it since it was loaded
             verify_readout(readout).identity(anew=True)
-        signer = Signer(readout, replace(settings, template=chosen_template(settings.template, readout.tokenizer)))
+        settings = replace(settings, template=chosen_template(settings.template, readout.tokenizer))
+        referred = None if reference is None else load_reference(reference, readout, loading)
+        signer = Signer(readout, settings, preferences=Preferences(beta, referred))
         report = BuildReport()
         with open_or_create(path, new_settings(readout, signer, corpus)) as store:
             if statistics is not None:
@@ -397,19 +405,22 @@ class Index(OpenIndex):
         workers: int = 1,
         backend: Backend = "processes",
         progress: bool = False,
+        reference: Any = None,
         pace: Pace = Pace(),  # noqa: B008  # frozen
     ) -> BuildReport:
         """Adds rows with the settings and whitening of the index; rows that it has already are counted, not added.
 
         rows    anything that `Corpus.open` takes
         units   field whose value says which rows belong together; None: as the build was told. The others as in `build`
+        reference   the model that the build held preference rows against, where it did
         Raises: FormatError for a bad row, or an id that another row has. What was committed before stays.
         """
         options = BuildOptions(workers, backend, progress, skip_bad, pace)
         corpus = Corpus.open(rows, units=units or self.store.settings["units"], skip_bad=skip_bad)
         readout = self.unchanged()
         readout.identity(anew=True)  # in full, as rows are written
-        signer = self.fitting(Signer(self.checked(readout), self.settings))
+        preferences = self.preferences(reference)
+        signer = self.fitting(Signer(self.checked(readout), self.settings, preferences=preferences))
         with Store.open(self.path, write=True) as store:
             set_whitening(signer, store)
             report = add_rows(store, signer, corpus, len(corpus), options, append=True)
@@ -447,6 +458,7 @@ class Index(OpenIndex):
         """Facts: rows, bytes, settings, stored form, model, statistics, notes."""
         settings = self.store.settings
         facts = {key: settings[key] for key in ("corpus", "units", "source", "model", "signature", "codec", "notes")}
+        facts["preferences"] = self.preference_facts
         states = {name: self.store.state(name) for name in ("statistics", "recall")}
         if states["recall"] is not None:
             states["recall"] |= {

@@ -102,7 +102,7 @@ class Head:
     """
 
     def __init__(
-        self, readout: Readout, settings: SignatureSettings, dtype: torch.dtype, limits: Limits | None = None
+        self, readout: Readout, settings: SignatureSettings | None, dtype: torch.dtype, limits: Limits | None = None
     ) -> None:
         limits = limits or Limits()
         self.readout = readout

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from leaveout.corpus import Behaviour, Corpus, Row
 from leaveout.corpus.behaviour import Measure, called, measures_of, summed, terms_of, texts_of
+from leaveout.corpus.rows import SEAM
 from leaveout.corpus.tokens import NoTargetError
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_list
 from leaveout.models import ModelOptions, difference
@@ -25,6 +26,7 @@ from leaveout.readout.codec import Codec, read_codec
 from leaveout.readout.forms import Form, Triples, low_rank
 from leaveout.readout.held import Held
 from leaveout.readout.model import Readout, load_readout
+from leaveout.readout.preferences import ADAPTERS_OFF, Preferences, load_reference
 from leaveout.readout.scan import Length, Scanner, Scanners, counted, lengths_in, positions_of, scan
 from leaveout.readout.settings import SignatureSettings
 from leaveout.readout.signature import QUERY_RANK, SIDES, Signer
@@ -159,9 +161,26 @@ class OpenIndex:
     def signer(self) -> Signer:
         """Computes signatures of queries: as rows are stored, but with more triples where those are triples."""
         if self._signer is None:
-            self._signer = self.fitting(Signer(self.readout, self.settings, QUERY_RANK))
+            preferences = Preferences(self.preference_facts["beta"])  # rows know the margins of their reference
+            self._signer = self.fitting(Signer(self.readout, self.settings, QUERY_RANK, preferences))
             set_whitening(self._signer, self.store)
         return self._signer
+
+    @property
+    def preference_facts(self) -> dict[str, Any]:
+        """How preference rows were indexed: `beta`, and the identity of their `reference`."""
+        return self.store.settings.get("preferences") or Preferences().facts()
+
+    def preferences(self, reference: Any) -> Preferences:
+        """The same with the reference model, to add rows with. Raises: MismatchError if it is not that of the index."""
+        facts = self.preference_facts
+        given = ADAPTERS_OFF if facts["reference"] == ADAPTERS_OFF else reference
+        found = None if given is None else load_reference(given, self.readout, self.model_options(elsewhere=True))
+        preferences = Preferences(facts["beta"], found)
+        if preferences.facts() != facts:
+            wanted = "no reference model" if facts["reference"] is None else "a reference model"
+            raise MismatchError(f"{self.path} holds preference rows against {wanted}: give the same (reference).")
+        return preferences
 
     def fitting(self, signer: Signer) -> Signer:
         """A signer, if its signatures are scored with the rows. Raises: MismatchError."""
@@ -484,8 +503,35 @@ def row_of(record: Record) -> Row:
     spans = tuple((start, end) for start, end in extra["responses"])
     return Row(
         record.id, record.text, spans, None, record.unit, record.meta, record.content_hash, extra["number"],
-        rendered=extra["rendered"], kept=extra.get("kept"),
+        rendered=extra["rendered"], kept=extra.get("kept"), weight=extra.get("weight", 1.0),
+        pair=_pair_of(record), reference=extra.get("reference"),
     )  # fmt: skip
+
+
+def _pair_of(record: Record) -> tuple[Row, Row] | None:
+    """Both sides of a preference row, as they were rendered."""
+    if (length := record.extra.get("chosen")) is None:
+        return None
+    shift = length + len(SEAM)
+    spans = [(start, end) for start, end in record.extra["responses"]]
+    first, second = (
+        Row(
+            record.id,
+            text,
+            tuple(own),
+            None,
+            record.unit,
+            {},
+            "",
+            record.extra["number"],
+            rendered=record.extra["rendered"],
+        )
+        for text, own in (
+            (record.text[:length], [span for span in spans if span[0] < length]),
+            (record.text[shift:], [(start - shift, end - shift) for start, end in spans if start >= length]),
+        )
+    )
+    return first, second
 
 
 def joined(form: Form, parts: Sequence[Tensor]) -> Tensor:

@@ -224,9 +224,9 @@ def _refuse_different(stores: list[Store], sharded: bool) -> None:
     """Refuses parts that differ from the first in what their rows' numbers depend on."""
     first, digests = stores[0], [whitening_digest(store.side("whitening") or {}) for store in stores]
     for store, digest in zip(stores, digests, strict=True):
-        for name in ("signature", "model", "units", "codec"):
-            if store.settings[name] != first.settings[name]:
-                which = _first_difference(first.settings[name], store.settings[name])
+        for name in ("signature", "model", "units", "codec", "preferences"):
+            if store.settings.get(name) != first.settings.get(name):
+                which = _first_difference(first.settings.get(name), store.settings.get(name))
                 raise MismatchError(
                     f"{store.path} has another {name}{which} than {first.path}: build it again like that."
                 )

@@ -41,8 +41,8 @@ from leaveout.readout.families import block_of
 from leaveout.readout.model import Readout
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, counted
-from leaveout.readout.signature import SIDES, batches
-from leaveout.readout.tokens import TokenisedRow, Window
+from leaveout.readout.signature import SIDES
+from leaveout.readout.tokens import TokenisedRow, Window, batches, positions_in
 
 RERANKED = 100  # rows, where it is not said how many
 BEYOND = 1e30  # length of a query that steps along it, of about its inverse, would take out of float32
@@ -112,6 +112,11 @@ class Reranking:
             live = index.live_numbers()
             chosen = np.random.default_rng(refine.seed).permutation(len(live))[: refine.sample]
             sample = [row for row in self._tokens(live[np.sort(chosen)], 0) if row.windows]
+            if any(window.share is not None for row in sample for window in row.windows):
+                raise UnsupportedError(
+                    "Queries are refined by the curvature of rows that count by the mean loss of their tokens, and this index "
+                    "has preference or weighted rows: rerank without refine."
+                )
             run = self._run(refine, readout, sample)
             directions = refined(self.model, self._batches(sample, mean=True), gradients, run, len(sample))
             for gradient, x in zip(gradients, directions, strict=True):
@@ -178,11 +183,11 @@ class Reranking:
         """Windows of rows in batches, each window for itself; of a row the mean loss of its learned tokens counts, or what
         counts in the index."""
         readout = self.index.readout
-        power = 1.0 if mean else self.index.settings.length_power
         windows = [window for at, row in enumerate(rows) for window in _numbered(row, at)]
-        sizes = [max(row.n_targets, 1.0) ** -power for row in rows]
+        counts = {at: max(row.n_targets, 1.0) for at, row in enumerate(rows)}
+        by = counts if mean else self.index.signer.divisors(windows)
         return [
-            Batch((some, [sizes[window.row] for window in some]), len(some))
+            Batch((some, [window.sign / by[window.row] for window in some]), len(some))
             for some in batches(windows, readout.batch_class)
         ]
 
@@ -247,7 +252,7 @@ class _Probed(nn.Module):
     def total(self, named: dict[str, Tensor], windows: list[Window]) -> Tensor:
         """The sum over all learned positions of windows, under parameters by name."""
         device = next(iter(named.values())).device
-        where = [x.to(device) for x in _positions(windows)]
+        where = [x.to(device) for x in positions_in(windows)]
         with evaluating(self.lm):
             return torch.func.functional_call(self, {f"lm.{name}": p for name, p in named.items()}, tuple(where))
 
@@ -281,7 +286,7 @@ def whole_model(readout: Readout) -> WholeModel:
 
     def predictions(named: dict[str, Tensor], inputs: tuple[list[Window], list[float]]) -> Predictions:
         windows, sizes = inputs
-        ids, batch, token = _positions(windows)
+        ids, batch, token = positions_in(windows)
         device = next(iter(named.values())).device
         with evaluating(lm):
             logits = torch.func.functional_call(
@@ -293,15 +298,6 @@ def whole_model(readout: Readout) -> WholeModel:
         return Predictions(logits, ids[batch, token + 1].to(device), batch.to(device), weight.to(device))
 
     return WholeModel(chosen, predictions)
-
-
-def _positions(windows: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
-    """Padded ids [windows, tokens], and the window and token of every learned position."""
-    ids = torch.zeros(len(windows), max(len(window.ids) for window in windows), dtype=torch.int64)
-    for row, window in enumerate(windows):
-        ids[row, : len(window.ids)] = torch.tensor(window.ids)
-    batch = torch.tensor([row for row, window in enumerate(windows) for _ in window.positions])
-    return ids, batch, torch.tensor([position for window in windows for position in window.positions])
 
 
 # ---------------------------------------------------------------- a trainer's checkpoint

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,9 @@ from leaveout.readout.halves import halves, multiplies_halves, product_right
 from leaveout.readout.limits import Limits
 from leaveout.readout.logits import Head, Map, map_width, wide_product
 from leaveout.readout.model import Readout
+from leaveout.readout.preferences import Preferences, margins, with_references
 from leaveout.readout.settings import Channel, Side, SignatureSettings
-from leaveout.readout.tokens import Window
+from leaveout.readout.tokens import Window, batches, padded_tokens, positions_in
 from leaveout.readout.wide import Root, WideRoot
 
 SMALL = 1e-8  # a factor shorter than this has no direction: it counts as zero where factors get unit length
@@ -91,12 +93,16 @@ class Passed:
 
 @dataclass
 class Positions:
-    """Raw vectors [positions, size] of a batch of windows, by key, and the slice of positions of each side of a window."""
+    """Raw vectors [positions, size] of a batch of windows, by key, and the slice of positions of each side of a window.
+
+    `sign` [positions, 1]: of each position's gradient in its row's; None: all count as they are.
+    """
 
     raw: dict[str, Tensor]
     spans: list[slice]
     hidden: Tensor
     target: Tensor
+    sign: Tensor | None = None
 
 
 def _stream(channel: Channel, side: Side, number: int, name: str) -> str:
@@ -119,8 +125,14 @@ class Signer:
     Raises: UnsupportedError for settings that this model cannot have.
     """
 
-    def __init__(self, readout: Readout, settings: SignatureSettings, rank: int = ROW_RANK) -> None:
-        self.rank = rank
+    def __init__(
+        self,
+        readout: Readout,
+        settings: SignatureSettings,
+        rank: int = ROW_RANK,
+        preferences: Preferences = Preferences(),  # noqa: B008  # frozen
+    ) -> None:
+        self.rank, self.preferences = rank, preferences
         self.readout = readout
         self.settings = settings
         self.dtype = torch.float64 if readout.weight.dtype == torch.float64 else torch.float32
@@ -267,12 +279,7 @@ class Signer:
     def _asked(self, windows: Sequence[Window]) -> tuple[Tensor, Recorder]:
         """Token ids [windows, tokens], and what records at the target positions."""
         device = self.readout.device
-        ids = torch.zeros(len(windows), max(len(window.ids) for window in windows), dtype=torch.int64)
-        for row, window in enumerate(windows):
-            ids[row, : len(window.ids)] = torch.tensor(window.ids)
-        predicting = [list(itertools.chain(*window.sides)) for window in windows]
-        batch = torch.repeat_interleave(torch.arange(len(windows)), torch.tensor(list(map(len, predicting))))
-        token = torch.tensor(list(itertools.chain(*predicting)))
+        ids, batch, token = positions_in(windows)
         return ids, Recorder(ids.shape, sent(batch, device), sent(token, device))
 
     @torch.no_grad()
@@ -297,7 +304,13 @@ class Signer:
                 raw["a." + name] = x if self.in_halves else x.to(self.dtype)
         ends = np.cumsum([len(side) for window in passed.windows for side in window.sides]).tolist()
         spans = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
-        return Positions(raw, spans, hidden, target)
+        return Positions(raw, spans, hidden, target, self._signs(passed.windows))
+
+    def _signs(self, windows: Sequence[Window]) -> Tensor | None:
+        signs = [window.sign for window in windows for side in window.sides for _ in side]
+        if all(sign > 0 for sign in signs):
+            return None
+        return sent(torch.tensor(signs, dtype=self.dtype)[:, None], self.readout.device)
 
     def _recorded(self) -> list[torch.nn.Module]:
         final = [self.final_norm] if self.final_norm is not None else []
@@ -377,6 +390,7 @@ class Signer:
     def factors(self, positions: Positions, part: Part) -> tuple[Tensor, Tensor]:
         """Left [positions, left width] and right [positions, right width] factors of a part, weight in the left."""
         left, right = (self._factor(positions.raw[side.raw], side) for side in (part.left, part.right))
+        left = left if positions.sign is None else left * positions.sign
         return (left if part.weight == 1.0 else left * part.weight), right
 
     def _factor(self, x: Tensor, side: Factor) -> Tensor:
@@ -446,10 +460,11 @@ class Signer:
         found = []
         for part in self.parts:
             both = []
-            for side, weight in ((part.left, part.weight), (part.right, 1.0)):
-                key = side.raw, side.whiten, id(side.sketch), weight
+            for side, weight, sign in ((part.left, part.weight, positions.sign), (part.right, 1.0, None)):
+                key = side.raw, side.whiten, id(side.sketch), weight, sign is None
                 if key not in made:
                     x = self._factor(positions.raw[side.raw], side)
+                    x = x if sign is None else x * sign
                     filled = x.new_zeros(len(spans) * most, x.shape[1]).index_copy_(0, slots, x)
                     made[key] = (filled if weight == 1.0 else filled * weight).unflatten(0, (len(spans), most))
                 both.append(made[key])
@@ -468,11 +483,8 @@ class Signer:
         Windows run in batches of similar length; `advance(k)` is called when k more windows are done. `passes`: what the
         trunk gave for these batches, and for others behind them.
         """
-        waiting, targets = Counter[int](), Counter[int]()  # of each side of each row, as what follows
-        sums: dict[int, Tensor] = {}
-        for owner, positions in _sides_of(windows):
-            waiting[owner] += 1
-            targets[owner] += len(positions)
+        waiting = Counter(owner for owner, _ in _sides_of(windows))  # of each side of each row, as what follows
+        divisors, sums = self.divisors(windows), dict[int, Tensor]()
         groups = list(batches(windows, self.readout.batch_class, self.limits))
         for batch, passed in zip(groups, passes or self.passed(groups), strict=False):
             found, lengths = self.window_rows(passed)
@@ -493,7 +505,7 @@ class Signer:
                 sum_of_pieces = torch.stack([sums.pop(owner) for owner in done])
                 found = torch.cat([found, sum_of_pieces])
                 lengths = torch.cat([lengths, self._part_lengths(sum_of_pieces)])
-            found, lengths = self._scaled(found, lengths, [targets[n] for n in numbers.tolist()])
+            found, lengths = self._scaled(found, lengths, [divisors[n] for n in numbers.tolist()])
             rows = numbers[:: self.sides] // self.sides  # whose sides end together, one behind the other
             yield rows, *(x.reshape(len(rows), self.sides * x.shape[1]) for x in (found, lengths))
             if advance is not None:
@@ -520,16 +532,41 @@ class Signer:
         sizes = [part.left.width * part.right.width for part in self.parts]
         return torch.stack([piece.norm(dim=1) for piece in rows.split(sizes, 1)], 1)
 
-    def _scaled(self, rows: Tensor, lengths: Tensor, targets: list[int]) -> tuple[Tensor, Tensor]:
-        """Rows and their lengths as the settings want them long, by their numbers of targets."""
+    def _scaled(self, rows: Tensor, lengths: Tensor, divisors: list[float]) -> tuple[Tensor, Tensor]:
+        """Rows and their lengths as the settings want them long, by their `divisors`."""
         if self.settings.unit_length:
             by = self.form.lengths(rows)
             unit = torch.where(by[:, None] == 0, 0.0, self.form.divided(rows, by))
             return unit, torch.where(by[:, None] == 0, 0.0, self._part_lengths(unit))
-        if not self.settings.length_power:
+        if set(divisors) == {1.0}:
             return rows, lengths
-        by = sent(torch.tensor(targets).clamp_min(1).to(rows.dtype) ** self.settings.length_power, rows.device)
+        by = sent(torch.tensor(divisors, dtype=rows.dtype), rows.device)
         return self.form.divided(rows, by), lengths / by[:, None]
+
+    def divisors(self, windows: Sequence[Window]) -> dict[int, float]:
+        """What the sum over a row's positions is divided by, of each side of each row: a power of their number over the row's
+        weight; of a preference row, whose loss is no mean, one over its weight and DPO's factor; infinity for a weight of 0.
+
+        Cost: where a row has the margin of a reference model, a forward pass of its windows.
+        """
+        targets = Counter[int]()
+        for owner, positions in _sides_of(windows):
+            targets[owner] += len(positions)
+        if self.settings.unit_length:
+            return dict.fromkeys(targets, 1.0)
+        found = {owner: max(n, 1) ** self.settings.length_power for owner, n in targets.items()}
+        shared = [window for window in windows if window.share is not None]
+        referred = [window for window in shared if window.share and window.share.reference is not None]
+        own = margins(self.readout, referred, self.limits, self.head)
+        for window in shared:
+            assert window.share is not None
+            factor, reference = abs(window.share.weight), window.share.reference
+            if window.share.pair:
+                factor *= self.preferences.factor(0.0 if reference is None else own[window.row] - reference)
+            for owner, _ in _sides_of([window]):
+                by = 1.0 if window.share.pair else max(targets[owner], 1) ** self.settings.length_power
+                found[owner] = by / factor if factor else math.inf
+        return found
 
     def rows(self, windows: Sequence[Window], n_rows: int, advance: Callable[[int], object] | None = None) -> Tensor:
         """Rows [n_rows, width] of the form, of all the windows of rows 0 .. n_rows - 1; zero where a row has none."""
@@ -579,22 +616,30 @@ class Signer:
     def encoded_chunks(self, chunks: Sequence[tuple[int, list[Window]]]) -> Iterator[Encoding]:
         """As `encoding`, of several chunks, each its number of rows and its windows: those of a streamed model go through
         its blocks together, in the batches that they have alone."""
+        reference, found = self.preferences.reference, [dict[int, float]() for _ in chunks]
+        if reference is not None:
+            found = [reference.margins(windows, self.limits) for _, windows in chunks]
+            chunks = [(n, with_references(windows, own)) for (n, windows), own in zip(chunks, found, strict=True)]
         groups = (group for _, windows in chunks for group in batches(windows, self.readout.batch_class, self.limits))
         passes = self.passed(groups)
-        for n_rows, windows in chunks:
-            yield self.encoding(windows, n_rows, passes)
+        for (n_rows, windows), own in zip(chunks, found, strict=True):
+            yield replace(self.encoding(windows, n_rows, passes), references=own)
 
 
 @dataclass
 class Encoding:
-    """Codes of the rows of a chunk, by their numbers."""
+    """Codes of the rows of a chunk, by their numbers, and the margins that a reference model gave its preference rows."""
 
     n_rows: int
     pieces: list[tuple[Tensor, Fetched]]
+    references: dict[int, float] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays [n_rows, ...]; waits until they have come."""
         total: dict[str, np.ndarray] = {}
+        if self.references:
+            total["reference"] = np.full(self.n_rows, np.nan)
+            total["reference"][list(self.references)] = list(self.references.values())
         for numbers, piece in self.pieces:
             for name, array in piece.arrays().items():
                 total.setdefault(name, np.zeros((self.n_rows, *array.shape[1:]), array.dtype))[numbers.numpy()] = array
@@ -624,24 +669,3 @@ def _sides_of(windows: Sequence[Window]) -> Iterator[tuple[int, list[int]]]:
         sides = window.sides
         for side, positions in enumerate(sides):
             yield len(sides) * window.row + side, positions
-
-
-def padded_tokens(batch: Sequence[Window]) -> int:
-    """Tokens of a batch, padding included."""
-    return len(batch) * max(len(window.ids) for window in batch)
-
-
-def batches(
-    windows: Sequence[Window], kind: Callable[[int], int], limits: Limits | None = None
-) -> Iterator[list[Window]]:
-    """Groups of windows of similar length, as many as the limits allow, and of one kind of length."""
-    limits = limits or Limits()
-    batch: list[Window] = []
-    for window in sorted(windows, key=lambda window: -len(window.ids)):
-        full = batch and ((len(batch) + 1) * len(batch[0].ids) > limits.batch_tokens or len(batch) == limits.batch_rows)
-        if full or (batch and kind(len(window.ids)) != kind(len(batch[0].ids))):
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch

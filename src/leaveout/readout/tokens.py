@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from leaveout.corpus import Row
-from leaveout.corpus.tokens import NoTargetError, tokens_of
+from leaveout.corpus.rows import SEAM
+from leaveout.corpus.tokens import NoTargetError, pair_tokens
 from leaveout.errors import MismatchError
+from leaveout.readout.limits import Limits
 from leaveout.readout.settings import SignatureSettings
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a row counts whose loss is not that of its tokens alone.
+
+    weight     of its loss
+    pair       whether it is a preference row; then `reference` is its margin by a reference model, None: that of the model
+    """
+
+    weight: float = 1.0
+    pair: bool = False
+    reference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -17,7 +37,8 @@ class Window:
     """A piece of a row: token ids, and which of its positions predict a target.
 
     `positions[i]` predicts token `positions[i] + 1`; `start` is the index of the first token within the row; `prompt`: the
-    positions of the row's other side, where it has two (`targets="both"`).
+    positions of the row's other side, where it has two (`targets="both"`); `toward`: -1 for the rejected answer of a
+    preference row; `share`: how its row counts, None for a plain row.
     """
 
     row: int
@@ -25,17 +46,25 @@ class Window:
     ids: list[int]
     positions: list[int]
     prompt: list[int] | None = None
+    toward: int = 1
+    share: Share | None = None
 
     @property
     def sides(self) -> list[list[int]]:
         """Positions of each side."""
         return [self.positions] if self.prompt is None else [self.positions, self.prompt]
 
+    @property
+    def sign(self) -> float:
+        """Of its gradient in that of its row."""
+        return self.toward if self.share is None else math.copysign(self.toward, self.toward * self.share.weight)
+
 
 @dataclass(frozen=True)
 class TokenisedRow:
     """A row's text and responses (rendered, if it was a chat), token ids and character offsets [tokens, 2], and the
-    windows that cover its targets; `rendered`: whether a chat template wrote the text.
+    windows that cover its targets; `rendered`: whether a chat template wrote the text. Of a preference row the rejected side
+    follows the chosen one, whose text has `chosen` characters.
     """
 
     text: str
@@ -44,6 +73,7 @@ class TokenisedRow:
     offsets: list[tuple[int, int]]
     windows: list[Window]
     rendered: bool = False
+    chosen: int | None = None
 
     @property
     def n_targets(self) -> int:
@@ -62,15 +92,36 @@ def tokenise(row: Row, number: int, tokenizer: Any, settings: SignatureSettings,
     Raises: NoTargetError if no token of the row is a target.
     """
     try:
-        tokens = tokens_of(row, tokenizer, settings.template, row.kept, everything=settings.targets == "all")
+        answers = pair_tokens(row, tokenizer, settings.template, row.kept, everything=settings.targets == "all")
     except NoTargetError as error:
         raise NoTargetError(f"{str(error).removesuffix('.')} with skip_bad.") from None
-    prompt = None
-    if settings.targets == "both":  # tokens without characters, which a tokenizer adds, are on no side
-        answer = set(tokens.learned)
-        prompt = [n for n, (start, end) in enumerate(tokens.offsets) if n and start < end and n not in answer]
-    windows = cut_windows(number, tokens.ids, tokens.learned, settings, context, prompt)
-    return TokenisedRow(tokens.row.text, tokens.row.responses, tokens.ids, tokens.offsets, windows, tokens.row.rendered)
+    both = settings.targets == "both"
+    first = answers[0]
+    if row.pair is None:
+        prompt = None
+        if both:  # tokens without characters, which a tokenizer adds, are on no side
+            answer = set(first.learned)
+            prompt = [n for n, (start, end) in enumerate(first.offsets) if n and start < end and n not in answer]
+        windows = cut_windows(number, first.ids, first.learned, settings, context, prompt)
+        if row.weight != 1:
+            windows = [replace(window, share=Share(row.weight)) for window in windows]
+        return TokenisedRow(first.row.text, first.row.responses, first.ids, first.offsets, windows, first.row.rendered)
+    share, shift = Share(row.weight, True, row.reference), len(first.row.text) + len(SEAM)
+    windows = []
+    for toward, answer, behind in zip((1, -1), answers, (0, len(first.ids)), strict=True):
+        # A prompt that both answers have is as likely with either: its side of the row is empty.
+        for window in cut_windows(number, answer.ids, answer.learned, settings, context, [] if both else None):
+            windows.append(replace(window, start=window.start + behind, toward=toward, share=share))
+    second = answers[1]
+    return TokenisedRow(
+        first.row.text + SEAM + second.row.text,
+        (*first.row.responses, *((start + shift, end + shift) for start, end in second.row.responses)),
+        [*first.ids, *second.ids],
+        [*first.offsets, *((start + shift, end + shift) for start, end in second.offsets)],
+        windows,
+        first.row.rendered,
+        len(first.row.text),
+    )
 
 
 def cut_windows(
@@ -109,3 +160,37 @@ def check_ids(rows: Sequence[TokenisedRow], vocabulary: int) -> None:
             f"The tokenizer gave token {largest}, the model embeds only {vocabulary}: "
             "use the tokenizer that the model came with."
         )
+
+
+# ---------------------------------------------------------------- batches
+
+
+def padded_tokens(batch: Sequence[Window]) -> int:
+    """Tokens of a batch, padding included."""
+    return len(batch) * max(len(window.ids) for window in batch)
+
+
+def batches(
+    windows: Sequence[Window], kind: Callable[[int], int], limits: Limits | None = None
+) -> Iterator[list[Window]]:
+    """Groups of windows of similar length, as many as the limits allow, and of one kind of length."""
+    limits = limits or Limits()
+    batch: list[Window] = []
+    for window in sorted(windows, key=lambda window: -len(window.ids)):
+        full = batch and ((len(batch) + 1) * len(batch[0].ids) > limits.batch_tokens or len(batch) == limits.batch_rows)
+        if full or (batch and kind(len(window.ids)) != kind(len(batch[0].ids))):
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def positions_in(windows: Sequence[Window]) -> tuple[Tensor, Tensor, Tensor]:
+    """Padded ids [windows, tokens], and the window and token of every position that predicts a target."""
+    ids = torch.zeros(len(windows), max(len(window.ids) for window in windows), dtype=torch.int64)
+    for row, window in enumerate(windows):
+        ids[row, : len(window.ids)] = torch.tensor(window.ids)
+    predicting = [list(itertools.chain(*window.sides)) for window in windows]
+    batch = torch.repeat_interleave(torch.arange(len(windows)), torch.tensor(list(map(len, predicting))))
+    return ids, batch, torch.tensor(list(itertools.chain(*predicting)))

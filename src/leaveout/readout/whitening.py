@@ -22,8 +22,8 @@ from leaveout.errors import FormatError
 from leaveout.projection import CountSketch
 from leaveout.readout.families import Scaling
 from leaveout.readout.logits import Map, transposed_product, wide_product
-from leaveout.readout.signature import Factor, Signer, batches
-from leaveout.readout.tokens import Window
+from leaveout.readout.signature import Factor, Signer
+from leaveout.readout.tokens import Window, batches
 from leaveout.readout.wide import Root, WideMoment
 
 SUMS = 8 * 10**9  # bytes of moments that are summed in one pass over the sample

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leaveout.corpus import Corpus, Row, render
-from leaveout.corpus.rows import row_json
+from leaveout.corpus.rows import SEAM, row_json
 from leaveout.errors import FormatError, UnsupportedError
 
 ASK = {"role": "user", "content": "Where?"}
@@ -387,7 +387,7 @@ BAD_ROWS = [
     (3, "is a number, not an object"),
     (["a"], "is a list, not an object"),
     (None, "is null, not an object"),
-    ({}, "has no fields, but a row needs `text`, `prompt` and `completion`, `instruction` and `output`, `messages`, or `chosen` and `rejected`"),
+    ({}, "has no fields, but a row needs `text`, `prompt` and `completion`, `instruction` and `output`, `messages`, or `ch"),
     ({"body": "a", "prompt": "b"}, "has only the fields `body`, `prompt`, but a row needs `text`"),
     ({f"f{n}": 1 for n in range(12)}, "`f9` and 2 more, but a row needs"),
     ({"text": "a", "messages": [TELL]}, "has two forms at once, `text` and `messages`, keep one"),
@@ -420,6 +420,19 @@ BAD_ROWS = [
     ({"messages": [ASK, {"role": "assistant"}]}, "`content` of message 2 must be text, not null"),
     ({"messages": [{"role": 1, "content": "a"}]}, "`role` of message 1 must be text, not a number"),
     ({"messages": [TELL | {"content": HALF}]}, "field 'messages' has half a surrogate pair"),
+    ({"text": "a", "weight": math.nan}, "field `weight` is nan, but a row's loss is multiplied by it: give a number, or re"),
+    ({"text": "a", "weight": "3 kg"}, "field `weight` is text, but a row's loss is multiplied by it"),
+    ({"text": "a", "weight": True}, "field `weight` is true or false, but a row's loss is multiplied by it"),
+    ({"chosen": "a b", "rejected": "a b"}, "has the same answer as `chosen` and as `rejected`, so that nothing is preferred"),
+    ({"prompt": "a", "chosen": "b"}, "has `chosen` without `rejected`, a preference row needs both"),
+    ({"rejected": "b"}, "has `rejected` without `chosen`, a preference row needs both: add it or drop the row"),
+    ({"chosen": "a", "rejected": [TELL]}, "`rejected` are text and a list, they must both be text, or both lists of messages"),
+    ({"prompt": 3, "chosen": "a", "rejected": "b"}, "are text and text after a number, they must both be text, or both"),
+    ({"prompt": "a", "chosen": "b", "rejected": " "}, "field `rejected` is empty or blank, so nothing is learned"),
+    ({"text": "a", "chosen": "b", "rejected": "c"}, "two forms at once, `chosen` with `rejected` and `text`, keep one"),
+    ({"chosen": [ASK], "rejected": [TELL]}, "field `chosen` has no assistant's text, so nothing is learned"),
+    ({"prompt": "b", "chosen": [ASK, TELL], "rejected": [TELL]}, "`prompt` is text that no message of `chosen` has, give it"),
+    ({"prompt": "a", "completion": "b", "label": True}, "is an unpaired preference .*as KTO has them.*or rename `label`"),
     ({"text": "ab" + HALF}, "field 'text' has half a surrogate pair at character 3, which is not valid UTF-8"),
     ({"text": "a", "source": HALF}, "field 'source' has half a surrogate pair"),
     ({"text": "a", "tags": [HALF]}, "field 'tags' has half a surrogate pair"),
@@ -730,3 +743,30 @@ def test_render_names_the_row_it_cannot_render(template, error, reason):
     row = one({"id": "chat-7", "messages": [ASK, TELL, ASK, TELL]})
     with pytest.raises(error, match=f"^row `chat-7`.*{reason}"):
         render(row, Tokenizer(template))
+
+
+# Preferences
+
+
+def test_a_pair_has_two_sides_that_begin_after_what_they_share():
+    """TRL's forms: a prompt given or shared, up to a whole word; of messages a list before both, or one text of both."""
+    say = [TELL | {"content": answer} for answer in ("blue", "green")]
+    rows = [
+        {"prompt": "The sky is", "chosen": " blue.", "rejected": " black."},
+        {"chosen": "The sky is blue.", "rejected": "The sky is black."},
+        {"chosen": "a yes please", "rejected": "a yes"},
+        {"prompt": [ASK], "chosen": say[:1], "rejected": say[1:]},
+        {"chosen": [ASK, say[0]], "rejected": [ASK, say[1]]},
+        {"prompt": ASK["content"], "chosen": [ASK, say[0]], "rejected": [ASK, say[1]], "weight": 2, "score": 3},
+    ]
+    found = list(Corpus.open(rows))
+    answers = [[side.text[start:end] for side in row.pair for start, end in side.responses] for row in found]
+    assert answers == [[" blue.", " black."]] * 2 + [[" yes please", " yes"]] + [["blue", "green"]] * 3
+    for row in found:
+        assert [row.text[start:end] for start, end in row.responses] == answers[row.number]
+        assert row.text == row.pair[0].text + SEAM + row.pair[1].text
+    assert [row.form for row in found] == ["prompt", "text", "text", "messages", "messages", "messages"]
+    assert found[3].content_hash == found[4].content_hash != found[5].content_hash  # of another weight
+    assert (found[5].weight, found[5].meta) == (2.0, {"weight": 2, "score": 3}) and found[4].weight == 1
+    turned = next(iter(Corpus.open([{"chosen": "The sky is black.", "rejected": "The sky is blue."}])))
+    assert turned.content_hash != found[1].content_hash == next(iter(Corpus.open([rows[0]]))).content_hash

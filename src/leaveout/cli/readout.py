@@ -81,6 +81,14 @@ Long = Annotated[
         help="stored, or none: only short forms are kept, and the rows of a list are encoded anew by the model."
     ),
 ]
+Beta = Annotated[float, typer.Option(help="Of DPO, for preference rows (chosen and rejected).")]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="Model that preference rows are held against, by path or id, or base: the model without its adapters "
+        "(default: the model itself)."
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Revision of a model named by id.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a model ships.")]
 
@@ -97,6 +105,8 @@ def index(
     bytes_per_row: BytesPerRow = None,
     long: Long = None,
     units: Units = None,
+    beta: Beta = 0.1,
+    reference: Reference = None,
     skip_bad: SkipBad = False,
     workers: Workers = 1,
     backend: Backend = "processes",
@@ -130,6 +140,8 @@ def index(
         bytes_per_row=bytes_per_row,
         long=long,  # pyright: ignore[reportArgumentType]
         units=units,
+        beta=beta,
+        reference=reference,
         skip_bad=skip_bad,
         dtype=dtype,
         device=device,
@@ -155,6 +167,7 @@ def index(
 def append(
     idx: IndexPath,
     data: Annotated[Path, typer.Argument(help="Rows to add, in any form that `index` takes.")],
+    reference: Reference = None,
     skip_bad: SkipBad = False,
     workers: Workers = 1,
     backend: Backend = "processes",
@@ -171,7 +184,7 @@ def append(
     """
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     crew = {"workers": workers, "backend": backend, "progress": True}
-    report = opened.append(data, skip_bad=skip_bad, **crew)  # pyright: ignore[reportArgumentType]: checked there
+    report = opened.append(data, reference=reference, skip_bad=skip_bad, **crew)  # pyright: ignore[reportArgumentType]: checked there
     _print_report(opened, report, json_)
 
 

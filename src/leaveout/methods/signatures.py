@@ -17,14 +17,16 @@ import numpy as np
 
 from leaveout.corpus import Row
 from leaveout.corpus.chat import Template, chosen_template
-from leaveout.corpus.tokens import tokens_of
+from leaveout.corpus.tokens import pair_tokens
 from leaveout.deletion.run import TrainingRun
 from leaveout.methods.scorer import Method, Scorer, as_row
 from leaveout.models import load_tokenizer
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
+from leaveout.readout.preferences import Preferences
 from leaveout.readout.scan import Length
 from leaveout.readout.settings import SignatureSettings
+from leaveout.training.tasks import references_of
 
 
 def signature_scores(
@@ -46,12 +48,17 @@ def scores_of(
 def indexed(scorer: Scorer, readout: Readout, preset: str | SignatureSettings) -> Generator[Index]:
     """An index of the rows as the run was trained on them, for a while."""
     template = chosen_template(scorer.run.recipe.template, readout.tokenizer)
+    recipe, references = scorer.run.recipe, references_of(scorer.run.recipe)
+    beta = (recipe.loss or {}).get("beta", Preferences.beta)
     rows = [
-        replace(trained_part(row, readout.tokenizer, template, scorer.run.recipe.max_tokens), id=str(i), unit=str(i))
+        replace(
+            trained_part(row, readout.tokenizer, template, recipe.max_tokens),
+            id=str(i), unit=str(i), reference=references.get(row.content_hash),
+        )
         for i, row in enumerate(map(as_row, scorer.rows))
-    ]
+    ]  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
-        yield Index.build(readout, rows, Path(place) / "index", preset, template=template)
+        yield Index.build(readout, rows, Path(place) / "index", preset, template=template, beta=beta)
 
 
 def readout_of(scorer: Scorer, at: str) -> Readout:
@@ -64,8 +71,11 @@ def trained_part(row: Row, tokenizer: Any, template: Template, limit: int) -> Ro
 
     Its text stays whole: a text that ends within a word or a sign has other tokens.
     """
-    tokens = tokens_of(row, tokenizer, template, limit)
-    return replace(tokens.row, kept=limit) if tokens.cut else tokens.row
+    sides = pair_tokens(row, tokenizer, template, limit)
+    kept = limit if any(side.cut for side in sides) else None
+    if row.pair is not None:
+        return replace(row, pair=(sides[0].row, sides[1].row), kept=kept)
+    return replace(sides[0].row, kept=kept)
 
 
 def tokenizer_of(run: TrainingRun) -> Any:

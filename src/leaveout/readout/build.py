@@ -324,6 +324,8 @@ def record_of(row: Row, tokens: TokenisedRow) -> Record:
         extra["weight"] = row.weight
     if tokens.chosen is not None:
         extra["chosen"] = tokens.chosen
+    if row.reference is not None:
+        extra["reference"] = row.reference
     return Record(row.id, tokens.text, row.unit, row.meta, row.content_hash, extra, row_json(row))
 
 

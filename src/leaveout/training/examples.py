@@ -17,7 +17,7 @@ from torch import Tensor
 
 from leaveout.corpus import Corpus, Row
 from leaveout.corpus.chat import Template
-from leaveout.corpus.tokens import RowTokens, tokens_of
+from leaveout.corpus.tokens import RowTokens, pair_tokens
 from leaveout.errors import FormatError
 
 IGNORED = -100
@@ -61,25 +61,36 @@ class RowEncoder:
     limit: int
     context: int
 
-    def tokens(self, row: Any) -> RowTokens:
-        """The tokens of an example, cut at the limit, or of a query.
+    def sides(self, row: Any) -> list[RowTokens]:
+        """The tokens of an example, cut at the limit, or of a query; of a preference row those of both its answers.
 
         Raises: FormatError for one without a token to learn, or longer than the model's context.
         """
         limit, one = None if isinstance(row, Asked) else self.limit, as_row(row)
-        found = given_tokens(one, limit) or tokens_of(one, self.tokenizer, self.template, limit)
-        if (length := len(found.ids)) > self.context:
-            if limit is None:
-                raise too_long(found.row, f"{length} tokens", self.context)
+        if limit is None and one.pair is not None:
             raise FormatError(
-                f"Row {found.row.id} has {length} tokens within max_tokens = {limit}, but the model reads at most "
-                f"{self.context}: set max_tokens to {self.context} or less."
+                "A query is a preference row: ask what tells its answers apart, Contrast(chosen, rejected)."
             )
+        given = given_tokens(one, limit)
+        found = [given] if given else pair_tokens(one, self.tokenizer, self.template, limit)
+        for side in found:
+            if (length := len(side.ids)) > self.context:
+                if limit is None:
+                    raise too_long(side.row, f"{length} tokens", self.context)
+                raise FormatError(
+                    f"Row {side.row.id} has {length} tokens within max_tokens = {limit}, but the model reads at most "
+                    f"{self.context}: set max_tokens to {self.context} or less."
+                )
         return found
 
     def encode(self, rows: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """Ids and labels of examples and queries, labels only where a row is learned."""
-        return self._padded([self.tokens(row) for row in rows])
+        """Ids and labels of examples and queries [rows, tokens], labels only where a row is learned; of preference rows
+        those of the chosen and of the rejected answer, [rows, 2, tokens].
+        """
+        found = [self.sides(row) for row in rows]
+        ids, labels = self._padded([side for sides in found for side in sides])
+        shape = (len(rows), len(found[0])) if len(found[0]) > 1 else (len(rows),)
+        return ids.unflatten(0, shape), labels.unflatten(0, shape)
 
     def _padded(self, rows: Sequence[RowTokens]) -> tuple[Tensor, Tensor]:
         """Ids and labels, which are IGNORED where nothing is learned; padding stands at the end."""

@@ -111,6 +111,8 @@ class Recipe:
     accumulate  micro-batches of a step; they change nothing but rounding and memory, where neither `loss_per` names them
     loss_per "example", "token" (of the whole step), "micro-batch" (the mean of their means over tokens), or what the sum
              over tokens is divided by, a number for each step
+    loss     of a custom recipe a function; of causal-lm None, or that of preference rows: {"kind": "dpo", "beta": 0.1,
+             "reference": a model}, whose reference is the model that training starts from unless another is given
     label_smoothing   the part of a learned target that is spread over all classes; queries are asked without it
     dropout  the seed of the masks, by which every micro-batch has one; None: no dropout
     packed   causal-lm: whether the rows of a micro-batch stand in one sequence, each with its own positions; it changes
@@ -185,6 +187,7 @@ class Recipe:
             raise FormatError("A recipe needs at least one example.")
         if self.kind == "classifier":
             check_examples(self.examples)
+        _check_preferences(self)
         if not self.units:
             object.__setattr__(self, "units", tuple(_own_unit(e, i) for i, e in enumerate(self.examples)))
         if len(self.units) != len(self.examples):
@@ -262,8 +265,10 @@ class Recipe:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if self.kind == "causal-lm":
             values["model"] = _model_facts(self.model)
+            if self.loss is not None and self.loss.get("reference") is not None:
+                values["loss"] = {**self.loss, "reference": _model_facts(self.loss["reference"])}
         values["optimizer"] = asdict(self.optimizer)
-        values |= {name: _settled(values[name]) for name in ("model", "trained", "units")}
+        values |= {name: _settled(values[name]) for name in ("model", "loss", "trained", "units")}
         found = {name: digest_of(value, f"`{name}` of the recipe", self.version) for name, value in values.items()}
         return {**found, "rules": str(DIGEST)}
 
@@ -364,7 +369,7 @@ class Recipe:
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a YAML recipe. Relative paths in it are relative to its directory. See docs/explanation/jets.md for the fields."""
         path = Path(path)
-        known = {f.name for f in fields(cls)} - {"examples", "loss"} | {"data", "units", "n", "libraries"}
+        known = {f.name for f in fields(cls)} - {"examples"} | {"data", "units", "n", "libraries"}
         raw = read_fields(path, known, [f.name for f in fields(OptimizerSettings)])
         _refuse_other_libraries(path, raw.pop("libraries", {}))
         try:
@@ -397,6 +402,10 @@ class Recipe:
         raw["template"] = read_template(raw.get("template"), path.parent)
         if isinstance(raw.get("model"), str):
             raw["model"] = model_place(raw["model"], path.parent)
+        if isinstance(loss := raw.get("loss"), Mapping):
+            raw["loss"] = _with_numbers(loss)
+            if isinstance(loss.get("reference"), str):
+                raw["loss"]["reference"] = model_place(loss["reference"], path.parent)
         return cls(kind, tuple(Corpus.open(data, units=units)), **raw)
 
 
@@ -436,6 +445,37 @@ def _row_of(row: Any, name: str, tokenizer: Any) -> Any:
             "rows of tokens need their tokenizer: give a pair (model, tokenizer), or tokenizer beside a place"
         )
     return row_of_tokens(row, name, (row["input_ids"], row.get("labels", row["input_ids"])), tokenizer)
+
+
+OF_LOSS = ("kind", "beta", "reference")
+
+
+def _check_preferences(recipe: Recipe) -> None:
+    """Raises: ValueError for a loss that the kind of recipe does not have, FormatError for rows that it does not fit."""
+    if recipe.kind == "custom":
+        return
+    if (loss := recipe.loss) is not None:
+        if recipe.kind != "causal-lm":
+            raise ValueError(
+                f"only a causal-lm or a custom recipe has a loss, not a {recipe.kind} recipe: leave loss out"
+            )
+        if not isinstance(loss, Mapping) or loss.get("kind") != "dpo" or not set(loss) <= set(OF_LOSS):
+            raise ValueError(
+                f"loss must be {{kind: dpo, beta: 0.1, reference: a model}}, the latter two as needed, got {loss!r}"
+            )
+        _check_number("beta of loss", loss.get("beta", 0.1), (int, float), 0)
+        if recipe.loss_per != "example" or recipe.label_smoothing:
+            name = "label_smoothing" if recipe.label_smoothing else "loss_per"
+            raise ValueError(f"the loss of a preference row is one number, no mean over tokens: leave {name} out")
+    if recipe.packed and recipe.dropout is not None and any(r.pair or r.weight != 1 for r in recipe.examples):
+        raise ValueError("packed rows with dropout have no pairs and weights: leave packed or dropout out")
+    for row in recipe.examples:
+        if isinstance(row, Row) and (row.pair is not None) != (loss is not None):
+            if loss is None:
+                raise FormatError(
+                    f"Row {row.id!r} is a preference row: give a causal-lm recipe with loss: {{kind: dpo, beta: 0.1}}."
+                )
+            raise FormatError(f"Row {row.id!r} has one answer, and DPO compares two: give `chosen` and `rejected`.")
 
 
 def _check_fields(recipe: Recipe) -> None:
@@ -604,7 +644,7 @@ def _model_facts(model: Any) -> Any:
 
 NUMBERS: dict[str, type] = {
     **dict.fromkeys(("n", "dropout", *LEAST), int),
-    **dict.fromkeys(("clip_norm", "lr", "momentum", "eps", "weight_decay", "label_smoothing"), float),
+    **dict.fromkeys(("beta", "clip_norm", "lr", "momentum", "eps", "weight_decay", "label_smoothing"), float),
 }
 
 

@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from leaveout.corpus import Row
 from leaveout.corpus.chat import chosen_template
-from leaveout.errors import FormatError, UnsupportedError, needs
+from leaveout.errors import FormatError, MismatchError, UnsupportedError, needs
 from leaveout.models import (
     LanguageModel,
     ModelOptions,
@@ -28,6 +28,7 @@ from leaveout.models import (
     refuse_look_ahead,
     sent,
 )
+from leaveout.models.identity import hash_tokenizer
 from leaveout.training import microgpt
 from leaveout.training.examples import IGNORED, Asked, RowEncoder, as_row, asked, check_pair, too_long, unmarked
 from leaveout.training.recipe import Recipe
@@ -50,6 +51,8 @@ class Task:
              nothing is learned; None for a custom recipe
     cut      example -> how many of its tokens `encode` cuts off; None where it cuts nothing
     packed   (model, batch) -> as `outputs`, with the examples in one sequence, where training has them so
+    refer    gives what a reference model makes of the examples, while the model is at its start; None: there is none
+    weighted whether the batch of examples ends with their weights [examples], by which `loss` multiplies
     smoothing   the part of each target that is spread over all classes where the task learns, and not where it is asked
     separate whether an example's loss is meant not to depend on the others of its batch, and uses all parameters
     sizes    batch -> learned tokens of each example [examples], where the loss of a step is per token; else None
@@ -63,6 +66,8 @@ class Task:
     trained: tuple[str, ...]
     outputs: Outputs | None = None
     packed: Outputs | None = None
+    refer: Callable[[], dict[str, float]] | None = None
+    weighted: bool = False
     smoothing: float = 0.0
     separate: bool = False
     sizes: Callable[[Batch], Tensor] | None = None
@@ -80,7 +85,8 @@ class Task:
         outputs = self.packed or self.outputs
         if outputs is None or not (self.packed or self.smoothing):
             return self.loss(model, batch)
-        return token_losses(*outputs(model, batch), self.smoothing)
+        losses = token_losses(*outputs(model, batch), self.smoothing)
+        return losses * batch[-1] if self.weighted else losses
 
     @property
     def device(self) -> torch.device:
@@ -141,7 +147,21 @@ def task_of(recipe: Recipe, device: str | torch.device = "cpu") -> Task:
         if place.type != "cpu":
             task.model.to(place)
             _try_there(task, recipe)
+        if task.refer is not None and not hasattr(recipe, "_references"):
+            object.__setattr__(recipe, "_references", task.refer())
     return task
+
+
+def references_of(recipe: Recipe) -> dict[str, float]:
+    """What the reference model of a recipe makes of its preference rows, by their content: log p(chosen) - log p(rejected).
+
+    It is found once, when the first task of the recipe is made, and kept with the recipe; {} where there are no such rows.
+    """
+    if recipe.kind != "causal-lm" or recipe.loss is None:
+        return {}
+    if not hasattr(recipe, "_references"):
+        task_of(recipe)
+    return recipe._references  # type: ignore[attr-defined]
 
 
 def _try_there(task: Task, recipe: Recipe) -> None:
@@ -166,6 +186,8 @@ def _was_tried(recipe: Recipe) -> bool:
 def _made(recipe: Recipe) -> Task:
     torch.manual_seed(recipe.seed)
     task = _MAKERS[recipe.kind](recipe)
+    if any(isinstance(row, Row) and row.weight != 1 for row in recipe.examples):
+        task = _weighted(task, recipe.real_dtype)
     task.model.to(recipe.real_dtype).eval()
     task.smoothing = recipe.label_smoothing
     if not task.trained:
@@ -173,6 +195,24 @@ def _made(recipe: Recipe) -> Task:
     for name, p in task.model.named_parameters():
         p.requires_grad_(name in task.trained)
     return task
+
+
+def _weighted(task: Task, dtype: torch.dtype) -> Task:
+    """A task whose examples' losses are multiplied by the weights of their rows; queries are asked without."""
+
+    def encode(rows: Sequence[Any]) -> Batch:
+        batch = task.encode(rows)
+        if any(isinstance(row, Asked) for row in rows):
+            return batch
+        return *batch, torch.tensor([as_row(row).weight for row in rows], dtype=dtype)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        # Ids, labels, and of preference rows, whose ids have an axis more, the reference; the weights come after them.
+        if len(batch) == batch[0].dim():
+            return task.loss(model, batch)
+        return task.loss(model, batch[:-1]) * batch[-1]
+
+    return replace(task, encode=encode, loss=loss, weighted=True)
 
 
 def rows_are_separate(recipe: Recipe, task: Task) -> bool:
@@ -285,7 +325,7 @@ def _losses_of(outputs: Outputs) -> Callable[[nn.Module, Batch], Tensor]:
 
 
 def _causal_lm(recipe: Recipe) -> Task:
-    loaded = _language_model(recipe)
+    loaded = _language_model(recipe.model, recipe.dtype)
     model, tokenizer = loaded.lm, loaded.tokenizer
     trained = _parts_to_train(model, recipe.trained)
     if isinstance(trained, dict):
@@ -299,6 +339,10 @@ def _causal_lm(recipe: Recipe) -> Task:
         return m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
     def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        if batch[0].dim() == 3:
+            raise UnsupportedError(
+                "A preference row has no logits of its own, and this asks for them: ask for losses or their gradients."
+            )
         return logits(m, batch[0])[:, :-1], batch[1][:, 1:]
 
     def packed(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -309,14 +353,31 @@ def _causal_lm(recipe: Recipe) -> Task:
         places = (own.flatten().cumsum(0) - 1).view(ids.shape)  # of padding: some token's, whose label is ignored
         return found[places[:, :-1]], labels[:, 1:]
 
+    def margins(m: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+        predicted, targets = logits(m, ids.flatten(0, 1))[:, :-1], labels.flatten(0, 1)[:, 1:]
+        own = F.cross_entropy(predicted.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        chosen, rejected = own.view(targets.shape).sum(-1).view(-1, 2).unbind(1)
+        return rejected - chosen
+
+    def preferred(m: nn.Module, batch: Batch) -> Tensor:
+        # Queries of a run are rows with one answer.
+        if batch[0].dim() == 2:
+            return token_losses(*outputs(m, batch))
+        return -F.logsigmoid(recipe.loss.get("beta", 0.1) * (margins(m, *batch[:2]) - batch[2]))
+
     context = min(recipe.max_tokens, loaded.context)
     limit = length_limit(model)
 
     def encode(examples: Sequence[Any]) -> Batch:
         if limit is not None:
             _refuse_switch(rows, examples, limit)
-        ids, labels = rows.encode(examples)
-        return (ids, labels, torch.tensor([len(rows.tokens(row).ids) for row in examples])) if masks else (ids, labels)
+        batch = rows.encode(examples)
+        if masks:
+            return *batch, torch.tensor([len(side.ids) for row in examples for side in rows.sides(row)])
+        if batch[0].dim() == 2:
+            return batch
+        references = references_of(recipe)
+        return *batch, torch.tensor([references[row.content_hash] for row in examples], dtype=recipe.real_dtype)
 
     masks = recipe.packed and recipe.dropout is not None  # else a packed batch gives the same numbers
     refuse_hooks(model, lambda ids: [logits(model, ids)], torch.arange(min(8, context), device=loaded.device)[None])
@@ -328,9 +389,25 @@ def _causal_lm(recipe: Recipe) -> Task:
     names = _trained(model, trained)
     if limit is not None and context > limit:
         _refuse_switch(rows, recipe.examples, limit)
+
+    def refer() -> dict[str, float]:
+        held, device = model, next(model.parameters()).device
+        if (source := recipe.loss.get("reference")) is not None:
+            other = _language_model(source, recipe.dtype)
+            if hash_tokenizer(other.tokenizer) != hash_tokenizer(tokenizer):
+                raise MismatchError(
+                    "The reference has another tokenizer than the model: give the model that it was tuned from."
+                )
+            held = other.lm.to(device).eval()
+        batches = ((row, [t.to(device) for t in rows.encode([row])]) for row in recipe.examples)
+        with torch.no_grad():
+            return {row.content_hash: float(margins(held, *batch)) for row, batch in batches}
+
+    pairs = recipe.loss is not None
     return Task(
-        model, encode, _losses_of(outputs), names, outputs, separate=True, sizes=sizes, notes=loaded.notes,
-        cut=lambda row: rows.tokens(row).cut, packed=packed if masks else None,
+        model, encode, preferred if pairs else _losses_of(outputs), names, outputs, separate=True, sizes=sizes,
+        notes=loaded.notes, cut=lambda row: sum(side.cut for side in rows.sides(row)), refer=refer if pairs else None,
+        packed=packed if masks else None,
     )  # fmt: skip
 
 
@@ -338,7 +415,7 @@ def _refuse_switch(rows: RowEncoder, examples: Sequence[Any], limit: int) -> Non
     """Refuses rows on both sides of the length at which a model takes other positions: a batch would take those of the
     longest for all, so that a row's loss would depend on the others.
     """
-    lengths = [len(rows.tokens(row).ids) for row in examples]
+    lengths = [len(side.ids) for row in examples for side in rows.sides(row)]
     if min(lengths) <= limit < max(lengths):
         raise UnsupportedError(
             f"Rows have {min(lengths)} to {max(lengths)} tokens, and this model takes other positions for all rows of a batch "
@@ -347,11 +424,10 @@ def _refuse_switch(rows: RowEncoder, examples: Sequence[Any], limit: int) -> Non
         )
 
 
-def _language_model(recipe: Recipe) -> LanguageModel:
-    """The model that a recipe starts from, never the caller's own object: `model` is a place, a pair (module, tokenizer),
-    or a function that makes such a pair.
+def _language_model(source: Any, dtype: str) -> LanguageModel:
+    """The model that a recipe starts from, never the caller's own object: it is a place, a pair (module, tokenizer), or a
+    function that makes such a pair.
     """
-    source: Any = recipe.model
     if callable(source) or isinstance(source, tuple):
         source = pair_of(made_by(source))
     elif not isinstance(source, (str, Path)):
@@ -359,9 +435,9 @@ def _language_model(recipe: Recipe) -> LanguageModel:
             "A causal-lm recipe needs `model`: a directory, a .gguf file, an adapter or a name that transformers can load, "
             "or a pair (model, tokenizer)."
         )
-    loaded = load_model(source, options=ModelOptions(recipe.dtype))
+    loaded = load_model(source, options=ModelOptions(dtype))
     loaded.lm.set_attn_implementation("eager")  # type: ignore[operator]
-    if recipe.dtype == "float64" and getattr(loaded.lm.config, "_experts_implementation", None):
+    if dtype == "float64" and getattr(loaded.lm.config, "_experts_implementation", None):
         loaded.lm.set_experts_implementation("eager")  # type: ignore[operator]  # their grouped product has no float64
     _uncompile(loaded.lm)
     loaded.lm.config.use_cache = False  # type: ignore[union-attr]

@@ -34,8 +34,9 @@ PAIRS = [
 ]
 WEIGHTS = (1, 0.5, -2, 1, 3)
 PLAIN = [{"prompt": p["prompt"], "completion": p["chosen"], "unit": p["unit"]} for p in PAIRS]
-QUERY = Contrast({"prompt": "say ann: ", "response": "ann"}, {"prompt": "say ann: ", "response": "noo"})
-BETA, LR, EPOCHS = 0.7, 0.3, 2
+SIDES = {"prompt": "say ann: ", "response": "ann"}, {"prompt": "say ann: ", "response": "noo"}
+QUERY = Contrast(*SIDES)
+BETA, LR, EPOCHS = 0.7, 0.05, 2
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def by_hand(rows, model, weights, reference=None, weighted=False):
 
 def asked(lm, tokenizer):
     """The query: the mean loss of one answer less that of the other."""
-    a, b = (-log_p(lm, tokenizer, side["prompt"], side["response"]).mean() for side in QUERY.sides)
+    a, b = (-log_p(lm, tokenizer, side["prompt"], side["response"]).mean() for side in SIDES)
     return a - b
 
 
@@ -128,21 +129,21 @@ def test_every_way_of_training_is_that_loop(case, model, other, tmp_path):
     wanted = taylor_by_fit(without, 2)
     run = TrainingRun.train(recipe, tmp_path / "run")
     psi = torch.tensor([[1.0, 0, 0, 0]], dtype=torch.float64)
-    jets = train_jets(recipe, psi, JetSettings(2, torch.float64), [*QUERY.sides]).losses
+    jets = train_jets(recipe, psi, JetSettings(2, torch.float64), [*SIDES]).losses
     assert jets is not None
     slopes = torch.stack([jets.c[0] - jets.c[1], *(jets.h[:, 0, 0] - jets.h[:, 0, 1])])
     np.testing.assert_allclose(slopes, wanted, atol=1e-6)
-    first = metagradient(recipe, [*QUERY.sides]).effects
+    first = metagradient(recipe, [*SIDES]).effects
     np.testing.assert_allclose(first[0, 0] - first[1, 0], wanted[1], atol=1e-7)
-    run.measure(24, degree=2)
-    (found,) = run.predict([QUERY], [["a"]])
-    retrained = float(without(1.0)) - float(without(0.0))
-    assert abs(found.mean[0] - retrained) < 0.3 * abs(retrained) + 1e-3, (found, retrained)
+    run.measure(retrain=4, design="random")
+    found = run.predict([QUERY], ["a"])
+    retrained = float(without(1.0).detach() - without(0.0).detach())
+    assert abs(found.effect[0, 0] - retrained) < 0.3 * abs(retrained), (found, retrained)
 
 
 def test_scores_of_an_index_of_a_run_are_gradients_of_its_losses(model, tmp_path):
     """Factors by the run's own reference, here the start, at parameters that have moved away from it."""
-    recipe = recipe_of(PAIRS, model, epochs=6)
+    recipe = recipe_of(PAIRS, model, epochs=4, optimizer=OptimizerSettings("sgd", 0.03))
     scorer = Scorer(TrainingRun.train(recipe, tmp_path / "run"), [Query(QUERY)])
     head = SignatureSettings((Channel("rh"),), bytes_per_row=None, short_bytes=None, storage="float32")
     with indexed(scorer, readout_of(scorer, "final"), head) as index:
@@ -151,7 +152,7 @@ def test_scores_of_an_index_of_a_run_are_gradients_of_its_losses(model, tmp_path
     losses = example_losses(scorer.task, scorer.parameters("final"), recipe.examples)
     margins = -torch.log(torch.expm1(losses)) / BETA  # of softplus(-beta margin)
     factors = BETA * torch.sigmoid(-BETA * margins)
-    assert np.ptp(factors.numpy()) > 0.05
+    assert np.ptp(factors.numpy()) > 0.01  # 0.35 at the start
     tokenizer = AutoTokenizer.from_pretrained(model)
     for pair, factor, length in zip(PAIRS, factors, lengths, strict=True):
         texts = [pair["prompt"] + pair[side] for side in ("chosen", "rejected")]
@@ -183,9 +184,9 @@ def test_a_recipe_file_names_the_loss_and_hashes_its_reference(model, other, tmp
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(other).double(), AutoTokenizer.from_pretrained(other)
     for row, pair in zip(recipe.examples, PAIRS, strict=True):
         a, b = (log_p(lm, tokenizer, pair["prompt"], pair[side]).sum() for side in ("chosen", "rejected"))
-        assert abs(references_of(recipe)[row.content_hash] - float(a - b)) < 1e-10
+        assert abs(references_of(recipe)[row.content_hash] - float((a - b).detach())) < 1e-10
     assert [t.shape[:2] for t in task.encode(recipe.examples[:3])][:2] == [(3, 2), (3, 2)]
-    with pytest.raises(FormatError, match="'0' is a preference row: give a causal-lm recipe with loss"):
+    with pytest.raises(FormatError, match="' is a preference row: give a causal-lm recipe with loss"):
         read()
     with pytest.raises(
         FormatError, match=r"loss must be .kind: dpo, beta: 0\.1, reference: a model.*got .'kind': 'ipo'"
@@ -213,9 +214,9 @@ def test_what_does_not_fit_is_refused(model, tmp_path):
     with pytest.raises(UnsupportedError, match="A preference row has no logits of its own"):
         assert task.outputs is not None
         task.outputs(task.model, task.encode(pairs.examples[:1]))
-    with pytest.raises(FormatError, match=r"prefers nothing, as all tokens of both answers within 9 are the same"):
+    with pytest.raises(FormatError, match=r"prefers nothing, as all tokens of both answers within 10 are the same"):
         task_of(
-            recipe_of([{"prompt": "say ann: ", "chosen": "aa", "rejected": "ab", "unit": "a"}], model, max_tokens=9)
+            recipe_of([{"prompt": "say ann: ", "chosen": "aa", "rejected": "ab", "unit": "a"}], model, max_tokens=10)
         )
     place = tiny_gpt2(tmp_path / "reference")
     tokenizer = AutoTokenizer.from_pretrained(place)

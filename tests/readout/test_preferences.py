@@ -22,7 +22,7 @@ PAIRS = [
     {"chosen": TEXTS[3] + " Yes.", "rejected": TEXTS[3] + " No, never.", "weight": 0.25},
     {"prompt": [ASK, SAY, ASK], "chosen": [SAY], "rejected": [DENY]},
     {"chosen": [ASK, DENY], "rejected": [ASK, SAY], "weight": -2},
-    {"prompt": " ".join(TEXTS), "chosen": " ".join(TEXTS[::-1]), "rejected": " " + TEXTS[4]},
+    {"prompt": " ".join(TEXTS[:4]), "chosen": " ".join(TEXTS[5::-1]), "rejected": " " + TEXTS[4]},
 ]
 PLAIN = [
     {"text": TEXTS[7]},

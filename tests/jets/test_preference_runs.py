@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from leaveout import Contrast, FormatError, MismatchError, Recipe, TrainingRun, UnsupportedError
+from leaveout import Contrast, FormatError, MismatchError, Recipe, TrainingRun, UnsupportedError, attribute
 from leaveout.corpus import Corpus
 from leaveout.methods.gradients import example_losses
 from leaveout.methods.scorer import Scorer
@@ -224,6 +224,27 @@ def test_what_does_not_fit_is_refused(model, tmp_path):
     tokenizer.save_pretrained(place)
     with pytest.raises(MismatchError, match="The reference has another tokenizer than the model"):
         task_of(pairs.with_(loss={"kind": "dpo", "reference": str(place)}))
+
+
+@pytest.mark.parametrize("rows", [PAIRS, [row | {"weight": 2} for row in PLAIN]], ids=["pairs", "weighted"])
+def test_methods_that_know_losses_per_token_only_are_refused(rows, model, tmp_path):
+    run = TrainingRun.train(recipe_of(rows, model, steps=1, epochs=1), tmp_path / "run")
+    for name in ("influence", "ek-fac", "trak", "trackstar"):
+        with pytest.raises(UnsupportedError, match=r"has preference or weighted rows: leave it out|pip install"):
+            attribute(run, [QUERY], name)
+    for name in (
+        "gradient dot",
+        "default",
+        "embedding",
+        "bm25",
+        "rapidin",
+        "z0-inf",
+        "length",
+        "norm",
+        "untrained",
+        "tracin",
+    ):
+        assert np.isfinite(attribute(run, [QUERY], name).scores).all(), name
 
 
 def test_smoothed_targets_keep_the_weights(model):

@@ -169,13 +169,13 @@ def package() -> Any:
     return Names
 
 
-@method(package=package, kinds=NAMED_KINDS)
+@method(package=package, kinds=NAMED_KINDS, plain=True)
 def ek_fac(scorer: Scorer, at: str) -> np.ndarray:
     """With all trained linear layers."""
     return EkFac(scorer.task, scorer.parameters(at), seed=scorer.seed).score(scorer.query_rows, scorer.rows)
 
 
-@method(package=package, kinds=NAMED_KINDS)
+@method(package=package, kinds=NAMED_KINDS, plain=True)
 def ek_fac_blocks(scorer: Scorer, at: str) -> np.ndarray:
     """With the layers below the head, which is as wide as the vocabulary."""
     below = (f"{getattr(scorer.task.model, 'base_model_prefix', '')}.*",)

@@ -75,7 +75,7 @@ def run_of(recipe: Recipe, model: WholeModel, task: Task, sample: Sequence[Any],
     return Run(rates, adam_metric(moments, about.eps or 1e-8))
 
 
-@method(kinds=NAMED_KINDS)
+@method(kinds=NAMED_KINDS, plain=True)
 def influence(scorer: Scorer, at: str) -> np.ndarray:
     """Scores of all rows along the refined directions of all queries."""
     task, rows = scorer.task, list(scorer.rows)

@@ -35,6 +35,7 @@ class Method:
     kinds      of recipes that it takes; none: all
     text       whether it reads the rows, which must have text
     any_query  whether it takes queries that are not the loss of a row
+    plain      whether it takes only rows that count by the mean loss of their tokens: no preference and no weighted rows
     """
 
     score: Score
@@ -42,6 +43,7 @@ class Method:
     kinds: tuple[str, ...] = ()
     text: bool = False
     any_query: bool = False
+    plain: bool = False
 
     def __call__(self, scorer: Scorer, at: str) -> np.ndarray:
         """Scores with the parameters of a checkpoint: start, third or final."""
@@ -57,6 +59,11 @@ class Method:
             self.package()
         if self.kinds and kind not in self.kinds:
             raise UnsupportedError(f"{name} takes no {kind} recipe, only {' or '.join(self.kinds)}: leave it out.")
+        if self.plain and any(isinstance(row, Row) and (row.pair or row.weight != 1) for row in scorer.rows):
+            raise UnsupportedError(
+                f"{name} takes rows that count by the mean loss of their tokens, and this recipe has preference or weighted "
+                "rows: leave it out."
+            )
         if not self.any_query:
             rows = scorer.query_rows
             if self.text:
@@ -69,9 +76,10 @@ def method(
     kinds: Sequence[str] = (),
     text: bool = False,
     any_query: bool = False,
+    plain: bool = False,
 ) -> Callable[[Score], Method]:
     """Makes a `Method` of a function `(scorer, at) -> scores`; see there for what it may say of itself."""
-    return lambda score: Method(score, package, tuple(kinds), text, any_query)
+    return lambda score: Method(score, package, tuple(kinds), text, any_query, plain)
 
 
 @dataclass

@@ -141,7 +141,7 @@ def package() -> Any:
     return SimpleNamespace(**vars(config), Trackstar=Trackstar, load_scores=load_scores, LayerAdapter=LayerAdapter)
 
 
-@method(package=package, kinds=("causal-lm",))
+@method(package=package, kinds=("causal-lm",), plain=True)
 def trackstar(scorer: Scorer, at: str) -> np.ndarray:
     """At the parameters of a checkpoint."""
     return TrackStar(scorer.task, scorer.parameters(at)).score(scorer.query_rows, scorer.rows)

@@ -121,7 +121,7 @@ def package() -> Any:
     return SimpleNamespace(Attributor=algorithm.TRAKAttributor, Task=task.AttributionTask)
 
 
-@method(package=package, kinds=NAMED_KINDS)
+@method(package=package, kinds=NAMED_KINDS, plain=True)
 def trak(scorer: Scorer, at: str) -> np.ndarray:
     """At the parameters of a checkpoint."""
     return Trak(scorer.task, scorer.parameters(at), seed=scorer.seed).score(scorer.query_rows, scorer.rows)

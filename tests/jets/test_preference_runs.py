@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_refused(model, tmp_path):
 
 @pytest.mark.parametrize("rows", [PAIRS, [row | {"weight": 2} for row in PLAIN]], ids=["pairs", "weighted"])
 def test_methods_that_know_losses_per_token_only_are_refused(rows, model, tmp_path):
-    run = TrainingRun.train(recipe_of(rows, model, steps=1, epochs=1), tmp_path / "run")
+    run = TrainingRun.train(recipe_of(rows, model, epochs=1), tmp_path / "run")
     for name in ("influence", "ek-fac", "trak", "trackstar"):
         with pytest.raises(UnsupportedError, match=r"has preference or weighted rows: leave it out|pip install"):
             attribute(run, [QUERY], name)

@@ -95,6 +95,7 @@ STEPS = {
     "refined": Step("refined", "--work {work}", place="banks"),
     "coherent sets": Step("coherent_sets", "--work {work}", place="banks"),
     "learned rows": Step("learned_rows", "--work {work}", place="banks"),
+    "preferences": Step("preferences", "--work {work}", place="preferences"),
     "controls": Step("controls", "--work {work}"),
     "codes, recall": Step("codes", "--part recall"),
     "retrieval": Step("retrieval"),

@@ -63,7 +63,24 @@ def controls(result: dict[str, Any]) -> str:
     return table(head, lines)
 
 
+def preferences(result: dict[str, Any]) -> str:
+    """LDS on preference rows, and what leaving out ten rows does to the preference asked about."""
+    head = [
+        f"{result['rows']} pairs, {result['queries']} queries, {result['halves']} halves", "LDS", "`default` minus it",
+        "margin falls without its ten, nats", "more than without random ten", "turned",
+    ]  # fmt: skip
+    lines = []
+    for name, found in result["removed"].items():
+        own, less = result["lds"].get(name), result["default_minus"].get(name)
+        lines.append([
+            name, "" if own is None else within(own), "" if less is None else within(less), within(found["fall"]),
+            "" if name == "ten random rows" else f"{found['narrowed_more_than_random']:.0%}", f"{found['turned']:.0%}",
+        ])  # fmt: skip
+    return table(head, lines)
+
+
 TABLES_OF_LEARNED = {
+    "preferences": (PAGE, "preferences.json", preferences),
     "lengths": (PAGE, "readout_lengths.json", lengths),
     "controls": (PAGE, "controls.json", controls),
     "learned_rows": (PAGE, "learned_rows.json", learned),

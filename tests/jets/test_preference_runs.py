@@ -135,7 +135,7 @@ def test_every_way_of_training_is_that_loop(case, model, other, tmp_path):
     np.testing.assert_allclose(slopes, wanted, atol=1e-6)
     first = metagradient(recipe, [*SIDES]).effects
     np.testing.assert_allclose(first[0, 0] - first[1, 0], wanted[1], atol=1e-7)
-    run.measure(retrain=4, design="random")
+    run.measure(retrain=3, design="random")
     found = run.predict([QUERY], ["a"])
     retrained = float(without(1.0).detach() - without(0.0).detach())
     assert abs(found.effect[0, 0] - retrained) < 0.3 * abs(retrained), (found, retrained)

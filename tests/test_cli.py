@@ -74,6 +74,26 @@ def idx(made, tmp_path):
     return shutil.copytree(made, tmp_path / "idx")
 
 
+def test_every_command_that_takes_rows_takes_tables_and_columns(run, model, tmp_path):
+    pairs = [(TEXTS[at], " " + TEXTS[at + 1]) for at in (0, 2, 4)]
+    for name, sign in (("rows.csv", ";"), ("more.tsv", "\t")):
+        lines = [("Frage", "Antwort"), *pairs[: 2 if name == "rows.csv" else 3]]
+        (tmp_path / name).write_text("".join(f'"{one}"{sign}"{other}"\n' for one, other in lines))
+    idx, columns = tmp_path / "idx", ("--columns", "prompt=Frage, response=Antwort")
+    code, _, err = run("index", model, tmp_path / "rows.csv", "--out", idx)
+    assert code == 1 and "rows.csv, line 2: has only the fields `Frage`, `Antwort`" in err
+    assert "--columns prompt=Frage,response=Antwort" in err
+    assert run("index", model, tmp_path / "rows.csv", *columns, "--limit", 1, "--out", idx)[0] == 0
+    code, out, _ = run("append", idx, tmp_path / "more.tsv", *columns, "--json")
+    assert code == 0 and (json.loads(out)["added"], json.loads(out)["repeated"]) == (2, 1)
+    code, out, _ = run("search", idx, "--queries", tmp_path / "rows.csv", *columns, "-k", 1, "--json")
+    assert code == 0 and [json.loads(line)["hits"][0]["text"] for line in out.splitlines()] == list(map("".join, pairs[:2]))
+    wanted = ("--wanted", tmp_path / "rows.csv", *columns, "--out", tmp_path / "best.jsonl")
+    assert run("select", idx, "-n", 2, *wanted)[0] == 0
+    code, _, err = run("search", idx, "--queries", tmp_path / "rows.csv", "--columns", "prompt")
+    assert code == 2 and "--columns must be our name=its name, with commas, got 'prompt'" in " ".join(err.split())
+
+
 def test_index_run_again_reopens_the_finished_index(run, idx, model, rows):
     code, out, _ = run("index", model, rows, "--out", idx, "--json")
     assert code == 0

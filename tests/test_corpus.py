@@ -400,7 +400,10 @@ BAD_ROWS = [
     ({"text": True}, "field `text` must be text, not true or false"),
     ({"text": ["a"]}, "field `text` must be text, not a list"),
     ({"text": {"en": "a"}}, "field `text` must be text, not an object"),
-    ({"prompt": [ASK], "completion": [TELL]}, "field `prompt` must be text, not a list"),
+    ({"prompt": [ASK], "completion": 3}, "field `prompt` must be text, not a list"),
+    ({"prompt": [ASK, TELL], "completion": [ASK]}, "field `completion` has no assistant's text, so nothing is learned"),
+    ({"conversations": [{"from": "narrator", "value": "a"}]}, "`from` of message 1 is 'narrator', write one of human"),
+    ({"question": "a", "answer": {"value": "b"}}, "field `answer` must be text, not an object"),
     ({"prompt": "a", "completion": None}, "field `completion` must be text, not null"),
     ({"instruction": "a", "input": 3, "output": "b"}, "field `input` must be text, not a number"),
     ({"text": "ab", "prompt_text": 3}, "field `prompt_text` must be text, not a number"),
@@ -551,7 +554,7 @@ def test_parquet_row_that_is_not_utf8_is_one_bad_row(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("a.csv", b"", r"is not of a known kind, give \.jsonl, \.ndjson or \.json \(also \.gz\), \.parquet, or a"),
+        ("a.xlsx", b"", r"is not of a known kind, give a file of \.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.txt, \.md, "),
         ("a.parquet.gz", b"", "is not of a known kind"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}', r"is not valid JSON .*; if it has one row a line, name it \.jsonl"),
         ("a.json", b'{"text": "a"}', "is an object, not a list of rows; if it has one row a line, name it"),
@@ -562,7 +565,7 @@ def test_parquet_row_that_is_not_utf8_is_one_bad_row(tmp_path):
         ("a.parquet", b"PAR1 no more", r"is cut off or damaged \(.*\), copy or write it again"),
     ],
     ids=[
-        "csv",
+        "xlsx",
         "parquet gz",
         "lines in json",
         "object in json",
@@ -591,22 +594,16 @@ def test_damage_inside_a_parquet_file_is_found(tmp_path):
 
 
 def test_path_without_rows_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no\.jsonl does not exist, give a file or directory of rows"):
+    with pytest.raises(FileNotFoundError, match=r"no\.jsonl does not exist, give a file or directory of rows, or a dataset of"):
         Corpus.open(tmp_path / "no.jsonl")
-    with pytest.raises(FormatError, match=r" is not of a known kind, give .* a directory of \.parquet files"):
+    with pytest.raises(FormatError, match=r" is not of a known kind, give .* a directory of them or from"):
         Corpus.open(tmp_path)
-    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "a"}])}).save_to_disk(tmp_path / "both")
-    with pytest.raises(FormatError, match=r"^both holds several splits of a dataset, give the directory of one"):
-        Corpus.open(tmp_path / "both")
-    assert len(Corpus.open(tmp_path / "both" / "train")) == 1
 
 
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (datasets.DatasetDict({"train": datasets.Dataset.from_list([])}), "pick one of its splits: `train`"),
-        (datasets.Dataset.from_list([{"text": "a"}]).to_iterable_dataset(), "save it as JSONL and open that file"),
-        ({"text": "a"}, "^an object is not a corpus, give a path, a datasets.Dataset, or a list of dicts or of texts"),
+        ({"text": "a"}, "^an object is not a corpus, give a path, a dataset, or a list of dicts or of texts"),
         (iter(["a"]), "^a list_iterator is not a corpus"),
         (b"a", "^bytes is not a corpus"),
         (None, "^null is not a corpus"),

@@ -15,10 +15,11 @@ import pytest
 import typer.main
 
 from command import run_command
-from leaveout import Recipe
+from leaveout import Corpus, Recipe
 from leaveout.cli import app
 from leaveout.deletion.directions import DESIGNS
 from leaveout.deletion.estimators import ESTIMATORS
+from leaveout.errors import FormatError
 from leaveout.training.train import train_plain
 from readout.tiny import make_model, make_tokenizer
 
@@ -52,6 +53,18 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     exec(find, {"model": make_model("llama").float(), "tokenizer": make_tokenizer()})
     assert capsys.readouterr().out.startswith("a ")
+
+
+def test_rows_are_read_as_the_page_says(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "how-to" / "rows.md").read_text(encoding="utf-8")
+    shown, code = re.findall(r"<!-- tested by .*?-->\n```\w*\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("questions.csv").write_text("Frage;Antwort;Jahr\nWer?;Ada;1843\n")
+    with pytest.raises(FormatError) as refused:
+        list(Corpus.open("questions.csv"))
+    assert shown.splitlines()[1] == f"leaveout: {refused.value}"
+    exec(code, {})
+    assert capsys.readouterr().out == "1843 Wer?Ada\n"
 
 
 def test_tutorial_runs(tmp_path, monkeypatch, capsys):

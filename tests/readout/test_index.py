@@ -255,6 +255,30 @@ def test_killed_build_resumes_to_the_same_index(call, preset, build, tmp_path, m
     assert resumed.check() == []
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_killed_build_of_a_stream_goes_on_by_position_and_content(changed, lm, build, tokenizer, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows, calls, real = [dict(row) for row in CORPUS], itertools.count(1), Store._transaction
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+    def transaction(store):
+        if next(calls) == 5:
+            raise Killed
+        return real(store)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Store, "_transaction", transaction)
+        built(lm, stream, tmp_path / "index", "default", tokenizer, **MANY_COMMITS)
+    if changed:
+        rows[2]["text"] = "another row"
+        with pytest.raises(MismatchError, match="Row 3 of IterableDataset is not the row 'row 2' that this unfinished"):
+            built(lm, stream, tmp_path / "index", "default", tokenizer, **MANY_COMMITS)
+        return
+    resumed = built(lm, stream, tmp_path / "index", "default", tokenizer, **MANY_COMMITS)
+    assert 0 < resumed.last_report.added < len(CORPUS)
+    assert contents(resumed.path) == contents(build("default", **MANY_COMMITS).path)
+
+
 SCRIPT = """
 import os, signal, sys
 from leaveout.readout.index import Index

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from leaveout.cli.program import (
+    Columns,
     Device,
     DeviceMap,
     Form,
@@ -20,6 +21,7 @@ from leaveout.cli.program import (
     QueryText,
     Where,
     app,
+    open_rows,
     print_facts,
     query_rows,
     require_outputs,
@@ -60,7 +62,7 @@ ControlAnswer = Annotated[
     list[str] | None, typer.Option(help="The other answer of --controls, of the same form; again for each --query.")
 ]
 BehaviourFile = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--behaviour", help="One query of many texts: rows with a sign, 1 or -1, or with a weight."),
 ]
 ProbeFile = Annotated[
@@ -96,7 +98,8 @@ def search(
     prompt: Prompt = None,
     against: Against = None,
     form: Form = None,
-    queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
+    queries: Annotated[str | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
+    columns: Columns = None,
     behaviour: BehaviourFile = None,
     probe: ProbeFile = None,
     block: Block = None,
@@ -149,7 +152,7 @@ def search(
     plan = planned(opened, k, refuse(opened, k, where, options), options)
     if plan.shortlist is not None or plan.anew:
         print(f"leaveout: {plan}", file=sys.stderr)
-    rows = list(query_rows(query, prompt, queries, form, opened, against, behaviour))
+    rows = list(query_rows(query, prompt, queries, form, opened, against, behaviour, columns))
     if probe is not None:
         rows = [_probed(row, probe, block) for row in rows]
     elif block is not None:
@@ -281,10 +284,11 @@ def explain(
 @app.command()
 def select(
     idx: IndexPath,
-    wanted: Annotated[Path, typer.Option(help="Rows that the model should become good at.")],
+    wanted: Annotated[str, typer.Option(help="Rows that the model should become good at, in any form.")],
     out: Annotated[Path, typer.Option("--out", help="JSONL file for the selected rows, best first.")],
     n: Annotated[int, typer.Option("-n", min=1, help="Number of rows to select.")] = 1000,
-    unwanted: Annotated[Path | None, typer.Option(help="Rows that it should not become good at.")] = None,
+    unwanted: Annotated[str | None, typer.Option(help="Rows that it should not become good at.")] = None,
+    columns: Columns = None,
     combine: Annotated[str, typer.Option(help="mean of the wanted rows, or rrf: fusion of their rankings.")] = "mean",
     where: Where = None,
     length: Length = "product",
@@ -301,16 +305,16 @@ def select(
 
     Example: leaveout select idx --wanted good.jsonl -n 500 --out train.jsonl
     """
-    from leaveout.corpus import Corpus
-
     require_outputs(out)
     opened = open_index(idx, model, device, offload, max_memory, device_map)
-    avoided = None if unwanted is None else list(Corpus.open(unwanted))
+    avoided = None if unwanted is None else list(open_rows(unwanted, columns))
     if opened.long is None:
         print(f"leaveout: {opened.plan_search(where=where, exact=True)}", file=sys.stderr)
     how: Any = combine  # checked there
     counted: Any = length  # there, too
-    hits = opened.select(list(Corpus.open(wanted)), n, avoided, how, where, length=counted, prompt_weight=prompt_weight)
+    hits = opened.select(
+        list(open_rows(wanted, columns)), n, avoided, how, where, length=counted, prompt_weight=prompt_weight
+    )
     name = score_field([hit.row for hit in hits])
     with out.open("w", encoding="utf-8") as file:
         for hit in hits:

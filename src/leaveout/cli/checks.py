@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from leaveout.cli.program import (
+    Columns,
     Device,
     Dtype,
     Json,
@@ -16,6 +17,7 @@ from leaveout.cli.program import (
     app,
     is_run,
     one_thread,
+    open_rows,
     open_run,
     print_facts,
     to_line,
@@ -63,8 +65,9 @@ def doctor(
         typer.Argument(help="Path or id of a causal language model, a .gguf file, an index, or a recipe (.yaml)."),
     ],
     rows: Annotated[
-        Path | None, typer.Option(help="Rows in any form that `index` takes: has the model learned them already?")
+        str | None, typer.Option(help="Rows in any form that `index` takes: has the model learned them already?")
     ] = None,
+    columns: Columns = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     growth: Annotated[
@@ -89,7 +92,8 @@ def doctor(
         raise typer.BadParameter("--growth and --degree go with a recipe (.yaml)")
     from leaveout.readout.doctor import doctor as diagnosed
 
-    _print_checks(diagnosed(model, rows=rows, dtype=dtype, device=device), json_)
+    given = None if rows is None else open_rows(rows, columns)
+    _print_checks(diagnosed(model, rows=given, dtype=dtype, device=device), json_)
 
 
 @app.command()

@@ -12,6 +12,7 @@ import typer
 
 from leaveout.cli.program import (
     Backend,
+    Columns,
     Device,
     Form,
     Json,
@@ -97,6 +98,7 @@ def measure(
     prompt: Prompt = None,
     form: Form = None,
     queries: QueryFile = None,
+    columns: Columns = None,
     workers: Workers = 1,
     backend: Backend = "processes",
     memory: Memory = None,
@@ -132,7 +134,7 @@ def measure(
         directions, degree, retrain=retrain, design=design, gradient=gradient, settings=settings,
         without=read_sets(opened, without, without_where, sets) if named else None,
         heldout=None if heldout is None else _heldout(heldout),
-        queries=None if query is None and queries is None else read_queries(opened, query, prompt, queries, form),
+        queries=None if query is None and queries is None else read_queries(opened, query, prompt, queries, form, columns),
     )  # fmt: skip
     facts = {"run": str(run), "added": len(opened.bank) - before, **opened.bank.info()}
     notes = list(dict.fromkeys([*facts.pop("notes", []), *opened.said]))
@@ -145,7 +147,7 @@ def measure(
 def plan(
     run: RunPath,
     budget: Annotated[str, typer.Option(help="Wall time, such as 600s, 10min or 2h.")],
-    query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None,
+    query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None, columns: Columns = None,
     without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     examples: Annotated[
         bool, typer.Option("--examples", help="The sets stand for others like them: retraining just these is no help.")
@@ -171,7 +173,7 @@ def plan(
     allowed = Budget(seconds, *limits, workers, examples=examples, jets=jets)
     opened = open_run(run, device)
     removed = read_sets(opened, without, without_where, sets)
-    found = opened.plan(read_queries(opened, query, prompt, queries, form), removed, allowed)
+    found = opened.plan(read_queries(opened, query, prompt, queries, form, columns), removed, allowed)
     asked = _options(query=query, prompt=prompt, form=form, queries=queries)
     named = _options(without=without, without_where=without_where, sets=sets)
     crew = _options(workers=workers if workers > 1 else None, device=None if device == "cpu" else device)
@@ -192,7 +194,7 @@ def plan(
 @app.command()
 def predict(
     run: RunPath,
-    query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None,
+    query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None, columns: Columns = None,
     without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     estimator: Estimator = "posterior",
     degree: Degree = None,
@@ -209,7 +211,8 @@ def predict(
     chosen = _estimator(estimator, degree)
     _require_outputs(html, curve)
     opened = open_run(run, device)
-    asked, removed = read_queries(opened, query, prompt, queries, form), read_sets(opened, without, without_where, sets)
+    asked = read_queries(opened, query, prompt, queries, form, columns)
+    removed = read_sets(opened, without, without_where, sets)
     found = opened.predict(asked, removed, chosen)
     if curve is not None:
         from leaveout.deletion.predict import draw_curves
@@ -221,7 +224,7 @@ def predict(
 @app.command()
 def verify(
     run: RunPath,
-    query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None,
+    query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None, columns: Columns = None,
     without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     estimator: Estimator = "posterior",
     degree: Degree = None,
@@ -242,7 +245,8 @@ def verify(
     _require_outputs(html)
     settings = _settings(workers, backend, memory)
     opened = open_run(run, device)
-    asked, removed = read_queries(opened, query, prompt, queries, form), read_sets(opened, without, without_where, sets)
+    asked = read_queries(opened, query, prompt, queries, form, columns)
+    removed = read_sets(opened, without, without_where, sets)
     found = opened.verify(asked, removed, chosen, settings)
     _print_prediction(found, html, json_)
     if json_:

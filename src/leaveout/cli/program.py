@@ -18,6 +18,7 @@ import leaveout.quantities as quantities
 from leaveout.errors import FormatError, LeaveoutError
 
 if TYPE_CHECKING:
+    from leaveout.corpus import Corpus
     from leaveout.deletion.run import TrainingRun
     from leaveout.deletion.sets import DeletionSets
 
@@ -67,9 +68,22 @@ Form = Annotated[
         "asked, and a text without --prompt. In the last two, white space around both is dropped."
     ),
 ]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        help="Which field of the rows is what, where they are in no known form: prompt=question,response=answer."
+    ),
+]
+Split = Annotated[str | None, typer.Option(help="Split of a dataset, or a part of it: train, 'train[:1000]'.")]
+Subset = Annotated[str | None, typer.Option(help="Subset (configuration) of a dataset of the Hub.")]
+DataRevision = Annotated[str | None, typer.Option(help="Revision of a dataset of the Hub.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="Only the first rows; a dataset of the Hub is then streamed, not downloaded.")
+]
+TextRows = Annotated[str, typer.Option(help="What a row of a text file is: paragraph, line or file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a training run.")]
 QueryFile = Annotated[
-    Path | None, typer.Option("--queries", help="Queries: rows in any form, with a field `measure`; or .npz with x, y.")
+    str | None, typer.Option("--queries", help="Queries: rows in any form, with a field `measure`; or .npz with x, y.")
 ]
 Without = Annotated[
     list[str] | None, typer.Option("--without", help="Ids of units or examples, with commas; again for another set.")
@@ -196,14 +210,26 @@ def one_thread(device: str = "cpu") -> None:
         torch.set_num_threads(1)
 
 
+def open_rows(place: str | Path, columns: str | None = None, **reading: Any) -> Corpus:
+    """The rows at a place, as --columns and the other options of `Corpus.open` say."""
+    from leaveout.corpus import Corpus
+
+    pairs = [] if columns is None else [pair.partition("=") for pair in columns.split(",")]
+    if wrong := next((name for name, _, theirs in pairs if not name.strip() or not theirs.strip()), None):
+        raise typer.BadParameter(f"--columns must be our name=its name, with commas, got {wrong!r} of {columns!r}")
+    named = {name.strip(): theirs.strip() for name, _, theirs in pairs}
+    return Corpus.open(place, columns=named, **reading)
+
+
 def query_rows(
     query: list[str] | None,
     prompt: str | None,
-    file: Path | None,
+    file: str | None,
     form: str | None,
     asked: Asked,
     against: list[str] | None = None,
-    behaviour: Path | None = None,
+    behaviour: str | None = None,
+    columns: str | None = None,
 ) -> Iterator[Any]:
     """Rows of --query (with --prompt) or of --queries, or the --behaviour; exactly one of them must be given. `against`:
     contrasts.
@@ -213,15 +239,16 @@ def query_rows(
     if sum(one is not None for one in (query, file, behaviour)) != 1:
         raise typer.BadParameter("give either --query or --queries" + ("" if behaviour is None else ", or --behaviour"))
     if query is None:
-        from leaveout.corpus import Behaviour, Corpus
+        from leaveout.corpus import Behaviour
 
         given = {"--prompt": prompt, "--form": form, "--against": against or None}
         if name := next((name for name, value in given.items() if value is not None), None):
             raise typer.BadParameter(f"{name} goes with --query; rows of --queries have their own prompts and forms")
-        yield from (
-            Corpus.open(file) if behaviour is None else [Behaviour.of_rows(Corpus.open(behaviour), name=behaviour.stem)]
-        )
+        rows = open_rows(file or behaviour or "", columns)
+        yield from (rows if behaviour is None else [Behaviour.of_rows(rows, name=Path(behaviour).stem)])
         return
+    if columns is not None:
+        raise typer.BadParameter("--columns goes with rows of a file")
     from leaveout.corpus.rows import CALLED, asked_row, commonest
 
     if form is None and prompt is not None:
@@ -254,18 +281,23 @@ def open_run(path: Path, device: str = "cpu") -> TrainingRun:
 
 
 def read_queries(
-    run: TrainingRun, query: list[str] | None, prompt: str | None, file: Path | None, form: str | None
+    run: TrainingRun,
+    query: list[str] | None,
+    prompt: str | None,
+    file: str | None,
+    form: str | None,
+    columns: str | None = None,
 ) -> list[Any]:
     """Queries of --query (with --prompt) or --queries; exactly one of the two must be given."""
     from leaveout.training.queries import Query, as_queries
 
     if file is not None and query is None and prompt is None and form is None:
-        if file.suffix != ".npz":
-            return as_queries(file)
+        if not file.endswith(".npz"):
+            return as_queries(open_rows(file, columns))
         from leaveout.training.examples import read_arrays
 
-        return [Query(row, source=f"{file}, example {i}") for i, row in enumerate(read_arrays(file)[0])]
-    rows = query_rows(query, prompt, file, form, run.recipe)
+        return [Query(row, source=f"{file}, example {i}") for i, row in enumerate(read_arrays(Path(file))[0])]
+    rows = query_rows(query, prompt, file, form, run.recipe, columns=columns)
     return [Query(row, name=f"{prompt or ''}{text}") for row, text in zip(rows, query or [], strict=True)]
 
 

@@ -11,17 +11,24 @@ import typer
 
 from leaveout.cli.program import (
     Backend,
+    Columns,
+    DataRevision,
     Device,
     DeviceMap,
     Dtype,
     Json,
+    Limit,
     MaxMemory,
     Offload,
+    Split,
+    Subset,
+    TextRows,
     Where,
     Workers,
     app,
     is_run,
     one_thread,
+    open_rows,
     print_facts,
 )
 from leaveout.errors import FormatError
@@ -38,7 +45,13 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Count and list bad ro
 ModelPlace = Annotated[
     str, typer.Argument(help="Path or id of a causal language model or a peft adapter, or a .gguf file.")
 ]
-Rows = Annotated[Path, typer.Argument(help="JSONL, Parquet, or a directory that `datasets` saved.")]
+Rows = Annotated[
+    str,
+    typer.Argument(
+        help="JSONL, JSON, CSV, TSV, text or Parquet, a directory of them or from `save_to_disk`, or a dataset of the Hub "
+        "(docs/how-to/rows.md)."
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", help="Directory of the new index.")]
 Preset = Annotated[str, typer.Option(help="default, residual, similarity, paper or paper-responses.")]
 Targets = Annotated[
@@ -107,6 +120,12 @@ def index(
     units: Units = None,
     beta: Beta = 0.1,
     reference: Reference = None,
+    columns: Columns = None,
+    split: Split = None,
+    subset: Subset = None,
+    data_revision: DataRevision = None,
+    limit: Limit = None,
+    text_rows: TextRows = "paragraph",
     skip_bad: SkipBad = False,
     workers: Workers = 1,
     backend: Backend = "processes",
@@ -129,9 +148,18 @@ def index(
 
     part = _shard(shard)
     one_thread(device)
+    rows = open_rows(
+        data,
+        columns,
+        split=split,
+        subset=subset,
+        revision=data_revision,
+        limit=limit,
+        text_rows=text_rows,
+    )
     built = Index.build(
         model,
-        data,
+        rows,
         out,
         preset,
         targets=targets,  # pyright: ignore[reportArgumentType]: checked there, as `backend`
@@ -166,8 +194,14 @@ def index(
 @app.command()
 def append(
     idx: IndexPath,
-    data: Annotated[Path, typer.Argument(help="Rows to add, in any form that `index` takes.")],
+    data: Annotated[str, typer.Argument(help="Rows to add, in any form that `index` takes.")],
     reference: Reference = None,
+    columns: Columns = None,
+    split: Split = None,
+    subset: Subset = None,
+    data_revision: DataRevision = None,
+    limit: Limit = None,
+    text_rows: TextRows = "paragraph",
     skip_bad: SkipBad = False,
     workers: Workers = 1,
     backend: Backend = "processes",
@@ -184,7 +218,16 @@ def append(
     """
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     crew = {"workers": workers, "backend": backend, "progress": True}
-    report = opened.append(data, reference=reference, skip_bad=skip_bad, **crew)  # pyright: ignore[reportArgumentType]: checked there
+    rows = open_rows(
+        data,
+        columns,
+        split=split,
+        subset=subset,
+        revision=data_revision,
+        limit=limit,
+        text_rows=text_rows,
+    )
+    report = opened.append(rows, skip_bad=skip_bad, **crew)  # pyright: ignore[reportArgumentType]: checked there
     _print_report(opened, report, json_)
 
 

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from leaveout.corpus.rows import BadRow, Row, Spans
+from leaveout.corpus.rows import BadRow, Row, Spans, fields_of
 from leaveout.errors import FormatError, MismatchError
 
 PLAIN = "none"
@@ -114,8 +114,9 @@ def conversation(row: Row) -> tuple[Mapping[str, Any], ...] | None:
     """The messages that a template is given: those of a chat, or an instruction and its output; None for other rows."""
     if row.form != "instruction":
         return row.messages
-    asked = "\n\n".join(part for part in (row.raw["instruction"], row.raw.get("input")) if part)
-    return {"role": "user", "content": asked}, {"role": "assistant", "content": row.raw["output"]}
+    given, _ = fields_of(row.raw)
+    asked = "\n\n".join(part for part in (given["instruction"], given.get("input")) if part)
+    return {"role": "user", "content": asked}, {"role": "assistant", "content": given["output"]}
 
 
 def render(row: Row, tokenizer: Any, template: Template | None = None) -> Row:
@@ -135,6 +136,7 @@ def render(row: Row, tokenizer: Any, template: Template | None = None) -> Row:
         messages = chat.taken(messages)
         text = chat.text(messages)
         responses = chat.generated(messages, text) or _turns(chat, messages, text) or _replaced(chat, messages, text)
+        responses = _after_prompt(responses, messages, row.context)
     except BadRow as bad:
         raise FormatError(f"row `{row.id}`: {bad}, change it or give a prompt and completion") from bad
     return replace(row, text=text, responses=responses, rendered=True)
@@ -206,6 +208,19 @@ def _is_parts(message: Mapping[str, Any]) -> bool:
     return isinstance(content, list | tuple) and all(
         isinstance(part, Mapping) and part.get("type") == "text" for part in content
     )
+
+
+def _after_prompt(spans: Spans, messages: Messages, context: int) -> Spans:
+    """The spans of the turns after the first messages, which are the prompt."""
+    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not any(number < context for number in spoken):
+        return spans
+    if len(spans) != len(spoken):
+        raise BadRow(
+            f"its {len(spoken)} assistant messages are {len(spans)} parts of what the chat template writes, so that "
+            "those of the prompt cannot be told from the others"
+        )
+    return tuple(span for number, span in zip(spoken, spans, strict=True) if number >= context)
 
 
 def _turns(chat: _Chat, messages: Messages, text: str) -> Spans:

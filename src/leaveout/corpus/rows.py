@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, time
@@ -30,9 +31,33 @@ _FORMS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("instruction", "output"): ("input",),
     ("messages",): ("tools",),
 }
+_QUESTIONS, _ANSWERS = ("question", "query", "problem"), ("answer", "response", "solution")
+# What others call the fields of ours, for rows that have no form of ours: our name -> theirs.
+_ALIASES: tuple[dict[str, str], ...] = (
+    *({"messages": name} for name in ("conversations", "conversation")),
+    *({"instruction": asked, "output": told} for asked, told in product(("instruction", *_QUESTIONS), _ANSWERS)),
+)
+# Names that rows in no known form may have, the likeliest first, for a proposal of `--columns`.
+_LIKELY = {
+    "prompt": (*_QUESTIONS, "instruction", "input", "user", "source", "title", "context"),
+    "response": (*_ANSWERS, "output", "completion", "target", "reply", "assistant", "chosen", "summary", "text"),
+    "messages": ("dialogue", "dialog", "chat", "turns", "history"),
+    "text": ("content", "body", "document", "article", "passage", "story", "code", "sentence"),
+}
+# Who speaks in the messages of ShareGPT, as messages call it elsewhere.
+_SPEAKERS = (
+    dict.fromkeys(("human", "user"), "user")
+    | dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bing", "bard", "function_call"), "assistant")
+    | dict.fromkeys(("tool", "observation", "function_response"), "tool")
+    | {"system": "system"}
+)
 _ACCEPTED = "`text`, `prompt` and `completion`, `instruction` and `output`, `messages`, or `chosen` and `rejected`"
 SEAM = "\n\n### Rejected:\n"
 """Between the chosen and the rejected side of a preference row, where it is shown as one text."""
+TEXTS = frozenset({"id", *(name for form, more in _FORMS.items() for name in (*form, *more))}).union(
+    *(names.values() for names in _ALIASES), ("context", "chosen", "rejected")
+)
+"""Fields that are never numbers, also where a file cannot tell."""
 FORMS = ("text", "prompt", "instruction", "messages")
 CALLED = {
     "text": "a text",
@@ -65,6 +90,7 @@ class Row:
         None  # preference rows only: the chosen answer and the rejected one, each with its prompt
     )
     reference: float | None = None  # of a preference row: log p(chosen) - log p(rejected) by a reference model, nats
+    context: int = 0  # of a chat: its first messages, which are a prompt, so that nothing of them is learned
 
 
 class BadRow(Exception):
@@ -86,22 +112,30 @@ def read_row(raw: Any, number: int, units: str | None) -> Row:
         _utf8(name, name)
     weight = _weight(raw)
     if raw.keys() >= {"chosen", "rejected"}:
-        return _preference(raw, number, units, weight)
+        asked = next((name for name in _QUESTIONS if name in raw and "prompt" not in raw), "prompt")
+        given = {"prompt" if name == asked else name: value for name, value in raw.items()}
+        return replace(_preference(given, number, units, weight), raw=dict(raw))
     _refuse_unpaired(raw)
-    fields = _form(raw)
+    given, context = fields_of(raw)
+    fields = _form(given)
     form = next(form for form in FORMS if fields[0].startswith(form))
-    used = {"id", *fields, *_FORMS[fields]}
+    names = _alias_of(raw)
+    used = {"id", *(names.get(name, name) for name in (*fields, *_FORMS[fields]))} | (raw.keys() - given.keys())
     messages = tools = None
     if form == "messages":
-        messages, tools = read_messages(raw["messages"]), _tools(raw.get("tools"))
-        text, responses = plain_chat(messages, tools)
-        content = _chat_content(messages, tools)
+        messages, tools = read_messages(given["messages"]), _tools(given.get("tools"))
+        if not _speaks(messages[context:]):
+            raise BadRow("field `completion` has no assistant's text, so nothing is learned: add some or drop the row")
+        text, responses = plain_chat(messages, tools, context)
+        content = _chat_content(messages, tools) + (f"\n{context} before" if _speaks(messages[:context]) else "")
     else:
-        text, seam = _text_and_seam(raw, fields)
+        text, seam = _text_and_seam(given, fields)
         responses = ((seam, len(text)),)
-        own = {name: raw[name] for name in ("instruction", "input", "output") if raw.get(name)}
+        own = {name: given[name] for name in ("instruction", "input", "output") if given.get(name)}
         content = "instruction\n" + _compact(form, own) if form == "instruction" else f"{seam}\n{text}"
-    row = Row("", text, responses, messages, "", {}, "", number, form=form, tools=tools, weight=weight)
+    row = Row(
+        "", text, responses, messages, "", {}, "", number, form=form, tools=tools, weight=weight, context=context
+    )  # fmt: skip
     return _named(row, content, raw, used, units)
 
 
@@ -109,12 +143,12 @@ def _named(row: Row, content: str, raw: Mapping[str, Any], used: Collection[str]
     """A row with its hash, id, unit and metadata; `used`: the fields that are none."""
     content += "" if row.weight == 1 else f"\nweight {row.weight!r}"
     content_hash = xxhash.xxh3_128_hexdigest(content.encode())
-    given = _label("id", raw["id"], (str, int)) if "id" in raw else content_hash[:16]
+    id = _label("id", raw["id"], (str, int)) if "id" in raw else content_hash[:16]
     if units is not None and units not in raw:
         raise BadRow(f"field `{units}` is missing, but the units are named by it")
-    unit = given if units is None else _label(units, raw[units], (str, int, float, bool))
+    unit = id if units is None else _label(units, raw[units], (str, int, float, bool))
     meta = {name: _scalar(name, value) for name, value in raw.items() if name not in used}
-    return replace(row, id=given, unit=unit, meta=meta, content_hash=content_hash, raw=dict(raw))
+    return replace(row, id=id, unit=unit, meta=meta, content_hash=content_hash, raw=dict(raw))
 
 
 def _weight(raw: Mapping[str, Any]) -> float:
@@ -202,6 +236,77 @@ def _refuse_unpaired(raw: Mapping[str, Any]) -> None:
         raise BadRow(f"has `{one.pop()}` without `{other}`, a preference row needs both: add it or drop the row")
 
 
+def renamed(raw: Any, columns: Mapping[str, str]) -> Any:
+    """A row whose fields have our names. Raises: BadRow where it lacks one of them, or has ours already."""
+    if not isinstance(raw, Mapping):
+        return raw
+    theirs = set(columns.values())
+    if missing := [name for name in columns if columns[name] not in raw]:
+        ours = missing[0]
+        raise BadRow(
+            f"has no field `{columns[ours]}`, which the columns call `{ours}`, only {names_of(raw)}: "
+            "write our name=its name, such as prompt=question"
+        )
+    rest = {name: value for name, value in raw.items() if name not in theirs}
+    if clash := [name for name in columns if name in rest]:
+        raise BadRow(
+            f"has a field `{clash[0]}` itself, which the columns also make of `{columns[clash[0]]}`: give that another "
+            f"name, too, such as old_{clash[0]}={clash[0]}"
+        )
+    return {ours: raw[name] for ours, name in columns.items()} | rest
+
+
+def fields_of(raw: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
+    """A row's fields under our names, and how many of its messages are a prompt, as TRL has one.
+
+    A row that has a form of ours keeps its fields as they are.
+    """
+    if _complete(raw):
+        return raw, 0
+    names = _alias_of(raw)
+    given = {name: value for name, value in raw.items() if name not in names.values()}
+    given |= {ours: raw[theirs] for ours, theirs in names.items()}
+    if isinstance(given.get("messages"), str):
+        given["messages"] = _listed(given["messages"])
+    name = "completion" if "completion" in given else "response"
+    prompt, answer = _listed(given.get("prompt")), _listed(given.get(name))
+    if not isinstance(prompt, list | tuple) or not isinstance(answer, list | tuple | str):
+        return given, 0
+    answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    given = {key: value for key, value in given.items() if key not in ("prompt", name)}
+    return given | {"messages": [*prompt, *answer]}, len(prompt)
+
+
+def in_own_names(reason: str, raw: Any) -> str:
+    """Why a row is bad, with its fields as it calls them."""
+    names = _alias_of(raw) if isinstance(raw, Mapping) else {}
+    return re.sub(r"field `(\w+)`", lambda found: f"field `{names.get(found[1], found[1])}`", reason)
+
+
+def _alias_of(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Our names of the fields of a row that has them under others."""
+    if any(raw.keys() >= {*form} for form in _FORMS):
+        return {}
+    names = next((names for names in _ALIASES if raw.keys() >= {*names.values()}), {})
+    return names | ({"input": "context"} if "output" in names and "context" in raw and "input" not in raw else {})
+
+
+def _listed(value: Any) -> Any:
+    """A list that came as JSON text, as CSV and Parquet may have it; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _complete(raw: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The forms whose fields are all there and of the right type."""
+    typed = {name for name, value in raw.items() if isinstance(value, list | tuple if name == "messages" else str)}
+    return [form for form in _FORMS if typed.issuperset(form)]
+
+
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many items both begin with."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
@@ -270,9 +375,13 @@ def with_answer(row: Row, answer: str) -> dict[str, Any]:
     if row.messages is not None:
         at = _last_turn(row.messages)
         messages = [*row.messages[:at], {**row.messages[at], "content": answer}]
-        return {"messages": messages} | ({} if row.tools is None else {"tools": list(row.tools)})
+        given = {"prompt": messages[: row.context], "completion": messages[row.context :]}
+        return (given if row.context else {"messages": messages}) | (
+            {} if row.tools is None else {"tools": list(row.tools)}
+        )
     if row.form == "instruction":
-        return {name: row.raw[name] for name in ("instruction", "input") if row.raw.get(name)} | {"output": answer}
+        given, _ = fields_of(row.raw)
+        return {name: given[name] for name in ("instruction", "input") if given.get(name)} | {"output": answer}
     before = row.text[: row.responses[-1][0]]
     return {"prompt": before, "response": answer} if row.form == "prompt" else asked_row(answer, before or None, "text")
 
@@ -283,8 +392,7 @@ def _last_turn(messages: Sequence[Mapping[str, Any]]) -> int:
 
 def _form(raw: Mapping[str, Any]) -> tuple[str, ...]:
     """The one form whose fields are all there and of the right type."""
-    typed = {name for name, value in raw.items() if isinstance(value, list | tuple if name == "messages" else str)}
-    complete = [form for form in _FORMS if typed.issuperset(form)]
+    complete = _complete(raw)
     if len(complete) == 1:
         return complete[0]
     if complete:
@@ -292,10 +400,40 @@ def _form(raw: Mapping[str, Any]) -> tuple[str, ...]:
         raise BadRow(f"has two forms at once, {one} and {other}, keep one of them")
     for form in _FORMS:
         if raw.keys() >= set(form):
-            name = next(name for name in form if name not in typed)
+            kinds = {name: list | tuple if name == "messages" else str for name in form}
+            name = next(name for name in form if not isinstance(raw[name], kinds[name]))
             wanted = "a list of messages" if name == "messages" else "text"
             raise BadRow(f"field `{name}` must be {wanted}, not {kind_of(raw[name])}")
-    raise BadRow(f"has {f'only the fields {names_of(raw)}' if raw else 'no fields'}, but a row needs {_ACCEPTED}")
+    raise BadRow(
+        f"has {f'only the fields {names_of(raw)}' if raw else 'no fields'}, but a row needs {_ACCEPTED}{_proposal(raw)}"
+    )
+
+
+def _proposal(raw: Mapping[str, Any]) -> str:
+    """Which of a row's fields may be meant, by their names and kinds, as the option that would say so."""
+    texts = [name for name, value in raw.items() if isinstance(value, str) and name != "id"]
+    lists = [name for name, value in raw.items() if isinstance(value, list | tuple) and value and _is_turn(value[0])]
+
+    def likely(ours: str, among: Sequence[str]) -> str | None:
+        folded = {name.strip().lower(): name for name in among}
+        return next((folded[name] for name in (ours, *_LIKELY[ours]) if name in folded), None)
+
+    prompt = likely("prompt", texts)
+    response = likely("response", [name for name in texts if name != prompt])
+    text = likely("text", texts) or max(texts, key=lambda name: len(raw[name]), default=None)
+    if lists:
+        named = f"messages={likely('messages', lists) or lists[0]}"
+    elif prompt is None and response is None and len(texts) == 2:
+        named = f"prompt={texts[0]},response={texts[1]}"
+    elif prompt is not None and response is not None:
+        named = f"prompt={prompt},response={response}"
+    else:
+        named = "" if text is None else f"text={text}"
+    return named and f": say which field is what, such as --columns {named}"
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "from" in value)
 
 
 def _quoted(form: Sequence[str]) -> str:
@@ -338,15 +476,30 @@ def read_messages(value: Sequence[Any], field: str = "messages") -> tuple[dict[s
 
     Templates compare `content` with none where a turn only calls tools.
     """
+    value = [_spoken(message, number) for number, message in enumerate(value, 1)]
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping):
             raise BadRow(f"field `{field}` must hold objects, but message {number} is {kind_of(message)}")
         if not isinstance(message.get("role"), str):
             raise BadRow(f"`role` of message {number} must be text, not {kind_of(message.get('role'))}")
         _check_content(message, number)
-    if not any(message["role"] == "assistant" and said(message).strip() for message in value):
+    if not _speaks(value):
         raise BadRow(f"field `{field}` has no assistant's text, so nothing is learned: add some or drop the row")
     return tuple({"role": message["role"], "content": None} | _without_nulls(message) for message in value)
+
+
+def _speaks(messages: Iterable[Mapping[str, Any]]) -> bool:
+    return any(message["role"] == "assistant" and said(message).strip() for message in messages)
+
+
+def _spoken(message: Any, number: int) -> Any:
+    """A message of ShareGPT (`from`, `value`) with a role and content; others as they are."""
+    if not isinstance(message, Mapping) or "role" in message or not message.keys() >= {"from", "value"}:
+        return message
+    if (role := _SPEAKERS.get(message["from"]) if isinstance(message["from"], str) else None) is None:
+        raise BadRow(f"`from` of message {number} is {message['from']!r}, write one of {', '.join(_SPEAKERS)}")
+    rest = {name: value for name, value in message.items() if name not in ("from", "value")}
+    return {"role": role, "content": message["value"]} | rest
 
 
 def _check_content(message: Mapping[str, Any], number: int) -> None:
@@ -376,17 +529,20 @@ def said(message: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *calls])
 
 
-def plain_chat(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> tuple[str, Spans]:
-    """A chat without a template: `### Role:` above each turn, tools first; and the spans of the assistant's turns."""
+def plain_chat(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, context: int = 0
+) -> tuple[str, Spans]:
+    """A chat without a template: `### Role:` above each turn, tools first; and the spans of the assistant's turns after
+    the first messages, which are `context`."""
     pieces, spans, length = [], [], 0
     if tools:
         listed = "\n".join(_compact("tools", tool) for tool in tools)
         pieces.append(f"### Tools:\n{listed}")
         length = len(pieces[0]) + 2
-    for message in messages:
+    for number, message in enumerate(messages):
         header, body = f"### {message['role'].capitalize()}:\n", said(message)
         _utf8("messages", body)
-        if message["role"] == "assistant" and body:
+        if message["role"] == "assistant" and body and number >= context:
             spans.append((length + len(header), length + len(header) + len(body)))
         pieces.append(header + body)
         length += len(header) + len(body) + 2

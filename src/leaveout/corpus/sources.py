@@ -1,32 +1,68 @@
-"""Where rows come from: JSONL, JSON, Parquet, Hugging Face datasets, Python lists; each streamed as raw values."""
+"""Where rows come from: files, directories of them, Hugging Face datasets and Python lists; each streamed as raw values."""
 
 # Values of rows come from outside: isinstance narrows Any to containers of unknown values.
 # pyright: reportUnknownVariableType=false, reportUnknownMemberType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import json
 import os
 import random
+import re
 import sys
-import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from leaveout.corpus.rows import BadRow, Row, kind_of, names_of, read_row
-from leaveout.errors import FormatError, needs
+from leaveout.corpus.readers import (
+    KINDS,
+    TEXT_ROWS,
+    Read,
+    TextRows,
+    counted,
+    dataset_rows,
+    kind_of_file,
+    numbered,
+    reader_of,
+    without_padding,
+)
+from leaveout.corpus.rows import BadRow, Row, in_own_names, kind_of, names_of, read_row, renamed
+from leaveout.errors import FormatError, choices, needs, require_whole
 
-_FILES = ".jsonl, .ndjson or .json (also .gz), .parquet, or a directory of .parquet files or from `save_to_disk`"
+_FILES = f"a file of {', '.join(KINDS)} (all but Parquet also .gz), a directory of them or from `save_to_disk`"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LISTED = 100  # bad rows whose messages are kept
-_CHATS = ("messages", "tools", "prompt", "chosen", "rejected")  # fields that hold messages, or may
-_BATCH = 256  # Arrow rows that become Python objects at a time
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read.
+
+    columns    our name of a field -> its own, such as {"prompt": "question", "response": "answer"}
+    split      of a dataset that has several, such as train or train[:1000]
+    subset, revision   of a dataset of the Hub
+    limit      the first so many rows, bad ones included; a dataset of the Hub is then streamed, unless a part of a split is named
+    text_rows  what a row is in plain text: a paragraph, a line, or a whole file
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    limit: int | None = None
+    text_rows: TextRows = "paragraph"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.columns, Mapping) or not all(
+            isinstance(name, str) for pair in self.columns.items() for name in pair
+        ):
+            raise TypeError(f"columns is {self.columns!r}: give our name -> its own, such as {{'prompt': 'question'}}.")
+        if self.limit is not None:
+            require_whole("limit", self.limit, 1)
+        if self.text_rows not in TEXT_ROWS:
+            raise ValueError(f"text_rows is {self.text_rows!r}: {choices(self.text_rows, TEXT_ROWS)}")
 
 
 @dataclass(frozen=True)
@@ -34,177 +70,160 @@ class Source:
     """Where rows come from; `read` gives the place of each row and its raw value, or why it has none (a BadRow)."""
 
     name: str
-    read: Callable[[], Iterable[tuple[str, Any]]]
+    read: Callable[[], Read]
     count: Callable[[], int]
+    notes: tuple[str, ...] = ()  # what was not read, for people
 
 
-def source_of(source: Any) -> Source:
-    if isinstance(source, str | os.PathLike):
-        return _path_source(Path(source))
+def source_of(given: Any, reading: Reading) -> Source:
+    """Raises: as `Corpus.open`."""
+    source = _place_source(given, reading) if isinstance(given, str | os.PathLike) else _object_source(given, reading)
+    if reading.limit is not None:
+        source = replace(
+            source, read=(first := partial(_first, source.read, reading.limit)), count=partial(counted, first)
+        )
+    if reading.columns:
+        source = replace(source, read=partial(_renamed, source.read, reading.columns))
+    return source
+
+
+def _object_source(given: Any, reading: Reading) -> Source:
     datasets = sys.modules.get("datasets")  # whoever has a Dataset has imported it
-    if datasets and isinstance(source, datasets.Dataset):
-        return _dataset_source(f"dataset of {len(source)} rows", source)
-    if datasets and isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise TypeError(f"a {type(source).__name__} is several corpora, pick one of its splits: {names_of(source)}")
-    if datasets and isinstance(source, datasets.IterableDataset):
-        raise TypeError("an IterableDataset has no length, save it as JSONL and open that file")
-    if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray | memoryview):
-        name = f"{type(source).__name__} of {len(source)} rows"
-        return Source(name, partial(_numbered, name, source), partial(len, source))
-    raise TypeError(
-        f"{kind_of(source)} is not a corpus, give a path, a datasets.Dataset, or a list of dicts or of texts"
-    )
+    if datasets and isinstance(given, datasets.DatasetDict | datasets.IterableDatasetDict):
+        return _dataset_source(f"a {type(given).__name__}", given, reading)
+    _refuse(reading, "split", "subset", "revision")
+    if datasets and isinstance(given, datasets.Dataset):
+        return _dataset_source(f"dataset of {len(given)} rows", given, reading)
+    if datasets and isinstance(given, datasets.IterableDataset):
+        return _dataset_source("IterableDataset", given, reading)
+    if isinstance(given, Sequence) and not isinstance(given, bytes | bytearray | memoryview):
+        name = f"{type(given).__name__} of {len(given)} rows"
+        return Source(name, partial(numbered, name, given), partial(len, given))
+    raise TypeError(f"{kind_of(given)} is not a corpus, give a path, a dataset, or a list of dicts or of texts")
 
 
-def _dataset_source(name: str, dataset: Any) -> Source:
-    batches = partial(dataset.with_format("arrow").iter, batch_size=_BATCH)
-    return Source(name, partial(_arrow_rows, {name: batches}), partial(len, dataset))
+def _refuse(reading: Reading, *names: str) -> None:
+    """Raises: ValueError for an option of other sources."""
+    for name in names:
+        if (value := getattr(reading, name)) is not None:
+            kinds = "a dataset that has splits" if name == "split" else "a dataset of the Hub"
+            raise ValueError(f"{name} is {value!r}, but only {kinds} has a {name}: leave it out")
 
 
-def _path_source(path: Path) -> Source:
+def _place_source(given: str | os.PathLike[str], reading: Reading) -> Source:
+    path = Path(given)
     name = path.name or str(path.resolve())
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist, give a file or directory of rows")
-    if (path / "dataset_dict.json").is_file():
-        raise FormatError(f"{name} holds several splits of a dataset, give the directory of one of them")
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return _dataset_source(name, needs("datasets", "A saved dataset", extra="data").load_from_disk(str(path)))
-    kind = path.name.lower()
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path] if kind.endswith(".parquet") else []
-    if files:
-        needs("pyarrow.parquet", "Parquet", extra="data")
-        parts = {path.name: partial(_parquet, path) for path in files}
-        return Source(name, partial(_arrow_rows, parts), partial(_parquet_count, files))
-    kind = kind.removesuffix(".gz")
-    if path.is_file() and kind.endswith((".jsonl", ".ndjson")):
-        return Source(name, partial(_jsonl, path), partial(_count, _lines, path))
-    if path.is_file() and kind.endswith(".json"):
-        return Source(name, partial(_json, path), partial(_count, _json, path))
-    raise FormatError(f"{name} is not of a known kind, give {_FILES}")
-
-
-@contextmanager
-def _opened(path: Path) -> Generator[Any]:
-    """The file, unpacked or as Parquet; damage is a FormatError at whatever moment it shows."""
-    opener: Any = partial(open, mode="rb")
-    damage: tuple[type[Exception], ...] = ()
-    if path.suffix.lower() == ".gz":
-        opener, damage = gzip.open, (EOFError, zlib.error, gzip.BadGzipFile)
-    if path.suffix.lower() == ".parquet":
-        # with its defaults pyarrow holds a whole row group: 123 MB instead of 3 MB for a group of 120 MB, and slower
-        opener = partial(
-            needs("pyarrow.parquet", "Parquet", extra="data").ParquetFile, pre_buffer=False, buffer_size=2**16
+        if is_hub_id(str(given)):
+            return _hub_source(str(given), reading)
+        raise FileNotFoundError(
+            f"{path} does not exist, give a file or directory of rows, or a dataset of the Hub as owner/name"
         )
-        damage = (needs("pyarrow", "Parquet", extra="data").ArrowException, OSError)
-    try:
-        with opener(path) as file:
-            yield file
-    except damage as error:
-        if isinstance(error, OSError) and error.errno:  # the system's own errors say enough
-            raise
-        raise FormatError(f"{path.name} is cut off or damaged ({error}), copy or write it again") from error
+    _refuse(reading, "subset", "revision")
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _dataset_source(
+            name, needs("datasets", "A saved dataset", extra="data").load_from_disk(str(path)), reading
+        )
+    _refuse(reading, "split")
+    if path.is_dir():
+        return _directory_source(path, name, reading)
+    if (found := reader_of(path, name, reading.columns.values(), reading.text_rows)) is None:
+        raise FormatError(f"{name} is not of a known kind, give {_FILES}")
+    return Source(name, *found)
 
 
-def _count(read: Callable[[Path], Iterable[Any]], path: Path) -> int:
-    return sum(1 for _ in read(path))
+def is_hub_id(text: str) -> bool:
+    """Whether a text that is no path names a dataset of the Hub."""
+    path = Path(text)
+    return bool(_HUB_ID.fullmatch(text)) and kind_of_file(path) is None and not path.parent.exists()
 
 
-def _numbered(name: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+def _directory_source(path: Path, name: str, reading: Reading) -> Source:
+    """The files of rows in a directory and below it, by their names; hidden files, and those about the others, are none."""
+    below = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    shown = [file for file in below if not any(part.startswith((".", "_", "README")) for part in file.parts)]
+    found = {
+        file: reader_of(path / file, file.as_posix(), reading.columns.values(), reading.text_rows) for file in shown
+    }
+    readers = [reader for reader in found.values() if reader is not None]
+    if not readers:
+        raise FormatError(f"{name} is not of a known kind, give {_FILES}")
+    others = [file.as_posix() for file, reader in found.items() if reader is None]
+    note = f"{name} also has files that were not read, as none of that name holds rows: {names_of(others)}."
+    reads, counts = zip(*readers, strict=True)
+    return Source(name, partial(_chained, reads), partial(_summed, counts), (note,) if others else ())
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers from 1."""
-    with _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if line.strip():
-                yield number, line.rstrip()
+def _chained(reads: Sequence[Callable[[], Read]]) -> Read:
+    return chain.from_iterable(read() for read in reads)
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(path):
+def _summed(counts: Sequence[Callable[[], int]]) -> int:
+    return sum(count() for count in counts)
+
+
+def _first(read: Callable[[], Read], limit: int) -> Read:
+    return islice(read(), limit)
+
+
+def _renamed(read: Callable[[], Read], columns: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    for place, raw in read():
         try:
-            raw = _loads(line)
-            if isinstance(raw, str):
-                raw = BadRow('is text, not an object with fields, write {"text": ...}')
+            yield place, renamed(raw, columns)
         except BadRow as bad:
-            raw = bad
-        yield f"{path.name}, line {number}", raw
+            yield place, bad
 
 
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    with _opened(path) as file:
-        data = file.read()
+# ---------------------------------------------------------------- datasets
+
+
+def _hub_source(id: str, reading: Reading) -> Source:
+    datasets = needs("datasets", "A dataset of the Hub", extra="data")
+    streaming = reading.limit is not None and "[" not in (reading.split or "")
+    split = None if streaming else reading.split
     try:
-        rows = _loads(data.removeprefix(codecs.BOM_UTF8))
-        if not isinstance(rows, list):
-            raise BadRow(f"is {kind_of(rows)}, not a list of rows")
-    except BadRow as bad:
-        raise FormatError(f"{path.name} {bad}; if it has one row a line, name it .jsonl") from None
-    return _numbered(path.name, rows)
+        found = datasets.load_dataset(id, reading.subset, split=split, revision=reading.revision, streaming=streaming)
+    except Exception as error:  # of the network, of the Hub, and of whatever reads the files there
+        raise FormatError(
+            f"{id} is no path here, and cannot be loaded from the Hub ({' '.join(str(error).split())}): check its name, "
+            "subset, split, revision and the connection."
+        ) from error
+    return _dataset_source(id, found, reading if split is None else replace(reading, split=None))
 
 
-def _loads(data: bytes) -> Any:
+def _dataset_source(name: str, found: Any, reading: Reading) -> Source:
+    """The rows of a dataset, or of one split of several."""
+    dataset = _one_split(name, found, reading.split) if isinstance(found, Mapping) else found
+    if hasattr(dataset, "__len__"):
+        return Source(name, partial(dataset_rows, name, dataset), partial(len, dataset))
+    read = partial(_streamed, name, dataset.with_format(None))
+    return Source(name, read, partial(counted, read))
+
+
+def _streamed(name: str, dataset: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return numbered(name, map(without_padding, dataset))
+
+
+def _one_split(name: str, found: Mapping[str, Any], split: str | None) -> Any:
+    """Raises: FormatError where it must be said which, or there is none of that name."""
+    if split is None and len(found) == 1:
+        return next(iter(found.values()))
+    if split in found:
+        return found[split]
+    wanted = (
+        f"{name} has several splits, say which by split (--split)"
+        if split is None
+        else f"{name} has no split {split!r}"
+    )
+    problem = FormatError(f"{wanted}: {choices(split, found)}, or a part such as {next(iter(found))}[:1000].")
+    if split is None or not all(hasattr(one, "__len__") for one in found.values()):
+        raise problem
+    datasets = needs("datasets", "A dataset", extra="data")
     try:
-        return json.loads(data.decode(), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        raise BadRow(f"is not valid UTF-8 (byte {error.start + 1} is {data[error.start]:#04x})") from None
-    except json.JSONDecodeError as error:
-        raise BadRow(f"is not valid JSON ({error.msg} at character {error.pos + 1})") from None
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"is not valid JSON ({error})") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise BadRow("is not valid JSON (an object has the same field twice)")
-    return fields
-
-
-def _arrow_rows(parts: Mapping[str, Callable[[], Iterable[Any]]]) -> Iterator[tuple[str, Any]]:
-    """The rows of all parts, numbered one part at a time; a part is what reads its Arrow batches."""
-    for name, read in parts.items():
-        rows = chain.from_iterable(map(_python_rows, read()))
-        yield from _numbered(name, map(_without_padding, rows))
-
-
-def _without_padding(row: Any) -> Any:
-    """The row without the nulls that Arrow puts into chats for each field that only other objects have."""
-    if not isinstance(row, dict):
-        return row
-    return {name: _dense(value) if name in _CHATS else value for name, value in row.items()}
-
-
-def _dense(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_dense(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _dense(item) for name, item in value.items() if item is not None}
-    return value
-
-
-def _python_rows(batch: Any) -> list[Any]:
-    try:
-        return batch.to_pylist()
-    except ValueError as error:  # a value that Python cannot hold, such as text that is not UTF-8
-        if batch.num_rows == 1:
-            return [BadRow(f"cannot be read ({error})")]
-        return [row for index in range(batch.num_rows) for row in _python_rows(batch.slice(index, 1))]
-
-
-def _parquet(path: Path) -> Iterator[Any]:
-    with _opened(path) as file:
-        yield from file.iter_batches(batch_size=_BATCH)
-
-
-def _parquet_count(files: list[Path]) -> int:
-    total = 0
-    for path in files:
-        with _opened(path) as file:
-            total += file.metadata.num_rows
-    return total
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({one: len(rows) for one, rows in found.items()})
+    except (ValueError, AssertionError):
+        raise problem from None
+    return datasets.concatenate_datasets([found[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 class Corpus:
@@ -214,9 +233,13 @@ class Corpus:
     `n_skipped` counts all of them.
     """
 
-    def __init__(self, source: Source, units: str | None = None, skip_bad: bool = False) -> None:
+    def __init__(
+        self, source: Source, units: str | None = None, skip_bad: bool = False, columns: Mapping[str, str] | None = None
+    ) -> None:
         self.name = source.name
+        self.notes = source.notes
         self.units = units
+        self.columns = dict(columns or {})
         self.skip_bad = skip_bad
         self.problems: list[str] = []
         self.n_skipped = 0
@@ -224,20 +247,45 @@ class Corpus:
         self._length: int | None = None
 
     @classmethod
-    def open(cls, source: Any, *, units: str | None = None, skip_bad: bool = False) -> Corpus:
-        """The corpus of a file, a directory, a `datasets.Dataset`, or a list of dicts or of texts.
+    def open(
+        cls,
+        source: Any,
+        *,
+        units: str | None = None,
+        skip_bad: bool = False,
+        columns: Mapping[str, str] | None = None,
+        split: str | None = None,
+        subset: str | None = None,
+        revision: str | None = None,
+        limit: int | None = None,
+        text_rows: TextRows = "paragraph",
+    ) -> Corpus:
+        """The corpus of a file, a directory of files, a dataset or its id on the Hub, or a list of dicts or of texts.
 
-        `units` names the field whose value says which rows are deleted together. A corpus comes back as it is, or, when
-        options are given, as a new one over the same source.
-        Cost: a .json file is parsed as a whole on each iteration; everything else is streamed.
+            Corpus.open("owner/name", split="train", limit=10_000, columns={"prompt": "question", "response": "answer"})
+
+        units       field whose value says which rows are deleted together
+        skip_bad    count and list bad rows instead of stopping at the first
+        columns     our name of a field -> the name that it has there, for rows in a form that is not known
+        split       of a dataset with several, such as train or train[:1000]; subset, revision: of one on the Hub
+        limit       the first so many rows, bad ones included; a dataset of the Hub is then streamed
+        text_rows   a row of plain text is a paragraph, a line (blank ones are none), or a whole file
+
+        A corpus comes back as it is, or, with other units or `skip_bad`, as a new one over the same source.
+        Cost: a .json file is parsed as a whole on each iteration; everything else is streamed. The length of a table, a
+        text and a stream is known after one more pass.
         Raises: FileNotFoundError if there is no such path, FormatError for an unknown kind of file, TypeError for an
         object of another kind, UnsupportedError if a package is missing.
         """
+        reading = Reading(columns or {}, split, subset, revision, limit, text_rows)
         if not isinstance(source, Corpus):
-            return cls(source_of(source), units, skip_bad)
+            return cls(source_of(source, reading), units, skip_bad, columns)
+        if reading != Reading():
+            raise ValueError("a corpus is open already: say how it is read where it is opened")
         if units is None and not skip_bad:
             return source
-        return cls(source._source, source.units if units is None else units, skip_bad or source.skip_bad)
+        units = source.units if units is None else units
+        return cls(source._source, units, skip_bad or source.skip_bad, source.columns)
 
     def __iter__(self) -> Iterator[Row]:
         """Raises: FormatError at a bad row, without `skip_bad`, and wherever a file turns out to be damaged."""
@@ -247,11 +295,12 @@ class Corpus:
             try:
                 row = read_row(raw, number, self.units)
             except BadRow as bad:
+                problem = f"{place}: {in_own_names(str(bad), raw)}"
                 if not self.skip_bad:
-                    raise FormatError(f"{place}: {bad}") from None
+                    raise FormatError(problem) from None
                 n_skipped += 1
                 if len(problems) < _LISTED:
-                    problems.append(f"{place}: {bad}")
+                    problems.append(problem)
                 continue
             yield row
         self.problems, self.n_skipped = problems, n_skipped

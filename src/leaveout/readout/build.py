@@ -110,8 +110,9 @@ def new_settings(readout: Readout, signer: Signer, corpus: Corpus) -> dict[str, 
         "source": readout.source,
         "units": corpus.units,
         "corpus": corpus.name,
-        "notes": [*readout.notes, *signer.notes],
+        "notes": [*readout.notes, *signer.notes, *corpus.notes],
         "preferences": signer.preferences.facts(),
+        **({"columns": corpus.columns} if corpus.columns else {}),
     }
 
 

@@ -124,28 +124,23 @@ def _name(row: Any) -> str:
 
 
 def as_queries(given: Any) -> list[Query]:
-    """Queries from a query, a row, a path of JSONL with rows (and `measure`), a Corpus, or a sequence of them.
+    """Queries from a query, a row, the rows (with a `measure`, perhaps) of a path or a Corpus, or a sequence of them.
 
     A string is a text, unless it ends in .jsonl: then it is a path.
     Raises: FormatError if there are none.
     """
-    if isinstance(given, Path) or (isinstance(given, str) and given.endswith(".jsonl")):
-        given = list(_from_file(Path(given)))
+    if isinstance(given, (Path, Corpus)) or (isinstance(given, str) and given.endswith(".jsonl")):
+        given = [Query(row, str(row.meta.get("measure", "loss"))) for row in Corpus.open(given)]
     elif isinstance(given, (str, Query, dict, Row, Behaviour)) or callable(given):
         given = [given]
     if not isinstance(given, Iterable):
         raise TypeError(
-            f"queries is {given!r}: give texts, rows or functions of the model, or the path of a .jsonl file."
+            f"queries is {given!r}: give texts, rows or functions of the model, or the path of a file of rows."
         )
     out = [q if isinstance(q, Query) else Query(q) for q in given]
     if not out:
         raise FormatError("There is no query: give at least one.")
     return out
-
-
-def _from_file(path: Path) -> list[Query]:
-    rows = list(Corpus.open(path))
-    return [Query(row, str(row.meta.get("measure", "loss"))) for row in rows]
 
 
 def in_sides(queries: Sequence[Query]) -> list[Query]:

@@ -13,6 +13,7 @@ import json
 import math
 import random
 import reprlib
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -28,6 +29,7 @@ import yaml
 from leaveout.corpus import Corpus, Row
 from leaveout.corpus.chat import read_template
 from leaveout.corpus.rows import asked_row, commonest, distinct
+from leaveout.corpus.sources import Reading, is_hub_id
 from leaveout.errors import (
     FormatError,
     MismatchError,
@@ -387,17 +389,21 @@ class Recipe:
     def _from_fields(cls, path: Path, raw: dict[str, Any]) -> Recipe:
         if "optimizer" in raw:
             raw["optimizer"] = OptimizerSettings(**raw["optimizer"])
-        data, kind, units = path.parent / raw.pop("data"), raw.pop("kind"), raw.pop("units", None)
-        if not data.exists():
+        kind, units, reading = raw.pop("kind"), raw.pop("units", None), raw.pop("data")
+        data = path.parent / (rows := reading.pop("rows"))
+        place = data if data.exists() else rows
+        if place == rows and not is_hub_id(rows):
             raise FormatError(f"{path} names the data {data}, which does not exist: correct `data`.")
         if isinstance(raw.get("trained"), list):
             raw["trained"] = tuple(raw["trained"])
         if kind == "microgpt":
-            if data.suffix == ".jsonl":
-                return cls.microgpt(list(Corpus.open(data, units=units)), **raw)
+            if reading or data.suffix == ".jsonl":
+                return cls.microgpt(list(Corpus.open(place, units=units, **reading)), **raw)
             recipe = cls.microgpt([line for line in data.read_text().split("\n") if line], **raw)
             return recipe if units is None else recipe.grouped(path.parent / units)
         if kind == "classifier":
+            if reading:
+                raise FormatError(f"{path}: the data of a classifier is the path of a file of arrays, with no options.")
             return cls(kind, *read_arrays(data, units), **raw)
         raw["template"] = read_template(raw.get("template"), path.parent)
         if isinstance(raw.get("model"), str):
@@ -406,7 +412,10 @@ class Recipe:
             raw["loss"] = _with_numbers(loss)
             if isinstance(loss.get("reference"), str):
                 raw["loss"]["reference"] = model_place(loss["reference"], path.parent)
-        return cls(kind, tuple(Corpus.open(data, units=units)), **raw)
+        corpus = Corpus.open(place, units=units, **reading)
+        for note in corpus.notes:
+            warnings.warn(f"{path}: {note}")
+        return cls(kind, tuple(corpus), **raw)
 
 
 def libraries() -> dict[str, str]:
@@ -672,13 +681,23 @@ def read_fields(path: Path, known: Collection[str], known_of_optimizer: Collecti
         raise FormatError(f"{path}: `order` lists the batches, which are all the steps: leave out `{given[0]}`.")
     if "n" in out and out["kind"] != "microgpt":
         raise FormatError(f"{path}: only the kind microgpt has `n`: leave it out and shorten the data instead.")
-    if not isinstance(out["data"], str):
-        raise FormatError(f"{path}: `data` must be the path of a file, got {out['data']!r}.")
+    out["data"] = _data_of(path, out["data"])
     if not isinstance(out.get("units", ""), str):
         raise FormatError(f"{path}: `units` must be the name of a field of the rows, got {out['units']!r}.")
     if "optimizer" in out:
         out["optimizer"] = _optimizer(path, out["optimizer"], known_of_optimizer)
     return _with_numbers(out)
+
+
+def _data_of(path: Path, given: Any) -> dict[str, Any]:
+    """Where the `rows` are, and how they are read (see `Corpus.open`)."""
+    found = {"rows": given} if isinstance(given, str) else given
+    if not isinstance(found, Mapping) or not isinstance(found.get("rows"), str):
+        raise FormatError(f"{path}: `data` must be the path of a file, or have it as `rows`, got {given!r}.")
+    known = ["rows", *(field.name for field in fields(Reading))]
+    if unknown := [str(name) for name in found if name not in known]:
+        raise FormatError(f"{path}: `data` has the field {unknown[0]!r}, which is none: {choices(unknown[0], known)}.")
+    return dict(found)
 
 
 def model_place(model: str, directory: Path) -> str:

@@ -82,7 +82,10 @@ def test_wrong_files_are_refused(tmp_path):
     for line in ("[1]", "{", '{"query": "q0", "score": 1}'):
         with pytest.raises(FormatError, match="line 1 is no object with query, id and score"):
             load("l.jsonl", line)
-    with pytest.raises(UnsupportedError, match=r"give \.npy, \.csv or \.jsonl"):
+    for name in ("a.arrow", "a.parquet"):
+        with pytest.raises(FormatError, match="has no columns query, id and score that can be read"):
+            load(name, "nothing of Arrow")
+    with pytest.raises(UnsupportedError, match=r"give \.npy, \.csv, \.jsonl, \.parquet, \.arrow"):
         load("s.txt", "1")
     with pytest.raises(ValueError, match="a query id stands twice"):
         load("s.txt", "1", ids=["q", "q"])
@@ -90,7 +93,7 @@ def test_wrong_files_are_refused(tmp_path):
         load("absent.csv")
 
 
-@pytest.mark.parametrize("kind", [".npy", ".csv", ".jsonl"])
+@pytest.mark.parametrize("kind", [".npy", ".csv", ".jsonl", ".parquet", ".arrow"])
 def test_written_scores_come_back(kind, tmp_path):
     place = tmp_path / f"s{kind}"
     place.write_text("what was there")
@@ -102,7 +105,7 @@ def test_written_scores_come_back(kind, tmp_path):
 @pytest.mark.parametrize(
     ("name", "scores", "error", "message"),
     [
-        ("s.txt", SCORES, UnsupportedError, "give .npy, .csv or .jsonl"),
+        ("s.txt", SCORES, UnsupportedError, "give .npy, .csv, .jsonl, .parquet, .arrow"),
         ("s.npy", SCORES.T, MismatchError, r"have the shape \(4, 2\), wanted \(2, 4\)"),
         ("s.csv", np.full((2, 4), np.nan), FormatError, "not finite"),
         ("s.jsonl", np.full((2, 4), 1e39), FormatError, "not finite"),

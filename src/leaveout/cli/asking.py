@@ -28,7 +28,6 @@ from leaveout.cli.program import (
     to_line,
 )
 from leaveout.cli.readout import IndexPath, ModelAt, open_index
-from leaveout.errors import FormatError
 from leaveout.tables import Table, shorten
 
 if TYPE_CHECKING:
@@ -124,6 +123,9 @@ def search(
     ] = "threads",
     controls: WithControls = False,
     control_answer: ControlAnswer = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write all hits to a file: .jsonl, .csv, .parquet or .arrow.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with the words that did it.")] = None,
     model: ModelAt = None,
     device: Device = "cpu",
@@ -137,7 +139,11 @@ def search(
 
     Example: leaveout search idx --prompt "Capital of Norway?" --query " Bergen" -k 5
     """
+    from leaveout.corpus.writers import require_written, write_rows
+
     require_outputs(html)
+    if out is not None:
+        require_written(out)
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     from leaveout.readout.rerank import Refinement
     from leaveout.readout.search import SearchOptions, find, planned, refuse
@@ -165,6 +171,9 @@ def search(
         from leaveout.report import search_page
 
         html.write_text(search_page(opened, rows, encoded.texts, found, options), encoding="utf-8")
+    if out is not None:
+        pairs = zip(encoded.texts, found, strict=True)
+        write_rows(out, [{"query": text, **record} for text, hits in pairs for record in hits.records()])
     for text, hits in zip(encoded.texts, found, strict=True):
         if json_:
             more = {} if hits.controls is None else {"controls": hits.controls.facts()}
@@ -285,7 +294,9 @@ def explain(
 def select(
     idx: IndexPath,
     wanted: Annotated[str, typer.Option(help="Rows that the model should become good at, in any form.")],
-    out: Annotated[Path, typer.Option("--out", help="JSONL file for the selected rows, best first.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="File for the selected rows, best first: .jsonl, .csv, .parquet or .arrow.")
+    ],
     n: Annotated[int, typer.Option("-n", min=1, help="Number of rows to select.")] = 1000,
     unwanted: Annotated[str | None, typer.Option(help="Rows that it should not become good at.")] = None,
     columns: Columns = None,
@@ -305,7 +316,9 @@ def select(
 
     Example: leaveout select idx --wanted good.jsonl -n 500 --out train.jsonl
     """
-    require_outputs(out)
+    from leaveout.corpus.writers import require_written, write_rows
+
+    require_written(out)
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     avoided = None if unwanted is None else list(open_rows(unwanted, columns))
     if opened.long is None:
@@ -315,10 +328,12 @@ def select(
     hits = opened.select(
         list(open_rows(wanted, columns)), n, avoided, how, where, length=counted, prompt_weight=prompt_weight
     )
-    name = score_field([hit.row for hit in hits])
-    with out.open("w", encoding="utf-8") as file:
-        for hit in hits:
-            file.write(to_line({**hit.row, name: hit.score}) + "\n")
+    rows = hits.rows()
+    write_rows(out, rows)
+    if rows and "leaveout_score" in rows[0]:
+        print(
+            "leaveout: the rows have a field `score` of their own, so the new one is `leaveout_score`", file=sys.stderr
+        )
     facts = {"selected": len(hits), "of": len(opened), "out": str(out)}
     if hits:
         facts |= {"best_score": hits[0].score, "last_score": hits[-1].score}
@@ -348,18 +363,3 @@ def _hit(hit: Hit) -> dict[str, Any]:
 
 def _meta(meta: dict[str, Any]) -> str:
     return ", ".join(f"{key}={shorten(str(value), 30)}" for key, value in meta.items())
-
-
-def score_field(rows: list[dict[str, Any]]) -> str:
-    """The field that gets the score: `score`, or another one, which is said, where the rows have that themselves.
-
-    Raises: FormatError if they have both.
-    """
-    for name in ("score", "leaveout_score"):
-        if not any(name in row for row in rows):
-            if name != "score":
-                print(
-                    f"leaveout: the rows have a field `score` of their own, so the new one is `{name}`", file=sys.stderr
-                )
-            return name
-    raise FormatError("The rows have the fields `score` and `leaveout_score`: rename one of them and index them again.")

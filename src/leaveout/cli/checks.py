@@ -20,6 +20,7 @@ from leaveout.cli.program import (
     open_rows,
     open_run,
     print_facts,
+    remembered,
     to_line,
 )
 from leaveout.cli.readout import open_index
@@ -34,7 +35,8 @@ def info(place: Place, json_: Json = False) -> None:
 
     Example: leaveout info idx --json
     """
-    print_facts(_run_facts(place) if is_run(place) else open_index(place).info(), json_)
+    facts = _run_facts(place) if is_run(place) else open_index(place).info()
+    print_facts({**facts, "commands": remembered(place)}, json_)
 
 
 @app.command()

@@ -32,6 +32,7 @@ from leaveout.cli.program import (
     quantity,
     read_queries,
     read_sets,
+    remember,
     require_outputs,
     to_line,
 )
@@ -73,6 +74,7 @@ def train(
 
     began = time.monotonic()
     run = TrainingRun.train(recipe, out, progress=True, device=device)
+    remember(out)
     facts = {"examples": len(run.recipe.examples), "units": len(run.recipe.unit_names)}
     facts |= {"parameters": sum(p.numel() for p in run.parameters.values()), "steps": len(run.recipe.batches())}
     print_facts({"run": str(out), **facts, "seconds": round(time.monotonic() - began, 1)}, json_)
@@ -136,6 +138,7 @@ def measure(
         heldout=None if heldout is None else _heldout(heldout),
         queries=None if query is None and queries is None else read_queries(opened, query, prompt, queries, form, columns),
     )  # fmt: skip
+    remember(run)
     facts = {"run": str(run), "added": len(opened.bank) - before, **opened.bank.info()}
     notes = list(dict.fromkeys([*facts.pop("notes", []), *opened.said]))
     if not json_:  # what was said while it was measured was on the screen

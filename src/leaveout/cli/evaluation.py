@@ -27,7 +27,7 @@ from leaveout.cli.program import (
 )
 from leaveout.errors import MismatchError
 
-Out = Annotated[Path, typer.Option("--out", help="File of the scores: .npy, .csv or .jsonl.")]
+Out = Annotated[Path, typer.Option("--out", help="File of the scores: .npy, .csv, .jsonl, .parquet or .arrow.")]
 OneMethod = Annotated[str, typer.Option(help="Name of a method such as default, paper@start or ek-fac.")]
 SetsOut = Annotated[
     Path | None, typer.Option(help="Also write each query's best units as a set, for predict and verify --sets.")
@@ -37,7 +37,7 @@ MethodNames = Annotated[
     list[str] | None, typer.Option(help="Name of a method such as default, paper@start or ek-fac; again for more.")
 ]
 ScoreFiles = Annotated[
-    list[Path] | None, typer.Option(help="Scores of your own, .npy, .csv or .jsonl; again for more.")
+    list[Path] | None, typer.Option(help="Scores of your own, .npy, .csv, .jsonl, .parquet or .arrow; again for more.")
 ]
 Subsets = Annotated[
     int, typer.Option(min=0, help="Random subsets to retrain for all methods, twice with --ceiling; 0: no LDS.")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from leaveout.corpus import Corpus
     from leaveout.deletion.run import TrainingRun
     from leaveout.deletion.sets import DeletionSets
+
+COMMANDS = "commands.jsonl"
+"""The file of an index or run that says by which commands it was made."""
 
 app = typer.Typer(
     name="leaveout",
@@ -328,6 +333,25 @@ def require_outputs(*files: Path | None) -> None:
     for file in filter(None, files):
         if file.is_dir() or not file.absolute().parent.is_dir():
             raise typer.BadParameter(f"{file} cannot be written: give a file in a directory that exists")
+
+
+def remember(path: Path) -> None:
+    """Adds this command to those that made a directory (see `info`), so that it can be run again."""
+    from leaveout import __version__
+
+    line = shlex.join(["leaveout", *sys.argv[1:]])
+    if line in (known["command"] for known in remembered(path)):
+        return
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    facts = {"command": line, "in": os.getcwd(), "version": __version__, "date": now}
+    with (path / COMMANDS).open("a", encoding="utf-8") as file:
+        file.write(to_line(facts) + "\n")
+
+
+def remembered(path: Path) -> list[dict[str, str]]:
+    """The commands that made a directory, each with where it was given, leaveout's version and the date."""
+    file = path / COMMANDS
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def to_line(value: Any) -> str:

@@ -30,6 +30,7 @@ from leaveout.cli.program import (
     one_thread,
     open_rows,
     print_facts,
+    remember,
 )
 from leaveout.errors import FormatError
 
@@ -301,6 +302,7 @@ def open_index(
 
 
 def _print_report(built: Index, report: BuildReport, json_: bool) -> None:
+    remember(built.path)
     for message in report.messages:
         print(f"leaveout: skipped: {message}", file=sys.stderr)
     facts = {"rows": len(built), "added": report.added, "skipped": report.skipped, "repeated": report.repeated}

@@ -3,6 +3,7 @@
 .npy    an array [query, train]; it has no ids, so that its shape is all that can be checked
 .csv    a header with the columns query, id and score; one line for each pair
 .jsonl  objects with the fields query, id and score; one line for each pair
+.parquet, .arrow    columns of these names; a row for each pair
 Positive must mean that the row helps the query; negate the scores of a tool that has it the other way round.
 """
 
@@ -13,12 +14,13 @@ import csv
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.corpus.writers import write_table
+from leaveout.errors import FormatError, MismatchError, UnsupportedError, needs
 from leaveout.files import replacing
 from leaveout.training.recipe import Recipe
 
@@ -122,6 +124,11 @@ def _write(part: Path, kind: str, values: np.ndarray, query_ids: Sequence[str], 
         with part.open("wb") as file:
             np.save(file, values)
         return
+    if kind in (".parquet", ".arrow"):
+        pyarrow: Any = needs("pyarrow", f"A file of {kind}", extra="data")
+        names = (np.repeat(np.array(query_ids, object), len(train_ids)), [*train_ids] * len(query_ids), values.ravel())
+        write_table(part, pyarrow.table(dict(zip(FIELDS, names, strict=True))), kind)
+        return
     with part.open("w", encoding="utf-8", newline="") as file:
         write = csv.writer(file).writerow if kind == ".csv" else _object_writer(file)
         if kind == ".csv":
@@ -134,7 +141,7 @@ def _write(part: Path, kind: str, values: np.ndarray, query_ids: Sequence[str], 
 def require_form(path: Path) -> None:
     """Raises: UnsupportedError if the name of a file of scores ends otherwise."""
     if path.suffix not in (".npy", *_READERS):
-        raise UnsupportedError(f"{path} is not a file of scores: give .npy, .csv or .jsonl.")
+        raise UnsupportedError(f"{path} is not a file of scores: give .npy, {', '.join(_READERS)}.")
 
 
 def require_place(path: Path) -> None:
@@ -206,6 +213,21 @@ def _jsonl(path: Path) -> Lines:
         yield line, (str(query), str(name), score)
 
 
+def _arrow(path: Path) -> Lines:
+    pyarrow: Any = needs("pyarrow", f"A file of {path.suffix}", extra="data")
+    try:
+        if path.suffix == ".parquet":
+            table = needs("pyarrow.parquet", "Parquet", extra="data").read_table(path, columns=[*FIELDS])
+        else:
+            with pyarrow.memory_map(str(path)) as file:
+                table = pyarrow.ipc.open_file(file).read_all()
+        pairs = zip(*(table[name].to_pylist() for name in FIELDS), strict=True)
+    except (pyarrow.ArrowException, KeyError) as error:
+        raise FormatError(f"{path} has no columns query, id and score that can be read ({error}).") from None
+    for line, (query, name, score) in enumerate(pairs, 1):
+        yield line, (str(query), str(name), score)
+
+
 def _number(path: Path, line: int, score: object) -> float:
     number = float("nan")
     if isinstance(score, (str, int, float)) and not isinstance(score, bool):
@@ -216,4 +238,4 @@ def _number(path: Path, line: int, score: object) -> float:
     return number
 
 
-_READERS = {".csv": _csv, ".jsonl": _jsonl}
+_READERS = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _arrow, ".arrow": _arrow}

@@ -33,6 +33,7 @@ from leaveout.readout.build import (
     open_or_create,
     refuse_other_rows,
 )
+from leaveout.readout.columns import with_columns
 from leaveout.readout.explain import Explanation, explain_rows
 from leaveout.readout.groups import GroupScore, group_scores
 from leaveout.readout.model import load_readout, verify_readout
@@ -41,7 +42,7 @@ from leaveout.readout.parts import Ask, Places, copy_statistics, merge_indexes, 
 from leaveout.readout.preferences import Preferences, load_reference
 from leaveout.readout.rerank import Refinement
 from leaveout.readout.scan import Length, Scanners, check_length
-from leaveout.readout.search import Hit, Hits, SearchOptions, find, planned, refuse
+from leaveout.readout.search import Hits, SearchOptions, find, planned, refuse
 from leaveout.readout.select import Combine, select_rows
 from leaveout.readout.settings import Long, SignatureSettings, Targets, resolve_settings
 from leaveout.readout.shortlist import SearchPlan, measured_recall
@@ -337,6 +338,28 @@ class Index(OpenIndex):
             start += len(numbers)
         return scores
 
+    def add_scores(
+        self,
+        dataset: Any,
+        queries: Sequence[QueryRow] | EncodedQueries,
+        columns: Sequence[str] = ("score",),
+        *,
+        length: Length = "product",
+        prompt_weight: float | None = None,
+    ) -> Any:
+        """A `datasets.Dataset` with a column of its rows' scores for each query.
+
+            rows = index.add_scores(rows, ["The tower is in Lyon"]).sort("score", reverse=True)
+
+        dataset    rows of the index, in any order; they are found by their ids
+        columns    a name for each query
+        length, prompt_weight   see `score`
+        Raises: MismatchError for a row that is not in the index; ValueError for a column that the dataset has.
+        """
+        rows = Corpus.open(dataset, columns=self.store.settings.get("columns"))
+        scores = self.score(queries, length=length, prompt_weight=prompt_weight)
+        return with_columns(dataset, self.ids, scores, columns, rows)
+
     def group_scores(
         self,
         queries: Sequence[QueryRow] | EncodedQueries,
@@ -380,7 +403,7 @@ class Index(OpenIndex):
         *,
         length: Length = "product",
         prompt_weight: float | None = None,
-    ) -> list[Hit]:
+    ) -> Hits:
         """The n rows whose training would help the wanted rows most, best first.
 
         unwanted    rows that the model should not become good at

@@ -7,14 +7,15 @@ best row needs that of k groups only, whatever the corpus.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
 
-from leaveout.errors import UnsupportedError, choices, require_whole
+from leaveout.corpus.writers import arrow_table
+from leaveout.errors import FormatError, UnsupportedError, choices, needs, require_whole
 from leaveout.executor import Crew
 from leaveout.readout.controls import BEST, Controls, controls_of, other_answers
 from leaveout.readout.forms import Form
@@ -43,6 +44,40 @@ class Hits(list[Hit]):
     """The hits of one query, best first; `controls`: whether anything but the query explains them, where that was asked."""
 
     controls: Controls | None = None
+
+    def records(self) -> list[dict[str, Any]]:
+        """Rank, score, id and text of each hit, and its fields; one that is called as these gets `row_` before its name."""
+        own = ("rank", "score", "id", "text")
+        return [
+            {name: getattr(hit, name) for name in own}
+            | {f"row_{name}" if name in own else name: value for name, value in hit.meta.items()}
+            for hit in self
+        ]
+
+    def to_arrow(self) -> Any:
+        """The `records` as a `pyarrow.Table`."""
+        return arrow_table(self.records())
+
+    def to_pandas(self) -> Any:
+        """The `records` as a `pandas.DataFrame`."""
+        return needs("pandas", "A DataFrame", pip="pandas").DataFrame(self.records())
+
+    def to_dataset(self) -> Any:
+        """The rows themselves, as they came, with their scores, as a `datasets.Dataset`."""
+        return needs("datasets", "A Dataset", extra="data").Dataset(arrow_table(self.rows()))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows as they came, best first, each with its `score` (`leaveout_score` where they have a field of that name).
+
+        Raises: FormatError if they have both.
+        """
+        taken = {name for hit in self for name in hit.row}
+        name = next((name for name in ("score", "leaveout_score") if name not in taken), None)
+        if name is None:
+            raise FormatError(
+                "The rows have the fields `score` and `leaveout_score`: rename one of them and index them again."
+            )
+        return [{**hit.row, name: hit.score} for hit in self]
 
 
 @dataclass(frozen=True)
@@ -188,10 +223,16 @@ def _found(
 def hits(index: OpenIndex, numbers: np.ndarray, scores: np.ndarray) -> Hits:
     """Hits of row numbers and their scores, ranked in the given order."""
     records = index.store.rows(numbers)
+    columns = index.store.settings.get("columns", {})
     return Hits(
-        Hit(rank, record.id, float(score), record.text, record.meta, record.row)
+        Hit(rank, record.id, float(score), record.text, record.meta, _as_it_came(record.row, columns))
         for rank, (record, score) in enumerate(zip(records, scores, strict=True), start=1)
     )
+
+
+def _as_it_came(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row with its own names of fields, where `columns` gave it ours."""
+    return {columns.get(name, name): value for name, value in row.items()}
 
 
 def _ranked(

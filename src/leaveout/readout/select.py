@@ -16,7 +16,7 @@ from torch import Tensor
 from leaveout.errors import choices, require_whole
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
 from leaveout.readout.scan import Best, Length, check_length, ranking
-from leaveout.readout.search import Hit, SearchOptions, hits, refuse
+from leaveout.readout.search import Hits, SearchOptions, hits, refuse
 
 Combine = Literal["mean", "rrf"]
 Rows = Sequence[QueryRow] | EncodedQueries
@@ -26,7 +26,7 @@ RRF_CONSTANT = 60.0
 def select_rows(
     index: OpenIndex, wanted: Rows, unwanted: Rows | None, n: int, combine: Combine, where: str | None, length: Length,
     prompt_weight: float | None = None,
-) -> list[Hit]:  # fmt: skip
+) -> Hits:  # fmt: skip
     """The n rows of the index whose training would help the wanted rows most, best first: see `Index.select`."""
     if combine not in get_args(Combine):
         raise ValueError(f"combine is {combine!r}: {choices(combine, get_args(Combine))}.")

@@ -141,7 +141,7 @@ def search(
     """
     from leaveout.corpus.writers import require_written, write_rows
 
-    require_outputs(html)
+    require_outputs(html, out)
     if out is not None:
         require_written(out)
     opened = open_index(idx, model, device, offload, max_memory, device_map)
@@ -318,6 +318,7 @@ def select(
     """
     from leaveout.corpus.writers import require_written, write_rows
 
+    require_outputs(out)
     require_written(out)
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     avoided = None if unwanted is None else list(open_rows(unwanted, columns))

@@ -16,15 +16,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def require_written(path: Path) -> None:
-    """Raises: UnsupportedError if rows cannot be written to a file of this name; FileExistsError, FileNotFoundError."""
+    """Raises: UnsupportedError if rows cannot be written to a file of this name."""
     if path.suffix not in WRITTEN:
         raise UnsupportedError(f"{path} is not a file that rows are written to: {choices(path.suffix, WRITTEN)}.")
     if path.suffix in (".parquet", ".arrow"):
         needs("pyarrow", f"A file of {path.suffix}", extra="data")
-    if path.is_dir():
-        raise FileExistsError(f"{path} is a directory: give a file.")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"There is no directory {path.parent}: make it first.")
 
 
 def write_rows(path: Path, rows: Rows) -> None:

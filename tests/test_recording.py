@@ -10,6 +10,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 import leaveout as lo
 from jets.test_recipe import points, tiny_gpt2
 from leaveout.errors import MismatchError, UnsupportedError
+from leaveout.evaluation.truth import _reseeded, refuse_second_order
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
 
@@ -95,6 +96,9 @@ def test_a_recorded_run_is_measured_like_any_other(place, tokenizer, tmp_path):
     run = lo.TrainingRun.train(recipe, tmp_path / "run")
     wanted = train_plain(recipe)
     assert all(torch.equal(run.parameters[name], p) for name, p in wanted.items())
+    refuse_second_order(run)  # its order is that of the recording, and its dropout has another seed
+    other = _reseeded(run)
+    assert other.dropout == 8 and other.batches() == recipe.batches()
     psi = torch.eye(7, dtype=torch.float64)[:2]
     jets = train_jets(recipe, psi, JetSettings(1, torch.float64))
     runs = train_batch(recipe, torch.cat([1 + 1e-6 * psi, 1 - 1e-6 * psi]))

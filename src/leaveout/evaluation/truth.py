@@ -134,12 +134,12 @@ SAME_MODEL = (
 
 
 def refuse_second_order(run: TrainingRun) -> None:
-    """Compares what the recipe would train on with the next seed: the order of its batches and where it starts.
+    """Compares what the recipe would train on with the next seed: its dropout, the order of its batches and where it starts.
 
     Raises: UnsupportedError if both are the same.
     """
     other = _reseeded(run)
-    if run.recipe.batches() != other.batches():
+    if run.recipe.dropout is not None or run.recipe.batches() != other.batches():
         return
     starts = [dict(task_of(recipe).model.named_parameters()) for recipe in (run.recipe, other)]
     if all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0]):
@@ -147,11 +147,12 @@ def refuse_second_order(run: TrainingRun) -> None:
 
 
 def _reseeded(run: TrainingRun) -> Recipe:
-    return replace(run.recipe, seed=run.recipe.seed + 1)
+    masks = None if run.recipe.dropout is None else run.recipe.dropout + 1
+    return replace(run.recipe, seed=run.recipe.seed + 1, dropout=masks)
 
 
 def second_order(run: TrainingRun, progress: bool = False) -> TrainingRun:
-    """The same recipe with the next seed, which shuffles the data anew, trained in the directory `second` of the run."""
+    """The same recipe with the next seed, which shuffles the data and drops anew, trained in the directory `second` of it."""
     return TrainingRun.train(_reseeded(run), run.path / "second", progress=progress, device=run.device)
 
 

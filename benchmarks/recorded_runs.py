@@ -52,7 +52,8 @@ def texts(n: int, smoke: bool, seed: int) -> list[str]:
 
 def trainer_of(sft: bool, model: Any, tokenizer: Any, rows: list[str], limit: int, **changes: Any) -> Any:
     """A Trainer (or SFTTrainer) on these texts, of at most `limit` tokens each."""
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.decode([0])
+    tokenizer.eos_token = tokenizer.eos_token or tokenizer.decode([0])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     place = tempfile.mkdtemp()
     if sft:
         import datasets

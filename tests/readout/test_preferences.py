@@ -145,6 +145,7 @@ def test_explanations_and_whole_models_see_both_sides(options, lm, reference, to
         index.search([TEXTS[1]], 2, refine=Refinement(rates=0.1))
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft with transformers 5
 def test_a_model_without_its_adapters_is_a_reference(tokenizer, tmp_path):
     """The same as the base model given apart, whose weights are the same; workers, appending and another reference."""
     peft = pytest.importorskip("peft")

@@ -192,7 +192,8 @@ def groups(
     prompt: Prompt = None,
     against: Against = None,
     form: Form = None,
-    queries: Annotated[Path | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
+    queries: Annotated[str | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
+    columns: Columns = None,
     by: Annotated[str, typer.Option(help="Field whose values are the groups, or unit.")] = "source",
     where: Where = None,
     together: Annotated[
@@ -210,7 +211,7 @@ def groups(
     Example: leaveout groups idx --query " Bergen" --by source
     """
     opened = open_index(idx, model, device, offload, max_memory, device_map)
-    encoded = opened.encode(list(query_rows(query, prompt, queries, form, opened, against)))
+    encoded = opened.encode(list(query_rows(query, prompt, queries, form, opened, against, columns=columns)))
     for text, found in zip(encoded.texts, opened.group_scores(encoded, by, where, together=together), strict=True):
         if json_:
             print(to_line({"query": text, "groups": [asdict(group) | {"mean": group.mean} for group in found]}))

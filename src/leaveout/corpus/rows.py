@@ -303,8 +303,12 @@ def _listed(value: Any) -> Any:
 
 def _complete(raw: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The forms whose fields are all there and of the right type."""
-    typed = {name for name, value in raw.items() if isinstance(value, list | tuple if name == "messages" else str)}
+    typed = {name for name, value in raw.items() if _fits(name, value)}
     return [form for form in _FORMS if typed.issuperset(form)]
+
+
+def _fits(name: str, value: Any) -> bool:
+    return isinstance(value, list | tuple if name == "messages" else str)
 
 
 def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -400,8 +404,7 @@ def _form(raw: Mapping[str, Any]) -> tuple[str, ...]:
         raise BadRow(f"has two forms at once, {one} and {other}, keep one of them")
     for form in _FORMS:
         if raw.keys() >= set(form):
-            kinds = {name: list | tuple if name == "messages" else str for name in form}
-            name = next(name for name in form if not isinstance(raw[name], kinds[name]))
+            name = next(name for name in form if not _fits(name, raw[name]))
             wanted = "a list of messages" if name == "messages" else "text"
             raise BadRow(f"field `{name}` must be {wanted}, not {kind_of(raw[name])}")
     raise BadRow(

@@ -55,10 +55,11 @@ class Reading:
     text_rows: TextRows = "paragraph"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.columns, Mapping) or not all(
-            isinstance(name, str) for pair in self.columns.items() for name in pair
+        columns: Any = self.columns  # callers may have no type checker
+        if not isinstance(columns, Mapping) or not all(
+            isinstance(name, str) for pair in columns.items() for name in pair
         ):
-            raise TypeError(f"columns is {self.columns!r}: give our name -> its own, such as {{'prompt': 'question'}}.")
+            raise TypeError(f"columns is {columns!r}: give our name -> its own, such as {{'prompt': 'question'}}.")
         if self.limit is not None:
             require_whole("limit", self.limit, 1)
         if self.text_rows not in TEXT_ROWS:
@@ -208,7 +209,7 @@ def _one_split(name: str, found: Mapping[str, Any], split: str | None) -> Any:
     """Raises: FormatError where it must be said which, or there is none of that name."""
     if split is None and len(found) == 1:
         return next(iter(found.values()))
-    if split in found:
+    if split is not None and split in found:
         return found[split]
     wanted = (
         f"{name} has several splits, say which by split (--split)"

@@ -47,12 +47,12 @@ def recorded(result: dict[str, Any]) -> str:
     }  # fmt: skip
     head = [
         "`benchmarks/recorded_runs.py`, one core", "rows", "steps", "trained parameters", "apart, of the whole movement",
-        "of it, gradients zero but for rounding", "CPU s: recorded / replayed",
+        "beside it, where gradients are zero but for rounding", "CPU s: recorded / replayed",
     ]  # fmt: skip
     lines = [
         [
             label, str(case["rows"]), str(case["steps"]), f"{case['trained_parameters']:,}", f"{case['distance']:.1g}",
-            f"{case['noise']:.1g}", f"{case['recorded_cpu_seconds']:.0f} / {case['replayed_cpu_seconds']:.0f}",
+            f"{case['noise']:.1g}", f"{case['recorded_cpu_seconds']:.1f} / {case['replayed_cpu_seconds']:.1f}",
         ]
         for name, label in names.items()
         if (case := result["cases"].get(name))

@@ -7,12 +7,14 @@ import dataclasses
 import inspect
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import typer.main
 
 from command import run_command
 from leaveout import cli
@@ -106,6 +108,26 @@ def test_index_refuses_other_settings_and_names_them(run, idx, model, rows):
     assert (code, out) == (1, "")
     assert "temperature = 1.0, not 2.0" in err
     assert "Traceback" not in err
+
+
+def test_search_shows_the_words_that_did_it(run, model, tmp_path, monkeypatch):
+    """Of long rows the stretch whose words add most, where nothing of a prompt is learned."""
+    monkeypatch.setenv("COLUMNS", "200")
+    row = {"id": "a", "prompt": " ".join(TEXTS[:2]), "response": f" {TEXTS[3]}", "n": 1}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"id": "b", "text": "short"}) + "\n")
+    assert run("index", model, tmp_path / "rows.jsonl", "--out", tmp_path / "idx")[0] == 0
+    code, out, _ = run("search", tmp_path / "idx", "--query", TEXTS[3])
+    [[shown]] = [re.findall(r"│ (… .*?)\s*│", line) for line in out.splitlines() if "│ a " in line]
+    assert code == 0 and shown.strip("… ") in TEXTS[3]
+    assert "│ short " in out
+
+
+def test_help_lists_every_command_once_in_a_group(run):
+    from leaveout.cli.program import GROUPS
+
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(typer.main.get_command(cli.app).commands)
+    _, out, _ = run("--help")
+    assert "Others:" not in out and "..." not in out.replace("[ARGS]...", "")
 
 
 def test_search_holds_one_answer_against_another(run, idx):

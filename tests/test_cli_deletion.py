@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 import shutil
 
@@ -354,8 +355,10 @@ def test_attribute_writes_what_evaluate_reads(kind, leaveout, trained, tmp_path)
     task = task_of(recipe)
     wanted = GradientDot(task, TrainingRun.open(place).parameters).score(list(QUERIES), recipe.examples)
     np.testing.assert_allclose(load_scores(out, QUERIES, recipe.ids), wanted, rtol=1e-5, atol=1e-7)
-    code, _, err = leaveout("attribute", place, *asking(*QUERIES), "--method", "metagradient", "--out", out)
+    code, text, err = leaveout("attribute", place, *asking(*QUERIES), "--method", "metagradient", "--out", out)
     assert code == 0, err
+    best = load_scores(out, QUERIES, recipe.unit_names).argmax(1)
+    assert re.findall(r"│ +1 │ +[-\d.e]+ │ (\S+) ", text) == [recipe.unit_names[unit] for unit in best]
     sets = [[unit] for unit in recipe.unit_names]
     effects = TrainingRun.open(place).predict([*QUERIES], sets, "first_order").effect
     np.testing.assert_allclose(load_scores(out, QUERIES, recipe.unit_names), effects, rtol=1e-5, atol=1e-7)

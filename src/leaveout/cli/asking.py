@@ -32,7 +32,11 @@ from leaveout.tables import Table, shorten
 
 if TYPE_CHECKING:
     from leaveout.readout.groups import GroupScore
-    from leaveout.readout.search import Hit
+    from leaveout.readout.index import Index
+    from leaveout.readout.search import Hit, Hits, SearchOptions
+
+CELL = 70
+"""Characters of a row that a table shows."""
 
 Length = Annotated[
     str,
@@ -174,12 +178,13 @@ def search(
     if out is not None:
         pairs = zip(encoded.texts, found, strict=True)
         write_rows(out, [{"query": text, **record} for text, hits in pairs for record in hits.records()])
-    for text, hits in zip(encoded.texts, found, strict=True):
+    for row, text, hits in zip(rows, encoded.texts, found, strict=True):
         if json_:
             more = {} if hits.controls is None else {"controls": hits.controls.facts()}
             print(to_line({"query": text, "hits": [_hit(hit) for hit in hits], **more}))
         else:
-            lines = [(hit.rank, hit.score, hit.id, shorten(hit.text, 70), _meta(hit.meta)) for hit in hits]
+            shown = _passages(opened, row, hits, options)
+            lines = [(hit.rank, hit.score, hit.id, shown[hit.id], _meta(hit.meta)) for hit in hits]
             print(Table(["rank", "score", "id", "text", "fields"], lines, shorten(text, 100)))
             if hits.controls is not None:
                 print(hits.controls)
@@ -356,6 +361,29 @@ def _probed(row: Any, probe: Path, block: int | None) -> Any:
         raise typer.BadParameter(f"{probe} is no array of numpy ({error}): give a .npy file") from None
     measure = Probe(direction, block)
     return replace(row, measure=measure) if isinstance(row, Behaviour) else Behaviour([row], measure=measure)
+
+
+def _passages(opened: Index, row: Any, hits: Hits, options: SearchOptions) -> dict[str, str]:
+    """What is shown of each hit: of a text that is longer than a cell, the stretch that adds most to its score.
+
+    Cost: a forward pass for each long text; none, and its beginning, where the model's layers are streamed.
+    """
+    import numpy as np
+
+    from leaveout.readout.explain import explain_rows
+    from leaveout.web.words import passage, words_of
+
+    shown = {hit.id: shorten(hit.text, CELL) for hit in hits}
+    long = [hit.id for hit in hits if len(hit.text) > CELL]
+    if not long or opened.readout.stream is not None:
+        return shown
+    for why in explain_rows(opened, row, long, options.length, options.prompt_weight):
+        words, word_of = words_of(why.row_tokens)
+        weights = np.bincount(word_of, why.row_weights, len(words))
+        start, end = passage(weights, max(1, CELL * len(words) // max(1, sum(map(len, words)))))
+        line = shorten("".join(words[start:end]), CELL).removesuffix("…")
+        shown[why.id] = ("… " if start else "") + line + (" …" if end < len(words) or len(line) == CELL - 1 else "")
+    return shown
 
 
 def _hit(hit: Hit) -> dict[str, Any]:

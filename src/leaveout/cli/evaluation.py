@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,6 +27,7 @@ from leaveout.cli.program import (
     to_line,
 )
 from leaveout.errors import MismatchError
+from leaveout.tables import Table, shorten
 
 Out = Annotated[Path, typer.Option("--out", help="File of the scores: .npy, .csv, .jsonl, .parquet or .arrow.")]
 OneMethod = Annotated[str, typer.Option(help="Name of a method such as default, paper@start or ek-fac.")]
@@ -59,6 +61,9 @@ WithControls = Annotated[
     typer.Option("--controls", help="Also judge what knows nothing of what a row taught, such as its length alone."),
 ]
 Ceiling = Annotated[bool, typer.Option(help="Retrain the subsets with a second seed: the noise ceiling.")]
+
+SHOWN = 5
+"""Best rows of a query that are printed, and queries."""
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,7 +108,27 @@ def attribute(
     if sets is not None:
         _save_best(sets, opened.recipe, found.scores, names, top)
         facts["sets"] = str(sets)
+    if not json_:
+        _print_best(opened.recipe, found.scores, names, rows)
     print_facts({**facts, "out": str(out)}, json_)
+
+
+def _print_best(recipe: Recipe, scores: np.ndarray, queries: list[str], ids: Sequence[str]) -> None:
+    """Each query's best rows or units, with the beginning of the first text of each; of many queries the first."""
+    import numpy as np
+
+    from leaveout.corpus import Row
+
+    texts: dict[str, str] = {}
+    for example, *names in zip(recipe.examples, recipe.ids, recipe.units, strict=True):
+        for name in names:
+            texts.setdefault(name, example.text if isinstance(example, Row) else "")
+    for query, line in list(zip(queries, scores, strict=True))[:SHOWN]:
+        best = np.argsort(-line, kind="stable")[:SHOWN]
+        rows = [(rank, float(line[n]), ids[n], shorten(texts[ids[n]], 70)) for rank, n in enumerate(best.tolist(), 1)]
+        print(Table(["rank", "score", "id", "text"], rows, shorten(query, 100)))
+    if len(queries) > SHOWN:
+        print(f"{len(queries) - SHOWN} more queries stand in the file.")
 
 
 def _require_sets(sets: Path, out: Path, top: int, units: int) -> None:

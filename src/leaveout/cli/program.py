@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
+from typer.core import TyperGroup
 
 import leaveout.quantities as quantities
 from leaveout.errors import FormatError, LeaveoutError
@@ -27,8 +28,32 @@ if TYPE_CHECKING:
 COMMANDS = "commands.jsonl"
 """The file of an index or run that says by which commands it was made."""
 
+GROUPS = {
+    "Ask an index of rows": ("index", "append", "merge", "delete", "purge", "search", "groups", "explain", "select"),
+    "Leave rows out": ("train", "measure", "plan", "predict", "verify"),
+    "Judge": ("attribute", "evaluate", "doctor", "check"),
+    "Show": ("info", "serve", "mcp", "demo"),
+}
+"""The commands as `--help` lists them."""
+
+
+class _Grouped(TyperGroup):
+    """Lists the commands in groups, each with its whole first sentence."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        grouped = {name for names in GROUPS.values() for name in names}
+        others = tuple(name for name in self.commands if name not in grouped)
+        for title, names in (*GROUPS.items(), ("Others", others)):
+            if lines := [
+                (name, self.commands[name].get_short_help_str(1000)) for name in names if name in self.commands
+            ]:
+                with formatter.section(title):
+                    formatter.write_dl(lines)
+
+
 app = typer.Typer(
     name="leaveout",
+    cls=_Grouped,
     help="Which training data made the model do this, and what would it do without it?",
     no_args_is_help=True,
     add_completion=False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -127,7 +127,8 @@ class Behaviour:
                 wanted = "1 or -1 as the sign" if field == "sign" else "a number as the weight (or a sign, 1 or -1)"
                 raise FormatError(f"Row {number} of a behaviour has the {field} {given!r}: give {wanted} of each row.")
         if field == "weight":
-            return cls(rows, [row.raw[field] for row in rows], measure, name)
+            texts = [replace(row, weight=1.0) for row in rows]  # of its loss, which would count it twice
+            return cls(texts, [row.raw[field] for row in rows], measure, name)
         shown, others = ([row for row in rows if row.raw[field] == sign] for sign in (1, -1))
         return cls.between(shown, others, measure, name)
 

@@ -111,6 +111,16 @@ def test_controls_are_those_of_a_search(client, place, monkeypatch):
     assert hits.controls is not None and found == json.loads(json.dumps(hits.controls.facts()))
 
 
+def test_groups_are_sums_over_all_rows(client, place):
+    index = Index.open(place / "idx")
+    scores = dict(zip(index.ids, index.score([index.ask(QUESTION["prompt"], QUESTION["answer"])])[0], strict=True))
+    found = post(client, "/api/groups", {**QUESTION, "group_by": "source", "where": "source = 's0'"})["groups"]
+    assert [(group["name"], group["rows"]) for group in found] == [("s0", 4)]
+    wanted = sum(float(scores[row["id"]]) for row in ROWS if row["source"] == "s0")
+    assert found[0]["total"] == pytest.approx(wanted, rel=1e-4) and found[0]["best"] == "row 9"
+    assert "group_by" in post(client, "/api/groups", QUESTION, 400)["error"]
+
+
 def test_row_in_full_is_as_it_came_whatever_its_id(client):
     found = get(client, "/api/row", id="evil/../row")
     assert found["row"]["response"] == f" {EVIL}" and found["text"] == f"Say: {EVIL}"

@@ -101,6 +101,8 @@ def test_ask_click_words_and_open_a_row(page):
     assert word.get_attribute("aria-pressed") == "true" or page.locator(".answer .word[aria-pressed=true]").count() == 1
     page.get_by_role("button", name="Show everything").click()
     assert page.locator(".answer .word[aria-pressed=true]").count() == 0
+    page.get_by_role("button", name="Sum up by source").click()
+    page.locator("caption", has_text="Sums of the scores of all rows, by source").wait_for()
     page.locator(".row .word").first.click()
     assert "answers" in page.locator("#results .left").inner_text()
     page.locator(".row button.link").first.click()

@@ -111,6 +111,10 @@ async def _controls(desk: Desk, asked: Ask) -> Any:
     return await desk.lane.run(desk.bench.controls, asked)
 
 
+async def _groups(desk: Desk, asked: Ask) -> Any:
+    return await desk.lane.run(desk.bench.groups, asked)
+
+
 async def _what_if(desk: Desk, asked: WhatIf) -> Any:
     return await desk.lane.run(desk.bench.what_if, asked)
 
@@ -158,6 +162,7 @@ ROUTES = (
     Call("POST", "/api/ask", "The rows that push an answer up and down most.", _ask, Ask),
     Call("POST", "/api/explain", "Which words of rows answer which words of the answer.", _explain, Explain),
     Call("POST", "/api/controls", "Whether length or a text search explain the rows that `ask` finds.", _controls, Ask),
+    Call("POST", "/api/groups", "What the rows of each value of `group_by` add up to.", _groups, Ask),
     Call("POST", "/api/what-if", "Answers' losses under the model without some of its data.", _what_if, WhatIf),
     Call("POST", "/api/verify", "The same, and really retrained, as a job.", _verify, WhatIf),
     Call("GET", "/api/jobs", "Retrainings, the newest first.", _jobs),

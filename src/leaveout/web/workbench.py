@@ -206,6 +206,13 @@ class Workbench:
         assert found is not None
         return found.facts()
 
+    def groups(self, asked: Ask) -> dict[str, Any]:
+        """What whole groups of rows, the values of `group_by`, add up to, with 95 % intervals."""
+        if asked.group_by is None:
+            raise ValueError("Say in group_by which field, or `unit`, makes the groups.")
+        found = self.index.group_scores([self.question(asked)], asked.group_by, self._where(asked))[0]
+        return {"by": asked.group_by, "groups": [vars(group) for group in found]}
+
     def _where(self, asked: Ask) -> str | None:
         parts = [] if asked.where is None or not asked.where.strip() else [f"({asked.where})"]
         if asked.only is not None:

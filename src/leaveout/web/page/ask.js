@@ -127,15 +127,18 @@ class Results {
     this.hint = el("p", { cls: "soft" }, "Colours follow …");
     this.shares = el("div");
     this.controls = el("div");
+    this.sums = el("div");
     this.prediction = el("section", { "aria-label": "Prediction" });
     this.basket = el("div", { cls: "basket" });
-    const against = asked.against;
+    const { against } = asked;
+    const by = asked.group_by ?? document.getElementById("field").value;
     into.replaceChildren(
-      el("p", { cls: "verdict" }, found.verdict), this.controls,
-      el("p", { cls: "soft" }, `${number(found.considered)} rows were considered in ${number(found.seconds)} s. `,
+      el("p", { cls: "verdict" }, found.verdict), this.controls, this.sums,
+      el("p", { cls: "soft" }, `${found.considered === 1 ? "One row was" : `${number(found.considered)} rows were`} considered in ${number(found.seconds)} s. `,
         "Shares are of the strongest row's score; a score compares rows of one question only."),
       el("div", { cls: "tools" },
         el("button", { type: "button", onclick: () => this.control() }, "Would anything else give this list?"),
+        by ? el("button", { type: "button", onclick: () => this.sum(by) }, `Sum up by ${shorten(by, 30)}`) : null,
         el("button", { type: "button", onclick: () => copy(this.json(), "JSON") }, "Copy as JSON"),
         el("button", { type: "button", onclick: () => this.save() }, "Download CSV")),
       el("div", { cls: "split" },
@@ -248,6 +251,20 @@ class Results {
       say(sentence);
     } catch (error) {
       this.controls.replaceChildren(problem(error));
+    }
+  }
+
+  // What all rows of a source add up to, beyond the best ones that are shown.
+  async sum(by) {
+    this.sums.replaceChildren(el("p", { cls: "soft" }, "Adding up all rows …"));
+    try {
+      const { groups } = await post("/api/groups", { ...this.asked, group_by: by });
+      const band = (group) => group.low === null ? "" : `${number(group.low)} to ${number(group.high)}`;
+      this.sums.replaceChildren(table(`Sums of the scores of all rows, by ${by}, with 95 % intervals`, [by, "rows", "sum", "95 % interval", "best row"],
+        groups.map((group) => [String(group.name ?? "without one"), group.rows, group.total, band(group), group.best])));
+      say("Summed up.");
+    } catch (error) {
+      this.sums.replaceChildren(problem(error));
     }
   }
 

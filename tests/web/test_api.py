@@ -148,6 +148,15 @@ def test_rows_meet_the_run_by_id_and_content(client):
     assert met("evil/../row") == {"unit": None, "note": "the run was not trained on this row"}
 
 
+def test_units_are_found_by_a_part_of_their_names(client, bench):
+    assert get(client, "/api/run")["units"] == 3
+    found = get(client, "/api/units", find="1")
+    assert found == {"units": [{"name": "s1", "examples": 4, "trained": True}], "of": 1}
+    bench.examples.units |= {f"more {n}": bench.examples.units["s1"] for n in range(400)}
+    found = get(client, "/api/units", find="")
+    assert len(found["units"]) == 300 and found["of"] == 403
+
+
 def test_what_if_is_the_prediction_of_the_run(client, place):
     body = {**QUESTION, "queries": ["ferry"], "sets": [["s0"], ["row 1", "row 4", "row 7", "row 10"]], "curve": True}
     found = post(client, "/api/what-if", body)

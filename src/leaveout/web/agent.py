@@ -134,9 +134,9 @@ def _what_if(bench: Workbench, asked: WhatIf) -> dict[str, Any]:
 
 
 def _sources(bench: Workbench, field: str) -> dict[str, Any]:
-    run = bench.run_facts()
+    units = bench.units("")
     return {
         **bench.sources(field), "fields": ["unit", *bench.index.store.info()["fields"]],
-        "run_units": None if run is None else [unit["name"] for unit in run["units"]],
+        "run_units": [unit["name"] for unit in units["units"]], "run_units_in_all": units["of"],
         "queries": list(bench.queries),
     }  # fmt: skip

@@ -84,6 +84,10 @@ async def _run(desk: Desk) -> Any:
     return await run_in_threadpool(desk.bench.run_facts)
 
 
+async def _units(desk: Desk, find: str) -> Any:
+    return desk.bench.units(find)
+
+
 async def _queries(desk: Desk) -> Any:
     return desk.bench.query_list()
 
@@ -155,7 +159,8 @@ class Call:
 ROUTES = (
     Call("GET", "/api/index", "Sizes, settings, model and notes of the index.", _index),
     Call("GET", "/api/check", "What is wrong with the files; reads all of them.", _check),
-    Call("GET", "/api/run", "Units, measurements and notes of the run; null without one.", _run),
+    Call("GET", "/api/run", "Sizes, measurements and notes of the run; null without one.", _run),
+    Call("GET", "/api/units", "Units of the run whose names hold a text, which may be empty.", _units, query=("find",)),
     Call("GET", "/api/queries", "Queries that are offered by name.", _queries),
     Call("GET", "/api/sources", "How many rows have each value of a field, or of `unit`.", _sources, query=("field",)),
     Call("GET", "/api/row", "A row in full.", _row, query=("id",)),

@@ -18,6 +18,7 @@ import numpy as np
 
 from leaveout.corpus import Contrast, Row
 from leaveout.corpus.behaviour import texts_of
+from leaveout.corpus.rows import asked_row, commonest
 from leaveout.deletion.predict import NEVER, REACH, UNCERTAIN
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, UnsupportedError, choices
@@ -32,6 +33,7 @@ from leaveout.web.words import pairs_of_words, passage, strongest, verdict
 
 SHOWN = 20_000  # characters of a row in a list; `row` gives all
 LOOKED_AT = 50  # of the best rows, to say how many stand out
+UNITS = 300  # that are listed at once
 POINTS = 11  # of a curve, from 0 to 100 %
 CURVES = 4  # queries, and sets, whose curves are drawn
 
@@ -90,6 +92,7 @@ class Workbench:
         self, index: Index, run: str | Path | None = None, queries: Sequence[Query] = (), device: str = "cpu"
     ) -> None:
         self.index, self.path = index, None if run is None else Path(run)
+        self.form = commonest(index.forms)  # one pass over the catalogue, not one a question
         self.queries = {query.name: query for query in queries}
         self.run: TrainingRun | None = None
         self.run_problem: str | None = None
@@ -97,9 +100,7 @@ class Workbench:
         if self.path is not None:
             try:
                 self.run = TrainingRun.open(self.path, device=device)
-            except (
-                UnsupportedError
-            ) as problem:  # it was trained from Python: shown, but neither predicted nor retrained
+            except UnsupportedError as problem:  # of a run that was trained from Python
                 self.run_problem = str(problem)
             untrained = () if self.run is None else self.run.recipe.untrained_units()
             self.examples = RunExamples.of(Store.open(self.path / "examples").iter_rows(), untrained)
@@ -114,23 +115,28 @@ class Workbench:
     def check(self) -> dict[str, Any]:
         """What is wrong with the files of the index and the run. Cost: reads all of them."""
         problems = self.index.check()
-        for part in ("examples", "bank") if self.path else ():
-            problems += [f"{part} of the run: {found}" for found in Store.open(_below(self.path, part)).check()]
+        if self.path is not None:
+            for part in filter(Path.is_dir, (self.path / "examples", self.path / "bank")):
+                problems += [f"{part.name} of the run: {found}" for found in Store.open(part).check()]
         return {"problems": problems}
 
     def run_facts(self) -> dict[str, Any] | None:
-        """Units, measurements and notes of the run; None without one."""
+        """Sizes, measurements and notes of the run; None without one."""
         if self.path is None:
             return None
-        units = [vars(unit) for unit in self.examples.units.values()]
-        facts: dict[str, Any] = {"path": str(self.path), "problem": self.run_problem, "units": units}
-        facts["examples"] = len(self.examples.by_id)
+        facts: dict[str, Any] = {"path": str(self.path), "problem": self.run_problem}
+        facts |= {"units": len(self.examples.units), "examples": len(self.examples.by_id)}
         if self.run is not None:
             recipe, measured = self.run.recipe, self.run.bank.info()
             facts |= {"kind": recipe.kind, "steps": len(recipe.batches()), "optimizer": recipe.optimizer.name}
             facts |= {"measurements": measured["measurements"], "cpu_seconds": measured["cpu_seconds"]}
             facts["notes"] = [*self.run.notes, *measured.get("notes", [])]
         return facts
+
+    def units(self, find: str) -> dict[str, Any]:
+        """The run's units whose names hold a text: `of` so many the first ones."""
+        found = [vars(unit) for name, unit in self.examples.units.items() if find in name]
+        return {"units": found[:UNITS], "of": len(found)}
 
     def query_list(self) -> list[dict[str, Any]]:
         """The run's queries: name, measure, and prompt and answer where they are such rows."""
@@ -151,10 +157,9 @@ class Workbench:
 
     def question(self, asked: Question) -> Any:
         """The query of an index: a row, or a contrast of two."""
-        row = self.index.ask(asked.prompt, asked.answer, asked.form)
-        if asked.against is None:
-            return row
-        return Contrast(row, self.index.ask(asked.prompt, asked.against, asked.form))
+        form = asked.form or (None if asked.prompt is None else self.form)
+        row = asked_row(asked.answer, asked.prompt, form)
+        return row if asked.against is None else Contrast(row, asked_row(asked.against, asked.prompt, form))
 
     def ask(self, asked: Ask) -> dict[str, Any]:
         """The rows that push the answer up most, and down most; of a contrast those for either side."""
@@ -333,11 +338,6 @@ def _index_sentences(facts: dict[str, Any]) -> list[str]:
     if facts["deleted"]:
         found.append(f"{facts['deleted']:,} rows are deleted and wait for `leaveout purge`.")
     return found
-
-
-def _below(path: Path | None, name: str) -> Path:
-    assert path is not None
-    return path / name
 
 
 def _short(values: np.ndarray) -> list[float]:

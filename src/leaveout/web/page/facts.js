@@ -33,14 +33,15 @@ export async function runPage(main) {
     main.append(el("p", { cls: "verdict" }, "There is no run here: start the page with one, leaveout serve IDX RUN."));
     return;
   }
-  const told = `${number(run.examples)} examples in ${number(run.units.length)} units.`;
+  const told = `${number(run.examples)} examples in ${number(run.units)} units.`;
   main.append(el("p", { cls: "verdict" }, run.problem ?? (run.measurements && Object.keys(run.measurements).length ? told : `${told} Nothing is measured yet: leaveout measure ${run.path}.`)));
   if (!run.problem) {
     main.append(notes(run.notes), table("How it was trained", ["", ""], [
       ["directory", run.path], ["kind", run.kind], ["steps", number(run.steps)], ["optimizer", run.optimizer], ["CPU seconds of measuring", number(run.cpu_seconds)]]),
       table("Measurements", ["what", "how many"], Object.entries(run.measurements)));
   }
-  main.append(table("Units: what can be left out", ["unit", "examples", "trained on"], run.units.slice(0, 500).map((unit) => [unit.name, unit.examples, unit.trained ? "yes" : "in no step"])));
+  const { units } = await get("/api/units", { find: "" });
+  main.append(table(units.length < run.units ? `The first ${units.length} units` : "Units: what can be left out", ["unit", "examples", "trained on"], units.map((unit) => [unit.name, unit.examples, unit.trained ? "yes" : "in no step"])));
 }
 
 export async function jobsPage(main) {

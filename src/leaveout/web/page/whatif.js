@@ -152,11 +152,12 @@ export async function whatIfPage(main, state) {
   const left = new Set(state.getAll("without"));
   const picked = queries.map((query) => tick(query.name, chosen, false, query.measure === "loss" ? "" : ` (${query.measure})`));
   const units = el("div", { cls: "ticks" });
-  const find = el("input", { id: "find-unit", type: "search", oninput: () => list(), autocomplete: "off" });
-  const list = () => {
-    const shown = run.units.filter((unit) => unit.name.includes(find.value)).slice(0, 300);
+  const find = el("input", { id: "find-unit", type: "search", onchange: () => list(), autocomplete: "off" });
+  const list = async () => {
+    const { units: shown, of } = await get("/api/units", { find: find.value });
     units.replaceChildren(...shown.map((unit) => tick(unit.name, left, true, ` ${unit.examples} ${unit.examples === 1 ? "example" : "examples"}`,
-      unit.trained ? null : "no step of the training saw it")));
+      unit.trained ? null : "no step of the training saw it")),
+      ...(of > shown.length ? [el("p", { cls: "soft" }, `${number(of - shown.length)} more: find them by a part of their names.`)] : []));
   };
   const result = el("section", { "aria-label": "Prediction" });
   const predict = (event) => {
@@ -181,7 +182,7 @@ export async function whatIfPage(main, state) {
       el("label", { for: "find-unit" }, "Find"), find, units,
       el("label", { cls: "tick" }, el("input", { type: "checkbox", id: "each" }), " each of them for itself")),
     el("button", { cls: "primary" }, "Predict"));
-  list();
+  await list();
   main.append(el("h1", {}, "What would the model say without it?"), form, result);
   if (left.size && (chosen.size || answer.value)) predict();
 }

@@ -35,7 +35,7 @@ def agent_server(bench: Workbench) -> MCPServer:
     """The server of a workbench; `run()` answers on standard input and output."""
     lane = Lane()
     server = MCPServer("leaveout", version=leaveout.__version__, instructions=INSTRUCTIONS)
-    reads = server.tool(annotations=ToolAnnotations(readOnlyHint=True, openWorldHint=False))
+    reads = server.tool(annotations=ToolAnnotations(read_only_hint=True, open_world_hint=False))
 
     async def told(work: Callable[..., Answer], *given: Any) -> Answer:
         try:

@@ -245,7 +245,7 @@ def _json(value: Any) -> bytes:
 
 
 def _file(name: str) -> Callable[[Request], Response]:
-    found = resources.files("leaveout.web").joinpath("page", name)
+    found = resources.files("leaveout.web") / "page" / name
     content, kind = found.read_bytes(), TYPES[name[name.rindex(".") :]]
     return lambda request: Response(content, media_type=kind)
 

@@ -164,6 +164,7 @@ class Jobs:
     def _follow(self, job: Job, here: Connection) -> None:
         """Takes in what the process of a job tells, until it ends."""
         while job.ended is None:
+            told: Any
             try:
                 kind, told = here.recv()
             except (EOFError, OSError):

@@ -102,9 +102,9 @@ def read(kind: type[Request], body: Any) -> Request:
 def _check(name: str, value: Any, hint: Any, inner: bool = False) -> None:
     """Raises: ValueError if a value is not of the type that is wanted, or too long."""
     kinds = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
+    if type(None) in kinds and value is None:
         return
-    kind = kinds[0]
+    kind: Any = kinds[0]
     if get_origin(kind) is list:
         if not isinstance(value, list):
             raise ValueError(f"{name} must be a list.")

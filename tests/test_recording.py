@@ -107,6 +107,17 @@ def test_a_recorded_run_is_measured_like_any_other(place, tokenizer, tmp_path):
     assert (jets.coefficients[name][0] - differences).abs().max() < 1e-3 * differences.abs().max()
 
 
+def test_checkpoints_are_noted_and_hold_the_recipes_model_at_their_step(place, tokenizer, tmp_path):
+    run = recorded(trainer_of(place, tokenizer, tmp_path, save_strategy="steps", save_steps=3, max_steps=4))
+    assert list(run.checkpoints) == [3, 4]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run.checkpoints[3]).state_dict()
+    ours = train_plain(run.recipe.first_steps(3))
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert torch.allclose(ours[name], theirs[name], atol=1e-5) and not torch.allclose(
+        run.after[name], theirs[name], atol=1e-4
+    )
+
+
 def test_adapters_are_recorded_and_their_names_are_those_of_the_recipe(place, tokenizer, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(

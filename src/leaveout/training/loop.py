@@ -13,7 +13,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,8 @@ class Steps:
     @contextmanager
     def passing(self, part: Part) -> Iterator[None]:
         """While forward passes of a part are made: its dropout, and the recipe's autocast."""
-        mixed = torch.autocast(self.task.device.type, torch.bfloat16, self._autocast, cache_enabled=False)
+        kind = self.task.device.type
+        mixed = torch.autocast(kind, torch.bfloat16, cache_enabled=False) if self._autocast else nullcontext()
         with dropped(self.task.model, part.seed), mixed:
             yield
 

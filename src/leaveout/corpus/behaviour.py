@@ -119,7 +119,7 @@ class Behaviour:
 
         Raises: FormatError for a row that does not.
         """
-        rows = list(rows)
+        rows = [replace(row, weight=1.0) for row in rows]  # a weight of the row's loss would count twice
         field = "sign" if any("sign" in row.raw for row in rows) else "weight"
         for number, row in enumerate(rows, 1):
             given = row.raw.get(field)
@@ -127,8 +127,7 @@ class Behaviour:
                 wanted = "1 or -1 as the sign" if field == "sign" else "a number as the weight (or a sign, 1 or -1)"
                 raise FormatError(f"Row {number} of a behaviour has the {field} {given!r}: give {wanted} of each row.")
         if field == "weight":
-            texts = [replace(row, weight=1.0) for row in rows]  # of its loss, which would count it twice
-            return cls(texts, [row.raw[field] for row in rows], measure, name)
+            return cls(rows, [row.raw[field] for row in rows], measure, name)
         shown, others = ([row for row in rows if row.raw[field] == sign] for sign in (1, -1))
         return cls.between(shown, others, measure, name)
 

@@ -153,9 +153,10 @@ def test_search_asks_about_a_behaviour_in_a_file(run, idx, tmp_path):
     assert run("explain", idx, "--behaviour", file, "--id", "a")[0] == 0
     file.write_text("".join(json.dumps({**line, "weight": line.pop("sign")}) + "\n" for line in lines))
     assert json.loads(run("search", idx, "--behaviour", file, "-k", "4", "--json")[1]) == line
-    for wrong in ({"text": "x"}, {"text": "x", "weight": "much"}, {"text": "x", "weight": True}):
-        file.write_text(json.dumps({"text": "y", "weight": 1}) + "\n" + json.dumps(wrong))
-        assert "Row 2 of a behaviour has the weight" in run("search", idx, "--behaviour", file)[2]
+    said = {None: "Row 2 of a behaviour has the weight None", "much": "field `weight` is text", True: "is true or false"}
+    for wrong, sentence in said.items():
+        file.write_text(json.dumps({"text": "y", "weight": 1}) + "\n" + json.dumps({"text": "x", "weight": wrong}))
+        assert sentence in run("search", idx, "--behaviour", file)[2]
     file.write_text(json.dumps({"text": "x", "sign": 2}))
     assert "has the sign 2: give 1 or -1 as the sign of each row" in run("search", idx, "--behaviour", file)[2]
     assert "--behaviour" in run("search", idx, "--behaviour", file, "--query", "x")[2]

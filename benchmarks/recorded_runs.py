@@ -113,7 +113,9 @@ def case_of(name: str, smoke: bool, seed: int) -> dict[str, Any]:
         trainer = trainer_of(sft, gpt2(tokenizer, seed), tokenizer, texts(30, smoke, seed), 64)
     else:
         start = tiny(seed) if smoke else smollm2()
-        start.lm.is_quantized = start.lm.hf_quantizer = None  # the file's numbers were unpacked at load: it trains like any other
+        start.lm.is_quantized = start.lm.hf_quantizer = (
+            None  # the file's numbers were unpacked at load: it trains like any other
+        )
         torch.manual_seed(seed)
         trainer = trainer_of(sft, with_lora(start.lm), start.tokenizer, texts(32, smoke, seed), 96)
     return proof(*recorded(trainer))

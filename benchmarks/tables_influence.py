@@ -172,6 +172,10 @@ def refined(*results: dict[str, Any]) -> str:
         own = [next((v for k, v in f[best].items() if k.startswith(f"minus {other}")), None) for f in found]
         name = "`default`" if other == "default" else "EK-FAC"
         lines.append([f"`influence` minus {name}", *("" if one is None else within(one, 3) for one in own)])
+    for text in ("`default`", "EK-FAC", best):
+        rises = ["" if "qld" not in own.get(text, {}) else within(own[text]["qld"], 3) for own in found]
+        if any(rises):
+            lines.append([f"QLD in nats, {text.split(':')[0]}", *rises])
     seconds = ["" if own[best]["cpu_seconds"] is None else f"{own[best]['cpu_seconds']:,.0f}" for own in found]
     lines.append(["CPU s of `influence`, 30 queries", *seconds])
     return table(["after a third of training", *(result["bank"] for result in results)], lines)

@@ -184,7 +184,12 @@ def measure(args: Any, work: Path) -> dict[str, Any]:
     final.requires_grad_(False)
     with tempfile.TemporaryDirectory() as place:
         index = Index.build(
-            final, rows, Path(place) / "index", tokenizer=readout.tokenizer, beta=BETA, reference=(start, readout.tokenizer)
+            final,
+            rows,
+            Path(place) / "index",
+            tokenizer=readout.tokenizer,
+            beta=BETA,
+            reference=(start, readout.tokenizer),
         )
         for length in ("product", "cosine"):
             scores[f"default, {length}"] = index.score(contrasts, length=length)
@@ -232,7 +237,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--halves", type=int, default=48)
-    parser.add_argument("--work", type=Path, help="where trained models' numbers are kept, so that a stop loses nothing")
+    parser.add_argument(
+        "--work", type=Path, help="where trained models' numbers are kept, so that a stop loses nothing"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:

@@ -89,7 +89,9 @@ def test_every_command_that_takes_rows_takes_tables_and_columns(run, model, tmp_
     code, out, _ = run("append", idx, tmp_path / "more.tsv", *columns, "--json")
     assert code == 0 and (json.loads(out)["added"], json.loads(out)["repeated"]) == (2, 1)
     code, out, _ = run("search", idx, "--queries", tmp_path / "rows.csv", *columns, "-k", 1, "--json")
-    assert code == 0 and [json.loads(line)["hits"][0]["text"] for line in out.splitlines()] == list(map("".join, pairs[:2]))
+    assert code == 0 and [json.loads(line)["hits"][0]["text"] for line in out.splitlines()] == list(
+        map("".join, pairs[:2])
+    )
     wanted = ("--wanted", tmp_path / "rows.csv", *columns, "--out", tmp_path / "best.jsonl")
     assert run("select", idx, "-n", 2, *wanted)[0] == 0
     code, _, err = run("search", idx, "--queries", tmp_path / "rows.csv", "--columns", "prompt")
@@ -195,6 +197,26 @@ def test_groups_are_summed_with_intervals(run, idx):
     shown = run("groups", idx, "--query", TEXTS[1], "--by", "unit")[1]
     assert "best row" in shown and "together" not in shown
     assert "by is 'nought'" in run("groups", idx, "--query", TEXTS[1], "--by", "nought")[2]
+
+
+def test_sets_of_an_index_are_summed_and_called_not_calibrated(run, idx, tmp_path):
+    asked = ("predict", idx, "--query", TEXTS[1])
+    code, out, _ = run(*asked, "--without", "b", "--without", "a,c", "--without-where", "id = 'd'", "--json")
+    found = json.loads(out)
+    assert code == 0 and [group["name"] for group in found["groups"]] == ["b", "a, c", "id = 'd'"]
+    assert found["groups"][1]["total"] == max(group["total"] for group in found["groups"])  # row a is the query
+    assert "Not calibrated" in found["notes"][0]
+    file = tmp_path / "sets.jsonl"
+    file.write_text('{"name": "mine", "without": ["a", "b"]}\n')
+    shown = run(*asked, "--sets", file)[1]
+    assert "mine" in shown and "Not calibrated" in shown
+    for more, told in (
+        ((), "say what is left out"), (("--without", "z"), "'z'"), (("--without", "a,b,c,d"), "holds all rows"),
+        (("--without", "a", "--degree", "2"), "--degree needs a training run"), (("--without-where", "id = 'q'"), "No row"),
+    ):  # fmt: skip
+        assert told in run(*asked, *more)[2]
+    file.write_text('{"a": 0.5}\n')
+    assert "of whole rows: leave shares out" in run(*asked, "--sets", file)[2]
 
 
 def test_search_reranks_through_the_whole_model(run, idx):
@@ -456,7 +478,9 @@ def test_shards_are_merged(run, idx, model, rows, tmp_path, monkeypatch):
     assert code == 0 and {"rows": 4, "added": 4, "repeated": 0, "index": str(out)}.items() <= json.loads(text).items()
     assert run("merge", tmp_path / "listed", *sorted(parts.iterdir()))[0] == 0
     (names, scores), one = answer(run, out), answer(run, idx)
-    assert names == one[0] and scores == pytest.approx(one[1], rel=1e-3, abs=1e-4 * max(one[1]))  # one level of rounding
+    assert names == one[0] and scores == pytest.approx(
+        one[1], rel=1e-3, abs=1e-4 * max(one[1])
+    )  # one level of rounding
     assert answer(run, tmp_path / "listed") == (names, scores)
     code, _, err = run("merge", out, parts)
     assert code == 1 and "holds a finished index: give a new directory" in err
@@ -473,7 +497,9 @@ def test_indexes_of_other_rows_are_merged_if_they_whiten_alike(run, idx, model, 
     assert code == 0 and {"rows": 5, "added": 5, "repeated": 1}.items() <= json.loads(text).items()
     assert run("append", idx, more)[0] == 0
     (names, scores), one = answer(run, tmp_path / "all"), answer(run, idx)
-    assert names == one[0] and scores == pytest.approx(one[1], rel=1e-3, abs=1e-4 * max(one[1]))  # one level of rounding
+    assert names == one[0] and scores == pytest.approx(
+        one[1], rel=1e-3, abs=1e-4 * max(one[1])
+    )  # one level of rounding
 
 
 def test_backend_is_handed_on(run, idx, model, rows, tmp_path, monkeypatch):

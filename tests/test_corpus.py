@@ -387,7 +387,10 @@ BAD_ROWS = [
     (3, "is a number, not an object"),
     (["a"], "is a list, not an object"),
     (None, "is null, not an object"),
-    ({}, "has no fields, but a row needs `text`, `prompt` and `completion`, `instruction` and `output`, `messages`, or `ch"),
+    (
+        {},
+        "has no fields, but a row needs `text`, `prompt` and `completion`, `instruction` and `output`, `messages`, or `ch",
+    ),
     ({"body": "a", "prompt": "b"}, "has only the fields `body`, `prompt`, but a row needs `text`"),
     ({f"f{n}": 1 for n in range(12)}, "`f9` and 2 more, but a row needs"),
     ({"text": "a", "messages": [TELL]}, "has two forms at once, `text` and `messages`, keep one"),
@@ -423,19 +426,37 @@ BAD_ROWS = [
     ({"messages": [ASK, {"role": "assistant"}]}, "`content` of message 2 must be text, not null"),
     ({"messages": [{"role": 1, "content": "a"}]}, "`role` of message 1 must be text, not a number"),
     ({"messages": [TELL | {"content": HALF}]}, "field 'messages' has half a surrogate pair"),
-    ({"text": "a", "weight": math.nan}, "field `weight` is nan, but a row's loss is multiplied by it: give a number, or re"),
+    (
+        {"text": "a", "weight": math.nan},
+        "field `weight` is nan, but a row's loss is multiplied by it: give a number, or re",
+    ),
     ({"text": "a", "weight": "3 kg"}, "field `weight` is text, but a row's loss is multiplied by it"),
     ({"text": "a", "weight": True}, "field `weight` is true or false, but a row's loss is multiplied by it"),
-    ({"chosen": "a b", "rejected": "a b"}, "has the same answer as `chosen` and as `rejected`, so that nothing is preferred"),
+    (
+        {"chosen": "a b", "rejected": "a b"},
+        "has the same answer as `chosen` and as `rejected`, so that nothing is preferred",
+    ),
     ({"prompt": "a", "chosen": "b"}, "has `chosen` without `rejected`, a preference row needs both"),
     ({"rejected": "b"}, "has `rejected` without `chosen`, a preference row needs both: add it or drop the row"),
-    ({"chosen": "a", "rejected": [TELL]}, "`rejected` are text and a list, they must both be text, or both lists of messages"),
-    ({"prompt": 3, "chosen": "a", "rejected": "b"}, "are text and text after a number, they must both be text, or both"),
+    (
+        {"chosen": "a", "rejected": [TELL]},
+        "`rejected` are text and a list, they must both be text, or both lists of messages",
+    ),
+    (
+        {"prompt": 3, "chosen": "a", "rejected": "b"},
+        "are text and text after a number, they must both be text, or both",
+    ),
     ({"prompt": "a", "chosen": "b", "rejected": " "}, "field `rejected` is empty or blank, so nothing is learned"),
     ({"text": "a", "chosen": "b", "rejected": "c"}, "two forms at once, `chosen` with `rejected` and `text`, keep one"),
     ({"chosen": [ASK], "rejected": [TELL]}, "field `chosen` has no assistant's text, so nothing is learned"),
-    ({"prompt": "b", "chosen": [ASK, TELL], "rejected": [TELL]}, "`prompt` is text that no message of `chosen` has, give it"),
-    ({"prompt": "a", "completion": "b", "label": True}, "is an unpaired preference .*as KTO has them.*or rename `label`"),
+    (
+        {"prompt": "b", "chosen": [ASK, TELL], "rejected": [TELL]},
+        "`prompt` is text that no message of `chosen` has, give it",
+    ),
+    (
+        {"prompt": "a", "completion": "b", "label": True},
+        "is an unpaired preference .*as KTO has them.*or rename `label`",
+    ),
     ({"text": "ab" + HALF}, "field 'text' has half a surrogate pair at character 3, which is not valid UTF-8"),
     ({"text": "a", "source": HALF}, "field 'source' has half a surrogate pair"),
     ({"text": "a", "tags": [HALF]}, "field 'tags' has half a surrogate pair"),
@@ -554,7 +575,11 @@ def test_parquet_row_that_is_not_utf8_is_one_bad_row(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("a.xlsx", b"", r"is not of a known kind, give a file of \.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.txt, \.md, "),
+        (
+            "a.xlsx",
+            b"",
+            r"is not of a known kind, give a file of \.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.txt, \.md, ",
+        ),
         ("a.parquet.gz", b"", "is not of a known kind"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}', r"is not valid JSON .*; if it has one row a line, name it \.jsonl"),
         ("a.json", b'{"text": "a"}', "is an object, not a list of rows; if it has one row a line, name it"),
@@ -594,7 +619,9 @@ def test_damage_inside_a_parquet_file_is_found(tmp_path):
 
 
 def test_path_without_rows_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no\.jsonl does not exist, give a file or directory of rows, or a dataset of"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no\.jsonl does not exist, give a file or directory of rows, or a dataset of"
+    ):
         Corpus.open(tmp_path / "no.jsonl")
     with pytest.raises(FormatError, match=r" is not of a known kind, give .* a directory of them or from"):
         Corpus.open(tmp_path)

@@ -85,6 +85,31 @@ def test_groups_are_of_the_wanted_rows_and_of_units(index):
     assert index.group_scores(QUERIES[:1], where="source = 'none such'") == [[]]
 
 
+def test_sets_by_ids_are_as_groups_of_the_same_rows(index):
+    ids = {name: [r["id"] for r, s in zip(ROWS, SOURCES, strict=True) if s == name] for name in ("book", "web")}
+    wanted = {group.name: group for group in index.group_scores(QUERIES[:1], together=True)[0]}
+    (found,) = index.set_scores(QUERIES[:1], ids)
+    assert [one.name for one in found] == ["book", "web"]
+    for one in found:
+        other = wanted[one.name]
+        assert one.rows == other.rows and one.best == other.best
+        assert_close([one.total, one.low, one.high], [other.total, other.low, other.high], "float32")
+        assert_close(one.together, other.together, "float32")
+    twice = index.set_scores(QUERIES[:1], {"book": ids["book"] * 2}, together=False)[0][0]
+    assert twice.total == found[0].total and twice.together is None  # a row leaves once
+
+
+def test_sets_that_say_nothing_are_refused(index):
+    every = [row["id"] for row in ROWS]
+    for sets, told in (
+        ({}, "no set: name at least one id"), ({"none": []}, "'none' is .*: give a list of at least one id"),
+        ({"all": every}, "'all' holds all rows: leave something"), ({"x": ["row 99"]}, "row 99"),
+        ({"text": "row 1"}, "give a list of at least one id"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            index.set_scores(QUERIES, sets)
+
+
 def test_large_groups_are_summed_and_not_solved(index, monkeypatch):
     monkeypatch.setattr(groups, "TOGETHER_MOST", 6)
     found = {g.name: g.together for g in index.group_scores(QUERIES, together=True)[0]}

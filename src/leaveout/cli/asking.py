@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -199,6 +200,7 @@ def groups(
     form: Form = None,
     queries: Annotated[str | None, typer.Option(help="Queries in any form that `index` takes rows.")] = None,
     columns: Columns = None,
+    behaviour: BehaviourFile = None,
     by: Annotated[str, typer.Option(help="Field whose values are the groups, or unit.")] = "source",
     where: Where = None,
     together: Annotated[
@@ -216,18 +218,28 @@ def groups(
     Example: leaveout groups idx --query " Bergen" --by source
     """
     opened = open_index(idx, model, device, offload, max_memory, device_map)
-    encoded = opened.encode(list(query_rows(query, prompt, queries, form, opened, against, columns=columns)))
-    for text, found in zip(encoded.texts, opened.group_scores(encoded, by, where, together=together), strict=True):
+    encoded = opened.encode(list(query_rows(query, prompt, queries, form, opened, against, behaviour, columns)))
+    found = opened.group_scores(encoded, by, where, together=together)
+    print_groups(encoded.texts, found, by, together, json_)
+
+
+def print_groups(
+    texts: Sequence[str], found: Sequence[Sequence[GroupScore]], called: str, together: bool, json_: bool,
+    notes: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """The groups of each query, as a table or as a line of JSON."""
+    for text, groups in zip(texts, found, strict=True):
         if json_:
-            print(to_line({"query": text, "groups": [asdict(group) | {"mean": group.mean} for group in found]}))
+            named = [asdict(group) | {"mean": group.mean} for group in groups]
+            print(to_line({"query": text, "groups": named, **({"notes": notes} if notes else {})}))
             continue
-        head = [by, "rows", "total", *(["together"] if together else []), "a row", "best row"]
+        head = [called, "rows", "total", *(["together"] if together else []), "a row", "best row"]
         lines = [
             ("" if group.name is None else str(group.name), group.rows, _within(group),
              *(["" if group.together is None else group.together] if together else []), group.mean, group.best)
-            for group in found
+            for group in groups
         ]  # fmt: skip
-        print(Table(head, lines, shorten(text, 100)))
+        print(Table(head, lines, shorten(text, 100), notes))
 
 
 def _within(group: GroupScore) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -26,10 +27,12 @@ from leaveout.cli.program import (
     WithoutWhere,
     Workers,
     app,
+    is_index,
     one_thread,
     open_run,
     print_facts,
     quantity,
+    query_rows,
     read_queries,
     read_sets,
     remember,
@@ -209,8 +212,15 @@ def predict(
     """Predict queries under the model trained without some data, with 95 % intervals, from the bank. Nothing is
     trained. One JSON line per query and set.
 
+    Of an index, without a recipe: the scores of each set summed up. Sets can be ranked by that, but it is not calibrated, and
+    foretells no loss.
+
     Example: leaveout predict run --query thames --without rivers --without herbs,dogs
     """
+    if is_index(run):
+        _require_no_bank(curve, html, degree, estimator)
+        _sum_up(run, device, (query, prompt, queries, form, columns), without, without_where, sets, json_)
+        return
     chosen = _estimator(estimator, degree)
     _require_outputs(html, curve)
     opened = open_run(run, device)
@@ -222,6 +232,48 @@ def predict(
 
         draw_curves(opened.curve(asked, removed, chosen), curve)
     _print_prediction(found, html, json_)
+
+
+NOT_CALIBRATED = (
+    "Not calibrated: scores of an index summed up, above 0 where training on the set lowers the loss. A set with three times the "
+    "score of another should matter more; how many nats it is takes the recipe of the run (`leaveout train`, then `measure`)."
+)
+
+
+def _require_no_bank(curve: Path | None, html: Path | None, degree: int | None, estimator: str) -> None:
+    """Refuses what only measurements of a run can answer."""
+    other = None if estimator == "posterior" else estimator
+    asked = {"--curve": curve, "--html": html, "--degree": degree, "--estimator": other}
+    if name := next((name for name, value in asked.items() if value is not None), None):
+        raise typer.BadParameter(f"{name} needs a training run, and this is an index")
+
+
+def _sum_up(
+    idx: Path, device: str, asked: tuple[Any, ...], without: list[str] | None, where: str | None, sets: Path | None,
+    json_: bool,
+) -> None:  # fmt: skip
+    """What sets of an index's rows did to queries, in the order of the sets."""
+    from leaveout.cli.asking import print_groups
+    from leaveout.cli.readout import open_index
+    from leaveout.deletion.sets import label, listed_sets
+
+    opened = open_index(idx, device=device)
+    named: dict[str, list[str]] = {}
+    given = [[id.strip() for id in entry.split(",") if id.strip()] for entry in without or []]
+    for name, entry in [*(("", ids) for ids in given), *(listed_sets(sets) if sets is not None else [])]:
+        ids = [entry] if isinstance(entry, str) else list(entry)
+        if isinstance(entry, Mapping) and any(share != 1 for share in entry.values()):
+            raise FormatError("Scores of an index are of whole rows: leave shares out, or predict with a training run.")
+        named[name or label(ids)] = ids
+    if where is not None:
+        named[where] = opened.ids_where(where)
+        if not named[where]:
+            raise FormatError(f"No row satisfies {where!r}: nothing would be left out.")
+    if not named:
+        raise typer.BadParameter("say what is left out: --without, --without-where or --sets")
+    query, prompt, queries, form, columns = asked
+    encoded = opened.encode(list(query_rows(query, prompt, queries, form, opened, columns=columns)))
+    print_groups(encoded.texts, opened.set_scores(encoded, named), "without", True, json_, [NOT_CALIBRATED])
 
 
 @app.command()

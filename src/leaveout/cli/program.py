@@ -302,6 +302,11 @@ def is_run(path: Path) -> bool:
     return (path / "examples").is_dir()
 
 
+def is_index(path: Path) -> bool:
+    """Whether a directory holds an index (and not a training run)."""
+    return (path / "catalogue.sqlite").is_file() and not is_run(path)
+
+
 def open_run(path: Path, device: str = "cpu") -> TrainingRun:
     """The run in a directory, to be measured and asked on a device; with one torch thread on a CPU."""
     one_thread(device)

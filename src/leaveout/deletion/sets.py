@@ -45,7 +45,7 @@ def deletion_sets(recipe: Recipe, without: Without) -> DeletionSets:
     """
     if isinstance(without, DeletionSets):
         return without
-    listed = [(name, [entry] if isinstance(entry, str) else entry) for name, entry in _listed(without)]
+    listed = [(name, [entry] if isinstance(entry, str) else entry) for name, entry in listed_sets(without)]
     if not listed:
         raise FormatError("There is no deletion set: name at least one id.")
     units = {name: g for g, name in enumerate(recipe.unit_names)}
@@ -58,7 +58,7 @@ def deletion_sets(recipe: Recipe, without: Without) -> DeletionSets:
     return DeletionSets(np.stack(rows), tuple(name or label(entry) for name, entry in listed))
 
 
-def _listed(without: Any) -> list[tuple[str, Any]]:
+def listed_sets(without: Any) -> list[tuple[str, Any]]:
     """The name, if any, and what is left out, for each set."""
     if isinstance(without, Path):
         return list(_from_file(without))

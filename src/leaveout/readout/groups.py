@@ -14,7 +14,7 @@ docs/how-to/evaluation.md) this brings the sizes of effects of whole sources nea
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,19 +109,44 @@ def group_scores(
                 at = np.array([other == key for other in keys])
                 groups.setdefault(key, _Sums.none(len(queries))).add(page[at], own[at])
     scale = _scale(index) if together and groups else None
-    found: list[list[GroupScore]] = [[] for _ in range(len(queries))]
-    for key, sums in groups.items():
+    found = _scored(index, vectors, [(names[key], sums) for key, sums in groups.items()], scale)
+    return [sorted(one, key=lambda group: -group.total) for one in found]
+
+
+def set_scores(
+    index: OpenIndex, queries: EncodedQueries, sets: Mapping[str, Collection[str]], together: bool
+) -> list[list[GroupScore]]:
+    """The sets of each query, in their order: see `Index.set_scores`."""
+    if not sets:
+        raise ValueError("There is no set: name at least one id.")
+    vectors = index.weighed(queries.vectors, index.scales(queries.vectors, "product", None))
+    made: list[tuple[str, _Sums]] = []
+    for name, ids in sets.items():
+        if isinstance(ids, str) or not len(ids):
+            raise ValueError(f"The set {name!r} is {ids!r}: give a list of at least one id.")
+        numbers = np.unique(index.store.numbers(list(ids)))
+        if len(numbers) == len(index):
+            raise ValueError(f"The set {name!r} holds all rows: leave something to train on.")
+        sums = _Sums.none(len(vectors))
+        sums.add(numbers, index.scores_of(vectors, numbers, length="product").astype(np.float64))
+        made.append((name, sums))
+    return _scored(index, vectors, made, _scale(index) if together else None)
+
+
+def _scored(
+    index: OpenIndex, vectors: Tensor, sets: Sequence[tuple[Any, _Sums]], scale: float | None
+) -> list[list[GroupScore]]:
+    """Scores [query][set] of what was summed."""
+    found: list[list[GroupScore]] = [[] for _ in range(len(vectors))]
+    for name, sums in sets:
         joint = None if scale is None or sums.numbers is None else _together(index, vectors, sums.numbers, scale)
-        best = [record.id for record in store.rows(sums.best)]
+        best = [record.id for record in index.store.rows(sums.best)]
         for query, one in enumerate(found):
             total, half = float(sums.total[query]), _half_width(sums, query)
             low, high = (None, None) if half is None else (total - half, total + half)
-            one.append(
-                GroupScore(
-                    names[key], sums.rows, total, low, high, None if joint is None else float(joint[query]), best[query]
-                )
-            )
-    return [sorted(one, key=lambda group: -group.total) for one in found]
+            both = None if joint is None else float(joint[query])
+            one.append(GroupScore(name, sums.rows, total, low, high, both, best[query]))
+    return found
 
 
 def _half_width(sums: _Sums, query: int) -> float | None:

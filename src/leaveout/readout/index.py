@@ -8,7 +8,7 @@ the query's loss (the row helps), in units that compare rows of one query, not q
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from leaveout.readout.build import (
 )
 from leaveout.readout.columns import with_columns
 from leaveout.readout.explain import Explanation, explain_rows
-from leaveout.readout.groups import GroupScore, group_scores
+from leaveout.readout.groups import GroupScore, group_scores, set_scores
 from leaveout.readout.model import load_readout, verify_readout
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow, set_whitening
 from leaveout.readout.parts import Ask, Places, copy_statistics, merge_indexes, shard_of, share_statistics
@@ -379,6 +379,20 @@ class Index(OpenIndex):
         Memory: what is returned, and a row number for each row of groups of at most 500 rows.
         """
         return group_scores(self, self.encode(queries), by, where, together)
+
+    def set_scores(
+        self,
+        queries: Sequence[QueryRow] | EncodedQueries,
+        sets: Mapping[str, Collection[str]],
+        *,
+        together: bool = True,
+    ) -> list[list[GroupScore]]:
+        """What sets of rows, by their ids, did to each query: `scores[query][set]`, as `group_scores` has it of groups.
+
+        Nothing of this is calibrated by retraining: sets can be ranked by it, and no loss be told.
+        Raises: ValueError for an unknown id, and for a set that is empty or holds all rows.
+        """
+        return set_scores(self, self.encode(queries), sets, together)
 
     def explain(
         self, query: QueryRow, id: str, *, length: Length = "cosine", prompt_weight: float | None = None

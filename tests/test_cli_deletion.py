@@ -126,6 +126,16 @@ def test_predict_says_what_the_api_says(leaveout, trained, tmp_path):
     assert all("actual" not in line for line in lines)
 
 
+def test_predict_takes_a_behaviour(leaveout, trained, tmp_path):
+    file = tmp_path / "likes names.jsonl"
+    file.write_text("".join(json.dumps({"text": q, "sign": s}) + "\n" for q, s in zip(QUERIES, (1, -1), strict=False)))
+    code, out, _ = leaveout("predict", trained / "run", "--behaviour", file, "--without", "a", "--json")
+    line = json.loads(out)
+    found = TrainingRun.open(trained / "run").predict(list(QUERIES[:2]), [["a"]])
+    assert code == 0 and line["query"] == "likes names"
+    np.testing.assert_allclose(line["predicted"], found.mean[0, 0] - found.mean[1, 0], rtol=1e-6)
+
+
 def test_predict_by_another_estimator_gives_other_numbers(leaveout, trained):
     ask = ["predict", trained / "run", *asking("nina"), "--without", "a,b", "--json"]
     by_sum = json.loads(leaveout(*ask, "--estimator", "leave_one_out")[1])

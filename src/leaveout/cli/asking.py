@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from leaveout.cli.program import (
+    BehaviourFile,
     Columns,
     Device,
     DeviceMap,
@@ -64,10 +65,6 @@ WithControls = Annotated[
 ]
 ControlAnswer = Annotated[
     list[str] | None, typer.Option(help="The other answer of --controls, of the same form; again for each --query.")
-]
-BehaviourFile = Annotated[
-    str | None,
-    typer.Option("--behaviour", help="One query of many texts: rows with a sign, 1 or -1, or with a weight."),
 ]
 ProbeFile = Annotated[
     Path | None,

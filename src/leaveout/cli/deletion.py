@@ -13,6 +13,7 @@ import typer
 
 from leaveout.cli.program import (
     Backend,
+    BehaviourFile,
     Columns,
     Device,
     Form,
@@ -104,6 +105,7 @@ def measure(
     form: Form = None,
     queries: QueryFile = None,
     columns: Columns = None,
+    behaviour: BehaviourFile = None,
     workers: Workers = 1,
     backend: Backend = "processes",
     memory: Memory = None,
@@ -135,11 +137,12 @@ def measure(
         if not (merge / "bank").is_dir():
             raise FormatError(f"{merge} is not a training run: name the directory of one with the same recipe.")
         opened.bank.merge(merge / "bank")
+    unasked = query is None and queries is None and behaviour is None
     opened.measure(
         directions, degree, retrain=retrain, design=design, gradient=gradient, settings=settings,
         without=read_sets(opened, without, without_where, sets) if named else None,
         heldout=None if heldout is None else _heldout(heldout),
-        queries=None if query is None and queries is None else read_queries(opened, query, prompt, queries, form, columns),
+        queries=None if unasked else read_queries(opened, query, prompt, queries, form, columns, behaviour),
     )  # fmt: skip
     remember(run)
     facts = {"run": str(run), "added": len(opened.bank) - before, **opened.bank.info()}
@@ -154,6 +157,7 @@ def plan(
     run: RunPath,
     budget: Annotated[str, typer.Option(help="Wall time, such as 600s, 10min or 2h.")],
     query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None, columns: Columns = None,
+    behaviour: BehaviourFile = None,
     without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     examples: Annotated[
         bool, typer.Option("--examples", help="The sets stand for others like them: retraining just these is no help.")
@@ -179,8 +183,8 @@ def plan(
     allowed = Budget(seconds, *limits, workers, examples=examples, jets=jets)
     opened = open_run(run, device)
     removed = read_sets(opened, without, without_where, sets)
-    found = opened.plan(read_queries(opened, query, prompt, queries, form, columns), removed, allowed)
-    asked = _options(query=query, prompt=prompt, form=form, queries=queries)
+    found = opened.plan(read_queries(opened, query, prompt, queries, form, columns, behaviour), removed, allowed)
+    asked = _options(query=query, prompt=prompt, form=form, queries=queries, behaviour=behaviour)
     named = _options(without=without, without_where=without_where, sets=sets)
     crew = _options(workers=workers if workers > 1 else None, device=None if device == "cpu" else device)
     commands = [_measure_command(run, choice, asked, named, crew) for choice in found.choices]
@@ -201,6 +205,7 @@ def plan(
 def predict(
     run: RunPath,
     query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None, columns: Columns = None,
+    behaviour: BehaviourFile = None,
     without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     estimator: Estimator = "posterior",
     degree: Degree = None,
@@ -224,7 +229,7 @@ def predict(
     chosen = _estimator(estimator, degree)
     _require_outputs(html, curve)
     opened = open_run(run, device)
-    asked = read_queries(opened, query, prompt, queries, form, columns)
+    asked = read_queries(opened, query, prompt, queries, form, columns, behaviour)
     removed = read_sets(opened, without, without_where, sets)
     found = opened.predict(asked, removed, chosen)
     if curve is not None:
@@ -280,6 +285,7 @@ def _sum_up(
 def verify(
     run: RunPath,
     query: QueryText = None, prompt: Prompt = None, form: Form = None, queries: QueryFile = None, columns: Columns = None,
+    behaviour: BehaviourFile = None,
     without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     estimator: Estimator = "posterior",
     degree: Degree = None,
@@ -300,7 +306,7 @@ def verify(
     _require_outputs(html)
     settings = _settings(workers, backend, memory)
     opened = open_run(run, device)
-    asked = read_queries(opened, query, prompt, queries, form, columns)
+    asked = read_queries(opened, query, prompt, queries, form, columns, behaviour)
     removed = read_sets(opened, without, without_where, sets)
     found = opened.verify(asked, removed, chosen, settings)
     _print_prediction(found, html, json_)

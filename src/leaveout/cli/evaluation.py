@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from leaveout.cli.program import (
+    BehaviourFile,
     Columns,
     Device,
     Form,
@@ -80,6 +81,7 @@ def attribute(
     form: Form = None,
     queries: QueryFile = None,
     columns: Columns = None,
+    behaviour: BehaviourFile = None,
     method: OneMethod = "default",
     sets: SetsOut = None,
     top: TopUnits = 10,
@@ -99,7 +101,7 @@ def attribute(
     require_place(out)
     if sets is not None:
         _require_sets(sets, out, top, len(opened.recipe.unit_names))
-    asked = read_queries(opened, query, prompt, queries, form, columns)
+    asked = read_queries(opened, query, prompt, queries, form, columns, behaviour)
     names = list(numbers_of("query", [q.name for q in asked]))
     found = attribute(opened, asked, method, settings=MeasureSettings(workers=workers, progress=True))
     rows = next(ids for ids in (opened.recipe.ids, opened.recipe.unit_names) if len(ids) == found.scores.shape[1])
@@ -160,6 +162,7 @@ def evaluate(
     form: Form = None,
     queries: QueryFile = None,
     columns: Columns = None,
+    behaviour: BehaviourFile = None,
     method: MethodNames = None,
     scores: ScoreFiles = None,
     subsets: Subsets = 64,
@@ -186,7 +189,7 @@ def evaluate(
 
     if not method and not scores:
         raise typer.BadParameter("say what is judged: --method or --scores")
-    asked = read_queries(opened, query, prompt, queries, form, columns)
+    asked = read_queries(opened, query, prompt, queries, form, columns, behaviour)
     names = [q.name for q in asked]
     given = read_scores(scores or [], names, opened.recipe)
     known = None if relevant is None else load_relevant(relevant, names, opened.recipe.ids)

@@ -112,6 +112,10 @@ Limit = Annotated[
 ]
 TextRows = Annotated[str, typer.Option(help="What a row of a text file is: paragraph, line or file.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a training run.")]
+BehaviourFile = Annotated[
+    str | None,
+    typer.Option("--behaviour", help="One query of many texts: rows with a sign, 1 or -1, or with a weight."),
+]
 QueryFile = Annotated[
     str | None, typer.Option("--queries", help="Queries: rows in any form, with a field `measure`; or .npz with x, y.")
 ]
@@ -322,17 +326,20 @@ def read_queries(
     file: str | None,
     form: str | None,
     columns: str | None = None,
+    behaviour: str | None = None,
 ) -> list[Any]:
-    """Queries of --query (with --prompt) or --queries; exactly one of the two must be given."""
+    """Queries of --query (with --prompt) or --queries, or the --behaviour; exactly one of them must be given."""
     from leaveout.training.queries import Query, as_queries
 
-    if file is not None and query is None and prompt is None and form is None:
+    if file is not None and query is None and prompt is None and form is None and behaviour is None:
         if not file.endswith(".npz"):
             return as_queries(open_rows(file, columns))
         from leaveout.training.examples import read_arrays
 
         return [Query(row, source=f"{file}, example {i}") for i, row in enumerate(read_arrays(Path(file))[0])]
-    rows = query_rows(query, prompt, file, form, run.recipe, columns=columns)
+    rows = query_rows(query, prompt, file, form, run.recipe, behaviour=behaviour, columns=columns)
+    if behaviour is not None:
+        return as_queries(rows)
     return [Query(row, name=f"{prompt or ''}{text}") for row, text in zip(rows, query or [], strict=True)]
 
 

@@ -153,7 +153,7 @@ def test_search_asks_about_a_behaviour_in_a_file(run, idx, tmp_path):
     line = json.loads(run("search", idx, "--behaviour", file, "-k", "4", "--json")[1])
     assert line["query"] == "refuses" and [hit["id"] for hit in line["hits"]][::3] == ["a", "b"]
     assert run("explain", idx, "--behaviour", file, "--id", "a")[0] == 0
-    file.write_text("".join(json.dumps({**line, "weight": line.pop("sign")}) + "\n" for line in lines))
+    file.write_text("".join(json.dumps({"text": one["text"], "weight": one["sign"]}) + "\n" for one in lines))
     assert json.loads(run("search", idx, "--behaviour", file, "-k", "4", "--json")[1]) == line
     said = {None: "Row 2 of a behaviour has the weight None", "much": "field `weight` is text", True: "is true or false"}
     for wrong, sentence in said.items():

@@ -7,7 +7,6 @@ at a time; the rest only reads files and may be called by any.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -34,7 +33,6 @@ from leaveout.web.words import pairs_of_words, passage, strongest, verdict
 
 SHOWN = 20_000  # characters of a row in a list; `row` gives all
 LOOKED_AT = 50  # of the best rows, to say how many stand out
-WORKERS = 4  # threads that scan, at most
 UNITS = 300  # that are listed at once
 POINTS = 11  # of a curve, from 0 to 100 %
 CURVES = 4  # queries, and sets, whose curves are drawn
@@ -94,7 +92,6 @@ class Workbench:
         self, index: Index, run: str | Path | None = None, queries: Sequence[Query] = (), device: str = "cpu"
     ) -> None:
         self.index, self.path = index, None if run is None else Path(run)
-        self.workers = min(WORKERS, os.cpu_count() or 1) if device == "cpu" else 1  # a GPU scans by itself
         self.form = commonest(index.forms)  # one pass over the catalogue, not one a question
         self.queries = {query.name: query for query in queries}
         self.run: TrainingRun | None = None
@@ -171,8 +168,7 @@ class Workbench:
         encoded = self.index.encode([self.question(asked)])
         where = self._where(asked)
         depth = max(asked.k, LOOKED_AT)
-        both, crew = self.index.both_ways(encoded), self.workers
-        found = self.index.search(both, depth, where, group_by=asked.group_by, workers=crew)
+        found = self.index.search(self.index.both_ways(encoded), depth, where, group_by=asked.group_by)
         best = max((abs(hit.score) for hits in found for hit in hits[:1]), default=0.0) or 1.0
         up, down = (
             self._hits([hit for hit in hits[: asked.k] if hit.score > 0], sign, best)

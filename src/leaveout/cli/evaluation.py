@@ -122,8 +122,8 @@ def _print_best(recipe: Recipe, scores: np.ndarray, queries: list[str], ids: Seq
     from leaveout.corpus import Row
 
     texts: dict[str, str] = {}
-    for example, *names in zip(recipe.examples, recipe.ids, recipe.units, strict=True):
-        for name in names:
+    for example, id, unit in zip(recipe.examples, recipe.ids, recipe.units, strict=True):
+        for name in (id, unit):
             texts.setdefault(name, example.text if isinstance(example, Row) else "")
     for query, line in list(zip(queries, scores, strict=True))[:SHOWN]:
         best = np.argsort(-line, kind="stable")[:SHOWN]

@@ -507,7 +507,8 @@ class Signer:
                 lengths = torch.cat([lengths, self._part_lengths(sum_of_pieces)])
             found, lengths = self._scaled(found, lengths, [divisors[n] for n in numbers.tolist()])
             rows = numbers[:: self.sides] // self.sides  # whose sides end together, one behind the other
-            yield rows, *(x.reshape(len(rows), self.sides * x.shape[1]) for x in (found, lengths))
+            found, lengths = (x.reshape(len(rows), self.sides * x.shape[1]) for x in (found, lengths))
+            yield rows, found, lengths
             if advance is not None:
                 advance(len(batch))
 

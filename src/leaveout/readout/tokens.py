@@ -148,7 +148,7 @@ def cut_windows(
         positions = [[token - 1 - start for token in side if first <= token < end] for side in sides]
         counted = end
         if any(positions):
-            windows.append(Window(row, start, ids[start:end], *positions))
+            windows.append(Window(row, start, ids[start:end], positions[0], None if prompt is None else positions[1]))
     return windows
 
 

@@ -43,10 +43,10 @@ def digits(smoke: bool) -> tuple[lo.Recipe, list[Any]]:
 
 
 def names(smoke: bool) -> tuple[lo.Recipe, list[Any]]:
-    """microgpt on 300 names; ten that it has not seen."""
+    """microgpt on 100 names; ten that it has not seen."""
     known = ["anna", "bob", "eve", "kim", "lena", "max", "otto", "vera"] * 8
     known = known if smoke else data("names/names.txt").read_text().split()
-    return lo.Recipe.microgpt(known, n=30 if smoke else 300), known[-10:]
+    return lo.Recipe.microgpt(known, n=30 if smoke else 100), known[-10:]
 
 
 def once(recipe: lo.Recipe, asked: list[Any], seed: int) -> dict[str, float]:

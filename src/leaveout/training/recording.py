@@ -67,7 +67,8 @@ class Recording:
     def __post_init__(self) -> None:
         self._before = _trained(self.model)
         self._open: list[tuple[int, ...]] = []
-        self._loss, self._divisors, self._groups = 0.0, [], ()
+        self._loss, self._divisors = 0.0, []
+        self._groups: tuple[dict[str, Any], ...] = ()
         self._hook: Any = None
         self.after: Parameters = {}
 
@@ -151,7 +152,7 @@ class Recording:
         kinds = {torch.optim.AdamW: "adamw", torch.optim.Adam: "adam", torch.optim.SGD: "sgd"}
         if self._kind not in kinds:
             raise UnsupportedError(f"The optimizer is {self._kind.__name__}: use torch's AdamW, Adam or SGD.")
-        groups = [g for g in self._groups if g["names"]]
+        groups: list[dict[str, Any]] = [g for g in self._groups if g["names"]]
         decays = {g["weight_decay"] for g in groups} - {0.0}
         same = ("betas", "eps", "momentum", "nesterov", "dampening", "amsgrad", "maximize")
         facts = [{name: g[name] for name in same if name in g} for g in groups]
@@ -223,8 +224,8 @@ class Recording:
             norms.append(_length(p.grad for p in params.values() if p.grad is not None))
             losses.append(0.0)
             for name, p in params.items():
-                if p.grad is not None:
-                    largest[name] = torch.maximum(largest.get(name, p.grad.abs()), p.grad.abs())
+                if (grad := p.grad) is not None:
+                    largest[name] = torch.maximum(largest[name], grad.abs()) if name in largest else grad.abs()
 
         largest: Parameters = {}
         loop = Loop(steps, params, backward, fused=steps.task.device.type != "cpu")
@@ -467,7 +468,7 @@ def _pieces(inputs: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def _copied(model: nn.Module) -> nn.Module:
     """The model before the run, without what trainers hang on it."""
-    made = copy.deepcopy(model).cpu()
+    made: Any = copy.deepcopy(model).cpu()
     for module in made.modules():
         module.__dict__.pop("forward", None)
     if hasattr(made, "gradient_checkpointing_disable"):

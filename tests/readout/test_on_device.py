@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -47,10 +49,10 @@ def windows(given=WINDOWS):
     ]
 
 
-def signers(name, tokenizer, dtype, family="llama"):
+def signers(name, tokenizer, dtype, family="llama", **more):
     """One on the CPU and one on the device, with the same whitening."""
     preset, changes = FORMS[name]
-    settings = resolve_settings(preset, **changes)
+    settings = resolve_settings(preset, **changes, **more)
     models = [make_model(family, spread=0.1, dtype=dtype).to(place) for place in ("cpu", DEVICE)]
     here, there = (Signer(load_readout(model, tokenizer), settings) for model in models)
     if settings.whitens:
@@ -76,6 +78,20 @@ def test_signatures_are_those_of_the_cpu(name, family, tokenizer):
     own, others = (np.diag(gram(here, rows)) for rows in (found, wanted))
     assert (np.sqrt(np.maximum(own + others - 2 * cross, 0) / others) <= 1e-3).all()  # a difference of float32 numbers
     assert np.abs(own - others).max() <= 1e-4 * others.max()
+
+
+@pytest.mark.parametrize("name", ["default", "triples", "similarity"])
+def test_both_sides_are_those_of_the_cpu(name, tokenizer):
+    """One row has no prompt, which leaves that side zero, and not what no iteration comes to an end of."""
+    here, there = signers(name, tokenizer, torch.float32, targets="both")
+    sides = [replace(one, prompt=list(range(one.row and len(one.ids) // 3))) for one in windows()]
+    wanted, found = (signer.rows(sides, 5).float().cpu().chunk(2, 1) for signer in (here, there))
+    assert not found[1][[0, 4]].any() and not wanted[1][[0, 4]].any() and found[1][1:4].any(1).all()
+    for a, b in zip(wanted, found, strict=True):
+        cross, own, others = (here.form.products(x, y).diagonal() for x, y in ((a, b), (a, a), (b, b)))
+        assert float((own + others - 2 * cross).abs().max()) <= 1e-6 * float(own.max())
+    alone = here.rows(windows(), 5).float()
+    assert float((alone - wanted[0]).norm()) <= 1e-4 * float(alone.norm()) or name == "triples"
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -128,7 +128,7 @@ class Reranking:
                     )
         self.along: dict[
             tuple[int, int], tuple[Along, float]
-        ] = {}  # by query and side; by how much scores are multiplied
+        ] = {}  # by query and side, with what scores are multiplied by
         for (query, side), gradient, x, some in zip(places, gradients, directions, asked, strict=True):
             by = 1.0
             if len(scales) > 1:

@@ -10,7 +10,6 @@ PAGE = "docs/how-to/evaluation.md"
 WAYS = {
     "product": "product", "power 0.5": "root of the length", "cosine": "cosine", "power 1.25": "power 1.25",
     "cosine, long as before": "cosine, as long as before", "cosine, prompts learned too": "cosine, `targets=\"all\"`",
-    "cosine, prompts and responses apart": "cosine, prompts apart",
     "both sides": "cosine, `targets=\"both\"`", "both sides, 0.5": "the same, prompt weight .5",
     "both sides, 1": "the same, prompts alone", "cosine, before": "cosine, model before",
     "chance": "random",

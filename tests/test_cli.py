@@ -127,7 +127,9 @@ def test_search_shows_the_words_that_did_it(run, model, tmp_path, monkeypatch):
 def test_help_lists_every_command_once_in_a_group(run):
     from leaveout.cli.program import GROUPS
 
-    assert sorted(name for names in GROUPS.values() for name in names) == sorted(typer.main.get_command(cli.app).commands)
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(
+        typer.main.get_command(cli.app).commands
+    )
     _, out, _ = run("--help")
     assert "Others:" not in out and "..." not in out.replace("[ARGS]...", "")
 
@@ -155,7 +157,11 @@ def test_search_asks_about_a_behaviour_in_a_file(run, idx, tmp_path):
     assert run("explain", idx, "--behaviour", file, "--id", "a")[0] == 0
     file.write_text("".join(json.dumps({"text": one["text"], "weight": one["sign"]}) + "\n" for one in lines))
     assert json.loads(run("search", idx, "--behaviour", file, "-k", "4", "--json")[1]) == line
-    said = {None: "Row 2 of a behaviour has the weight None", "much": "field `weight` is text", True: "is true or false"}
+    said = {
+        None: "Row 2 of a behaviour has the weight None",
+        "much": "field `weight` is text",
+        True: "is true or false",
+    }
     for wrong, sentence in said.items():
         file.write_text(json.dumps({"text": "y", "weight": 1}) + "\n" + json.dumps({"text": "x", "weight": wrong}))
         assert sentence in run("search", idx, "--behaviour", file)[2]

@@ -127,7 +127,11 @@ def _print_best(recipe: Recipe, scores: np.ndarray, queries: list[str], ids: Seq
             texts.setdefault(name, example.text if isinstance(example, Row) else "")
     for query, line in list(zip(queries, scores, strict=True))[:SHOWN]:
         best = np.argsort(-line, kind="stable")[:SHOWN]
-        rows = [(rank, float(line[n]), ids[n], shorten(texts[ids[n]], 70)) for rank, n in enumerate(best.tolist(), 1)]
+        named = [ids[int(n)] for n in best]
+        rows = [
+            (rank, float(line[n]), id, shorten(texts[id], 70))
+            for rank, (n, id) in enumerate(zip(best, named, strict=True), 1)
+        ]
         print(Table(["rank", "score", "id", "text"], rows, shorten(query, 100)))
     if len(queries) > SHOWN:
         print(f"{len(queries) - SHOWN} more queries stand in the file.")

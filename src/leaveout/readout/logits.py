@@ -106,10 +106,16 @@ class Head:
     ) -> None:
         limits = limits or Limits()
         self.readout = readout
-        self.settings = settings
+        self._settings = settings
         self.padded = math.ceil(readout.vocabulary / GROUP) * GROUP
         self.rows = max(16, min(limits.logit_rows, limits.logit_bytes // (self.padded * dtype.itemsize)))
         self.buffer = torch.full((self.rows, self.padded), -math.inf, dtype=dtype, device=readout.device)
+
+    @property
+    def settings(self) -> SignatureSettings:
+        """What residuals are made by; a head without any gives logits only."""
+        assert self._settings is not None
+        return self._settings
 
     def blocks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Pieces of the positions with their logits [positions, vocabulary], which live until the next piece."""

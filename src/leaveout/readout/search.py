@@ -180,8 +180,8 @@ def find(
     there = [other for other in others if other is not None]
     theirs = iter(_found(index, there, BEST, wanted, options) if there else ())
     ids = [None if other is None else [hit.id for hit in next(theirs)] for other in others]
-    named, how = [[hit.id for hit in hits] for hits in found], (options.length, options.prompt_weight)
-    checked = controls_of(index, queries, named, ids, wanted, *how)
+    named = [[hit.id for hit in hits] for hits in found]
+    checked = controls_of(index, queries, named, ids, wanted, options.length, options.prompt_weight)
     return [_kept(hits, k, own) for hits, own in zip(found, checked, strict=True)]
 
 

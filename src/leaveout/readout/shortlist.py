@@ -140,7 +140,7 @@ def measured_recall(index: OpenIndex) -> dict[str, Any] | None:
     for length in get_args(Length):
         scales = index.scales(vectors, length, None).numpy()
         full, estimated = (
-            sum(counted(side[which], side[2], length) * scale for side, scale in zip(products, scales, strict=True)).T
+            np.sum([counted(side[which], side[2], length) * by for side, by in zip(products, scales, strict=True)], 0).T
             for which in (0, 1)
         )
         tables[length] = asdict(_measured(full, estimated, asked))

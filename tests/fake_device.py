@@ -188,6 +188,12 @@ class _Module:
 
     def manual_seed_all(self, seed: int) -> None: ...
 
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        """It draws nothing, and has no state."""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None: ...
+
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         """Free and all bytes."""
         return MEMORY, MEMORY

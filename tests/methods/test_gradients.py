@@ -131,7 +131,7 @@ def test_z0_inf_equals_plain_loops(name, trained):
                 wanted[q, i] += guesses[0] @ guesses[1] / n
             wanted[q, i] *= stats.spearmanr(losses[:, q], losses[:, i]).statistic
     kind = "differences of losses" if name == "causal-lm" else "float64 scores"
-    assert_close(Z0Inf(task, snapshots).score(rows[:2], rows), wanted, kind)
+    assert_close(Z0Inf(task, snapshots, correlated=True).score(rows[:2], rows), wanted, kind)
 
 
 def test_z0_inf_is_the_gradient_product_along_one_short_step():
@@ -144,7 +144,7 @@ def test_z0_inf_is_the_gradient_product_along_one_short_step():
         slow_product(g, d) / slow_product(d, d) ** 0.5 for g in slow_gradients("classifier", start, recipe.examples)
     ])  # fmt: skip
     slopes -= slopes.mean()
-    scores = Z0Inf(task, snapshots, correlated=False).score(recipe.examples, recipe.examples)
+    scores = Z0Inf(task, snapshots).score(recipe.examples, recipe.examples)
     assert_close(scores, np.outer(slopes, slopes), "second order")
 
 

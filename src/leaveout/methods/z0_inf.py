@@ -2,12 +2,14 @@
 
 Between two snapshots, (difference of a loss) * (step) / |step|^2 is the part of its gradient that lies along the step. At
 each snapshot a row's gradient is the mean of these over the snapshots near it, and the score is the product of query's and
-row's, averaged over snapshots, times the rank correlation of their losses along the run. Losses are taken less the mean of
-the corpus at each snapshot first, as all of them fall together.
+row's, averaged over snapshots. Losses are taken less the mean of the corpus at each snapshot first, as all of them fall
+together.
 
 This follows the abstract and the authors' public code; the paper itself could not be opened. That code takes the last two
 snapshots as the neighbours of all and divides by |step|^2 once more, which we read as slips and do not follow: products of
-differences of losses would count by |step|^-6, and only the last snapshots would be heard.
+differences of losses would count by |step|^-6, and only the last snapshots would be heard. It also multiplies by the rank
+correlation of both losses along the run (`correlated`), which has the sign of the product itself, so that rows that harm rank
+beside rows that help; here that is only done on request.
 Source: arXiv 2510.11832.
 """
 
@@ -38,14 +40,14 @@ class Z0Inf:
 
     task: Task
     snapshots: Sequence[Snapshot]
-    correlated: bool = True
+    correlated: bool = False
 
     def __post_init__(self) -> None:
         if len(self.snapshots) < 2:
             raise ValueError("Z0-Inf needs at least two snapshots of the training run.")
 
     def score(self, queries: Sequence[Any], corpus: Sequence[Any]) -> np.ndarray:
-        """Scores [query, train] float32; of rank at most the number of steps but for the correlation.
+        """Scores [query, train] float32; of rank at most the number of steps, unless `correlated`.
 
         Memory: the snapshots, and 8 bytes for each query and row. Cost: one forward pass for each query, row and snapshot.
         Raises: ValueError if two snapshots near each other are equal.

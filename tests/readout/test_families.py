@@ -17,7 +17,7 @@ from torch import nn
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.models.places import hub_answers
 from leaveout.readout.build import Pace
-from leaveout.readout.doctor import _stored_bytes, doctor
+from leaveout.readout.doctor import _digits, _stored_bytes, doctor
 from leaveout.readout.families import Scaling, find_taps, pull_back
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
@@ -405,6 +405,11 @@ def test_vocabularies_are_never_squared():
         UnsupportedError, match=r"An unprojected rh channel would hold 400000 x 8 .* set its left_width"
     ):
         Signer(readout, SignatureSettings((Channel("rh"),)))
+
+
+def test_speeds_are_written_without_exponents():
+    told = {99.4: "99", 99.51: "100", 99.99: "100", 1234.5: "1,234", 0.5: "0.5", 9.96: "10"}
+    assert {x: _digits(x) for x in told} == told
 
 
 def test_doctor_gives_a_table(tokenizer):

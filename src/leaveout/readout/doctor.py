@@ -250,7 +250,7 @@ def _speed(readout: Readout) -> Check:
 
 
 def _digits(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.2g}"
+    return f"{x:,.0f}" if x >= 99.5 else f"{x:.2g}"
 
 
 def _seconds(readout: Readout, task: Callable[[], object]) -> float:

@@ -240,8 +240,8 @@ def predict(
 
 
 NOT_CALIBRATED = (
-    "Not calibrated: scores of an index summed up, above 0 where training on the set lowers the loss. A set with three times the "
-    "score of another should matter more; how many nats it is takes the recipe of the run (`leaveout train`, then `measure`)."
+    "Not calibrated: scores of an index summed up, above 0 where training on the set lowers the loss. They rank sets; how many "
+    "nats one is worth takes the recipe of the run (`leaveout train`, then `measure`)."
 )
 
 

@@ -41,8 +41,8 @@ class GroupScore:
     name        value of the field; None: rows without it
     total       sum of its rows' scores, and between `low` and `high` 95 % of such sums if its rows were drawn anew from
                 where they came; None for a group of one row
-    together    the sum where rows stand in for each other, see the head of this file; None if not asked for, or if the group has
-                more than 500 rows
+    together    the sum where rows stand in for each other, see the head of this file, an axis counting twenty times at most;
+                None if not asked for, or if the group has more than 500 rows
     best        id of its best row
     """
 

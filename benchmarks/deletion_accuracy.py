@@ -146,7 +146,7 @@ class Scores:
         self.coverage[name]["mean"] = float(np.mean(list(self.coverage[name].values()))) if known else None
         self.arms[name] = {
             "estimator": estimator, "measurements": run.bank.info()["measurements"], "measuring_cpu_seconds": cpu,
-            "retraining_equivalents": cpu / self.setting.retraining, "factor": p.factor,
+            "retraining_equivalents": cpu / self.setting.retraining, "factor": float(np.median(p.factor)),
             "vectors_cpu_seconds": run.bank.store.state("vectors cpu_seconds"),  # not among the above
             "predicting_cpu_seconds": time.process_time() - began,
         }  # fmt: skip
@@ -168,8 +168,9 @@ def limited(run: TrainingRun, s: Setting, estimator: str, m: int, vectors: bool 
         alone = replace(alone, features=data.features, scores=data.scores)
     effect, std = fit(alone, EstimatorSettings(estimator, **options))[0].predict(s.sets.x)
     return Prediction(
-        tuple(s.queries), s.sets.labels, np.repeat(data.base[:, None], len(s.sets), 1), effect, std, estimator
-    )
+        tuple(s.queries), s.sets.labels, np.repeat(data.base[:, None], len(s.sets), 1), effect, std, estimator,
+        np.ones_like(effect), np.zeros(effect.shape, bool),
+    )  # fmt: skip
 
 
 def spent(run: TrainingRun, *kinds: str) -> float:

@@ -26,6 +26,7 @@ import torch
 
 import deletion_accuracy as accuracy
 from leaveout.deletion import bank, posterior
+from leaveout.deletion.calibration import calibrate
 from leaveout.deletion.measurements import Measurements, MeasureSettings
 from leaveout.deletion.predict import agreement
 from provenance import provenance
@@ -58,8 +59,9 @@ def inside(s: accuracy.Setting, data: Measurements, widening: float) -> np.ndarr
     """Whether the actual effect lies in the calibrated 95 % interval [query, set]."""
     chosen, posterior.CONCENTRATED = posterior.CONCENTRATED, widening
     try:
-        factor = posterior.calibration(data, posterior.Posterior(data))
+        known = calibrate(data, posterior.Posterior(data))
         mean, std = posterior.Posterior(data.with_heldout()).predict(s.sets.x)
+        factor = known.factor(s.sets.x, mean, std)
     finally:
         posterior.CONCENTRATED = chosen
     return np.abs(s.effects - mean) <= 1.959964 * factor * std

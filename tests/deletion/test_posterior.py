@@ -10,7 +10,7 @@ import pytest
 from leaveout.deletion import directions
 from leaveout.deletion.kernels import FewUnits, ManyUnits, similar_units
 from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings
-from leaveout.deletion.posterior import Posterior, _gram, _Rows, _rows_of, calibration, expected_error
+from leaveout.deletion.posterior import Posterior, _gram, _Rows, _rows_of, expected_error
 from leaveout.errors import UnsupportedError
 
 UNITS = 5
@@ -198,30 +198,6 @@ def test_removing_all_that_helps_a_query_is_called_uncertain():
     mean, std = Posterior(data, many(first=1e-3)).predict(sets)
     assert std[0, 0] > 1.0 and std[0, 0] > 10 * std[1, 0]  # three of the three
     assert std[0, 1] < 0.2 and mean[0, 0] == pytest.approx(3, rel=0.1)  # none of the three
-
-
-def test_calibration_repairs_standard_deviations():
-    data, kernel, x, y = problem(4, runs=40)
-
-    class Overconfident:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def predict(self, sets):
-            mean, std = self.inner.predict(sets)
-            return mean, std / 5
-
-    held = Measurements(**{**vars(data), "heldout": Retrainings(x[:16], y[:16])})
-    fitted = Overconfident(Posterior(data, kernel))
-    factor = calibration(held, fitted)
-    mean, std = fitted.predict(x[16:])
-    assert 3 < factor < 8
-    assert (
-        (np.abs(mean.T - y[16:]) < 1.96 * factor * std.T).mean()
-        > 0.88
-        > (np.abs(mean.T - y[16:]) < 1.96 * std.T).mean()
-    )
-    assert calibration(data, fitted) == 1.0
 
 
 def test_nothing_measured_is_refused():

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import xxhash
 
+from leaveout.deletion.calibration import Calibration
 from leaveout.deletion.estimators import EstimatorSettings, Fitted, fit
 from leaveout.deletion.measurements import JetBlock, Measurements, distinct, gathered
 from leaveout.errors import FormatError, MismatchError
@@ -58,7 +59,7 @@ class Bank:
 
     def __init__(self, recipe: Recipe, path: Path, constants: Parameters, device: str | torch.device = "cpu") -> None:
         self.recipe, self.path, self.constants, self.device = recipe, Path(path), constants, device
-        self._fits: dict[tuple[Any, ...], tuple[Fitted, float]] = {}
+        self._fits: dict[tuple[Any, ...], tuple[Fitted, Calibration]] = {}
         settings = {"what": "measurements", "recipe": recipe.hash(), "digests": recipe.digests()}
         if not self.path.is_dir() or not any(self.path.iterdir()):
             Store.create(self.path, settings).close()
@@ -250,8 +251,8 @@ class Bank:
         }
         return [found.get(row.tobytes()) for row in np.ascontiguousarray(x)]
 
-    def fit(self, asked: Sequence[Query], settings: EstimatorSettings) -> tuple[Fitted, float]:
-        """The fitted estimator and the factor on its standard deviations; kept until the bank changes."""
+    def fit(self, asked: Sequence[Query], settings: EstimatorSettings) -> tuple[Fitted, Calibration]:
+        """The fitted estimator and what is known of its standard deviations; kept until the bank changes."""
         given = tuple(vars(settings).values())
         key = (tuple(q.digest for q in asked), *given)
         plain = all(value is None or isinstance(value, (int, float, str)) for value in given)

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from leaveout.deletion.calibration import Calibration, calibrate
 from leaveout.deletion.kernels import Kernel
 from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings
-from leaveout.deletion.posterior import Posterior, calibration
+from leaveout.deletion.posterior import Posterior
 from leaveout.errors import UnsupportedError, choices, require_whole
 
 SINGULAR = 1e-9
@@ -376,10 +377,10 @@ class EstimatorSettings:
         return {option: value for option in OPTIONS if (value := getattr(self, option)) is not None}
 
 
-def fit(data: Measurements, settings: EstimatorSettings) -> tuple[Fitted, float]:
-    """The estimator fitted to measurements, and the factor on its standard deviations."""
+def fit(data: Measurements, settings: EstimatorSettings) -> tuple[Fitted, Calibration]:
+    """The estimator fitted to measurements, and what the held-out ones say of its standard deviations."""
     fitted = ESTIMATORS[settings.name](data, **settings.given())
-    factor = calibration(data, fitted)
-    if settings.name == "posterior" and len(data.heldout):  # the factor stays that of the smaller, worse fit
+    found = calibrate(data, fitted) if settings.calibrate else Calibration()
+    if settings.name == "posterior" and len(data.heldout):  # the factors stay those of the smaller, worse fit
         fitted = Posterior(data.with_heldout(), **settings.given())
-    return fitted, factor if settings.calibrate else 1.0
+    return fitted, found

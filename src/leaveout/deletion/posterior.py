@@ -24,8 +24,6 @@ NUGGET = 1e-4
 """Variance of a retraining's own error, relative to the prior variance of one unit's first order, at least."""
 KNOWN = 1e-3
 """Prior variance of the first order when it is known exactly, instead of 1: its own error in single precision."""
-LEAST_FACTOR = 1.0
-"""A few held-out sets are no reason to make intervals narrower than the prior says (docs/how-to/deletion.md)."""
 CONCENTRATED = 16.0
 """Relative error that is added for a set which removes all that helps a query, falling with the cube of that share
 (found on names, see docs/how-to/deletion.md)."""
@@ -220,17 +218,3 @@ def _covariance(kernel: Kernel, a: _Rows, b: _Rows) -> np.ndarray:
         return np.real(barred + plain) / 2 if a.part == "real" else np.real(barred - plain) / 2
     # cov(Re f, Im g) = Im[k(x, y) - k(x, y~)] / 2, and the same with the roles of the two exchanged.
     return np.imag(plain - barred) / 2 if a.part == "real" else np.imag(plain + barred) / 2
-
-
-def calibration(data: Measurements, fitted: Any, level: float = 0.95) -> float:
-    """Factor on standard deviations so that held-out retrainings are covered: the quantile of |z| over the normal one.
-
-    1 without held-out retrainings, or where the standard deviation is unknown; at least LEAST_FACTOR.
-    """
-    if not len(data.heldout):
-        return 1.0
-    mean, std = fitted.predict(data.heldout.x)
-    if not np.isfinite(std).all():
-        return 1.0
-    z = np.abs(data.heldout.y.T - mean) / np.maximum(std, 1e-300)
-    return max(LEAST_FACTOR, float(np.quantile(z, level) / 1.959964))

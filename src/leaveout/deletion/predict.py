@@ -18,6 +18,7 @@ from leaveout.tables import Table, Tabular, number, shorten
 
 UNCERTAIN = "cannot tell from zero"
 NEVER = "never trained on"
+OUTSIDE = "outside of what was tested"
 REACH = 1.959964
 """Half the width of a 95 % interval, in standard deviations."""
 
@@ -28,7 +29,9 @@ class Prediction(Tabular):
 
     base     values under the model trained on everything [query, set]
     effect   predicted change [query, set], in the unit of the query (nats for a loss; positive: the loss rises)
-    std      its standard deviation [query, set], times `factor`, the calibration by held-out retrainings
+    std      its standard deviation [query, set], times `factor`
+    factor   what held-out retrainings say that it is multiplied by [query, set]
+    outside  whether a set is larger, more alike, or takes more of a query's help than all that were held out [query, set]
     untrained   the units of each set that are in no step: nothing changes without them
     never    whether a set holds nothing but such units
     """
@@ -39,7 +42,8 @@ class Prediction(Tabular):
     effect: np.ndarray
     std: np.ndarray
     estimator: str
-    factor: float = 1.0
+    factor: np.ndarray
+    outside: np.ndarray
     untrained: tuple[tuple[str, ...], ...] = ()
     never: tuple[bool, ...] = ()
 
@@ -72,6 +76,8 @@ class Prediction(Tabular):
                     "verdict": NEVER if never else UNCERTAIN if self.uncertain[i, j]
                     else "rises" if self.effect[i, j] > 0 else "falls",
                 }  # fmt: skip
+                if self.outside[i, j]:
+                    line["outside"] = OUTSIDE
                 if self.untrained and self.untrained[j]:
                     line["never_trained_on"] = list(self.untrained[j])
                 yield line
@@ -160,7 +166,8 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     for line in lines:
         known = reach(line)
         interval = "unknown" if known is None else known
-        row = (line["query"], line["without"], line["base"], line["predicted"], interval, line["verdict"])
+        verdict = ", ".join(line[key] for key in ("verdict", "outside") if key in line)
+        row = (line["query"], line["without"], line["base"], line["predicted"], interval, verdict)
         inside = "unknown" if known is None else "yes" if line.get("inside") else "no"
         inside = "already measured" if line.get("already_measured") else inside
         rows.append((*row, line["actual"], inside) if proven else row)

@@ -404,10 +404,11 @@ class TrainingRun:
         """
         settings = EstimatorSettings(estimator) if isinstance(estimator, str) else estimator
         asked, sets = as_queries(queries), deletion_sets(self.recipe, without)
-        fitted, factor = self.bank.fit(asked, settings)
+        fitted, calibration = self.bank.fit(asked, settings)
         trained, names = self.bank.trained, self.recipe.unit_names
         removed = sets.x * trained
         effect, std = fitted.predict(removed)
+        factor, outside = calibration.factor(removed, effect, std), calibration.outside(removed, effect)
         untrained = [np.flatnonzero(row) for row in (sets.x != 0) & ~trained]
         never = (sets.x != 0).any(1) & ~(removed != 0).any(1)
         effect, std = np.where(never, 0.0, effect), np.where(never, 0.0, std)
@@ -416,6 +417,7 @@ class TrainingRun:
         return Prediction(
             tuple(q.name for q in asked), sets.labels, base, effect, std, settings.name, factor,
             untrained=tuple(tuple(names[i] for i in places) for places in untrained), never=tuple(never.tolist()),
+            outside=outside & ~never,
         )  # fmt: skip
 
     def curve(

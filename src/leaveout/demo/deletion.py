@@ -117,7 +117,7 @@ def _verify_words(
 
 
 def _part(found: Verification, sets: slice) -> Verification:
-    arrays = {name: getattr(found, name)[:, sets] for name in ("base", "effect", "std", "actual")}
+    arrays = {name: getattr(found, name)[:, sets] for name in ("base", "effect", "std", "actual", "factor", "outside")}
     marks = {name: getattr(found, name)[sets] for name in ("without", "untrained", "never", "measured")}
     return replace(found, **arrays, **marks)
 

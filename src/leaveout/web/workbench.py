@@ -301,11 +301,14 @@ def _sentence(line: dict[str, Any], measure: str) -> str:
             f"Without {line['without']} the {what} would be about {line['predicted']:.3g}{unit}, with an unknown error."
         )
     ends = f"95 % interval {line['low'] - line['base']:+.3g} to {line['high'] - line['base']:+.3g}"
+    outside = f", {line['outside']}" if "outside" in line else ""
     if line["verdict"] == UNCERTAIN:
-        return f"Without {line['without']} the {what} would hardly change, as far as can be told ({ends}{unit})."
+        return (
+            f"Without {line['without']} the {what} would hardly change, as far as can be told ({ends}{unit}{outside})."
+        )
     verb = "rise" if line["effect"] > 0 else "fall"
     return (
-        f"Without {line['without']} the {what} would {verb} by {abs(line['effect']):.3g}{unit} ({ends}), "
+        f"Without {line['without']} the {what} would {verb} by {abs(line['effect']):.3g}{unit} ({ends}{outside}), "
         f"from {line['base']:.3g} to {line['predicted']:.3g}."
     )
 

@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 BERGSON_NEEDS := simple-parsing jaxtyping ml-dtypes natsort petname torchopt
 
-.PHONY: demo test lint bench bench-check page-check peers-check ray-check clean
+.PHONY: demo test lint docs bench bench-check page-check peers-check ray-check clean
 
 demo: $(READY)
 	$(BIN)/leaveout demo --out demo
@@ -20,6 +20,12 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/pyright
+
+# The documents as a site in build/site, without a warning; both notebooks run; the code of the pages tested: minutes.
+docs: $(READY)
+	$(BIN)/pip install --quiet -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_docs.py
 
 # Every table and picture of the docs: hours on two cores; a killed call goes on. Needs the corpora: benchmarks/corpora.py.
 bench: $(READY)

@@ -2,7 +2,7 @@
 
     python benchmarks/jet_speed.py --degree 3 --directions 128 --dtype complex64 --json OUT
     python benchmarks/jet_speed.py --model gpt2 --directions 8 --json OUT     # about a million parameters
-    python benchmarks/jet_speed.py --all --json OUT                           # the table of docs/explanation/jets.md
+    python benchmarks/jet_speed.py --all --json OUT                           # the table of docs/evidence/jets.md
 
 Times whole steps (forward, backward, optimizer) in CPU seconds, the median over repeats. `matmul_share` is the part of
 this core's peak matrix rate (a large real product between the repeats, same precision, median) that the run's own
@@ -36,7 +36,7 @@ ALL = (
     *itertools.product(["microgpt"], ["complex128"], [1, 2, 3, 6], [64, 128, 256]),
     ("gpt2", "complex64", 3, 8),
 )
-"""Model, number type, degree, directions of each row of the table in docs/explanation/jets.md."""
+"""Model, number type, degree, directions of each row of the table in docs/evidence/jets.md."""
 
 LENGTHS = (7, 6, 8, 7, 5, 7, 9, 6, 8, 7)
 """Tokens of the documents: the lengths of names, mean 7.0 (a name of six letters and its end sign)."""
@@ -149,7 +149,7 @@ def _random_weight(space: Space) -> Jet:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="every row of the table in docs/explanation/jets.md")
+    parser.add_argument("--all", action="store_true", help="every row of the table in docs/evidence/jets.md")
     parser.add_argument("--model", choices=sorted(MODELS), default="microgpt")
     parser.add_argument("--degree", type=int, nargs="+", default=[3])
     parser.add_argument("--directions", type=int, nargs="+", default=[128])

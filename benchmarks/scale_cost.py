@@ -1,6 +1,6 @@
 """What do a million, a hundred million and ten thousand million rows cost in bytes, seconds and machines?
 
-    python benchmarks/scale_cost.py              # rewrites the table in docs/how-to/scale.md from the result files
+    python benchmarks/scale_cost.py              # rewrites the table in docs/evidence/scale.md from the result files
     python benchmarks/scale_cost.py --check      # 1 if the page differs from them
 
 Nothing is measured here: rates come from readout_index_cost.json (CPU seconds per row of one thread),
@@ -108,7 +108,7 @@ def cost(found: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the table differs")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "how-to" / "scale.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence" / "scale.md")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(argv)
     old = args.page.read_text()

@@ -280,12 +280,12 @@ def _yes(fact: bool) -> str:
 
 
 README, RESULTS = "README.md", "docs/evidence/results.md"
-JETS, READOUT = "docs/explanation/jets.md", "docs/explanation/readout.md"
-DELETION, EVALUATION = "docs/how-to/deletion.md", "docs/how-to/evaluation.md"
+JETS, READOUT = "docs/evidence/jets.md", "docs/evidence/readout.md"
+DELETION, EVALUATION = "docs/evidence/deletion.md", "docs/evidence/evaluation.md"
 BANKS = tuple(f"readout_influence_{name}.json" for name in ("stories", "neox", "qwen", "gemma", "olmo"))
 TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
-    "headline": (README, BANKS, headline),
-    "bought": (README, "deletion_accuracy_documents.json", bought),
+    "headline": (EVALUATION, BANKS, headline),
+    "bought": (DELETION, "deletion_accuracy_documents.json", bought),
     "index_cost": (READOUT, "readout_index_cost.json", index_cost),
     "retrieval": (READOUT, "readout_retrieval.json", retrieval),
     **{name: (READOUT, file, made) for name, (file, made) in TABLES_OF_CODES.items()},

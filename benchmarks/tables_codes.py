@@ -252,4 +252,4 @@ TABLES_OF_CODES = {
     "search_paths": ("readout_search.json", search_paths),
     "index_lengths": ("readout_index_lengths.json", index_lengths),
 }
-"""Name of a table of docs/explanation/readout.md -> its result file, the function that writes it."""
+"""Name of a table of docs/evidence/readout.md -> its result file, the function that writes it."""

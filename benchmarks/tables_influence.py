@@ -1,4 +1,4 @@
-"""Tables of docs/how-to/evaluation.md: methods, changes of the default and stored forms against retraining, a column a bank."""
+"""Tables of docs/evidence/evaluation.md: methods, changes of the default and stored forms against retraining, a column a bank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of docs/how-to/evaluation.md: how the length of a row counts, on the banks and on rows that are learned."""
+"""Tables of docs/evidence/evaluation.md: how the length of a row counts, on the banks and on rows that are learned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from tables_tasks import table, within
 
-PAGE = "docs/how-to/evaluation.md"
+PAGE = "docs/evidence/evaluation.md"
 WAYS = {
     "product": "product", "power 0.5": "root of the length", "cosine": "cosine", "power 1.25": "power 1.25",
     "cosine, long as before": "cosine, as long as before", "cosine, prompts learned too": "cosine, `targets=\"all\"`",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import typer.main
 
+import leaveout
 from command import run_command
 from leaveout import Corpus, Recipe
 from leaveout.cli import app
@@ -121,7 +122,7 @@ def test_a_behaviour_is_asked_by_texts_functions_and_probes(tmp_path, monkeypatc
     assert capsys.readouterr().out == "".join(re.findall(r"```\n((?:make|towards|last).*?)```", page, re.DOTALL))
 
 
-def test_recipes_of_the_deletion_page_train(tmp_path):
+def test_recipes_of_the_reference_train(tmp_path):
     make_model("llama").float().save_pretrained(tmp_path / "my-model")
     make_tokenizer().save_pretrained(tmp_path / "my-model")
     (tmp_path / "words.txt").write_text("tees\ntyne\n")
@@ -131,7 +132,7 @@ def test_recipes_of_the_deletion_page_train(tmp_path):
     np.savez(
         tmp_path / "digits.npz", x=np.eye(4, dtype=np.float32), y=np.arange(4), writer=np.array(["a", "a", "b", "b"])
     )
-    page = (ROOT / "docs" / "how-to" / "deletion.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "recipe.md").read_text(encoding="utf-8").partition("## All fields")[0]
     kinds = []
     for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
         (tmp_path / "recipe.yaml").write_text(text)
@@ -188,7 +189,7 @@ def test_commands_that_find_learned_rows_run(tmp_path, monkeypatch, capsys):
 
 
 def test_deletion_page_names_every_estimator_and_design():
-    page = (ROOT / "docs" / "how-to" / "deletion.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "explanation" / "deletion.md").read_text(encoding="utf-8")
     assert [name for name in (*ESTIMATORS, *DESIGNS) if f"`{name}`" not in page] == []
 
 
@@ -253,7 +254,7 @@ def test_advice_on_the_temperature_is_what_was_measured():
         if "temperature 2@third" in lds and "before" not in file.name:
             for at, found in lost.items():
                 found.append(lds[f"default@{at}"] - lds[f"temperature 2@{at}"])
-    page = (ROOT / "docs" / "explanation" / "readout.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "presets.md").read_text(encoding="utf-8")
     told = re.search(r"\*\*Which temperature\?\*\* 1\..*", page)
     assert told and "all four banks" in told[0] and {len(found) for found in lost.values()} == {4}
     numbers = [float(number) for number in re.findall(r"\.\d\d", told[0])]
@@ -269,3 +270,18 @@ def test_tables_come_from_the_results(script):
     command = [sys.executable, ROOT / "benchmarks" / script, "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_public_name_is_on_the_page_of_python():
+    page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    shown = [place.rpartition(".")[2] for place in re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE)]
+    assert sorted(shown) == sorted(set(leaveout.__all__) - {"__version__"})
+
+
+def test_every_page_stands_in_the_site():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    shown = set(re.findall(r"([\w./-]+\.md)$", nav, re.MULTILINE))
+    notebooks = {page for page in shown if page.startswith("notebooks/")}
+    assert shown - notebooks == pages
+    assert all((ROOT / "docs" / page).with_suffix(".ipynb").exists() for page in notebooks)

@@ -28,8 +28,8 @@ PAGE = "# Title\n\n" + "".join(
 
 def page_in(root):
     """Where the page stands; its folder is made."""
-    (root / "docs" / "explanation").mkdir(parents=True, exist_ok=True)
-    return root / "docs" / "explanation" / "readout.md"
+    (root / "docs" / "evidence").mkdir(parents=True, exist_ok=True)
+    return root / "docs" / "evidence" / "readout.md"
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_tables_fill_the_page_and_check_agrees(tables, smoke_results, tmp_path, 
             lambda text: text.replace("end:search", "end:retrieval"),
             "the table search ends with the marker of retrieval",
         ),
-        (lambda text: text.replace(":search ", ":serach "), "the tables marked in docs/explanation/readout.md are"),
+        (lambda text: text.replace(":search ", ":serach "), "the tables marked in docs/evidence/readout.md are"),
         (lambda text: "# Title\n", r"are \[\], but there are"),
     ],
 )

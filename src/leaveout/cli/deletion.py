@@ -64,7 +64,7 @@ Html = Annotated[Path | None, typer.Option(help="Also write a page with a pictur
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe (docs/how-to/deletion.md).")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe (docs/reference/recipe.md).")],
     out: Annotated[Path, typer.Option("--out", help="Directory of the run.")],
     device: Device = "cpu",
     json_: Json = False,

@@ -66,7 +66,7 @@ Temperature = Annotated[
     float | None,
     typer.Option(
         help="Softmax temperature; default: the preset's, 1 (paper: 0.1). On four models of four 2 predicted retraining "
-        "worse once they were trained on the rows (docs/explanation/readout.md)."
+        "worse once they were trained on the rows (docs/reference/presets.md)."
     ),
 ]
 Template = Annotated[

@@ -34,7 +34,7 @@ from leaveout.training.tasks import Parameters, Task, task_of
 ROLES = ("fit", "heldout", "truth")
 """What a retraining is for: estimators fit it, calibration holds it against them, or `verify` compares with it."""
 DAMPING = 10.0
-"""Of the influence scores, in mean diagonals of the Fisher matrix (docs/how-to/deletion.md)."""
+"""Of the influence scores, in mean diagonals of the Fisher matrix (docs/evidence/deletion.md)."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ KNOWN = 1e-3
 """Prior variance of the first order when it is known exactly, instead of 1: its own error in single precision."""
 CONCENTRATED = 16.0
 """Relative error that is added for a set which removes all that helps a query, falling with the cube of that share
-(found on names, see docs/how-to/deletion.md)."""
+(found on names, see docs/evidence/deletion.md)."""
 LARGEST = 12_000
 """Measurements in one Gram matrix: 1.2 GB in float64."""
 

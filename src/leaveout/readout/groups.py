@@ -8,7 +8,7 @@ that leave together do
     q (I - S'S / (n c))^-1 sum of S        by its Gram matrix:  (q S') (I - S S' / (n c))^-1 1        (Woodbury)
 
 n are the rows of the index and c is CURVATURE times the largest eigenvalue of the mean of s s'. By retraining (see
-docs/how-to/evaluation.md) this brings the sizes of effects of whole sources nearer to the truth, and ranks sets no better.
+docs/evidence/evaluation.md) this brings the sizes of effects of whole sources nearer to the truth, and ranks sets no better.
 """
 
 from __future__ import annotations

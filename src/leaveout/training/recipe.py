@@ -369,7 +369,7 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
-        """Read a YAML recipe. Relative paths in it are relative to its directory. See docs/explanation/jets.md for the fields."""
+        """Read a YAML recipe. Relative paths in it are relative to its directory. See docs/reference/recipe.md for the fields."""
         path = Path(path)
         known = {f.name for f in fields(cls)} - {"examples"} | {"data", "units", "n", "libraries"}
         raw = read_fields(path, known, [f.name for f in fields(OptimizerSettings)])

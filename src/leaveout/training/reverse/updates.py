@@ -112,7 +112,7 @@ def influence(vectors: UnitVectors, gradients: np.ndarray, damping: float = 1.0)
     g_q^T (F + damping * mean(diag F) * I)^-1 g_u, with F = sum over units of g_u g_u^T, the empirical Fisher matrix
     of the summed loss, and g_u the units' final gradients. Positive = removing the unit raises the query's loss.
     A score rather than a measurement: the order of units is better than the size. What the damping is worth to a
-    posterior stands in docs/how-to/deletion.md.
+    posterior stands in docs/evidence/deletion.md.
     """
     if damping <= 0:
         raise ValueError(f"wanted a damping above 0, got {damping}")

@@ -16,7 +16,8 @@ from leaveout.training.loop import RunOptions
 from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.reverse.flat_run import FlatRun
-from leaveout.training.reverse.metagradient import metagradient, plan_reverse, walk_back
+from leaveout.training.reverse.metagradient import metagradient, plan_reverse
+from leaveout.training.reverse.states import Kept, walk_back
 from leaveout.training.reverse.updates import UnitVectors, influence, query_gradients, sketch_of, unit_vectors
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
@@ -204,11 +205,11 @@ def test_little_memory_changes_no_number():
     run = FlatRun(recipe)
     whole = metagradient(recipe, queries)
     assert whole.checkpoints == run.steps + 1 and whole.memory.rounds == 1
-    state, per_query = whole.memory.state, whole.memory.per_query
-    limit = 2 * (2 * per_query) + 3
+    state, per_query, graphs = whole.memory.state, whole.memory.per_query, whole.memory.graphs
+    limit = graphs + 2 * (2 * per_query) + 3
     small = metagradient(recipe, queries, memory=limit)
     assert small.memory.together == 2 and small.memory.rounds == 4 and small.memory.peak <= limit
-    assert small.checkpoints == (limit - 2 * per_query) // state - 1 < run.steps
+    assert small.checkpoints == (limit - graphs - 2 * per_query) // state - 1 < run.steps
     assert relative(small.effects, whole.effects) < JETS and relative(small.base, whole.base) < JETS
     same = metagradient(recipe, queries, RunOptions(memory=limit))
     assert np.array_equal(same.effects, small.effects)
@@ -260,7 +261,7 @@ class Counted:
 @settings(deadline=None, max_examples=60)
 def test_walk_back_visits_every_state_backwards(steps, checkpoints):
     run, seen = Counted(steps), []
-    walk_back(run, checkpoints, lambda step: seen.append((step, run.state.value)))
+    walk_back(run, Kept(checkpoints), lambda step: seen.append((step, run.state.value)))
     assert seen == [(step, step) for step in range(steps, -1, -1)]
     assert run.state.alive.most <= checkpoints
     if checkpoints > steps:
@@ -270,7 +271,7 @@ def test_walk_back_visits_every_state_backwards(steps, checkpoints):
 def test_walk_back_repeats_few_steps():
     """12 places and 2 repetitions reach C(14, 2) = 91 states: no step is taken more than twice."""
     run = Counted(90)
-    walk_back(run, 12, lambda step: None)
+    walk_back(run, Kept(12), lambda step: None)
     assert 90 < run.taken <= 2 * 90
 
 

@@ -8,7 +8,7 @@ GPU are others.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from leaveout.errors import UnsupportedError
 
 
 def seed_of(seed: int, step: int, part: int) -> int:
@@ -25,7 +27,14 @@ def seed_of(seed: int, step: int, part: int) -> int:
 
 
 class _Masks(TorchFunctionMode):
-    """Draws masks on plain ones of the same shape, so that copies and series are multiplied with one and the same."""
+    """Draws masks on plain ones of the same shape, so that copies and series are multiplied with one and the same.
+
+    rows: the places of the examples that are here in a batch of `of`, whose masks they have
+    """
+
+    def __init__(self, rows: Sequence[int] = (), of: int = 0) -> None:
+        super().__init__()
+        self.rows, self.of = list(rows), of
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -34,7 +43,14 @@ class _Masks(TorchFunctionMode):
         x, p, training, _ = _arguments(*args, **kwargs)
         if not training or p == 0.0:
             return x
-        return x * F.dropout(torch.ones(x.shape, dtype=x.dtype, device=x.device), p, True)
+        if not self.of:
+            return x * F.dropout(torch.ones(x.shape, dtype=x.dtype, device=x.device), p, True)
+        if x.shape[0] != len(self.rows):
+            raise UnsupportedError(
+                "The model drops from tensors whose first axis is not that of the examples, so that a part of a micro-batch "
+                "has no masks of its own: go back through whole micro-batches (allow more memory)."
+            )
+        return x * F.dropout(torch.ones(self.of, *x.shape[1:], dtype=x.dtype, device=x.device), p, True)[self.rows]
 
 
 def _arguments(
@@ -45,8 +61,11 @@ def _arguments(
 
 
 @contextmanager
-def dropped(model: nn.Module, seed: int | None) -> Iterator[None]:
-    """The model in training form, with the masks of a seed, but for norms of batches; nothing is done without a seed."""
+def dropped(model: nn.Module, seed: int | None, rows: Sequence[int] = (), of: int = 0) -> Iterator[None]:
+    """The model in training form, with the masks of a seed, but for norms of batches; nothing is done without a seed.
+
+    rows: where the batch is a part of one of `of` examples, their places in it: they have the masks that they have there
+    """
     if seed is None:
         yield
         return
@@ -56,7 +75,10 @@ def dropped(model: nn.Module, seed: int | None) -> Iterator[None]:
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.eval()
     try:
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_kind(device)), _Masks():
+        with (
+            torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=_kind(device)),
+            _Masks(rows, of),
+        ):
             torch.manual_seed(seed)
             yield
     finally:

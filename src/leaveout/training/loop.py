@@ -44,12 +44,15 @@ class Part:
     sizes    what the loss of each counts [examples], None where all count alike
     seed     of its dropout masks, None where nothing is dropped
     divisor  of its sum: that of the whole step, or of this part where the recipe wants it; whatever the weights are
+    whole    where masks are drawn for a larger micro-batch, the examples of that; first: the place of the first one here
     """
 
     numbers: tuple[int, ...]
     sizes: Tensor | None
     divisor: float
     seed: int | None = None
+    whole: tuple[int, ...] = ()
+    first: int = 0
 
     def loss(self, losses: Any, weights: Any = None) -> Any:
         """What this part adds to the loss of its step. Shapes: losses and weights [..., examples]."""
@@ -61,6 +64,24 @@ class Part:
         places = [i for i, number in enumerate(self.numbers) if number in set(kept)]
         sizes = None if self.sizes is None else self.sizes[places]
         return Part(tuple(self.numbers[i] for i in places), sizes, self.divisor, self.seed)
+
+    def pieces(self, size: int) -> list[Part]:
+        """The same in parts of at most so many examples, with the masks that they have in the whole."""
+        if len(self.numbers) <= size:
+            return [self]
+        whole = () if self.seed is None else self.numbers
+        return [
+            Part(
+                self.numbers[i : i + size], None if self.sizes is None else self.sizes[i : i + size], self.divisor,
+                self.seed, whole, i,
+            )
+            for i in range(0, len(self.numbers), size)
+        ]  # fmt: skip
+
+    @property
+    def places(self) -> range:
+        """Of its examples in `whole`."""
+        return range(self.first, self.first + len(self.numbers))
 
 
 KEPT = 2**28
@@ -106,12 +127,14 @@ class Steps:
 
     def fed(self, part: Part) -> tuple[Batch, Tensor]:
         """The batch of a part, and the numbers of its examples [examples], where the model is."""
-        if (kept := self._kept.get(part.numbers)) is not None:
+        if not part.whole and (kept := self._kept.get(part.numbers)) is not None:
             return kept
-        batch = self.task.batch([self.recipe.examples[i] for i in part.numbers])
+        batch = self.task.batch([self.recipe.examples[i] for i in part.whole or part.numbers])
+        if part.whole:
+            batch = tuple(t[part.first : part.first + len(part.numbers)] for t in batch)
         places = sent(torch.tensor(part.numbers), self.task.device)
         size = sum(t.nbytes for t in (*batch, places))
-        if size <= self._room:
+        if size <= self._room and not part.whole:
             self._room -= size
             self._kept[part.numbers] = batch, places
         return batch, places
@@ -131,7 +154,7 @@ class Steps:
         """While forward passes of a part are made: its dropout, and the recipe's autocast."""
         kind = self.task.device.type
         mixed = torch.autocast(kind, torch.bfloat16, cache_enabled=False) if self._autocast else nullcontext()
-        with dropped(self.task.model, part.seed), mixed:
+        with dropped(self.task.model, part.seed, part.places, len(part.whole)), mixed:
             yield
 
     def _size(self, number: int) -> int:
@@ -337,7 +360,7 @@ class Checkpoint:
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Writes the file; a killed run leaves the old one or the new one."""
         plain = {k: torch.view_as_real(t) if t.is_complex() else t for k, t in tensors.items()}
-        plain = {k: t.detach().cpu().contiguous().clone() for k, t in plain.items()}
+        plain = {k: _alone(t.detach().cpu().contiguous()) for k, t in plain.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:
             save_file(plain, temporary, metadata={"version": VERSION, "key": self.key, "step": str(step)})
@@ -361,6 +384,11 @@ class Checkpoint:
         if about["key"] != self.key:
             raise MismatchError(f"{self.path} belongs to another run: delete it, or give another directory.")
         return int(about["step"]), tensors
+
+
+def _alone(t: Tensor) -> Tensor:
+    """A tensor that shares its memory with no other: itself, or a copy."""
+    return t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
 
 
 def state_of(params: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

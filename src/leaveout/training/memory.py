@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from leaveout.errors import UnsupportedError
 from leaveout.models import free_memory
@@ -99,10 +102,15 @@ def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = Non
     return max(1, min(most, limit // max(1, each)))
 
 
+def largest_part(recipe: Recipe) -> tuple[int, tuple[int, ...]]:
+    """The step and the examples of the largest micro-batch of the plain run."""
+    parts = ((number, part) for number, step in enumerate(recipe.micro_batches()) for part in step)
+    return max(parts, key=lambda found: sum(text_length(recipe.examples[i]) for i in found[1]))
+
+
 def kept_bytes(recipe: Recipe, task: Task) -> int:
     """Bytes that autograd keeps for the largest micro-batch of the plain run, parameters not counted."""
-    parts = (part for step in recipe.micro_batches() for part in step)
-    largest = max(parts, key=lambda part: sum(text_length(recipe.examples[i]) for i in part))
+    _, largest = largest_part(recipe)
     seen: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in task.model.parameters()}
 
@@ -117,6 +125,37 @@ def kept_bytes(recipe: Recipe, task: Task) -> int:
         loss = task.loss(task.model, task.batch([recipe.examples[i] for i in largest]))
     del loss
     return sum(seen.values())
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make while this is entered, as long as they live: `peak` is the most.
+
+    Tensors from before are not counted, nor what a kernel needs inside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and id(storage := t.untyped_storage()) not in given | self._seen.keys():
+                self._count(storage)
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            del self._seen[key]
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 @contextmanager

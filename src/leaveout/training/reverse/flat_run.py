@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from leaveout.training.memory import flushed_denormals, kept_memory
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import clip_adjoint
+from leaveout.training.reverse.blocks import BlockedPass, Blocks
 from leaveout.training.tasks import Parameters, task_of
 
 MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
@@ -50,6 +52,9 @@ class FlatRun:
         self.steps = len(self.trained_on)
         if not self.steps:
             raise ValueError("the recipe takes no step: give epochs, steps or order that make at least one")
+        # How the second pass goes: examples at a time (None: as they are trained on), and through which blocks.
+        self.micro_batch: int | None = None
+        self.blocks: Blocks | None = None
         own: Parameters = self.task.parameters()
         unused = self._unused(own)
         self.idle = [own[name] for name in unused]
@@ -84,6 +89,11 @@ class FlatRun:
         self.cotangents_together: bool | None = None
         self.separate_examples: bool | None = None
 
+    def go(self, micro_batch: int | None, by_blocks: bool, together: bool | None) -> None:
+        """Says how the second pass goes. Raises: UnsupportedError where the model has no blocks that it could go by."""
+        self.micro_batch, self.cotangents_together = micro_batch, together
+        self.blocks = Blocks(self.task.model, self.params) if by_blocks else None
+
     def require_second_pass(self) -> None:
         """Goes back through a part of the first step, and compares with what must come out.
 
@@ -92,7 +102,7 @@ class FlatRun:
         from two gradients.
         Raises: UnsupportedError, with what torch says, where reverse mode would fail or be wrong.
         """
-        part = self.trained_on.parts(0)[0]
+        part = self.parts(0)[0]
         try:
             gradient, back = self.second_pass(part, 0)
             draw = torch.Generator().manual_seed(0)
@@ -115,10 +125,13 @@ class FlatRun:
 
     def _linear_in_weights(self, part: Part, cotangent: Tensor, gradient: Tensor) -> bool:
         """Whether slopes along all weights sum to the gradient itself."""
-        weights = self._ones(part)
-        grads = self._gradients(self._loss(part, weights), 0, create_graph=True)
-        shaped = self.shaped(cotangent)
-        (slopes,) = torch.autograd.grad(grads, [weights], shaped, allow_unused=True, materialize_grads=True)
+        if self.blocks is not None:
+            slopes = self._blocked_pass(part, 0, self.blocks)[1](cotangent[None])[1]
+        else:
+            weights = self._ones(part)
+            grads = self._gradients(self._loss(part, weights), 0, create_graph=True)
+            shaped = self.shaped(cotangent)
+            (slopes,) = torch.autograd.grad(grads, [weights], shaped, allow_unused=True, materialize_grads=True)
         limit = 1e-3 * cotangent.norm() * gradient.norm()
         return bool((slopes.sum() - cotangent @ gradient).abs() <= limit)
 
@@ -127,7 +140,7 @@ class FlatRun:
         start, found = self.state[0].clone(), []
         for sign in (1.0, -1.0):
             self.state[0] = start + sign * step * along
-            found.append(self.flat(self._gradients(self._loss(part), 0)))
+            found.append(self.flat(self._part_gradients(part, 0)))
         self.state[0] = start
         return (found[0] - found[1]) / (2 * step)
 
@@ -140,8 +153,9 @@ class FlatRun:
         return self.unit_of[sent(torch.tensor(numbers), self.device)]
 
     def parts(self, step: int) -> list[Part]:
-        """The micro-batches of a step."""
-        return self.trained_on.parts(step)
+        """The micro-batches of a step, as they are gone through here."""
+        parts, size = self.trained_on.parts(step), self.micro_batch
+        return parts if size is None else [piece for part in parts for piece in part.pieces(size)]
 
     def _loss(self, part: Part, weights: Tensor | None = None) -> Tensor:
         return self.trained_on.loss(part, None if weights is None else lambda places: weights)
@@ -165,7 +179,18 @@ class FlatRun:
 
     def gradient(self, step: int) -> Tensor:
         """The gradient [parameters] of a step, before clipping."""
-        return torch.stack([self.flat(self._gradients(self._loss(part), step)) for part in self.parts(step)]).sum(0)
+        parts = (self.flat(self._part_gradients(part, step)) for part in self.parts(step))
+        return functools.reduce(Tensor.add_, parts)
+
+    def _part_gradients(self, part: Part, step: int) -> list[Tensor]:
+        if self.blocks is not None:
+            return self._used(self._blocked(part, self.blocks).gradient, step)
+        return self._gradients(self._loss(part), step)
+
+    def _blocked(self, part: Part, blocks: Blocks) -> BlockedPass:
+        weights = self._ones(part)
+        again = functools.partial(self.trained_on.passing, part)
+        return BlockedPass(blocks, lambda w: self._loss(part, w), weights, again, part.seed is not None)
 
     def share(self, part: Part, place: int) -> Tensor:
         """What one example of a part adds to the gradient of its step [parameters]."""
@@ -176,6 +201,10 @@ class FlatRun:
     def _gradients(self, loss: Tensor, step: int, create_graph: bool = False) -> list[Tensor]:
         inputs = [*self.params, *self.idle]
         grads = torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True)
+        return self._used(grads, step)
+
+    def _used(self, grads: Sequence[Tensor | None], step: int) -> list[Tensor]:
+        """Gradients of the trained parameters, all of which must be there, and of the idle ones, none of which may be."""
         used = [g for g in grads[: len(self.params)] if g is not None]
         if len(used) < len(self.params) or any(g is not None for g in grads[len(self.params) :]):
             raise UnsupportedError(
@@ -199,6 +228,8 @@ class FlatRun:
 
     def second_pass(self, part: Part, step: int) -> tuple[Tensor, SecondPass]:
         """The gradient of a part of a batch, and the function that goes back through it (once)."""
+        if self.blocks is not None:
+            return self._blocked_pass(part, step, self.blocks)
         alone = len(part.numbers) == 1  # then its weight scales the whole gradient, and needs no graph of its own
         weights = self._ones(part)
         grads = self._gradients(self._loss(part, None if alone else weights), step, create_graph=True)
@@ -213,8 +244,11 @@ class FlatRun:
 
         def each(cotangents: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
             last = len(cotangents) - 1
-            products, slopes = zip(*(one(c, again or i < last) for i, c in enumerate(cotangents)), strict=True)
-            return torch.stack(products), torch.stack(slopes)
+            products, slopes = torch.empty_like(cotangents), []
+            for i, c in enumerate(cotangents):
+                products[i], slope = one(c, again or i < last)
+                slopes.append(slope)
+            return products, torch.stack(slopes)
 
         def together(cotangents: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
             return torch.vmap(lambda c: one(c, again))(cotangents)
@@ -228,10 +262,29 @@ class FlatRun:
 
         return gradient, back
 
+    def _blocked_pass(self, part: Part, step: int, blocks: Blocks) -> tuple[Tensor, SecondPass]:
+        first = self._blocked(part, blocks)
+        gradient = self.flat(self._used(first.gradient, step))
+
+        def back(cotangents: Tensor) -> tuple[Tensor, Tensor]:
+            products, slopes = first.back([self.shaped(c) for c in cotangents])
+            return torch.stack([self.flat(p) for p in products]), torch.stack(slopes)
+
+        return gradient, back
+
     def count(self, queries: Queries) -> int:
         """How many numbers are asked for."""
         with torch.no_grad():
             return self._values(queries).numel() if callable(queries) else len(queries)
+
+    def values(self, queries: Queries) -> Tensor:
+        """Losses [queries] at the present parameters."""
+        with torch.no_grad():
+            if callable(queries):
+                return self._values(queries).double()
+            batches = [self.task.encode_queries([q]) for q in queries]
+            losses = [self.task.loss(self.task.model, batch) for batch in batches]
+            return torch.cat([self.state.new_zeros(0), *losses]).double()
 
     def _values(self, queries: Callable[[nn.Module], Tensor]) -> Tensor:
         values = queries(self.task.model)

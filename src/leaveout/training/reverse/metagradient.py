@@ -3,19 +3,21 @@
 With A the gradient of a query with respect to the optimizer's state after a step, one step back is: the update's own
 adjoint turns A into b, the cotangent of the batch gradient; a second backward pass through that gradient turns b into
 the Hessian-vector product H b, which is added to A, and into b . grad l_i / divisor, the share of each example in
-the step. All queries go back together. States of the forward run are kept as far as memory allows and recomputed
-from the nearest kept one where it does not (the binomial schedule of Griewank and Walther, Algorithm 799).
+the step. All queries go back together. States of the forward run are kept, in memory or on disk, and recomputed from
+the nearest kept one where not all find a place (the binomial schedule of Griewank and Walther, Algorithm 799).
 
 Source: arXiv 2503.13751 (metagradient), 2504.16430 (the effect of a weight on the trained model); docs/explanation/methods.md.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,36 +25,93 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from leaveout.errors import StabilityError, UnsupportedError
+from leaveout.errors import StabilityError, UnsupportedError, choices
 from leaveout.models import find_device, free_memory
-from leaveout.training.loop import RunOptions
-from leaveout.training.memory import COPIES, kept_bytes
+from leaveout.quantities import amount
+from leaveout.training.loop import Checkpoint, RunOptions
+from leaveout.training.memory import COPIES, HEAVY, LiveBytes, kept_bytes, largest_part
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint, sgd_adjoint
 from leaveout.training.reverse.flat_run import FlatRun, passes
+from leaveout.training.reverse.states import Kept, walk_back
+from leaveout.training.tasks import rows_are_separate, text_length
+
+STATES = ("auto", "memory", "disk")
+GRAPH = 5
+"""Bytes of a second pass over those that a first one keeps, about: what is worth a try."""
+
+
+@dataclass(frozen=True)
+class ReverseSettings:
+    """How a run is gone through backwards; none of it changes the numbers but for rounding.
+
+    micro_batch  examples that a second pass takes together (None: as many as the recipe trains together, if they fit)
+    blocks       whether a second pass holds the graph of one block of the model at a time, which is computed again and
+                 takes half as long again (None: where the whole graph does not fit)
+    states       where states are kept: memory, disk (which needs a directory), or auto: memory if all fit there
+    """
+
+    micro_batch: int | None = None
+    blocks: bool | None = None
+    states: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}")
+        if self.states not in STATES:
+            raise ValueError(f"there is no place {self.states!r} for states: {choices(self.states, STATES)}")
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """How a second pass goes, and its bytes: of its graphs, and of each query more."""
+
+    micro_batch: int
+    blocks: bool
+    vectorised: bool
+    graphs: int
+    each: int
 
 
 @dataclass(frozen=True)
 class ReversePlan:
-    """Bytes of going back with `together` queries at a time and `checkpoints` kept states."""
+    """Bytes of going back with `together` queries at a time and `checkpoints` kept states, beyond the model's own."""
 
     state: int  # one kept state: parameters and the optimizer's moments
-    per_query: int  # cotangents and what the second backward pass holds
+    graphs: int  # what a second pass keeps, whatever the queries
+    per_query: int  # cotangents and what a second pass holds for each
     queries: int
     together: int
     checkpoints: int
     limit: int
+    on_disk: bool
+    second_pass: PassPlan
 
     @property
     def peak(self) -> int:
-        """Together with the present state."""
-        return self.state * (self.checkpoints + 1) + self.per_query * self.together
+        """Bytes of memory, with the present state."""
+        kept = 1 if self.on_disk else self.checkpoints + 1
+        return self.state * kept + self.graphs + self.per_query * self.together
+
+    @property
+    def disk(self) -> int:
+        """Bytes of files, with the saved cotangents of one round."""
+        return self.state * (self.checkpoints + self.together) if self.on_disk else 0
 
     @property
     def rounds(self) -> int:
-        """How often the run is repeated."""
+        """How often the run is gone through."""
         return -(-self.queries // self.together)
+
+    def __str__(self) -> str:
+        second, n = self.second_pass, self.second_pass.micro_batch
+        by = ", block by block" if second.blocks else ""
+        return (
+            f"{amount(self.peak)} = {amount(self.graphs)} for a second pass of {n} example{'s'[: n > 1]}{by}, "
+            f"{self.together} of {self.queries} queries with {amount(self.per_query)} each, and states of "
+            f"{amount(self.state)}: {self.checkpoints} {'on disk, ' + amount(self.disk) if self.on_disk else 'in memory'}"
+        )
 
 
 @dataclass
@@ -72,93 +131,158 @@ class Effects:
 
 
 def metagradient(
-    recipe: Recipe, queries: Queries, options: RunOptions | None = None, *, memory: int | None = None
+    recipe: Recipe,
+    queries: Queries,
+    options: RunOptions | None = None,
+    *,
+    memory: int | None = None,
+    settings: ReverseSettings | None = None,
 ) -> Effects:
     """The derivative of each query's loss with respect to the removal of each unit, positive = removing raises it.
 
-    `memory`: bytes of kept states and cotangents, default options.memory, else half of what is free; beyond it only
-    the model, its batches and the result (8 bytes a query and unit). Nothing is written to options.directory.
+    `memory`: bytes of kept states, cotangents and the second pass, default options.memory, else half of what is free;
+    beyond it only the model, its batches and the result (8 bytes a query and unit). With options.directory, a call that
+    was killed goes on when it is repeated.
     Guarantee: the coefficients of `train_jets` at degree 1 are psi @ effects.T, up to rounding. Where a gradient has
     always been exactly zero, the root in Adam has no derivative and counts as constant.
-    Cost: on microgpt about 4, 5 and 10 plain trainings for 1, 20 and 100 queries; each round repeats the forward run.
+    Cost: on microgpt about 4, 5 and 10 plain trainings for 1, 20 and 100 queries; of a language model about 1.2 a query,
+    1.8 block by block, and 3 for all; each round repeats that.
     Raises: UnsupportedError if not even one query and two states fit; StabilityError if an effect overflows.
     """
-    options = options or RunOptions()
+    options, settings = options or RunOptions(), settings or ReverseSettings()
     began, place = time.process_time(), find_device(options.device)
     with passes(place):
         run = FlatRun(recipe, place)
-        n_queries = run.count(queries)
+        values = run.values(queries)  # at the start: they name the queries
+        n_queries = len(values)
+        limit = memory if memory is not None else options.memory
+        plan = plan_reverse(run, n_queries, limit, settings, options.directory)
         run.require_second_pass()
-        plan = plan_reverse(run, n_queries, memory if memory is not None else options.memory)
+        if options.progress:
+            tqdm.write(f"memory: {plan}", file=sys.stderr)
         effects = run.state.new_zeros(n_queries, len(recipe.unit_names), dtype=torch.float64)
         base = run.state.new_zeros(n_queries, dtype=torch.float64)
+        work = None if options.directory is None else Path(options.directory) / "reverse"
+        kept = Kept(plan.checkpoints, work if plan.on_disk else None, recipe.hash())
         total, hidden = plan.rounds * run.steps, not options.progress
         with tqdm(total=total, desc="metagradient", unit="step", disable=hidden, file=sys.stderr) as bar:
             for first in range(0, n_queries, plan.together):
                 part = slice(first, first + plan.together)
-                reverse = Reverse(run, queries, part, effects[part], base[part], bar)
-                walk_back(run, plan.checkpoints, reverse.visit)
+                key = hashlib.sha256(f"{recipe.hash()} {values.tolist()} {part}".encode()).hexdigest()
+                file = None if work is None else work / f"cotangents-{key[:16]}.safetensors"
+                saved = None if file is None else Checkpoint(file, key, options.save_every)
+                reverse = Reverse(run, queries, part, effects[part], base[part], bar, saved)
+                walk_back(run, kept, reverse.visit, reverse.resume())
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)
     if not bool(effects.isfinite().all()):
         raise StabilityError("The metagradient overflowed: the run is not stable; use a lower lr or a larger eps.")
     return Effects(effects.cpu().numpy(), base.cpu().numpy(), time.process_time() - began, plan.checkpoints, plan)
 
 
-# --- memory, and the order in which steps are visited ------------------------------------------------------------
+# --- memory ------------------------------------------------------------------------------------------------------
 
 
-def plan_reverse(run: FlatRun, queries: int, limit: int | None = None) -> ReversePlan:
-    """How many queries go back together and how many states are kept, for `limit` bytes.
+def plan_reverse(
+    run: FlatRun,
+    queries: int,
+    limit: int | None = None,
+    settings: ReverseSettings | None = None,
+    directory: Path | None = None,
+) -> ReversePlan:
+    """How the second pass goes, how many queries go back together and how many states are kept, for `limit` bytes.
 
+    What a second pass needs is measured: the largest micro-batch is gone through for one and for three queries.
     Raises: UnsupportedError if not even one query and two states fit.
     """
+    settings = settings or ReverseSettings()
     limit = limit if limit is not None else free_memory(run.device) // 2
-    bytes_each = run.recipe.real_dtype.itemsize
-    vector = sum(run.sizes) * bytes_each
+    vector = sum(run.sizes) * run.recipe.real_dtype.itemsize
     state = len(run.state) * vector
-    # Cotangents, b, the products twice, and two temporaries; the second pass goes through both halves of the first one.
-    # Measured on perceptrons of 4e4 to 4e5 parameters, batches of 8 to 256: the process grew by 0.7 to 1.2 of the plan.
-    per_query = (COPIES[run.kind] + 4) * vector + 4 * kept_bytes(run.recipe, run.task)
-    together = max(1, min(queries, limit // 2 // per_query))
-    checkpoints = min((limit - together * per_query) // state - 1, run.steps + 1)
+    if settings.states == "disk" and directory is None:
+        raise ValueError("states on disk need a directory: give one in the RunOptions")
+    # Cotangents, b, the products, and two temporaries of clipping and of the optimizer.
+    fixed = (COPIES[run.kind] + 3) * vector
+    second = plan_pass(run, limit - 3 * state - fixed, settings)
+    per_query = fixed + second.each
+    together = max(1, min(queries, (limit - second.graphs) // 2 // per_query))
+    room = limit - second.graphs - together * per_query
+    checkpoints = min(room // state - 1, run.steps + 1)
+    on_disk = settings.states == "disk"
+    if settings.states == "auto" and directory is not None and checkpoints <= run.steps:
+        on_disk = _places_on_disk(run, state, directory) > max(2, checkpoints)
+    if on_disk and directory is not None:
+        checkpoints = min(_places_on_disk(run, state, directory), run.steps + 1) if room >= state else 0
     if checkpoints < 2:
         raise UnsupportedError(
-            f"Going back needs {(3 * state + per_query) / 1e9:.2f} GB at least and {limit / 1e9:.2f} GB are allowed: "
+            f"Going back needs {amount(3 * state + second.graphs + per_query)} at least and {amount(limit)} are allowed: "
             "train fewer parameters (LoRA, named modules), or use a smaller batch (accumulate)."
         )
-    return ReversePlan(state, per_query, queries, together, checkpoints, limit)
+    return ReversePlan(state, second.graphs, per_query, queries, together, checkpoints, limit, on_disk, second)
 
 
-def walk_back(run: FlatRun, checkpoints: int, visit: Callable[[int], None]) -> None:
-    """Call visit(step) for step = last + 1 .. 0 with the state before it in `run`, which begins and ends at its start."""
-    kept = [(0, run.state.clone())]
-    for step in range(run.steps, -1, -1):
-        at = kept[-1][0]
-        run.state.copy_(kept[-1][1])
-        while at < step:
-            free = checkpoints - len(kept)
-            until = at + next_kept(step + 1 - at, free)
-            for number in range(at, until):
-                run.advance(number)
-            at = until
-            if free:
-                kept.append((at, run.state.clone()))
-        if kept[-1][0] == step:
-            kept.pop()
-        visit(step)
+def _places_on_disk(run: FlatRun, state: int, directory: Path) -> int:
+    """All states if they take at most half of the free disk, else twice the square root of the steps, else what fits there."""
+    place = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    fits = shutil.disk_usage(place).free // 2 // state
+    return run.steps + 1 if fits > run.steps else min(fits, 2 * math.isqrt(run.steps) + 2)
 
 
-def next_kept(length: int, free: int) -> int:
-    """How far to run before the next state is kept, with `length` states to visit and `free` places left.
+def plan_pass(run: FlatRun, limit: int, settings: ReverseSettings) -> PassPlan:
+    """The first way of a second pass that fits: whole graphs of a whole micro-batch, of smaller ones, then by blocks.
 
-    Source: Griewank and Walther, Algorithm 799 (ACM TOMS 26, 2000): s places and r repetitions reach C(s + r, s) states.
+    Where none does, the last. Raises: UnsupportedError for blocks that are asked for and are not there.
     """
-    if free == 0:
-        return length - 1
-    repeats = 1
-    while math.comb(free + 1 + repeats, repeats) < length:
-        repeats += 1
-    late = length - math.comb(free + repeats - 1, repeats - 1)
-    return min(math.comb(free + repeats, repeats - 1), max(1, late))
+    own = max(len(part) for step in run.recipe.micro_batches() for part in step)
+    kept = kept_bytes(run.recipe, run.task)
+    most, sizes = min(own, settings.micro_batch or own), []
+    while most >= 1:
+        sizes.append(most)
+        most //= 2
+    separate = run.task.separate and not run.recipe.packed and _each_alone(run)
+    sizes = sizes[:1] if settings.micro_batch is not None or not separate else sizes
+    ways = [(size, by) for by in (False, True) for size in sizes if settings.blocks in (None, by)]
+    found = None
+    for number, (size, by) in enumerate(ways):
+        if not by and number + 1 < len(ways) and GRAPH * kept * size // own > limit and kept > HEAVY:
+            continue
+        try:
+            plan = _measured(run, size if size < own else None, by, own, kept)
+        except UnsupportedError:
+            if found is None or settings.blocks:
+                raise
+            break
+        found = plan if found is None or plan.graphs + plan.each < found.graphs + found.each else found
+        if plan.graphs + plan.each <= limit:
+            found = plan
+            break
+    assert found is not None
+    whole = None if found.micro_batch == own else found.micro_batch
+    run.go(whole, found.blocks, None if found.vectorised else False)
+    return found
+
+
+def _each_alone(run: FlatRun) -> bool:
+    """Whether the examples of a micro-batch can be gone through apart; their masks are those of the whole."""
+    return rows_are_separate(run.recipe.with_(dropout=None), run.task)
+
+
+def _measured(run: FlatRun, micro_batch: int | None, by_blocks: bool, own: int, kept: int) -> PassPlan:
+    """The bytes of the largest piece of the largest micro-batch, gone through for one and for three queries."""
+    vectorised = not by_blocks and (kept <= HEAVY or run.device.type != "cpu")
+    run.go(micro_batch, by_blocks, None if vectorised else False)
+    step, numbers = largest_part(run.recipe)
+    pieces = [part for part in run.parts(step) if set(part.numbers) <= set(numbers)]
+    part = max(pieces, key=lambda part: sum(text_length(run.recipe.examples[i]) for i in part.numbers))
+    peaks = []
+    for n in (1, 3):
+        with LiveBytes() as live:
+            _, back = run.second_pass(part, step)
+            back(run.state.new_ones(n, sum(run.sizes)))
+            del back
+        peaks.append(live.peak)
+    each = max(0, (peaks[1] - peaks[0]) // 2)
+    return PassPlan(micro_batch or own, by_blocks, vectorised, max(0, peaks[0] - each), each)
 
 
 # --- one step back -----------------------------------------------------------------------------------------------
@@ -174,6 +298,20 @@ class Reverse:
     effects: Tensor
     base: Tensor
     bar: Any
+    saved: Checkpoint | None = None
+    cotangents: list[Tensor] = field(default_factory=list)
+
+    def resume(self) -> int | None:
+        """Takes what a killed call has saved; gives the next step to go back through, None for the end of the run."""
+        found = None if self.saved is None else self.saved.load()
+        if found is None:
+            return None
+        tensors = {name: t.to(self.run.device) for name, t in found[1].items()}
+        self.effects.copy_(tensors["effects"])
+        self.base.copy_(tensors["base"])
+        self.cotangents = [tensors[f"cotangents/{i}"] for i in range(len(self.run.state))]
+        self.bar.update(self.run.steps - found[0])
+        return found[0] - 1
 
     def visit(self, step: int) -> None:
         """Takes the cotangents from after a step to before it; at the end of the run it makes them."""
@@ -184,6 +322,9 @@ class Reverse:
             return
         self._back(step)
         self.bar.update()
+        if self.saved is not None and (self.saved.due or step == 0):
+            cotangents = {f"cotangents/{i}": t for i, t in enumerate(self.cotangents)}
+            self.saved.save(step, {**cotangents, "effects": self.effects, "base": self.base})
 
     def _back(self, step: int) -> None:
         run, recipe = self.run, self.run.recipe

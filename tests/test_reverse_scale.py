@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from leaveout.corpus import Corpus
+from leaveout.deletion.measurements import MeasureSettings
+from leaveout.deletion.run import TrainingRun
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.training.loop import RunOptions, Steps
 from leaveout.training.memory import LiveBytes
+from leaveout.training.queries import Query, as_queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse import metagradient as reverse
 from leaveout.training.reverse.flat_run import FlatRun, passes
@@ -197,3 +200,12 @@ def test_blocks_take_less_memory_and_are_taken_where_whole_graphs_do_not_fit():
     assert taken.blocks and run.blocks is not None
     with pytest.raises(UnsupportedError, match="Going back needs"):
         plan_reverse(run, 1, blocked.graphs // 8, ReverseSettings(4))
+
+
+def test_a_run_spreads_its_queries_over_workers(tmp_path):
+    recipe = Recipe.microgpt(["anna", "bob", "eve", "kim"], n=4)
+    run = TrainingRun.train(recipe, tmp_path / "run")
+    asked = ["mona", Query("bo", "probability"), "eve"]
+    run.measure(gradient=True, queries=asked, settings=MeasureSettings(workers=2))
+    found = run.predict(asked, "0:eve", "first_order").effect[:, 0]
+    assert relative(found, metagradient(recipe, as_queries(asked)).effects[:, 0]) < 1e-5

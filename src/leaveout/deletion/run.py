@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -280,13 +280,10 @@ class TrainingRun:
         missing = self.bank.missing(ids)
         if not missing:
             return
-        chosen = [asked[i] for i in missing]
-        ask = query_function(task_of(self.recipe, self.device), chosen)
-        options = RunOptions(progress=settings.progress, memory=settings.memory, device=self.device)
-        found = metagradient(self.recipe, ask, options)
-        meta = {"design": "exact", "cpu_seconds": found.cpu_seconds / len(chosen)}
-        measured = Measured("gradient", [meta] * len(chosen), found.effects, {})
-        self.bank.add(measured, [ids[i] for i in missing], None)
+        chunks = [part.tolist() for part in np.array_split(missing, min(settings.workers, len(missing)))]
+        meta = {"design": "exact"}
+        tasks = [_Task("gradient", np.array(part), [ids[i] for i in part], [meta] * len(part)) for part in chunks]
+        self._carry_out(tasks, asked, settings, "exact first order")
 
     def _measure_jets(self, n: int, degree: int, asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
         dtype = settings.dtype or str(self.recipe.real_dtype.to_complex()).removeprefix("torch.")
@@ -363,14 +360,15 @@ class TrainingRun:
         total = sum(len(t.ids) for t in tasks)
         workers = min(settings.workers, max(1, len(tasks)))
         memory = None if settings.memory is None else settings.memory // workers
-        start = functools.partial(_start, self.recipe, asked, memory, self.path / "work", self.device)
+        alone = settings.progress and workers == 1
+        start = functools.partial(_start, self.recipe, asked, memory, self.path / "work", self.device, alone)
         bar = tqdm(total=total, desc=label, unit="run", disable=not settings.progress or not tasks, file=sys.stderr)
         if tasks:
             on_gpus = find_device(self.device).type == "cuda"
             results = run_tasks(tasks, _work, start, workers, settings.backend, on_gpus)
             with bar, contextlib.closing(results):
                 for measured, ids in results:
-                    self.bank.add(measured, ids, asked)
+                    self.bank.add(measured, ids, None if measured.kind == "gradient" else asked)
                     bar.update(len(ids))
         shutil.rmtree(self.path / "work", ignore_errors=True)
 
@@ -561,24 +559,37 @@ class _Worker:
     memory: int | None
     work: Path
     device: torch.device
+    queries: Sequence[Query] | None
+    progress: bool
 
 
 def _start(
-    recipe: Recipe, asked: Sequence[Query] | None, memory: int | None, work: Path, device: str | torch.device
+    recipe: Recipe,
+    asked: Sequence[Query] | None,
+    memory: int | None,
+    work: Path,
+    device: str | torch.device,
+    progress: bool,
 ) -> _Worker:
     place = find_device(device)  # of several GPUs that of this worker
     ask = None if asked is None else query_function(task_of(recipe, place), asked)
-    return _Worker(recipe, ask, memory, work, place)
+    return _Worker(recipe, ask, memory, work, place, asked, progress)
 
 
 def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
     began = time.process_time()
     name = hashlib.sha256(" ".join(task.ids).encode()).hexdigest()[:32]  # batches may be cut otherwise after a kill
     options = RunOptions(directory=worker.work / name, memory=worker.memory, device=worker.device)
-    numbers = _jets(worker, task, options) if task.kind == "jets" else _runs(worker, task, options)
+    numbers, vectors = {}, task.vectors
+    if task.kind == "gradient":  # whose vectors are the places of its queries, and then their effects
+        assert worker.queries is not None
+        asked = [worker.queries[i] for i in task.vectors]
+        vectors = metagradient(worker.recipe, asked, replace(options, progress=worker.progress)).effects
+    else:
+        numbers = _jets(worker, task, options) if task.kind == "jets" else _runs(worker, task, options)
     shutil.rmtree(options.directory or "", ignore_errors=True)
     seconds = (time.process_time() - began) / len(task.ids)
-    return Measured(task.kind, [{**m, "cpu_seconds": seconds} for m in task.metas], task.vectors, numbers), task.ids
+    return Measured(task.kind, [{**m, "cpu_seconds": seconds} for m in task.metas], vectors, numbers), task.ids
 
 
 def _jets(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:

@@ -209,7 +209,8 @@ def _value(query: Query, i: int, logits: Tensor, targets: Tensor, losses: Tensor
 
 
 Queries = Sequence[Any] | Callable[[nn.Module], Tensor]
-"""Rows in the form of the recipe's examples, or a function of the trained model that gives a vector."""
+"""Rows in the form of the recipe's examples, or a function of the trained model that gives a vector; for reverse mode also
+`Query`s."""
 
 
 def query_losses(recipe: Recipe, params: Parameters, queries: Queries, device: str | torch.device = "cpu") -> Tensor:

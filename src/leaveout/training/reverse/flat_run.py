@@ -17,7 +17,7 @@ from leaveout.models import full_precision, sent
 from leaveout.training.batching import agree, tried
 from leaveout.training.loop import Part, Steps, make_optimizer, spared_by_decay
 from leaveout.training.memory import flushed_denormals, kept_memory
-from leaveout.training.queries import Queries
+from leaveout.training.queries import Queries, Query, query_function
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import clip_adjoint
 from leaveout.training.reverse.blocks import BlockedPass, Blocks
@@ -282,9 +282,13 @@ class FlatRun:
         with torch.no_grad():
             if callable(queries):
                 return self._values(queries).double()
-            batches = [self.task.encode_queries([q]) for q in queries]
-            losses = [self.task.loss(self.task.model, batch) for batch in batches]
-            return torch.cat([self.state.new_zeros(0), *losses]).double()
+            return torch.stack([self._value(q) for q in queries]).double() if queries else self.state.new_zeros(0)
+
+    def _value(self, query: Any) -> Tensor:
+        """A query alone: a row, or a `Query`."""
+        if isinstance(query, Query):
+            return query_function(self.task, [query])(self.task.model)[0]
+        return self.task.loss(self.task.model, self.task.encode_queries([query]))[0]
 
     def _values(self, queries: Callable[[nn.Module], Tensor]) -> Tensor:
         values = queries(self.task.model)
@@ -294,15 +298,15 @@ class FlatRun:
 
     def query_gradients(self, queries: Queries, part: slice) -> tuple[Tensor, Tensor]:
         """Losses [queries] of some of the queries at the present parameters, and gradients [queries, parameters]."""
-        task = self.task
-        if callable(queries):
-            losses = list(self._values(queries)[part])
-        else:
-            losses = [task.loss(task.model, task.encode_queries([q]))[0] for q in queries[part]]
-        rows = self.state.new_zeros(len(losses), sum(self.sizes))
-        for row, loss in zip(rows, losses, strict=True):
+        many = callable(queries)  # which makes one graph for all; others hold one at a time
+        values = list(self._values(queries)[part]) if many else (self._value(q) for q in queries[part])
+        rows, losses = [], []
+        for value in values:
             grads = torch.autograd.grad(
-                loss, self.params, retain_graph=callable(queries), allow_unused=True, materialize_grads=True
+                value, self.params, retain_graph=many, allow_unused=True, materialize_grads=True
             )
-            row.copy_(self.flat(grads))
-        return torch.stack([v.detach().double() for v in losses]), rows
+            rows.append(self.flat(grads))
+            losses.append(value.detach().double())
+        if not rows:
+            return self.state.new_zeros(0, dtype=torch.float64), self.state.new_zeros(0, sum(self.sizes))
+        return torch.stack(losses), torch.stack(rows)

@@ -59,6 +59,13 @@ Degree = Annotated[
     int | None,
     typer.Option(min=1, help="Highest order of jets used: of posterior, least_squares, mean and median_of_means."),
 ]
+Meaning = Annotated[
+    str | None,
+    typer.Option(
+        help="same-run: the same batches, weight 0. new-run: rows gone, batches packed anew, another order; the default where "
+        "`measure --repeats` was made."
+    ),
+]
 Html = Annotated[Path | None, typer.Option(help="Also write a page with a picture of the intervals.")]
 
 
@@ -100,6 +107,9 @@ def measure(
         str | None, typer.Option(help="Retrainings for calibration: a number of random sets, or a file of sets.")
     ] = None,
     gradient: Annotated[bool, typer.Option("--gradient", help="The exact first order of the queries.")] = False,
+    repeats: Annotated[
+        int, typer.Option(min=0, help="New runs with all data, and twice as many of held-out sets: the noise of runs.")
+    ] = 0,
     query: QueryText = None,
     prompt: Prompt = None,
     form: Form = None,
@@ -123,12 +133,12 @@ def measure(
     there is not measured again, so that a killed command can be repeated. Without queries, trained parameters are
     kept, and any query can be asked later.
 
-    Example: leaveout measure run --gradient --retrain 50 --heldout 16 --queries questions.jsonl
+    Example: leaveout measure run --gradient --retrain 50 --heldout 16 --repeats 4 --queries questions.jsonl
     """
     named = without is not None or without_where is not None or sets is not None
-    if not (directions or retrain or named or heldout or gradient or merge):
+    if not (directions or retrain or named or heldout or gradient or repeats or merge):
         raise typer.BadParameter(
-            "say what to measure: --directions, --retrain, --without, --heldout, --gradient or --merge"
+            "say what to measure: --directions, --retrain, --without, --heldout, --gradient, --repeats or --merge"
         )
     settings = _settings(workers, backend, memory, seed, sizes, dtype, real)
     opened = open_run(run, device)
@@ -139,7 +149,7 @@ def measure(
         opened.bank.merge(merge / "bank")
     unasked = query is None and queries is None and behaviour is None
     opened.measure(
-        directions, degree, retrain=retrain, design=design, gradient=gradient, settings=settings,
+        directions, degree, retrain=retrain, design=design, gradient=gradient, repeats=repeats, settings=settings,
         without=read_sets(opened, without, without_where, sets) if named else None,
         heldout=None if heldout is None else _heldout(heldout),
         queries=None if unasked else read_queries(opened, query, prompt, queries, form, columns, behaviour),
@@ -162,6 +172,9 @@ def plan(
     examples: Annotated[
         bool, typer.Option("--examples", help="The sets stand for others like them: retraining just these is no help.")
     ] = False,
+    repeats: Annotated[
+        int, typer.Option(min=0, help="New runs with all data in every choice, for the noise of runs; 0: none.")
+    ] = 4,
     jets: Annotated[bool, typer.Option("--jets", help="Weigh jets, too; trying them takes many trainings.")] = False,
     disk: Annotated[str | None, typer.Option(help="At most so much for the bank, such as 2GB.")] = None,
     memory: Annotated[str | None, typer.Option(help="At most so much for an estimator, such as 4GB.")] = None,
@@ -180,7 +193,7 @@ def plan(
     seconds = quantity(budget, SECONDS, "--budget")
     limits = quantity(disk, BYTES, "--disk"), quantity(memory, BYTES, "--memory")
     assert seconds is not None
-    allowed = Budget(seconds, *limits, workers, examples=examples, jets=jets)
+    allowed = Budget(seconds, *limits, workers, examples=examples, jets=jets, repeats=repeats)
     opened = open_run(run, device)
     removed = read_sets(opened, without, without_where, sets)
     found = opened.plan(read_queries(opened, query, prompt, queries, form, columns, behaviour), removed, allowed)
@@ -209,6 +222,7 @@ def predict(
     without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     estimator: Estimator = "posterior",
     degree: Degree = None,
+    meaning: Meaning = None,
     curve: Annotated[Path | None, typer.Option(help="Also draw predictions as the share removed grows (.png).")] = None,
     html: Html = None,
     device: Device = "cpu",
@@ -223,7 +237,7 @@ def predict(
     Example: leaveout predict run --query thames --without rivers --without herbs,dogs
     """
     if is_index(run):
-        _require_no_bank(curve, html, degree, estimator)
+        _require_no_bank(curve, html, degree, estimator, meaning)
         _sum_up(run, device, (query, prompt, queries, form, columns), without, without_where, sets, json_)
         return
     chosen = _estimator(estimator, degree)
@@ -231,11 +245,11 @@ def predict(
     opened = open_run(run, device)
     asked = read_queries(opened, query, prompt, queries, form, columns, behaviour)
     removed = read_sets(opened, without, without_where, sets)
-    found = opened.predict(asked, removed, chosen)
+    found = opened.predict(asked, removed, chosen, meaning=meaning)
     if curve is not None:
         from leaveout.deletion.predict import draw_curves
 
-        draw_curves(opened.curve(asked, removed, chosen), curve)
+        draw_curves(opened.curve(asked, removed, chosen, meaning=meaning), curve)
     _print_prediction(found, html, json_)
 
 
@@ -245,10 +259,12 @@ NOT_CALIBRATED = (
 )
 
 
-def _require_no_bank(curve: Path | None, html: Path | None, degree: int | None, estimator: str) -> None:
+def _require_no_bank(
+    curve: Path | None, html: Path | None, degree: int | None, estimator: str, meaning: str | None
+) -> None:
     """Refuses what only measurements of a run can answer."""
     other = None if estimator == "posterior" else estimator
-    asked = {"--curve": curve, "--html": html, "--degree": degree, "--estimator": other}
+    asked = {"--curve": curve, "--html": html, "--degree": degree, "--estimator": other, "--meaning": meaning}
     if name := next((name for name, value in asked.items() if value is not None), None):
         raise typer.BadParameter(f"{name} needs a training run, and this is an index")
 
@@ -289,6 +305,9 @@ def verify(
     without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     estimator: Estimator = "posterior",
     degree: Degree = None,
+    meaning: Meaning = None,
+    new_run: Annotated[bool, typer.Option("--new-run", help="Short for --meaning new-run.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="New runs of each set, of which the mean is compared.")] = 1,
     html: Html = None,
     workers: Workers = 1,
     backend: Backend = "processes",
@@ -302,13 +321,16 @@ def verify(
 
     Example: leaveout verify run --query thames --without rivers
     """
+    if new_run and meaning not in (None, "new-run"):
+        raise typer.BadParameter(f"--new-run and --meaning {meaning} are two answers: give one")
     chosen = _estimator(estimator, degree)
     _require_outputs(html)
     settings = _settings(workers, backend, memory)
     opened = open_run(run, device)
     asked = read_queries(opened, query, prompt, queries, form, columns, behaviour)
     removed = read_sets(opened, without, without_where, sets)
-    found = opened.verify(asked, removed, chosen, settings)
+    meant = "new-run" if new_run else meaning
+    found = opened.verify(asked, removed, chosen, settings, meaning=meant, runs=runs)
     _print_prediction(found, html, json_)
     if json_:
         print(to_line({"summary": found.summary()}))
@@ -394,5 +416,6 @@ def _measure_command(run: Path, choice: Choice, asked: str, named: str, crew: st
         parts.append(named)
     sizes = ",".join(map(str, settings.sizes)) if settings else ""
     parts += [_options(heldout=arguments.get("heldout") or None, sizes=sizes or None), asked]
+    parts.append(_options(repeats=arguments.get("repeats")))
     parts.append(crew)
     return " ".join(["leaveout measure", shlex.quote(str(run)), *filter(None, parts)])

@@ -1,10 +1,10 @@
 """The bank: everything measured about one recipe, on disk, in the shared store format.
 
-A row is one measurement: a jet run along one direction, a retraining with one deletion vector, or the exact first order
-of one query. Its id is made of its content, so that the same measurement is never stored twice, and banks of the same
-recipe measured on several machines merge. It holds query values (when the queries were given beforehand) or the
-trained parameters (then any query can be asked later). Vectors are stored, not seeds: random number generators
-change between versions.
+A row is one measurement: a jet run along one direction, a retraining or a new run with one deletion vector, or the exact
+first order of one query. Its id is made of its content, so that the same measurement is never stored twice, and banks of
+the same recipe measured on several machines merge. It holds query values (when the queries were given beforehand) or the
+trained parameters (then any query can be asked later). Vectors are stored, not seeds: random number generators change
+between versions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ import xxhash
 
 from leaveout.deletion.calibration import Calibration
 from leaveout.deletion.estimators import EstimatorSettings, Fitted, fit
-from leaveout.deletion.measurements import JetBlock, Measurements, distinct, gathered
+from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings, distinct, gathered
+from leaveout.deletion.noise import LEAST_REPEATS, RunNoise, run_noise
+from leaveout.deletion.predict import NEW_RUN
 from leaveout.errors import FormatError, MismatchError
 from leaveout.store import Record, Segment, Store
 from leaveout.training.queries import Query, as_queries, jet_values, query_function, query_losses
@@ -33,6 +35,9 @@ from leaveout.training.tasks import Parameters, Task, task_of
 
 ROLES = ("fit", "heldout", "truth")
 """What a retraining is for: estimators fit it, calibration holds it against them, or `verify` compares with it."""
+REPEAT = "repeat"
+"""The role of a new run with all data, from which the noise of runs is known; a new run is a kind of its own, a retraining
+whose batches are packed anew in another order (`training.repacking`)."""
 DAMPING = 10.0
 """Of the influence scores, in mean diagonals of the Fisher matrix (docs/evidence/deletion.md)."""
 
@@ -41,7 +46,7 @@ DAMPING = 10.0
 class Measured:
     """Finished measurements of one kind, as they go into the bank.
 
-    kind "jets", "retraining" or "gradient"; metas: what each row's record says; vectors: psi [rows, units] complex, or
+    kind "jets", "retraining", NEW_RUN or "gradient"; metas: what each row's record says; vectors: psi [rows, units] complex, or
     x [rows, units]; numbers: name -> array with the rows first ("values" or "parameters")
     """
 
@@ -251,6 +256,33 @@ class Bank:
         }
         return [found.get(row.tobytes()) for row in np.ascontiguousarray(x)]
 
+    def new_runs(self, asked: Sequence[Query], *roles: str) -> Retrainings:
+        """The new runs of these roles, each deletion vector and order once; y are values of the queries, not effects."""
+        found: dict[tuple[bytes, int], tuple[np.ndarray, np.ndarray]] = {}
+        for records, x, values in self._known(asked):
+            for r, row, y in zip(records, x, values, strict=True):
+                if r.meta["kind"] == NEW_RUN and r.meta["role"] in roles:
+                    found.setdefault((row.tobytes(), int(r.meta["seed"])), (row, y))
+        rows, values = zip(*found.values(), strict=True) if found else ((), ())
+        return Retrainings(np.reshape(rows, (-1, len(self.sizes))), np.reshape(values, (-1, len(asked))))
+
+    def noise(self, asked: Sequence[Query]) -> RunNoise | None:
+        """How far runs with all data are from each other, None where too few were measured for these queries."""
+        values = self.new_runs(asked, REPEAT).y
+        return run_noise(values) if len(values) >= LEAST_REPEATS else None
+
+    def vectors_of(self, role: str) -> np.ndarray:
+        """The different deletion vectors [sets, units] of retrainings of a role, as they were measured, for whatever queries."""
+        self.store.refresh()
+        found: dict[bytes, np.ndarray] = {}
+        for part in self.store.segments():
+            records, positions = self.store.live_rows(part)
+            for r, place in zip(records, positions, strict=True):
+                if r.meta["kind"] == "retraining" and r.meta["role"] == role:
+                    row = np.array(part.arrays()["x"][place])
+                    found.setdefault(row.tobytes(), row)
+        return np.reshape(list(found.values()), (-1, len(self.sizes)))
+
     def fit(self, asked: Sequence[Query], settings: EstimatorSettings) -> tuple[Fitted, Calibration]:
         """The fitted estimator and what is known of its standard deviations; kept until the bank changes."""
         given = tuple(vars(settings).values())
@@ -267,25 +299,27 @@ class Bank:
     # --- what a segment says: query values, or trained parameters, whose values are computed once and kept beside it
 
     def _parts(self, asked: Sequence[Query]) -> Iterator[tuple[Any, ...]]:
-        """(role, x, y) of retrainings and ("jets", psi, c, real) of each segment that knows the queries."""
+        """(role, x, y) of retrainings in the same batches, and ("jets", psi, c, real) of each segment that knows the queries."""
+        for records, x, values in self._known(asked):
+            meta = records[0].meta
+            if meta["kind"] == "jets":
+                psi, c = x.view(np.complex128)[..., 0], np.ascontiguousarray(values).view(np.complex128)[..., 0]
+                yield "jets", psi, np.ascontiguousarray(c.transpose(1, 0, 2)), bool(meta["real"])
+            elif meta["kind"] == "retraining":
+                roles = [r.meta["role"] for r in records]
+                for role in dict.fromkeys(roles):
+                    rows = [i for i, r in enumerate(roles) if r == role]
+                    yield role, x[rows], values[rows]
+
+    def _known(self, asked: Sequence[Query]) -> Iterator[tuple[list[Record], np.ndarray, np.ndarray]]:
+        """Records, vectors and query values [rows, ...] of the runs of each segment that knows the queries."""
         self.store.refresh()
         for part in self.store.segments():
             records, positions = self.store.live_rows(part)
             if not records or records[0].meta["kind"] == "gradient":
                 continue
-            meta, arrays = records[0].meta, part.arrays()
-            values = self._values(part, meta, asked)
-            if values is None:
-                continue
-            x, values = np.array(arrays["x"])[positions], values[positions]
-            if meta["kind"] == "jets":
-                psi, c = x.view(np.complex128)[..., 0], np.ascontiguousarray(values).view(np.complex128)[..., 0]
-                yield "jets", psi, np.ascontiguousarray(c.transpose(1, 0, 2)), bool(meta["real"])
-            else:
-                roles = [r.meta["role"] for r in records]
-                for role in dict.fromkeys(roles):
-                    rows = [i for i, r in enumerate(roles) if r == role]
-                    yield role, x[rows], values[rows]
+            if (values := self._values(part, records[0].meta, asked)) is not None:
+                yield records, np.array(part.arrays()["x"])[positions], values[positions]
 
     def _values(self, part: Segment, meta: dict[str, Any], asked: Sequence[Query]) -> np.ndarray | None:
         """Query values [rows, ...] of a segment, from its numbers or its parameters; None if it does not know them."""
@@ -313,7 +347,7 @@ class Bank:
         """Query values computed from stored parameters, in the form of stored values."""
         flat = part.arrays()["parameters"]
         ask = query_function(self._task, asked)
-        if meta["kind"] == "retraining":
+        if meta["kind"] != "jets":
             runs = {n: torch.from_numpy(np.array(v)) for n, v in _split(flat, self.constants).items()}
             return query_losses(self.recipe, runs, ask, self.device).double().numpy()
         out = []

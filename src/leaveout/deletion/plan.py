@@ -130,6 +130,7 @@ class Budget:
     seconds of wall time; disk and memory in bytes (None: not limited); workers
     noise     deviation of a retraining's value between repetitions, over one unit's typical effect (0: deterministic)
     jets      jets are weighed, too, as they are with noise: their probes take many trainings
+    repeats   new runs with all data that every choice buys, so that the noise of runs is known; 0: none
     examples  the deletion sets stand for others like them, so that retraining just these would not help
     """
 
@@ -140,6 +141,7 @@ class Budget:
     noise: float = 0.0
     examples: bool = False
     jets: bool = False
+    repeats: int = 4
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:

@@ -7,33 +7,40 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from leaveout.errors import needs
+from leaveout.deletion.noise import quantile
+from leaveout.errors import choices, needs
 from leaveout.metrics import pearson, spearman
 from leaveout.tables import Table, Tabular, number, shorten
 
+SAME_RUN, NEW_RUN = "same run", "new run"
+"""What "without" means: the same batches with weight 0, or rows gone, batches packed anew and another order."""
 UNCERTAIN = "cannot tell from zero"
+A_SEED = "not distinguishable from a new seed"
 NEVER = "never trained on"
 OUTSIDE = "outside of what was tested"
-REACH = 1.959964
-"""Half the width of a 95 % interval, in standard deviations."""
+POWER = 2 * (1.959964 + 0.841621) ** 2
+"""Runs with and runs without a set that show an effect of one run's deviation, at 95 % and a power of .8: so many of each."""
 
 
 @dataclass(frozen=True)
 class Prediction(Tabular):
     """Predicted values of queries without deletion sets; `print` shows them as a table.
 
-    base     values under the model trained on everything [query, set]
-    effect   predicted change [query, set], in the unit of the query (nats for a loss; positive: the loss rises)
+    base     values under the model trained on everything [query, set]; of new runs the mean of those with all data
+    effect   predicted change [query, set], in the unit of the query (nats for a loss; positive: the loss rises); of new
+             runs the mean over orders
     std      its standard deviation [query, set], times `factor`
     factor   what held-out retrainings say that it is multiplied by [query, set]
     outside  whether a set is larger, more alike, or takes more of a query's help than all that were held out [query, set]
     untrained   the units of each set that are in no step: nothing changes without them
     never    whether a set holds nothing but such units
+    meaning  SAME_RUN or NEW_RUN: what "without" means
+    run_std  standard deviation of one run's value between orders [query, set], 0 for the same run; known with `freedom`
+             degrees of freedom. Intervals of a new run hold both: they are those of one run without the set.
     """
 
     queries: tuple[str, ...]
@@ -46,6 +53,9 @@ class Prediction(Tabular):
     outside: np.ndarray
     untrained: tuple[tuple[str, ...], ...] = ()
     never: tuple[bool, ...] = ()
+    meaning: str = SAME_RUN
+    run_std: np.ndarray | float = 0.0
+    freedom: float = math.inf
 
     @property
     def mean(self) -> np.ndarray:
@@ -55,27 +65,53 @@ class Prediction(Tabular):
     @property
     def uncertain(self) -> np.ndarray:
         """Where the 95 % interval of the effect holds zero [query, set]."""
-        return np.abs(self.effect) < REACH * self.std
+        return np.abs(self.effect) < self.reach()
 
-    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper end of the central interval of the predicted value, both [query, set]."""
+    @property
+    def drowned(self) -> np.ndarray:
+        """Where it does because runs differ more than the prediction is wrong [query, set]."""
+        return self.uncertain & (self.run_std > self.std)
+
+    @property
+    def seeds(self) -> np.ndarray:
+        """Runs with and as many runs without a set that would show the predicted effect [query, set]: at 95 %, power .8."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.ceil(POWER * np.square(self.run_std / np.abs(self.effect)))
+
+    def reach(self, level: float = 0.95, runs: int = 1) -> np.ndarray:
+        """Half the width of the central interval [query, set]; of new runs that of the mean of so many."""
         if not 0 < level < 1:
             raise ValueError(f"level must be between 0 and 1, got {level}")
-        reach = NormalDist().inv_cdf((1 + level) / 2) * self.std
+        noise = np.square(self.run_std) / runs
+        both = np.square(self.std) + noise
+        with np.errstate(divide="ignore", invalid="ignore"):  # Welch and Satterthwaite: only the noise was estimated by few
+            freedom = np.where(noise > 0, self.freedom * np.square(both / noise), np.inf)
+        return quantile((1 + level) / 2, freedom) * np.sqrt(both)
+
+    def interval(self, level: float = 0.95, runs: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper end of the central interval of the predicted value, both [query, set]; runs: see `reach`."""
+        reach = self.reach(level, runs)
         return self.mean - reach, self.mean + reach
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """One JSON object per query and deletion set; an unknown standard deviation is null."""
+        reach, drowned, seeds = self.reach(), self.drowned, self.seeds
+        run_std = np.broadcast_to(self.run_std, self.std.shape)
         for i, query in enumerate(self.queries):
             for j, without in enumerate(self.without):
                 known, never = bool(np.isfinite(self.std[i, j])), bool(self.never and self.never[j])
                 line: dict[str, Any] = {
-                    "query": query, "without": without, "base": float(self.base[i, j]),
+                    "query": query, "without": without, "meaning": self.meaning, "base": float(self.base[i, j]),
                     "predicted": float(self.mean[i, j]), "effect": float(self.effect[i, j]),
-                    "std": 0.0 if never else float(self.std[i, j]) if known else None, "estimator": self.estimator,
-                    "verdict": NEVER if never else UNCERTAIN if self.uncertain[i, j]
+                    "std": 0.0 if never else float(self.std[i, j]) if known else None,
+                    "reach": float(reach[i, j]) if known else None, "estimator": self.estimator,
+                    "verdict": NEVER if never else A_SEED if drowned[i, j] else UNCERTAIN if self.uncertain[i, j]
                     else "rises" if self.effect[i, j] > 0 else "falls",
                 }  # fmt: skip
+                if self.meaning == NEW_RUN:
+                    line["run_std"] = float(run_std[i, j])
+                if line["verdict"] == A_SEED and np.isfinite(seeds[i, j]):
+                    line["seeds"] = int(seeds[i, j])
                 if self.outside[i, j]:
                     line["outside"] = OUTSIDE
                 if self.untrained and self.untrained[j]:
@@ -92,15 +128,17 @@ class Verification(Prediction):
 
     actual    values [query, set]
     measured  whether a set was measured before it was predicted [set], so that its actual value proves nothing
+    runs      new runs whose mean an actual value is
     """
 
     actual: np.ndarray
     measured: np.ndarray
+    runs: int = 1
 
     @property
     def inside(self) -> np.ndarray:
         """Whether the actual value lies in the 95 % interval [query, set]."""
-        low, high = self.interval()
+        low, high = self.interval(runs=self.runs)
         return (low <= self.actual) & (self.actual <= high)
 
     @property
@@ -166,7 +204,7 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     for line in lines:
         known = reach(line)
         interval = "unknown" if known is None else known
-        verdict = ", ".join(line[key] for key in ("verdict", "outside") if key in line)
+        verdict = ", ".join(line[key] for key in ("verdict", "outside") if key in line) + seeds_of(line)
         row = (line["query"], line["without"], line["base"], line["predicted"], interval, verdict)
         inside = "unknown" if known is None else "yes" if line.get("inside") else "no"
         inside = "already measured" if line.get("already_measured") else inside
@@ -176,7 +214,25 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
 def reach(line: Mapping[str, Any]) -> float | None:
     """Half the width of the 95 % interval of a line, None where the standard deviation is unknown."""
-    return None if line["std"] is None else REACH * line["std"]
+    return line["reach"]
+
+
+def seeds_of(line: Mapping[str, Any]) -> str:
+    """How many runs would show the effect of a line, in words; "" where it is not drowned by noise."""
+    return f" ({line['seeds']} runs each way would show it)" if "seeds" in line else ""
+
+
+def meaning_of(name: str | None, measured: bool) -> str:
+    """What "without" means: as asked (same-run, new-run), else a new run where the noise of runs was measured.
+
+    Raises: ValueError for another name.
+    """
+    if name is None:
+        return NEW_RUN if measured else SAME_RUN
+    meanings = {"same-run": SAME_RUN, "new-run": NEW_RUN}
+    if name not in meanings:
+        raise ValueError(f"meaning is {name!r}: {choices(name, meanings)}")
+    return meanings[name]
 
 
 @dataclass(frozen=True)

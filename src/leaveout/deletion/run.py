@@ -26,12 +26,13 @@ from tqdm import tqdm
 from leaveout.corpus import Row
 from leaveout.corpus.rows import row_json
 from leaveout.deletion import directions
-from leaveout.deletion.bank import Bank, Measured, measurement_ids
+from leaveout.deletion.bank import REPEAT, Bank, Measured, measurement_ids
 from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, real_orthogonal
 from leaveout.deletion.estimators import EstimatorSettings
 from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
+from leaveout.deletion.noise import LEAST_REPEATS
 from leaveout.deletion.plan import FIRST, Budget, Plan, make_plan, sizes_of
-from leaveout.deletion.predict import Curve, Prediction, Verification
+from leaveout.deletion.predict import NEW_RUN, SAME_RUN, Curve, Prediction, Verification, meaning_of
 from leaveout.deletion.sets import DeletionSets, Without, deletion_sets
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices, require_whole
 from leaveout.executor import run_tasks
@@ -45,6 +46,7 @@ from leaveout.training.memory import runs_together
 from leaveout.training.notes import cut_notes, notes_on
 from leaveout.training.queries import Query, as_queries, query_function, query_losses
 from leaveout.training.recipe import Recipe
+from leaveout.training.repacking import new_run
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.reverse.updates import unit_vectors
 from leaveout.training.tasks import Parameters, task_of
@@ -54,8 +56,14 @@ PYTHON = ".".join(platform.python_version_tuple()[:2])
 """Whose bytecode the functions of a recipe are hashed by."""
 OWN = ("examples", "bank", "work")
 """What the directory of a run holds."""
+ALONE = 8
+"""New runs of one task: each goes by itself, and a kill loses no more than one of them, as finished ones have checkpoints."""
 WIDTH = 8192
 """Numbers kept of each unit's update vector."""
+NO_NOISE = (
+    "How far runs are from each other was not measured for these queries: `leaveout measure RUN --repeats 4`, or ask for the "
+    "same run (`--meaning same-run`)."
+)
 ROUNDING = 1e-6
 """Part of a query's value that float32 training does not fix."""
 
@@ -163,6 +171,7 @@ class TrainingRun:
         without: Without | None = None,
         heldout: Without | int | None = None,
         gradient: bool = False,
+        repeats: int = 0,
         queries: Any = None,
         settings: MeasureSettings | None = None,
     ) -> Bank:
@@ -172,11 +181,16 @@ class TrainingRun:
         retrain, design     retrainings by a design (see `directions.DESIGNS`); without: retrain these deletion sets as well
         heldout             deletion sets, or a number of random ones, retrained to calibrate standard deviations only
         gradient            the exact first order of the queries (which then must be given)
+        repeats             new runs with all data, each in an order of its own, from which the noise of a run is known; and
+                            twice as many of the held-out sets, one each, which say how far the same run is from a new one
         queries             ask only these, and keep their values instead of trained parameters
         Example: run.measure(retrain=50, heldout=16, gradient=True, queries=["thames"])
         """
         settings = settings or MeasureSettings()
         self._refuse(directions, degree, retrain, design, heldout, gradient and queries is None, settings)
+        require_whole("repeats", repeats, 0)
+        if 0 < repeats < LEAST_REPEATS:
+            raise ValueError(f"repeats is {repeats}: a deviation takes at least {LEAST_REPEATS} runs, 0 measures none")
         given = None if without is None else deletion_sets(self.recipe, without)
         held = heldout if heldout is None or isinstance(heldout, int) else deletion_sets(self.recipe, heldout)
         asked = None if queries is None else as_queries(queries)
@@ -196,7 +210,32 @@ class TrainingRun:
         if held is not None:
             parts.append((self._heldout(held, [x for x, _, _ in parts], settings), "heldout", "heldout"))
         self._retrain(parts, asked, settings)
+        if repeats:
+            self._measure_noise(repeats, asked, settings)
         return self.bank
+
+    def _measure_noise(self, repeats: int, asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
+        """New runs with all data, and of held-out sets of all kinds: they stand in the order of their kinds."""
+        held = self.bank.vectors_of("heldout")
+        chosen = np.unique(np.linspace(0, len(held) - 1, min(len(held), 2 * repeats)).round().astype(int))
+        self._new_runs(np.zeros((1, len(self.recipe.unit_names))), REPEAT, repeats, asked, settings)
+        self._new_runs(held[chosen], "heldout", 1, asked, settings)
+
+    def _new_runs(
+        self, x: np.ndarray, role: str, times: int, asked: Sequence[Query] | None, settings: MeasureSettings
+    ) -> None:
+        """Trains each deletion vector [sets, units] so many times anew, in orders of their own."""
+        rows, ids, metas = np.tile(x, (times, 1)), [], []
+        for number in range(times):
+            ids += measurement_ids(NEW_RUN, x, asked, role, settings.seed, number)
+            metas += [{"design": "new order", "role": role, "seed": _order_seed(row, settings.seed, number)} for row in x]
+        missing = self.bank.missing(ids)
+        for row in np.unique(rows[missing], axis=0):
+            new_run(self.recipe, row, 0)  # refused before any work
+        size = min(ALONE, -(-len(missing) // settings.workers))
+        chunks = [missing[i : i + size] for i in range(0, len(missing), max(size, 1))]
+        tasks = [_Task(NEW_RUN, rows[c], [ids[i] for i in c], [metas[i] for i in c]) for c in chunks]
+        self._carry_out(tasks, asked, settings, "new runs")
 
     def _refuse(
         self, directions: int, degree: int, retrain: int, design: str, heldout: Any, unasked: bool, settings: Any
@@ -391,12 +430,21 @@ class TrainingRun:
         first = self.bank.retraining_seconds()
         return make_plan(self.recipe, self.bank.features(), asked, sets, allowed, first, self.device)
 
-    def predict(self, queries: Any, without: Without, estimator: str | EstimatorSettings = "posterior") -> Prediction:
+    def predict(
+        self,
+        queries: Any,
+        without: Without,
+        estimator: str | EstimatorSettings = "posterior",
+        *,
+        meaning: str | None = None,
+    ) -> Prediction:
         """Values of queries under the model trained without deletion sets, with standard deviations.
 
         queries    texts, rows or functions of the model: see `as_queries`
         without    ids, a list of them, or several such lists: see `deletion_sets`
         estimator  its name, or settings with more (degree, kernel, scores, ...)
+        meaning    "same-run" (the same batches with weight 0) or "new-run" (rows gone, batches packed anew, another order);
+                   a new run where the noise of runs was measured (`measure(repeats=4)`), else the same run
         Shapes: all arrays [query, set]. Units: that of the query, nats for a loss.
         Example: print(run.predict(["thames", "tyne"], [["rivers"], ["herbs", "dogs"]]))
         """
@@ -410,16 +458,34 @@ class TrainingRun:
         untrained = [np.flatnonzero(row) for row in (sets.x != 0) & ~trained]
         never = (sets.x != 0).any(1) & ~(removed != 0).any(1)
         effect, std = np.where(never, 0.0, effect), np.where(never, 0.0, std)
-        base = np.repeat(self.bank.base(asked)[:, None], len(sets), 1)
-        std = np.hypot(std * factor, ROUNDING * (1 + np.abs(base)) * (sets.x != 0).any(1))
+        std = std * factor
+        noise = self.bank.noise(asked)
+        meant = meaning_of(meaning, noise is not None)
+        if meant == SAME_RUN:
+            base, more = self.bank.base(asked), {}
+        else:
+            if noise is None:
+                raise UnsupportedError(NO_NOISE)
+            effect, std = self.bank.shift(asked, settings, noise).shifted(removed, effect, std)
+            std = np.hypot(std, noise.std[:, None] / np.sqrt(noise.runs))  # the error of the mean with all data
+            run_std = np.repeat(noise.std[:, None], len(sets), 1)
+            base, more = noise.mean, {"run_std": run_std, "freedom": noise.freedom}
+        base = np.repeat(base[:, None], len(sets), 1)
+        std = np.hypot(std, ROUNDING * (1 + np.abs(base)) * (sets.x != 0).any(1))
         return Prediction(
             tuple(q.name for q in asked), sets.labels, base, effect, std, settings.name, factor,
             untrained=tuple(tuple(names[i] for i in places) for places in untrained), never=tuple(never.tolist()),
-            outside=outside & ~never,
+            outside=outside & ~never, meaning=meant, **more,
         )  # fmt: skip
 
     def curve(
-        self, queries: Any, without: Without, estimator: str | EstimatorSettings = "posterior", points: int = 21
+        self,
+        queries: Any,
+        without: Without,
+        estimator: str | EstimatorSettings = "posterior",
+        points: int = 21,
+        *,
+        meaning: str | None = None,
     ) -> list[Curve]:
         """Predictions as the share removed grows from 0 to 1, one curve per deletion set."""
         sets = deletion_sets(self.recipe, without)
@@ -427,21 +493,40 @@ class TrainingRun:
         out = []
         for x, name in zip(sets.x, sets.labels, strict=True):
             along = DeletionSets(shares[:, None] * x, tuple(f"{s:g}" for s in shares))
-            out.append(Curve(name, shares, self.predict(queries, along, estimator)))
+            out.append(Curve(name, shares, self.predict(queries, along, estimator, meaning=meaning)))
         return out
 
     # --- truth ---------------------------------------------------------------------------------------------------
 
-    def retrain(self, queries: Any, without: Without, settings: MeasureSettings | None = None) -> np.ndarray:
+    def retrain(
+        self,
+        queries: Any,
+        without: Without,
+        settings: MeasureSettings | None = None,
+        *,
+        meaning: str = "same-run",
+        runs: int = 1,
+    ) -> np.ndarray:
         """Values [query, set] of models really retrained without deletion sets.
 
         Kept in the bank as truth: neither fitted nor calibrated with, and not computed twice.
+        meaning, runs   see `predict`; of new runs the mean over so many orders
         """
         settings, asked = settings or MeasureSettings(), as_queries(queries)
         sets = deletion_sets(self.recipe, without)
+        _refuse_runs(meant := meaning_of(meaning, False), runs)
         self.bank.base(asked)
+        if meant == NEW_RUN:
+            self._new_runs(np.unique(sets.x, axis=0), "truth", runs, asked, settings)
+            return self._mean_of_new_runs(asked, sets.x, "truth", runs)
         self._retrain([(sets.x, "given", "truth")], asked, settings)
         return self.bank.truth(asked, sets.x)
+
+    def _mean_of_new_runs(self, asked: Sequence[Query], x: np.ndarray, role: str, runs: int) -> np.ndarray:
+        """The mean [query, set] of the first so many new runs of each set; NaN for sets that have fewer."""
+        found = self.bank.new_runs(asked, role)
+        own = [found.y[(found.x == row).all(1)][:runs] for row in x]
+        return np.stack([y.mean(0) if len(y) == runs else np.full(len(asked), np.nan) for y in own], 1)
 
     def verify(
         self,
@@ -449,28 +534,42 @@ class TrainingRun:
         without: Without,
         estimator: str | EstimatorSettings = "posterior",
         settings: MeasureSettings | None = None,
+        *,
+        meaning: str | None = None,
+        runs: int = 1,
     ) -> Verification:
         """Predicts, retrains and compares. The retrainings are resumed after a kill and used for nothing else.
 
         A set that was measured to be fitted or held out is no proof of a prediction: its value is read, and it is counted
-        apart. queries, without, estimator: see `predict`; settings: how it is retrained
+        apart. queries, without, estimator, meaning: see `predict`; settings: how it is retrained; runs: new runs of each set,
+        with whose mean the interval of such a mean is compared
         """
         asked, sets = as_queries(queries), deletion_sets(self.recipe, without)
-        prediction = self.predict(asked, sets, estimator)
-        known = self.bank.measured_values(asked, sets.x)
-        measured = np.array([row is not None for row in known])
-        actual = np.empty((len(asked), len(sets)))
-        for column, row in enumerate(known):
-            if row is not None:
-                actual[:, column] = row
+        prediction = self.predict(asked, sets, estimator, meaning=meaning)
+        _refuse_runs(prediction.meaning, runs)
+        if prediction.meaning == NEW_RUN:
+            actual = self._mean_of_new_runs(asked, sets.x, "heldout", 1)
+        else:
+            nothing = np.full(len(asked), np.nan)
+            known = self.bank.measured_values(asked, sets.x)
+            actual = np.stack([nothing if row is None else row for row in known], 1)
+        measured = ~np.isnan(actual).any(0)
         if not measured.all():
             rest = np.flatnonzero(~measured)
             new = DeletionSets(sets.x[rest], tuple(sets.labels[i] for i in rest))
-            actual[:, rest] = self.retrain(asked, new, settings)
-        return Verification(**vars(prediction), actual=actual, measured=measured)
+            name = prediction.meaning.replace(" ", "-")
+            actual[:, rest] = self.retrain(asked, new, settings, meaning=name, runs=runs)
+        return Verification(**vars(prediction), actual=actual, measured=measured, runs=runs)
 
 
 # --- what is kept beside the bank: examples, trained parameters, and the recipe that they are of ------------------
+
+
+def _refuse_runs(meaning: str, runs: int) -> None:
+    """Raises: ValueError for several runs where one is like another."""
+    require_whole("runs", runs, 1)
+    if meaning == SAME_RUN and runs > 1:
+        raise ValueError(f"runs is {runs}, and the same run is the same each time: ask for new runs, or leave runs out")
 
 
 def _recipe_of(given: Recipe | str | os.PathLike[str]) -> Recipe:
@@ -586,7 +685,8 @@ def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
         asked = [worker.queries[i] for i in task.vectors]
         vectors = metagradient(worker.recipe, asked, replace(options, progress=worker.progress)).effects
     else:
-        numbers = _jets(worker, task, options) if task.kind == "jets" else _runs(worker, task, options)
+        make = {"jets": _jets, "retraining": _runs, NEW_RUN: _new_runs}[task.kind]
+        numbers = make(worker, task, options)
     shutil.rmtree(options.directory or "", ignore_errors=True)
     seconds = (time.process_time() - began) / len(task.ids)
     return Measured(task.kind, [{**m, "cpu_seconds": seconds} for m in task.metas], vectors, numbers), task.ids
@@ -605,6 +705,26 @@ def _jets(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.nda
 
 def _runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:
     params = train_batch(worker.recipe, torch.from_numpy(1 - task.vectors), options, len(task.vectors))
+    return _asked(worker, params)
+
+
+def _new_runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:
+    found = []
+    for number, (x, meta) in enumerate(zip(np.array(task.vectors), task.metas, strict=True)):
+        own = replace(options, directory=(options.directory or Path()) / str(number))
+        weights = None if np.isin(x, (0, 1)).all() else torch.from_numpy(1 - x)
+        found.append(train_plain(new_run(worker.recipe, x, meta["seed"]), weights, own))
+    return _asked(worker, {name: torch.stack([params[name] for params in found]) for name in found[0]})
+
+
+def _asked(worker: _Worker, params: Parameters) -> dict[str, np.ndarray]:
+    """What the bank keeps of trained parameters [runs, ...]."""
     if worker.ask is not None:
         return {"values": query_losses(worker.recipe, params, worker.ask, worker.device).double().numpy()}
     return {"parameters": torch.cat([p.flatten(1) for p in params.values()], 1).numpy()}
+
+
+def _order_seed(x: np.ndarray, seed: int, number: int) -> int:
+    """The seed of the order of a new run: another for each set, so that their errors are apart."""
+    digest = hashlib.sha256(np.ascontiguousarray(x).tobytes() + f"{seed} {number}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")

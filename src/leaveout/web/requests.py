@@ -72,6 +72,7 @@ class WhatIf:
     queries   names of the run's queries
     answer, prompt, against   a question beside them, as in `ask`
     curve     also the way from 0 to 100 % of each set
+    meaning   same-run or new-run: what "without" means; a new run where the noise of runs was measured
     """
 
     sets: list[list[str]]
@@ -80,6 +81,7 @@ class WhatIf:
     prompt: str | None = None
     against: str | None = None
     curve: bool = False
+    meaning: str | None = None
 
 
 def read(kind: type[Request], body: Any) -> Request:

@@ -19,7 +19,7 @@ import numpy as np
 from leaveout.corpus import Contrast, Row
 from leaveout.corpus.behaviour import texts_of
 from leaveout.corpus.rows import asked_row, commonest
-from leaveout.deletion.predict import NEVER, REACH, UNCERTAIN
+from leaveout.deletion.predict import A_SEED, NEVER, UNCERTAIN, reach, seeds_of
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, UnsupportedError, choices
 from leaveout.readout.explain import explain_rows
@@ -266,12 +266,12 @@ class Workbench:
     def what_if(self, asked: WhatIf) -> dict[str, Any]:
         """Each query's value without each set, with its 95 % interval and a sentence; and curves, if they are wanted."""
         run, queries = self.require_run(), self.asked_of_run(asked)
-        found = run.predict(queries, asked.sets)
+        found = run.predict(queries, asked.sets, meaning=asked.meaning)
         measures = [str(query.measure) for query in queries for _ in asked.sets]
         lines = [predicted(line, measure) for line, measure in zip(found.lines(), measures, strict=True)]
         curves = []
         if asked.curve:
-            for curve in run.curve(queries[:CURVES], asked.sets[:CURVES], points=POINTS):
+            for curve in run.curve(queries[:CURVES], asked.sets[:CURVES], points=POINTS, meaning=asked.meaning):
                 low, high = curve.prediction.interval()
                 for row, query in enumerate(queries[:CURVES]):
                     curves.append({
@@ -284,9 +284,9 @@ class Workbench:
 
 def predicted(line: dict[str, Any], measure: str = "loss") -> dict[str, Any]:
     """A line of a prediction (`Prediction.lines`) with the ends of its interval and a sentence."""
-    reach = None if line["std"] is None else REACH * line["std"]
-    ends = {"low": None, "high": None} if reach is None else {
-        "low": line["predicted"] - reach, "high": line["predicted"] + reach
+    half = reach(line)
+    ends = {"low": None, "high": None} if half is None else {
+        "low": line["predicted"] - half, "high": line["predicted"] + half
     }  # fmt: skip
     return {**line, **ends, "measure": measure, "sentence": _sentence({**line, **ends}, measure)}
 
@@ -302,6 +302,11 @@ def _sentence(line: dict[str, Any], measure: str) -> str:
         )
     ends = f"95 % interval {line['low'] - line['base']:+.3g} to {line['high'] - line['base']:+.3g}"
     outside = f", {line['outside']}" if "outside" in line else ""
+    if line["verdict"] == A_SEED:
+        return (
+            f"Without {line['without']} the {what} of a new run would change by less than runs differ: {A_SEED}"
+            f"{seeds_of(line)} ({ends}{unit}{outside})."
+        )
     if line["verdict"] == UNCERTAIN:
         return (
             f"Without {line['without']} the {what} would hardly change, as far as can be told ({ends}{unit}{outside})."

@@ -415,7 +415,7 @@ def _measure_command(run: Path, choice: Choice, asked: str, named: str, crew: st
     if arguments.get("without") is not None:
         parts.append(named)
     sizes = ",".join(map(str, settings.sizes)) if settings else ""
-    parts += [_options(heldout=arguments.get("heldout") or None, sizes=sizes or None), asked]
-    parts.append(_options(repeats=arguments.get("repeats")))
+    counts = {name: arguments.get(name) or None for name in ("heldout", "repeats")}
+    parts += [_options(**counts, sizes=sizes or None), asked]
     parts.append(crew)
     return " ".join(["leaveout measure", shlex.quote(str(run)), *filter(None, parts)])

@@ -26,6 +26,7 @@ from leaveout.deletion.estimators import EstimatorSettings, Fitted, fit
 from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings, distinct, gathered
 from leaveout.deletion.noise import LEAST_REPEATS, RunNoise, run_noise
 from leaveout.deletion.predict import NEW_RUN
+from leaveout.deletion.shift import Shift, fit_shift
 from leaveout.errors import FormatError, MismatchError
 from leaveout.store import Record, Segment, Store
 from leaveout.training.queries import Query, as_queries, jet_values, query_function, query_losses
@@ -270,6 +271,15 @@ class Bank:
         """How far runs with all data are from each other, None where too few were measured for these queries."""
         values = self.new_runs(asked, REPEAT).y
         return run_noise(values) if len(values) >= LEAST_REPEATS else None
+
+    def shift(self, asked: Sequence[Query], settings: EstimatorSettings, noise: RunNoise) -> Shift:
+        """What the new runs of held-out sets say of the way from effects in the same run to those of new ones."""
+        fitted, calibration = self.fit(asked, settings)
+        held = self.new_runs(asked, "heldout")
+        x = held.x * self.trained
+        effect, std = fitted.predict(x)
+        std = std * calibration.factor(x, effect, std)
+        return fit_shift(Retrainings(x, held.y - noise.mean), effect, std, noise)
 
     def vectors_of(self, role: str) -> np.ndarray:
         """The different deletion vectors [sets, units] of retrainings of a role, as they were measured, for whatever queries."""

@@ -19,6 +19,7 @@ import torch
 
 from leaveout.deletion import directions
 from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
+from leaveout.deletion.noise import LEAST_REPEATS
 from leaveout.deletion.posterior import LARGEST, NUGGET, default_kernel, expected_error
 from leaveout.deletion.sets import DeletionSets
 from leaveout.errors import LeaveoutError, UnsupportedError
@@ -31,6 +32,7 @@ from leaveout.training.loop import RunOptions
 from leaveout.training.memory import runs_together
 from leaveout.training.queries import Query, query_function
 from leaveout.training.recipe import Recipe
+from leaveout.training.repacking import new_run
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets
@@ -48,6 +50,8 @@ LEAST_SLOPE = 0.5
 NO_JETS = "No jets: they win where retraining is noisy; give noise=, or jets=True in Python, to have them weighed."
 HELDOUT = 16
 """Retrainings kept for calibration, at most; at least five times as many are bought to be fitted."""
+RUNS_A_REPEAT, NOISE_SHARE = 3, 0.25
+"""New runs for each with all data: two are of held-out sets; and the part of the budget that all of them may take."""
 DESIGN_LIMIT = 3000
 """Planned numbers in one Gram matrix: beyond it the expected error is that of the first so many."""
 
@@ -146,6 +150,8 @@ class Budget:
     def __post_init__(self) -> None:
         if not self.seconds > 0:
             raise ValueError(f"the budget must be positive, got {self.seconds} seconds")
+        if 0 < self.repeats < LEAST_REPEATS:
+            raise ValueError(f"repeats is {self.repeats}: a deviation takes {LEAST_REPEATS} runs or more; 0 buys none")
 
     @classmethod
     def of(cls, given: Budget | float | str) -> Budget:
@@ -176,9 +182,17 @@ def make_plan(
     stability, degrees, notes = _stability(recipe, options) if wanted else (None, (), (NO_JETS,))
     allowed = PROBE_SHARE * budget.seconds * budget.workers
     costs = probe(recipe, asked, (first, allowed), degrees, options)
-    left = replace(budget, seconds=budget.seconds - min(costs.probe, allowed) / budget.workers)
+    repeats, why = _repeats(recipe, budget, first)
+    noise = RUNS_A_REPEAT * repeats * first / budget.workers
+    left = replace(budget, seconds=budget.seconds - min(costs.probe, allowed) / budget.workers - noise)
     spend = _Spending(recipe, features, asked, sets, costs, left)
     choices = [c for c in _choices(spend) if _fits(c, left)]
+    if repeats:
+        choices = [
+            replace(c, name=f"{c.name}, and {repeats} new runs", arguments=c.arguments | {"repeats": repeats},
+                    seconds=c.seconds + noise)
+            for c in choices
+        ]  # fmt: skip
     if not choices:
         raise UnsupportedError(
             f"Nothing useful fits into {budget.seconds:g} s (eight retrainings take {costs.retraining.of(8):.3g} CPU s here)"
@@ -186,7 +200,22 @@ def make_plan(
         )
     # Errors within a tenth of each other are equal for what a plan knows; then the cheaper choice is the better one.
     choices.sort(key=lambda c: (round(10 * np.log(max(c.error, 1e-3))), c.seconds))
-    return Plan(tuple(choices), costs, stability, budget.seconds, (*notes, *costs.notes))
+    return Plan(tuple(choices), costs, stability, budget.seconds, (*notes, *costs.notes, *why))
+
+
+def _repeats(recipe: Recipe, budget: Budget, first: float) -> tuple[int, tuple[str, ...]]:
+    """New runs with all data that every choice buys, and why there are none; each takes a training by itself."""
+    if not budget.repeats:
+        return 0, ()
+    try:
+        new_run(recipe, np.zeros(len(recipe.unit_names)), 0)
+    except LeaveoutError as error:
+        return 0, (f"No new runs: {error}",)
+    for repeats in (budget.repeats, LEAST_REPEATS):
+        if RUNS_A_REPEAT * repeats * first <= NOISE_SHARE * budget.seconds * budget.workers:
+            return min(repeats, budget.repeats), ()
+    why = "the noise of runs would take more than a quarter of the budget, so that answers are of the same run"
+    return 0, (f"No new runs: {why} (`measure --repeats {LEAST_REPEATS}` measures it later).",)
 
 
 def _stability(recipe: Recipe, options: RunOptions) -> tuple[Stability | None, tuple[int, ...], tuple[str, ...]]:

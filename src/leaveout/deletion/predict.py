@@ -17,7 +17,12 @@ from leaveout.metrics import pearson, spearman
 from leaveout.tables import Table, Tabular, number, shorten
 
 SAME_RUN, NEW_RUN = "same run", "new run"
-"""What "without" means: the same batches with weight 0, or rows gone, batches packed anew and another order."""
+MEANS = {
+    SAME_RUN: "Without means the same run: weight 0 in the same batches.",
+    NEW_RUN: "Without means a new run: rows gone, batches packed anew, another order. Base is the mean of runs with all data, "
+    "and ± is of one run without the set.",
+}
+"""What "without" means, in a sentence."""
 UNCERTAIN = "cannot tell from zero"
 A_SEED = "not distinguishable from a new seed"
 NEVER = "never trained on"
@@ -84,7 +89,9 @@ class Prediction(Tabular):
             raise ValueError(f"level must be between 0 and 1, got {level}")
         noise = np.square(self.run_std) / runs
         both = np.square(self.std) + noise
-        with np.errstate(divide="ignore", invalid="ignore"):  # Welch and Satterthwaite: only the noise was estimated by few
+        with np.errstate(
+            divide="ignore", invalid="ignore"
+        ):  # Welch and Satterthwaite: only the noise was estimated by few
             freedom = np.where(noise > 0, self.freedom * np.square(both / noise), np.inf)
         return quantile((1 + level) / 2, freedom) * np.sqrt(both)
 
@@ -177,7 +184,8 @@ class Verification(Prediction):
 
     def table(self) -> Table:
         notes = [f"{name}: {'unknown' if value is None else number(value)}" for name, value in self.summary().items()]
-        return replace(super().table(), notes=notes)
+        found = super().table()
+        return replace(found, notes=[*found.notes, *notes])
 
 
 def agreement(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float | None]:
@@ -209,7 +217,8 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         inside = "unknown" if known is None else "yes" if line.get("inside") else "no"
         inside = "already measured" if line.get("already_measured") else inside
         rows.append((*row, line["actual"], inside) if proven else row)
-    return Table([*headers, "actual", "inside"] if proven else headers, rows)
+    notes = [MEANS[meaning] for meaning in dict.fromkeys(line["meaning"] for line in lines)]
+    return Table([*headers, "actual", "inside"] if proven else headers, rows, notes=notes)
 
 
 def reach(line: Mapping[str, Any]) -> float | None:

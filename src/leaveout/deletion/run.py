@@ -31,7 +31,7 @@ from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, real_orthogonal
 from leaveout.deletion.estimators import EstimatorSettings
 from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
 from leaveout.deletion.noise import LEAST_REPEATS
-from leaveout.deletion.plan import FIRST, Budget, Plan, make_plan, sizes_of
+from leaveout.deletion.plan import FIRST, RUNS_A_REPEAT, Budget, Plan, make_plan, sizes_of
 from leaveout.deletion.predict import NEW_RUN, SAME_RUN, Curve, Prediction, Verification, meaning_of
 from leaveout.deletion.sets import DeletionSets, Without, deletion_sets
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices, require_whole
@@ -217,7 +217,8 @@ class TrainingRun:
     def _measure_noise(self, repeats: int, asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
         """New runs with all data, and of held-out sets of all kinds: they stand in the order of their kinds."""
         held = self.bank.vectors_of("heldout")
-        chosen = np.unique(np.linspace(0, len(held) - 1, min(len(held), 2 * repeats)).round().astype(int))
+        wanted = min(len(held), (RUNS_A_REPEAT - 1) * repeats)
+        chosen = np.unique(np.linspace(0, len(held) - 1, wanted).round().astype(int))
         self._new_runs(np.zeros((1, len(self.recipe.unit_names))), REPEAT, repeats, asked, settings)
         self._new_runs(held[chosen], "heldout", 1, asked, settings)
 
@@ -228,7 +229,9 @@ class TrainingRun:
         rows, ids, metas = np.tile(x, (times, 1)), [], []
         for number in range(times):
             ids += measurement_ids(NEW_RUN, x, asked, role, settings.seed, number)
-            metas += [{"design": "new order", "role": role, "seed": _order_seed(row, settings.seed, number)} for row in x]
+            metas += [
+                {"design": "new order", "role": role, "seed": _order_seed(row, settings.seed, number)} for row in x
+            ]
         missing = self.bank.missing(ids)
         for row in np.unique(rows[missing], axis=0):
             new_run(self.recipe, row, 0)  # refused before any work

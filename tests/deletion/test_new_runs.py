@@ -1,0 +1,194 @@
+"""New runs: measured, kept, predicted with the noise of a run, and retrained; against plain training, run by run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from leaveout.deletion.noise import quantile, run_noise
+from leaveout.deletion.plan import Budget
+from leaveout.deletion.predict import Prediction
+from leaveout.deletion.run import TrainingRun, _order_seed
+from leaveout.errors import UnsupportedError
+from leaveout.training.queries import query_losses
+from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.repacking import new_run
+from leaveout.training.train import train_plain
+
+UNITS = 12
+
+
+def points(n=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return tuple((torch.randn(4, generator=g), i % 3) for i in range(n))
+
+
+QUERIES = list(points(3, seed=9))
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return Recipe(
+        "classifier", points(), units=tuple(f"u{i // 2}" for i in range(24)), batch_size=4, epochs=3, order="shuffled",
+        optimizer=OptimizerSettings("sgd", 0.3, momentum=0.9), model={"hidden": [4]},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def noisy(recipe, tmp_path_factory):
+    """A run with retrainings, held-out sets, and the noise of runs; not to be changed."""
+    run = TrainingRun.train(recipe, tmp_path_factory.mktemp("noisy") / "run")
+    run.measure(retrain=20, heldout=8, repeats=5, queries=QUERIES)
+    return run
+
+
+def plain(recipe, x, seed):
+    return query_losses(recipe, train_plain(new_run(recipe, x, seed)), QUERIES).double().numpy()
+
+
+def test_repeats_are_plain_runs_in_other_orders(noisy, recipe):
+    nothing = np.zeros(UNITS)
+    wanted = [plain(recipe, nothing, _order_seed(nothing, 0, k)) for k in range(5)]
+    counts = noisy.bank.info()["measurements"]
+    assert counts["new run, new order, repeat"] == 5 and counts["new run, new order, heldout"] == 8
+    p = noisy.predict(QUERIES, ["u0"])
+    assert p.meaning == "new run" and np.abs(p.base[:, 0] - np.mean(wanted, 0)).max() < 1e-6
+    assert np.abs(noisy.bank.noise(p_queries()).std / np.std(wanted, 0, ddof=1) - 1).max() < 1.5
+    assert (p.run_std > 0).all() and (p.reach() > 1.96 * np.hypot(p.std, p.run_std)).all()
+    same = noisy.predict(QUERIES, ["u0"], meaning="same-run")
+    assert same.meaning == "same run" and np.all(same.run_std == 0) and not np.allclose(same.base, p.base)
+
+
+def p_queries():
+    from leaveout.training.queries import as_queries
+
+    return as_queries(QUERIES)
+
+
+def test_the_same_is_not_measured_twice(noisy, monkeypatch):
+    before = len(noisy.bank)
+    monkeypatch.setattr("leaveout.deletion.run.train_plain", None)
+    noisy.measure(repeats=5, queries=QUERIES)
+    assert len(noisy.bank) == before
+
+
+def test_a_killed_measurement_goes_on_where_it_was(noisy, recipe, tmp_path, monkeypatch):
+    """Finished new runs of a task have checkpoints: only the others are trained."""
+    run, trained = TrainingRun.train(recipe, tmp_path / "run"), []
+
+    def killed(recipe, weights, options):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(recipe.hash())
+        return train_plain(recipe, weights, options)
+
+    monkeypatch.setattr("leaveout.deletion.run.train_plain", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.measure(repeats=5, queries=QUERIES)
+    assert len(run.bank) == 0 and len(list((run.path / "work").rglob("plain.safetensors"))) == 3
+    monkeypatch.setattr("leaveout.deletion.run.train_plain", train_plain)
+    run.measure(repeats=5, queries=QUERIES)
+    found = [r.bank.new_runs(p_queries(), "repeat").y for r in (run, noisy)]
+    assert np.allclose(*found, atol=1e-6)
+
+
+def test_parameters_that_were_kept_answer_other_queries(recipe, tmp_path):
+    run = TrainingRun.train(recipe, tmp_path / "run")
+    run.measure(retrain=4, heldout=2, repeats=3)
+    nothing = np.zeros(UNITS)
+    wanted = [plain(recipe, nothing, _order_seed(nothing, 0, k)) for k in range(3)]
+    assert np.abs(run.predict(QUERIES, ["u1"]).base[:, 0] - np.mean(wanted, 0)).max() < 1e-6
+
+
+def test_verify_retrains_new_runs_and_takes_their_mean(noisy, recipe):
+    x = np.zeros(UNITS)
+    x[[1, 4]] = 1
+    found = noisy.verify(QUERIES, [["u1", "u4"]], runs=3)
+    wanted = np.mean([plain(recipe, x, _order_seed(x, 0, k)) for k in range(3)], 0)
+    assert found.runs == 3 and np.abs(found.actual[:, 0] - wanted).max() < 1e-6
+    assert (found.reach(runs=3) < found.reach()).all() and not found.measured.any()
+    line = next(found.lines())
+    assert line["meaning"] == "new run" and line["run_std"] > 0 and json.dumps(line)
+    assert "new run" in str(found)
+
+
+def test_parts_of_weights_are_kept_in_new_runs(noisy, recipe):
+    x = np.zeros(UNITS)
+    x[2], x[3] = 0.5, 1
+    found = noisy.retrain(QUERIES, {"u2": 0.5, "u3": 1.0}, meaning="new-run")
+    made = new_run(recipe, x, _order_seed(x, 0, 0))
+    wanted = query_losses(recipe, train_plain(made, torch.from_numpy(1 - x)), QUERIES).double().numpy()
+    assert np.abs(found[:, 0] - wanted).max() < 1e-6
+
+
+def test_without_noise_measured_the_same_run_is_meant(recipe, tmp_path):
+    run = TrainingRun.train(recipe, tmp_path / "run")
+    run.measure(retrain=14, queries=QUERIES)
+    assert run.predict(QUERIES, ["u0"]).meaning == "same run"
+    with pytest.raises(UnsupportedError, match="was not measured for these queries"):
+        run.predict(QUERIES, ["u0"], meaning="new-run")
+    with pytest.raises(ValueError, match="did you mean 'new-run'"):
+        run.predict(QUERIES, ["u0"], meaning="newrun")
+    with pytest.raises(ValueError, match="a deviation takes at least 3 runs"):
+        run.measure(repeats=2, queries=QUERIES)
+    with pytest.raises(ValueError, match="the same run is the same each time"):
+        run.verify(QUERIES, ["u0"], runs=2)
+
+
+def test_noise_drowns_small_effects_and_says_how_many_seeds_show_them():
+    effect = np.array([[0.1, 0.6, 0.1]])
+    p = Prediction(
+        ("q",), ("a", "b", "c"), np.ones((1, 3)), effect, np.array([[0.05, 0.05, 0.5]]), "posterior", np.ones((1, 3)),
+        np.zeros((1, 3), bool), meaning="new run", run_std=np.full((1, 3), 0.2),
+    )  # fmt: skip
+    verdicts = [line["verdict"] for line in p.lines()]
+    assert verdicts == ["not distinguishable from a new seed", "rises", "cannot tell from zero"]
+    assert next(p.lines())["seeds"] == 63  # 2 (1.96 + 0.84)^2 (0.2 / 0.1)^2 = 62.8
+    assert "(63 runs each way would show it)" in p.table().rows[0][-1]
+
+
+def test_plan_buys_repeats_within_its_budget(recipe, tmp_path):
+    run = TrainingRun.train(recipe, tmp_path / "run")
+    plan = run.plan(QUERIES, [["u0"], ["u1", "u2"]], Budget(30, examples=True))
+    assert plan.best.arguments["repeats"] == 4 and "and 4 new runs" in plan.best.name
+    none = run.plan(QUERIES, [["u0"]], Budget(30, examples=True, repeats=0))
+    assert "repeats" not in none.best.arguments and none.best.seconds <= plan.best.seconds
+    with pytest.raises(ValueError, match="repeats is 1"):
+        Budget(30, repeats=1)
+
+
+# --- the deviation of a run ----------------------------------------------------------------------------------------
+
+
+def test_quantiles_are_students():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (3, 5, 9, 30, 1e3, np.inf):
+        assert quantile(0.975, np.array(freedom)) == pytest.approx(stats.t.ppf(0.975, freedom), rel=0.01)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.7], ids=["all alike", "each its own"])
+def test_intervals_of_a_new_run_hold(spread):
+    """Four runs, twenty queries: the interval of one more run holds 95 %, at less than the width of four runs alone."""
+    chance, inside, widths, alone = np.random.default_rng(0), [], [], []
+    for _ in range(300):
+        scale = np.exp(spread * chance.standard_normal(20))
+        values, more = scale * chance.standard_normal((4, 20)), scale * chance.standard_normal(20)
+        found = run_noise(values)
+        half = quantile(0.975, np.array(found.freedom)) * found.std * np.sqrt(1 + 1 / 4)
+        inside.append(np.abs(more - found.mean) < half)
+        widths.append(half / scale)
+        alone.append(3.182 * values.std(0, ddof=1) * np.sqrt(1.25) / scale)
+    assert 0.93 < np.mean(inside) < 0.98
+    assert np.mean(widths) < 0.92 * np.mean(alone)
+
+
+def test_queries_that_move_together_are_no_more_than_one():
+    chance = np.random.default_rng(0)
+    together = chance.standard_normal((4, 1)) * np.ones((1, 30)) + 1e-3 * chance.standard_normal((4, 30))
+    assert run_noise(together).freedom < 3.5
+    assert run_noise(chance.standard_normal((4, 30))).freedom > 12
+    still = run_noise(np.ones((4, 3)))
+    assert (still.std == 0).all() and np.isinf(still.freedom)

@@ -23,7 +23,7 @@ import xxhash
 
 from leaveout.deletion.calibration import Calibration
 from leaveout.deletion.estimators import EstimatorSettings, Fitted, fit
-from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings, distinct, gathered
+from leaveout.deletion.measurements import JetBlock, Measurements, NewRuns, Retrainings, distinct, gathered
 from leaveout.deletion.noise import LEAST_REPEATS, RunNoise, run_noise
 from leaveout.deletion.predict import NEW_RUN
 from leaveout.deletion.shift import Shift, fit_shift
@@ -257,15 +257,16 @@ class Bank:
         }
         return [found.get(row.tobytes()) for row in np.ascontiguousarray(x)]
 
-    def new_runs(self, asked: Sequence[Query], *roles: str) -> Retrainings:
-        """The new runs of these roles, each deletion vector and order once; y are values of the queries, not effects."""
+    def new_runs(self, asked: Sequence[Query], role: str) -> NewRuns:
+        """The new runs of a role, each deletion vector and order once, in the order in which they were measured."""
         found: dict[tuple[bytes, int], tuple[np.ndarray, np.ndarray]] = {}
         for records, x, values in self._known(asked):
             for r, row, y in zip(records, x, values, strict=True):
-                if r.meta["kind"] == NEW_RUN and r.meta["role"] in roles:
+                if r.meta["kind"] == NEW_RUN and r.meta["role"] == role:
                     found.setdefault((row.tobytes(), int(r.meta["seed"])), (row, y))
         rows, values = zip(*found.values(), strict=True) if found else ((), ())
-        return Retrainings(np.reshape(rows, (-1, len(self.sizes))), np.reshape(values, (-1, len(asked))))
+        seeds = np.array([seed for _, seed in found], np.int64)
+        return NewRuns(np.reshape(rows, (-1, len(self.sizes))), np.reshape(values, (-1, len(asked))), seeds)
 
     def noise(self, asked: Sequence[Query]) -> RunNoise | None:
         """How far runs with all data are from each other, None where too few were measured for these queries."""

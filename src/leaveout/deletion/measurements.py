@@ -83,6 +83,15 @@ class Retrainings:
 
 
 @dataclass(frozen=True)
+class NewRuns:
+    """Models trained anew: deletion vectors x [n, units], values (not effects) y [n, queries], the seed of each order [n]."""
+
+    x: np.ndarray
+    y: np.ndarray
+    seeds: np.ndarray
+
+
+@dataclass(frozen=True)
 class Measurements:
     """All that is known about some queries.
 

@@ -521,15 +521,12 @@ class TrainingRun:
         self.bank.base(asked)
         if meant == NEW_RUN:
             self._new_runs(np.unique(sets.x, axis=0), "truth", runs, asked, settings)
-            return self._mean_of_new_runs(asked, sets.x, "truth", runs)
+            found = self.bank.new_runs(asked, "truth")
+            rows = {(row.tobytes(), seed): y for row, seed, y in zip(found.x, found.seeds, found.y, strict=True)}
+            wanted = [[(row.tobytes(), _order_seed(row, settings.seed, k)) for k in range(runs)] for row in sets.x]
+            return np.stack([np.mean([rows[key] for key in keys], 0) for keys in wanted], 1)
         self._retrain([(sets.x, "given", "truth")], asked, settings)
         return self.bank.truth(asked, sets.x)
-
-    def _mean_of_new_runs(self, asked: Sequence[Query], x: np.ndarray, role: str, runs: int) -> np.ndarray:
-        """The mean [query, set] of the first so many new runs of each set; NaN for sets that have fewer."""
-        found = self.bank.new_runs(asked, role)
-        own = [found.y[(found.x == row).all(1)][:runs] for row in x]
-        return np.stack([y.mean(0) if len(y) == runs else np.full(len(asked), np.nan) for y in own], 1)
 
     def verify(
         self,
@@ -551,12 +548,16 @@ class TrainingRun:
         prediction = self.predict(asked, sets, estimator, meaning=meaning)
         _refuse_runs(prediction.meaning, runs)
         if prediction.meaning == NEW_RUN:
-            actual = self._mean_of_new_runs(asked, sets.x, "heldout", 1)
+            held = self.bank.new_runs(asked, "heldout")
+            own = [held.y[(held.x == row).all(1)] for row in sets.x]
+            known = [y[0] if len(y) else None for y in own]
         else:
-            nothing = np.full(len(asked), np.nan)
             known = self.bank.measured_values(asked, sets.x)
-            actual = np.stack([nothing if row is None else row for row in known], 1)
-        measured = ~np.isnan(actual).any(0)
+        measured = np.array([row is not None for row in known])
+        actual = np.empty((len(asked), len(sets)))
+        for column, row in enumerate(known):
+            if row is not None:
+                actual[:, column] = row
         if not measured.all():
             rest = np.flatnonzero(~measured)
             new = DeletionSets(sets.x[rest], tuple(sets.labels[i] for i in rest))

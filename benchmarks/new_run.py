@@ -1,0 +1,128 @@
+"""Does a prediction foretell the run that people would do: rows gone, batches packed anew, another order?
+
+    python benchmarks/new_run.py --case digits|names [--run DIR] [--smoke]
+
+What is measured is what `plan` buys for a budget of 60 trainings. The truth is the mean of three new runs of each set.
+
+Ceiling: were the mean effect over orders known exactly, its correlation with the mean of three runs would be
+r = sqrt(1 - v / (3 V)), with v the variance of a run between orders (within sets, over their three runs) and V the variance
+over sets of the means of three; for ranks of normal numbers that is 6 / pi asin(r / 2). Taken query by query, then averaged.
+A kind whose ceiling is below .6 is judged by the share of answers "not distinguishable from a new seed".
+Coverage: the share of single runs (three a set) inside the 95 % interval of a new run, and of means of three inside theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import leaveout as lo
+from leaveout.deletion.measurements import MeasureSettings
+from leaveout.deletion.predict import Prediction
+from leaveout.metrics import spearman
+from leaveout.training.train import train_plain
+from measuring import arguments, cpu_seconds, write_result
+from plan_promise import digits, names
+
+NAME = "new_run.json"
+BUDGET, RUNS, LEAST_CEILING = 60, 3, 0.6
+Sets = dict[str, list[list[str]]]
+
+
+def sets_of(recipe: lo.Recipe, groups: list[str], smoke: bool, seed: int) -> Sets:
+    """Single rows, 5 % and 20 % of all at random, whole groups (classes, first letters), and blocks of 10 % in order."""
+    chance, ids = np.random.default_rng(seed), np.array(recipe.ids)
+    n, few = len(ids), 4 if smoke else 20
+
+    def drawn(share: float, count: int) -> list[list[str]]:
+        return [chance.choice(ids, max(1, round(share * n)), replace=False).tolist() for _ in range(count)]
+
+    whole = [ids[np.array(groups) == group].tolist() for group in sorted(set(groups))]
+    blocks = [part.tolist() for part in np.array_split(ids, 10)]
+    return {
+        "single": drawn(0, few), "5 %": drawn(0.05, few), "20 %": drawn(0.2, few),
+        "group": [ids for ids in whole if 1 < len(ids) < n / 2], "block": blocks[: few],
+    }  # fmt: skip
+
+
+def case(name: str, smoke: bool) -> tuple[lo.Recipe, list[Any], list[str]]:
+    """A recipe, its queries, and the group of each example."""
+    recipe, asked = {"digits": digits, "names": names}[name](smoke)
+    if name == "digits":
+        return recipe, asked, [str(label) for _, label in recipe.examples]
+    return recipe, asked, [row.text[0] for row in recipe.examples]
+
+
+def ceiling(values: np.ndarray) -> float:
+    """Spearman that the exact mean effect would have with the mean of runs [runs, queries, sets], mean over queries."""
+    noise = values.var(0, ddof=1).mean(1) / len(values)
+    kept = np.clip(1 - noise / values.mean(0).var(1, ddof=1), 0, 1)
+    return float((6 / np.pi * np.arcsin(np.sqrt(kept) / 2)).mean())
+
+
+def judged(p: Prediction, values: np.ndarray, columns: list[int]) -> dict[str, Any]:
+    """What a kind of sets says; values [runs, queries, sets]."""
+    own, effect, mean = values[:, :, columns], p.effect[:, columns], values[:, :, columns].mean(0)
+    (low, high), (low_of_mean, high_of_mean) = ([end[:, columns] for end in p.interval(runs=n)] for n in (1, len(values)))
+    most = ceiling(own)
+    rank = float(np.nanmean(spearman(effect, mean - p.base[:, columns])))
+    return {
+        "sets": len(columns), "spearman": rank, "ceiling": most, "of_the_ceiling": rank / most if most else None,
+        "judged_by_ranks": most >= LEAST_CEILING,
+        "not_distinguishable": float(p.drowned[:, columns].mean()), "uncertain": float(p.uncertain[:, columns].mean()),
+        "coverage": float(((low <= own) & (own <= high)).mean()),
+        "coverage_of_means": float(((low_of_mean <= mean) & (mean <= high_of_mean)).mean()),
+        "width": float((high - low).mean()), "run_std": float(np.sqrt(own.var(0, ddof=1).mean())),
+        "rms_effect": float(np.sqrt(np.square(mean - p.base[:, columns]).mean())),
+    }  # fmt: skip
+
+
+def measured(recipe: lo.Recipe, asked: list[Any], sets: Sets, place: Path) -> dict[str, Any]:
+    """Plans, buys, predicts, and trains the new runs that are the truth."""
+    run = lo.TrainingRun.train(recipe, place / "run")
+    listed = [ids for found in sets.values() for ids in found]
+    one = min(cpu_seconds(lambda: train_plain(recipe)) for _ in range(3))
+    if not (bought := place / "bought.json").exists():
+        choice = run.plan(asked, listed[::7], lo.Budget(BUDGET * one, examples=True)).best
+        run.measure(**choice.arguments)
+        bought.write_text(json.dumps(choice.name))
+    p = run.predict(asked, listed)
+    values = []
+    for number in range(RUNS):  # a seed each, so that runs are told apart
+        settings = MeasureSettings(seed=number + 1, progress=True)
+        values.append(run.retrain(asked, listed, settings, meaning="new-run"))
+    kinds = [kind for kind, found in sets.items() for _ in found]
+    places = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sets}
+    return {
+        "bought": json.loads(bought.read_text()), "meaning": p.meaning, "freedom": p.freedom, "queries": len(asked),
+        "kinds": {kind: judged(p, np.array(values), columns) for kind, columns in places.items()},
+        "all": judged(p, np.array(values), list(range(len(kinds)))),
+    }  # fmt: skip
+
+
+def main(given: list[str] | None = None) -> int:
+    """Runs one case, and adds it to the result file."""
+    parser = arguments(__doc__)
+    parser.add_argument("--case", choices=("digits", "names"), required=True)
+    parser.add_argument("--run", type=Path, help="keep runs here: a repeated call trains nothing twice")
+    args = parser.parse_args(given)
+    torch.set_num_threads(1)
+    recipe, asked, groups = case(args.case, args.smoke)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = measured(recipe, asked, sets_of(recipe, groups, args.smoke, args.seed), args.run or Path(scratch))
+    path = args.out / NAME
+    cases = json.loads(path.read_text())["cases"] if path.exists() else {}
+    cases[args.case] = found
+    for kind, one in found["kinds"].items():
+        print(kind, {key: round(value, 3) if isinstance(value, float) else value for key, value in one.items()})
+    write_result(args.out, NAME, {"budget_in_trainings": BUDGET, "runs": RUNS, "cases": cases}, args)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

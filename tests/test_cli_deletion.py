@@ -325,13 +325,15 @@ def test_interval_chart_puts_values_on_one_axis():
         "base": 1.0,
         "predicted": 2.0,
         "std": None,
+        "reach": None,
+        "meaning": "same run",
         "actual": 3.0,
         "verdict": "rises",
     }
     shown = report.interval_chart([line])
     assert 'cx="550.0"' in shown and 'cx="790.0"' in shown and "M310.0" in shown
     assert 'class="bar"' not in shown and "<q>" not in shown
-    assert report.interval_chart([{**line, "std": 0.1}]).count('class="bar"') == 1
+    assert report.interval_chart([{**line, "std": 0.1, "reach": 0.2}]).count('class="bar"') == 1
     assert "7 more are not drawn" in report.interval_chart([line] * (report.CHART_ROWS + 7))
     table = prediction_table([line])
     assert dict(zip(table.headers, table.rows[0], strict=True))["inside"] == "unknown"

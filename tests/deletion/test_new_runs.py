@@ -153,7 +153,7 @@ def test_noise_drowns_small_effects_and_says_how_many_seeds_show_them():
 def test_plan_buys_repeats_within_its_budget(recipe, tmp_path):
     run = TrainingRun.train(recipe, tmp_path / "run")
     plan = run.plan(QUERIES, [["u0"], ["u1", "u2"]], Budget(30, examples=True))
-    assert plan.best.arguments["repeats"] == 4 and "and 4 new runs" in plan.best.name
+    assert plan.best.arguments["repeats"] == 4 and "Each choice buys new runs, too: 4 with all data" in str(plan)
     none = run.plan(QUERIES, [["u0"]], Budget(30, examples=True, repeats=0))
     assert "repeats" not in none.best.arguments and none.best.seconds <= plan.best.seconds
     with pytest.raises(ValueError, match="repeats is 1"):

@@ -189,10 +189,8 @@ def make_plan(
     choices = [c for c in _choices(spend) if _fits(c, left)]
     if repeats:
         choices = [
-            replace(c, name=f"{c.name}, and {repeats} new runs", arguments=c.arguments | {"repeats": repeats},
-                    seconds=c.seconds + noise)
-            for c in choices
-        ]  # fmt: skip
+            replace(c, arguments=c.arguments | {"repeats": repeats}, seconds=c.seconds + noise) for c in choices
+        ]
     if not choices:
         raise UnsupportedError(
             f"Nothing useful fits into {budget.seconds:g} s (eight retrainings take {costs.retraining.of(8):.3g} CPU s here)"
@@ -213,7 +211,9 @@ def _repeats(recipe: Recipe, budget: Budget, first: float) -> tuple[int, tuple[s
         return 0, (f"No new runs: {error}",)
     for repeats in (budget.repeats, LEAST_REPEATS):
         if RUNS_A_REPEAT * repeats * first <= NOISE_SHARE * budget.seconds * budget.workers:
-            return min(repeats, budget.repeats), ()
+            some = min(repeats, budget.repeats)
+            why = f"{some} with all data, and at most {(RUNS_A_REPEAT - 1) * some} of held-out sets, for the noise of runs"
+            return some, (f"Each choice buys new runs, too: {why} ({RUNS_A_REPEAT * some * first:.3g} CPU s).",)
     why = "the noise of runs would take more than a quarter of the budget, so that answers are of the same run"
     return 0, (f"No new runs: {why} (`measure --repeats {LEAST_REPEATS}` measures it later).",)
 

@@ -6,6 +6,8 @@ import numpy as np
 
 from leaveout.deletion.sets import DeletionSets
 from leaveout.methods.scorer import Scorer, method
+from leaveout.training.loop import RunOptions
+from leaveout.training.reverse import adamw_influence as unrolled
 
 
 @method(any_query=True)
@@ -13,6 +15,15 @@ def metagradient(scorer: Scorer, at: str) -> np.ndarray:
     """The exact first order, which is measured into the run's bank."""
     scorer.run.measure(gradient=True, queries=scorer.queries, settings=scorer.settings)
     return _effects(scorer, "first_order")
+
+
+@method(any_query=True)
+def adamw_influence(scorer: Scorer, at: str) -> np.ndarray:
+    """The first order with gradients' products in the place of Hessians; gradients stand on disk while it works."""
+    options = RunOptions(
+        scorer.run.path / "work", scorer.settings.progress, scorer.settings.memory, device=scorer.run.device
+    )
+    return unrolled.adamw_influence(scorer.run.recipe, scorer.queries, options).effects
 
 
 @method(any_query=True)

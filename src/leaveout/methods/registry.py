@@ -49,6 +49,7 @@ METHODS: dict[str, str] = {
     "paper": "signatures:paper",
     "paper-responses": "signatures:paper_responses",
     "influence": "influence:influence",
+    "adamw-influence": "effects:adamw_influence",
     "metagradient": "effects:metagradient",
     "posterior": "effects:posterior",
 }

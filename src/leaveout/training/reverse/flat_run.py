@@ -21,7 +21,7 @@ from leaveout.training.queries import Queries, Query, query_function
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import clip_adjoint
 from leaveout.training.reverse.blocks import BlockedPass, Blocks
-from leaveout.training.tasks import Parameters, task_of
+from leaveout.training.tasks import Parameters, rows_are_separate, task_of
 
 MOMENTS = {"sgd": (), "momentum": ("momentum_buffer",), "adam": ("exp_avg", "exp_avg_sq")}
 NO_REVERSE = "Reverse mode does not support this model ({}): measure it with retrainings instead."
@@ -140,7 +140,7 @@ class FlatRun:
         start, found = self.state[0].clone(), []
         for sign in (1.0, -1.0):
             self.state[0] = start + sign * step * along
-            found.append(self.flat(self._part_gradients(part, 0)))
+            found.append(self.part_gradient(part, 0))
         self.state[0] = start
         return (found[0] - found[1]) / (2 * step)
 
@@ -179,13 +179,19 @@ class FlatRun:
 
     def gradient(self, step: int) -> Tensor:
         """The gradient [parameters] of a step, before clipping."""
-        parts = (self.flat(self._part_gradients(part, step)) for part in self.parts(step))
-        return functools.reduce(Tensor.add_, parts)
+        return functools.reduce(Tensor.add_, (self.part_gradient(part, step) for part in self.parts(step)))
 
-    def _part_gradients(self, part: Part, step: int) -> list[Tensor]:
+    def part_gradient(self, part: Part, step: int) -> Tensor:
+        """What a part adds to the gradient [parameters] of its step."""
         if self.blocks is not None:
-            return self._used(self._blocked(part, self.blocks).gradient, step)
-        return self._gradients(self._loss(part), step)
+            return self.flat(self._used(self._blocked(part, self.blocks).gradient, step))
+        return self.flat(self._gradients(self._loss(part), step))
+
+    @functools.cached_property
+    def divisible(self) -> bool:
+        """Whether the examples of a micro-batch can be gone through apart (with the masks that they have in it)."""
+        separate = self.task.separate and not self.recipe.packed
+        return separate and rows_are_separate(self.recipe.with_(dropout=None), self.task)
 
     def _blocked(self, part: Part, blocks: Blocks) -> BlockedPass:
         weights = self._ones(part)

@@ -35,7 +35,7 @@ from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint, sgd_adjoint
 from leaveout.training.reverse.flat_run import FlatRun, passes
 from leaveout.training.reverse.states import Kept, walk_back
-from leaveout.training.tasks import rows_are_separate, text_length
+from leaveout.training.tasks import text_length
 
 STATES = ("auto", "memory", "disk")
 GRAPH = 5
@@ -192,7 +192,7 @@ def plan_reverse(
 ) -> ReversePlan:
     """How the second pass goes, how many queries go back together and how many states are kept, for `limit` bytes.
 
-    What a second pass needs is measured: the largest micro-batch is gone through for one and for three queries.
+    What a second pass needs is measured: the largest micro-batch is gone through for a few queries.
     Raises: UnsupportedError if not even one query and two states fit.
     """
     settings = settings or ReverseSettings()
@@ -239,8 +239,7 @@ def plan_pass(run: FlatRun, limit: int, settings: ReverseSettings) -> PassPlan:
     while most >= 1:
         sizes.append(most)
         most //= 2
-    separate = run.task.separate and not run.recipe.packed and _each_alone(run)
-    sizes = sizes[:1] if settings.micro_batch is not None or not separate else sizes
+    sizes = sizes[:1] if settings.micro_batch is not None or own == 1 or not run.divisible else sizes
     ways = [(size, by) for by in (False, True) for size in sizes if settings.blocks in (None, by)]
     found = None
     for number, (size, by) in enumerate(ways):
@@ -262,27 +261,22 @@ def plan_pass(run: FlatRun, limit: int, settings: ReverseSettings) -> PassPlan:
     return found
 
 
-def _each_alone(run: FlatRun) -> bool:
-    """Whether the examples of a micro-batch can be gone through apart; their masks are those of the whole."""
-    return rows_are_separate(run.recipe.with_(dropout=None), run.task)
-
-
 def _measured(run: FlatRun, micro_batch: int | None, by_blocks: bool, own: int, kept: int) -> PassPlan:
-    """The bytes of the largest piece of the largest micro-batch, gone through for one and for three queries."""
+    """The bytes of the largest piece of the largest micro-batch, gone through for a few queries."""
     vectorised = not by_blocks and (kept <= HEAVY or run.device.type != "cpu")
     run.go(micro_batch, by_blocks, None if vectorised else False)
     step, numbers = largest_part(run.recipe)
     pieces = [part for part in run.parts(step) if set(part.numbers) <= set(numbers)]
     part = max(pieces, key=lambda part: sum(text_length(run.recipe.examples[i]) for i in part.numbers))
-    peaks = []
-    for n in (1, 3):
+    peaks, counts = [], (3, 5) if vectorised else (2, 3)  # one alone would free the graph while it goes through it
+    for n in counts:
         with LiveBytes() as live:
             _, back = run.second_pass(part, step)
             back(run.state.new_ones(n, sum(run.sizes)))
             del back
         peaks.append(live.peak)
-    each = max(0, (peaks[1] - peaks[0]) // 2)
-    return PassPlan(micro_batch or own, by_blocks, vectorised, max(0, peaks[0] - each), each)
+    each = max(0, (peaks[1] - peaks[0]) // (counts[1] - counts[0]))
+    return PassPlan(micro_batch or own, by_blocks, vectorised, max(0, peaks[0] - counts[0] * each), each)
 
 
 # --- one step back -----------------------------------------------------------------------------------------------

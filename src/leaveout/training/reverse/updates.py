@@ -137,6 +137,9 @@ def example_gradients(run: FlatRun, numbers: Sequence[int], together: int) -> It
 def example_shares(run: FlatRun, part: Part, together: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """Groups of a part's examples, with what each adds to the gradient of the step [examples, parameters]."""
     if part.seed is not None:  # the masks are those of the whole batch
+        if run.divisible:
+            yield from ((piece.numbers, run.part_gradient(piece, 0)[None]) for piece in part.pieces(1))
+            return
         for place, number in enumerate(part.numbers):
             yield (number,), run.share(part, place)[None]
         return

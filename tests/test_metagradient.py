@@ -18,7 +18,14 @@ from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.reverse.flat_run import FlatRun
 from leaveout.training.reverse.metagradient import metagradient, plan_reverse
 from leaveout.training.reverse.states import Kept, walk_back
-from leaveout.training.reverse.updates import UnitVectors, influence, query_gradients, sketch_of, unit_vectors
+from leaveout.training.reverse.updates import (
+    UnitVectors,
+    first_order_error,
+    influence,
+    query_gradients,
+    sketch_of,
+    unit_vectors,
+)
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
 from tolerances import TOLERANCES
@@ -417,7 +424,7 @@ def test_unit_vectors_are_sketched_in_one_space():
 def test_influence_is_the_damped_solve():
     rng = np.random.default_rng(0)
     final, queries = rng.normal(size=(6, 4)).astype(np.float32), rng.normal(size=(3, 4)).astype(np.float32)
-    vectors = UnitVectors(final, final, {})
+    vectors = UnitVectors(final, final, {}, np.zeros(6))
     fisher = sum(np.outer(g, g) for g in final.astype(float))
     inverse = np.linalg.inv(fisher + 0.3 * np.trace(fisher) / 4 * np.eye(4))
     wanted = [[q @ inverse @ g for g in final] for q in queries]
@@ -442,3 +449,45 @@ def test_effects_and_influence_follow_leave_one_out_retrainings():
     for q in range(len(queries)):
         assert np.corrcoef(exact[q], truth[q])[0, 1] > 0.9
         assert np.corrcoef(scores[q], truth[q])[0, 1] > 0.3
+
+
+def test_lengths_are_the_leverage_of_units():
+    """One row a step, plain gradient steps on squares: a row's step lowers its own residual by rate * |x|^2."""
+    rows = tuple(
+        (torch.eye(3, dtype=torch.float64)[i] * (i + 1), torch.tensor(1.0, dtype=torch.float64)) for i in range(3)
+    )
+    recipe = Recipe(
+        "custom", rows, model=lambda: nn.Linear(3, 1, bias=False), loss=squares, optimizer=OptimizerSettings("sgd", 0.01),
+        batch_size=3, epochs=2, schedule="constant", dtype="float64", seed=1,
+    )  # fmt: skip
+    vectors = unit_vectors(recipe)
+    weights = task_of(recipe).model.weight.detach()[0]
+    wanted = np.zeros(3)
+    for _ in range(2):
+        gradients = torch.stack([2 * (x @ weights - y) * x for x, y in rows])
+        wanted += 0.01 * (gradients.square().sum(1) / 3).numpy()
+        weights = weights - 0.01 * gradients.mean(0)
+    assert relative(vectors.lengths, wanted) < JETS
+    x = np.array([[1.0, 0.0, 1.0], [0.0, 0.5, 0.0]])
+    assert relative(first_order_error(vectors, x), [wanted[0] + wanted[2], wanted[1] / 2]) < JETS
+
+
+def squares(model, batch):
+    return (model(batch[0])[:, 0] - batch[1]).square()
+
+
+@pytest.mark.parametrize("rate", [0.002, 0.05, 0.8])
+def test_told_error_grows_with_the_error_of_the_first_order(rate):
+    """Over rates, of whole runs. What it is worth within a run stands in the how-to."""
+    recipe = classifier(optimizer=OptimizerSettings("sgd", rate), epochs=8, schedule="constant")
+    error, told = (relative_error(recipe.with_(optimizer=OptimizerSettings("sgd", rate * k))) for k in (1, 3))
+    assert error[0] < told[0] and error[1] < told[1]
+
+
+def relative_error(recipe):
+    """Of leaving out each unit, and what is told of it."""
+    queries, x = points(3, seed=5), torch.eye(4, dtype=torch.float64)
+    base = query_losses(recipe, train_plain(recipe), queries)
+    truth = (query_losses(recipe, train_batch(recipe, 1 - x), queries) - base).numpy().T
+    off = metagradient(recipe, queries).effects - truth
+    return np.sqrt((off**2).mean() / (truth**2).mean()), first_order_error(unit_vectors(recipe), x.numpy()).mean()

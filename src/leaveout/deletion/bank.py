@@ -144,7 +144,7 @@ class Bank:
         """Keeps what similarity between units and cheap scores are computed from."""
         with Store.open(self.path, write=True) as store:
             store.set_state("vectors cpu_seconds", cpu_seconds)
-            store.put_side("vectors", {"updates": vectors.updates, "final": vectors.final})
+            store.put_side("vectors", {"updates": vectors.updates, "final": vectors.final, "lengths": vectors.lengths})
         self.store.refresh()
         self._fits.clear()
 
@@ -387,7 +387,9 @@ class Bank:
         side = self.store.side("vectors")
         if side is None:
             return None
-        vectors = UnitVectors(np.asarray(side["updates"]), np.asarray(side["final"]), self.constants)
+        vectors = UnitVectors(
+            np.asarray(side["updates"]), np.asarray(side["final"]), self.constants, np.asarray(side["lengths"])
+        )
         width = vectors.final.shape[1]
         ask = query_function(self._task, asked)
         gradients = query_gradients(self.recipe, self.constants, ask, width, self.device)

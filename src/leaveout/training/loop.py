@@ -79,6 +79,12 @@ class Part:
         ]  # fmt: skip
 
     @property
+    def weights(self) -> Tensor:
+        """What part of a step's loss each example has [examples]; 1 where it has none, and so no gradient."""
+        sizes = torch.ones(len(self.numbers), dtype=torch.float64) if self.sizes is None else self.sizes.double()
+        return torch.where(sizes > 0, sizes / self.divisor, 1.0)
+
+    @property
     def places(self) -> range:
         """Of its examples in `whole`."""
         return range(self.first, self.first + len(self.numbers))

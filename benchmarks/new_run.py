@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 import leaveout as lo
+from corpora import data
 from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.predict import Prediction
 from leaveout.metrics import spearman
 from leaveout.training.train import train_plain
 from measuring import arguments, cpu_seconds, write_result
-from plan_promise import digits, names
 
 NAME = "new_run.json"
 BUDGET, RUNS, LEAST_CEILING = 60, 3, 0.6
@@ -50,12 +50,29 @@ def sets_of(recipe: lo.Recipe, groups: list[str], smoke: bool, seed: int) -> Set
     }  # fmt: skip
 
 
-def case(name: str, smoke: bool) -> tuple[lo.Recipe, list[Any], list[str]]:
-    """A recipe, its queries, and the group of each example."""
-    recipe, asked = {"digits": digits, "names": names}[name](smoke)
-    if name == "digits":
-        return recipe, asked, [str(label) for _, label in recipe.examples]
-    return recipe, asked, [row.text[0] for row in recipe.examples]
+def digits(smoke: bool) -> tuple[lo.Recipe, list[Any], list[str]]:
+    """A perceptron on 300 digits, SGD with momentum; loss and margin of 12 others. Groups are classes."""
+    from sklearn.datasets import load_digits
+
+    loaded: Any = load_digits()
+    n, asked = (60, 2) if smoke else (300, 12)
+    x, y = torch.tensor(loaded.data / 16, dtype=torch.float32), loaded.target.tolist()
+    recipe = lo.Recipe(
+        "classifier", tuple((x[i], y[i]) for i in range(n)), model={"hidden": [32]}, batch_size=20,
+        epochs=2 if smoke else 8, order="shuffled", schedule="linear", optimizer=lo.OptimizerSettings("sgd", 0.1, momentum=0.9),
+    )  # fmt: skip
+    queries = [lo.Query((x[n + i], y[n + i]), m, f"image {i}: {m}") for i in range(asked) for m in ("loss", "margin")]
+    return recipe, queries, [str(label) for label in y[:n]]
+
+
+def names(smoke: bool) -> tuple[lo.Recipe, list[Any], list[str]]:
+    """microgpt on 300 names; 12 that it has not seen. Groups are first letters."""
+    known = [a + b for a in ("an", "bo", "ci", "du") for b in ("na", "ri", "so", "tu", "la", "mi")]
+    if not smoke:
+        known = data("names/names.txt").read_text().split()
+    recipe = lo.Recipe.microgpt(known, n=20 if smoke else 300)
+    new = [name for name in known if name not in {row.text for row in recipe.examples}]
+    return recipe, new[: 2 if smoke else 12], [row.text[0] for row in recipe.examples]
 
 
 def ceiling(values: np.ndarray) -> float:
@@ -68,7 +85,9 @@ def ceiling(values: np.ndarray) -> float:
 def judged(p: Prediction, values: np.ndarray, columns: list[int]) -> dict[str, Any]:
     """What a kind of sets says; values [runs, queries, sets]."""
     own, effect, mean = values[:, :, columns], p.effect[:, columns], values[:, :, columns].mean(0)
-    (low, high), (low_of_mean, high_of_mean) = ([end[:, columns] for end in p.interval(runs=n)] for n in (1, len(values)))
+    (low, high), (low_of_mean, high_of_mean) = (
+        [end[:, columns] for end in p.interval(runs=n)] for n in (1, len(values))
+    )
     most = ceiling(own)
     rank = float(np.nanmean(spearman(effect, mean - p.base[:, columns])))
     return {
@@ -82,24 +101,25 @@ def judged(p: Prediction, values: np.ndarray, columns: list[int]) -> dict[str, A
     }  # fmt: skip
 
 
-def measured(recipe: lo.Recipe, asked: list[Any], sets: Sets, place: Path) -> dict[str, Any]:
+def measured(recipe: lo.Recipe, asked: list[Any], sets: Sets, place: Path, budget: float) -> dict[str, Any]:
     """Plans, buys, predicts, and trains the new runs that are the truth."""
     run = lo.TrainingRun.train(recipe, place / "run")
     listed = [ids for found in sets.values() for ids in found]
+    path = place / "bought.json"
     one = min(cpu_seconds(lambda: train_plain(recipe)) for _ in range(3))
-    if not (bought := place / "bought.json").exists():
-        choice = run.plan(asked, listed[::7], lo.Budget(BUDGET * one, examples=True)).best
+    if not path.exists():
+        choice = run.plan(asked, listed[::7], lo.Budget(budget * one, examples=True)).best
         run.measure(**choice.arguments)
-        bought.write_text(json.dumps(choice.name))
+        path.write_text(json.dumps({"name": choice.name, "repeats": choice.arguments.get("repeats", 0)}))
     p = run.predict(asked, listed)
     values = []
     for number in range(RUNS):  # a seed each, so that runs are told apart
-        settings = MeasureSettings(seed=number + 1, progress=True)
+        settings = MeasureSettings(seed=number + 1, progress=False)
         values.append(run.retrain(asked, listed, settings, meaning="new-run"))
     kinds = [kind for kind, found in sets.items() for _ in found]
     places = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sets}
     return {
-        "bought": json.loads(bought.read_text()), "meaning": p.meaning, "freedom": p.freedom, "queries": len(asked),
+        "bought": json.loads(path.read_text()), "meaning": p.meaning, "freedom": p.freedom, "queries": len(asked),
         "kinds": {kind: judged(p, np.array(values), columns) for kind, columns in places.items()},
         "all": judged(p, np.array(values), list(range(len(kinds)))),
     }  # fmt: skip
@@ -112,9 +132,10 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, help="keep runs here: a repeated call trains nothing twice")
     args = parser.parse_args(given)
     torch.set_num_threads(1)
-    recipe, asked, groups = case(args.case, args.smoke)
+    recipe, asked, groups = {"digits": digits, "names": names}[args.case](args.smoke)
     with tempfile.TemporaryDirectory() as scratch:
-        found = measured(recipe, asked, sets_of(recipe, groups, args.smoke, args.seed), args.run or Path(scratch))
+        sets, place = sets_of(recipe, groups, args.smoke, args.seed), args.run or Path(scratch)
+        found = measured(recipe, asked, sets, place, 20 * BUDGET if args.smoke else BUDGET)  # a start is no part of a run
     path = args.out / NAME
     cases = json.loads(path.read_text())["cases"] if path.exists() else {}
     cases[args.case] = found

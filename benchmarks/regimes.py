@@ -104,7 +104,7 @@ def plans(s: accuracy.Setting, budget: float) -> list[dict[str, Any]]:
     """What the planner buys as noise rises."""
     out = []
     for level in (0.0, 0.25, 1.0, 4.0):
-        plan = s.run("plans").plan(s.queries, s.heldout, Budget(budget * s.retraining, noise=level, examples=True))
+        plan = s.run("plans").plan(s.queries, s.heldout, Budget(budget * s.retraining, noise=level, examples=True, repeats=0))
         choices = {c.name: c.error for c in plan.choices}
         out.append({"noise": level, "chosen": plan.best.name, "expected_error": plan.best.error, "choices": choices})
     return out

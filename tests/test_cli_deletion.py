@@ -180,7 +180,7 @@ def test_plan_lists_choices_whose_commands_run(leaveout, trained, tmp_path):
     ask = [*asking("nina"), "--without", "a,b", "--budget", "1s"]
     few = json.loads(leaveout("plan", run, *ask, "--json")[1])
     assert few["stability"] is None and not any("jets" in choice["name"] for choice in few["choices"])
-    code, out, _ = leaveout("plan", run, *ask, "--jets", "--json")
+    code, out, _ = leaveout("plan", run, *ask, "--jets", "--repeats", 0, "--json")
     found = json.loads(out)
     assert code == 0 and found["stability"] == "stable" and found["budget"] == 1
     choices = {choice["name"]: choice for choice in found["choices"]}

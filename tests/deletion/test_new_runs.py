@@ -181,7 +181,7 @@ def test_what_held_out_new_runs_say_is_found(by_share, anyway):
     x[:, 0] = 1
     effect = 3 * chance.standard_normal((queries, sets))
     apart = np.sqrt(by_share * x.mean(1) + anyway)
-    y = effect + apart * chance.standard_normal((queries, sets)) + chance.standard_normal((queries, sets))
+    y = (1 - anyway / 9) * effect + apart * chance.standard_normal((queries, sets)) + chance.standard_normal((queries, sets))
     held = NewRuns(x, (y + noise.mean[:, None]).T, np.arange(sets))
     found = fit_shift(prior, held, x, x, effect, np.zeros((queries, sets)))
     assert found.by_share * 0.2 + found.anyway == pytest.approx(by_share * 0.2 + anyway, rel=0.4)
@@ -193,7 +193,7 @@ def test_unstable_runs_shrink_what_is_no_larger_than_chance():
     shift = Shift(noise, np.full(4, 0.25), np.zeros((0, 0, 0)), 1.0, 1.0)
     effect = noise.std[:, None] * np.array([[0.5, 1.5, 20.0]])
     found, _ = shift.shifted(np.eye(4)[:3], np.eye(4)[:3], effect, np.zeros((9, 3)))
-    assert (found[:, 0] == 0).all() and np.allclose(found[:, 1:], effect[:, 1:] * [1 - 1 / 2.25, 1 - 1 / 400])
+    assert (found[:, 0] == 0).all() and np.allclose(found[:, 1:], effect[:, 1:] * [1 - 0.455 / 2.25, 1 - 0.455 / 400])
 
 
 def test_noise_drowns_small_effects_and_says_how_many_seeds_show_them():

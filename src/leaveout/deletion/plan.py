@@ -35,7 +35,7 @@ from leaveout.training.recipe import Recipe
 from leaveout.training.repacking import new_run
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.tasks import task_of
-from leaveout.training.train import JetSettings, train_batch, train_jets
+from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
 
 DEGREES = (1, 2)
 """Of the jets that a plan may buy."""
@@ -182,15 +182,15 @@ def make_plan(
     stability, degrees, notes = _stability(recipe, options) if wanted else (None, (), (NO_JETS,))
     allowed = PROBE_SHARE * budget.seconds * budget.workers
     costs = probe(recipe, asked, (first, allowed), degrees, options)
-    repeats, why = _repeats(recipe, budget, first)
-    noise = RUNS_A_REPEAT * repeats * first / budget.workers
+    alone = _alone(recipe, first, allowed, options)
+    repeats, why = _repeats(recipe, budget, alone)
+    noise = RUNS_A_REPEAT * repeats * alone / budget.workers
     left = replace(budget, seconds=budget.seconds - min(costs.probe, allowed) / budget.workers - noise)
-    spend = _Spending(recipe, features, asked, sets, costs, left)
+    orders = costs if costs.gradient is None else replace(costs, gradient=costs.gradient * (1 + repeats))
+    spend = _Spending(recipe, features, asked, sets, orders, left)
     choices = [c for c in _choices(spend) if _fits(c, left)]
     if repeats:
-        choices = [
-            replace(c, arguments=c.arguments | {"repeats": repeats}, seconds=c.seconds + noise) for c in choices
-        ]
+        choices = [replace(c, arguments=c.arguments | {"repeats": repeats}, seconds=c.seconds + noise) for c in choices]
     if not choices:
         raise UnsupportedError(
             f"Nothing useful fits into {budget.seconds:g} s (eight retrainings take {costs.retraining.of(8):.3g} CPU s here)"
@@ -199,6 +199,14 @@ def make_plan(
     # Errors within a tenth of each other are equal for what a plan knows; then the cheaper choice is the better one.
     choices.sort(key=lambda c: (round(10 * np.log(max(c.error, 1e-3))), c.seconds))
     return Plan(tuple(choices), costs, stability, budget.seconds, (*notes, *costs.notes, *why))
+
+
+def _alone(recipe: Recipe, first: float, allowed: float, options: RunOptions) -> float:
+    """CPU seconds of a run by itself: those of one of the first two retrainings, less what these took to begin."""
+    tried = first * sum(PROBE_STEPS) / len(recipe.batches())
+    if tried > allowed / 4:
+        return first
+    return min(first, _whole(recipe, lambda short: train_plain(short, options=options), 1))
 
 
 def _repeats(recipe: Recipe, budget: Budget, first: float) -> tuple[int, tuple[str, ...]]:
@@ -213,7 +221,8 @@ def _repeats(recipe: Recipe, budget: Budget, first: float) -> tuple[int, tuple[s
         if RUNS_A_REPEAT * repeats * first <= NOISE_SHARE * budget.seconds * budget.workers:
             some = min(repeats, budget.repeats)
             why = f"{some} with all data, and at most {(RUNS_A_REPEAT - 1) * some} of held-out sets, for the noise of runs"
-            return some, (f"Each choice buys new runs, too: {why} ({RUNS_A_REPEAT * some * first:.3g} CPU s).",)
+            return some, (f"Each choice buys new runs, too: {why} ({RUNS_A_REPEAT * some * first:.3g} CPU s); an exact "
+                          "first order is that of each of those with all data.",)  # fmt: skip
     why = "the noise of runs would take more than a quarter of the budget, so that answers are of the same run"
     return 0, (f"No new runs: {why} (`measure --repeats {LEAST_REPEATS}` measures it later).",)
 

@@ -215,7 +215,9 @@ class TrainingRun:
             self._measure_noise(repeats, asked, settings)
             if gradient and asked is not None:
                 nothing = np.zeros(len(self.recipe.unit_names))
-                self._measure_gradient(asked, settings, [_order_seed(nothing, settings.seed, k) for k in range(repeats)])
+                self._measure_gradient(
+                    asked, settings, [_order_seed(nothing, settings.seed, k) for k in range(repeats)]
+                )
         return self.bank
 
     def _measure_noise(self, repeats: int, asked: Sequence[Query] | None, settings: MeasureSettings) -> None:

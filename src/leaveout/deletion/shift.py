@@ -22,6 +22,8 @@ BY_SHARE = (3.0, 1.0)
 TRIED_BY_SHARE, TRIED_ANYWAY = np.geomspace(0.03, 100, 29), np.array([0, 0.03, 0.1, 0.2, 0.4, 0.7, 1, 2])
 RARE = 0.3
 """`anyway` is expected to be so large at most: its prior falls by e with each such step."""
+MEDIAN = 0.455
+"""Of the square of a normal number, whose mean is 1: the mean over queries is taken by it, so that no query counts for all."""
 MOST = 9.0
 """A residual's square over its variance counts up to this: a strong set is no reason to widen all others."""
 
@@ -55,7 +57,7 @@ class Shift:
             effect = effect + each.mean(0) - each[0]
             variance = variance + each.var(0, ddof=1) / len(each)
         if self.anyway:
-            size = np.median(np.square(effect) / np.maximum(own, 1e-300), 0)
+            size = np.median(np.square(effect) / np.maximum(own, 1e-300), 0) / MEDIAN
             effect = effect * np.clip(1 - self.anyway / np.maximum(size, 1e-300), 0, 1)
         return effect, np.sqrt(variance)
 

@@ -21,15 +21,22 @@ LEAST_REPEATS = 3
 class RunNoise:
     """What runs with all data in orders of their own say.
 
-    mean [queries]  of their values; std [queries]: deviation of one run, known with so many degrees of `freedom`
+    mean [queries]  of their values; std [queries]: deviation of one run
     runs            how many there were; apart: how many queries move by themselves
+    own, common     degrees of freedom with which one query's deviation is known among others, and that of all together
     """
 
     mean: np.ndarray
     std: np.ndarray
-    freedom: float
     runs: int
     apart: float
+    own: float
+    common: float
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of a deviation."""
+        return min(self.own, self.common)
 
 
 def run_noise(values: np.ndarray) -> RunNoise:
@@ -37,7 +44,7 @@ def run_noise(values: np.ndarray) -> RunNoise:
     runs, d = len(values), len(values) - 1
     mean, variance = values.mean(0), values.var(0, ddof=1)
     if not (variance > 0).any():
-        return RunNoise(mean, np.zeros_like(mean), np.inf, runs, 1.0)
+        return RunNoise(mean, np.zeros_like(mean), runs, 1.0, np.inf, np.inf)
     variance = np.maximum(variance, 1e-12 * variance.max())
     logs = np.log(variance) - _digamma(d / 2) + np.log(d / 2)
     spread = logs.var(ddof=1) - _trigamma(d / 2) if len(logs) > 1 else np.inf
@@ -48,7 +55,7 @@ def run_noise(values: np.ndarray) -> RunNoise:
         common = np.exp(logs.mean() + (_digamma(before / 2) - np.log(before / 2) if before else 0.0))
         shrunk = (before * common + d * variance) / (before + d)
     apart = _apart(values)
-    return RunNoise(mean, np.sqrt(shrunk), float(min(before + d, d * apart)), runs, apart)
+    return RunNoise(mean, np.sqrt(shrunk), runs, apart, float(before + d), float(d * apart))
 
 
 def _common_freedom(spread: float) -> float:

@@ -479,7 +479,9 @@ class TrainingRun:
         if meant == SAME_RUN or noise is None:
             base, more = self.bank.base(asked), {}
         else:
-            effect, std = self.bank.shift(asked, settings, noise).shifted(removed, point, effect, std)
+            shift = self.bank.shift(asked, settings, noise)
+            effect, std = shift.shifted(removed, point, effect, std)
+            noise = shift.noise
             std = np.hypot(std, noise.std[:, None] / np.sqrt(noise.runs))  # the error of the mean with all data
             run_std = np.repeat(noise.std[:, None], len(sets), 1)
             base, more = noise.mean, {"run_std": run_std, "freedom": noise.freedom}

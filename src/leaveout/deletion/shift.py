@@ -10,7 +10,7 @@ so unstable that it is not, effects are shrunk by as much as they are made of it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,7 +19,8 @@ from leaveout.deletion.noise import RunNoise
 
 BY_SHARE = (3.0, 1.0)
 """Expected before any held-out new run, without and with first orders of several orders (found on 300 digits)."""
-TRIED_BY_SHARE, TRIED_ANYWAY = np.geomspace(0.03, 100, 29), np.array([0, 0.03, 0.1, 0.2, 0.4, 0.7, 1, 2])
+TRIED_BY_SHARE, TRIED_ANYWAY = np.geomspace(0.03, 100, 15), np.array([0, 0.03, 0.1, 0.2, 0.4, 0.7, 1, 2])
+TRIED_SCALE = np.geomspace(0.4, 4, 17)
 RARE = 0.3
 """`anyway` is expected to be so large at most: its prior falls by e with each such step."""
 MEDIAN = 0.455
@@ -65,23 +66,29 @@ class Shift:
 def fit_shift(
     prior: Shift, held: NewRuns, x: np.ndarray, asked: np.ndarray, effect: np.ndarray, std: np.ndarray
 ) -> Shift:
-    """The shift with `by_share` and `anyway` that are most likely after new runs of held-out sets.
+    """The shift with the `by_share`, `anyway` and size of the noise that are most likely after new runs of held-out sets.
 
     held: the runs; x, asked [runs, units], effect, std [queries, runs]: see `Shift.shifted`
     """
-    noise, found = prior.noise, (-np.inf, prior)
-    if not len(held.y) or not (noise.std > 0).any():
+    noise = prior.noise
+    moving = noise.std > 0
+    if not len(held.y) or not moving.any():
         return prior
-    actual, weight = (held.y - noise.mean).T, noise.apart / held.y.shape[1]
-    run = np.square(noise.std)[:, None] * (1 + 1 / noise.runs)
-    for by_share in TRIED_BY_SHARE:
-        for anyway in TRIED_ANYWAY:
-            tried = Shift(noise, prior.rows, prior.orders, float(by_share), float(anyway))
-            mean, deviation = tried.shifted(x, asked, effect, std)
-            variance = np.square(deviation) + run
-            surprise = np.log(variance) + np.minimum(np.square(actual - mean) / variance, MOST)
-            before = np.square(np.log(by_share / prior.by_share)) / 2 + anyway / RARE
-            score = -weight * float(surprise[noise.std > 0].sum()) / 2 - before
-            if score > found[0]:
-                found = (score, tried)
-    return found[1]
+    weight, best, found, part = noise.apart / held.y.shape[1], -np.inf, prior, 0.0
+    actual = (held.y - noise.mean).T
+    for scale in TRIED_SCALE:
+        run = np.square(scale * noise.std)[:, None]
+        by_noise = noise.common * (-2 * np.log(scale) - 1 / scale**2) / 2  # of a variance that so many runs gave
+        for by_share in TRIED_BY_SHARE:
+            for anyway in TRIED_ANYWAY:
+                sized = replace(noise, std=scale * noise.std)
+                tried = replace(prior, noise=sized, by_share=float(by_share), anyway=float(anyway))
+                mean, deviation = tried.shifted(x, asked, effect, std)
+                variance = np.square(deviation) + run * (1 + 1 / noise.runs)
+                surprise = np.log(variance) + np.minimum(np.square(actual - mean) / variance, MOST)
+                before = np.square(np.log(by_share / prior.by_share)) / 2 + anyway / RARE - by_noise
+                score = -weight * float(surprise[moving].sum()) / 2 - before
+                if score > best:
+                    best, found = score, tried
+                    part = float(np.square(run / variance)[moving].sum()) * weight
+    return replace(found, noise=replace(found.noise, common=noise.common + part))

@@ -7,6 +7,9 @@ What is measured is what `plan` buys for a budget of 60 trainings. The truth is 
 Ceiling: were the mean effect over orders known exactly, its correlation with the mean of three runs would be
 r = sqrt(1 - v / (3 V)), with v the variance of a run between orders (within sets, over their three runs) and V the variance
 over sets of the means of three; for ranks of normal numbers that is 6 / pi asin(r / 2). Taken query by query, then averaged.
+"Fitted in": as many retrainings of the design `auto` as the budget has trainings, in the same run, or each in an order of
+its own with its noise known; both without the exact first order, and predicted at what rows weigh in a new run.
+
 A kind whose ceiling is below .6 is judged by the share of answers "not distinguishable from a new seed".
 Coverage: the share of single runs (three a set) inside the 95 % interval of a new run, and of means of three inside theirs.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +27,12 @@ import torch
 
 import leaveout as lo
 from corpora import data
-from leaveout.deletion.measurements import MeasureSettings
+from leaveout.deletion.measurements import MeasureSettings, Retrainings
+from leaveout.deletion.posterior import Posterior
 from leaveout.deletion.predict import Prediction
+from leaveout.deletion.sets import DeletionSets, deletion_sets
 from leaveout.metrics import spearman
+from leaveout.training.queries import as_queries
 from leaveout.training.train import train_plain
 from measuring import arguments, cpu_seconds, write_result
 
@@ -118,11 +125,36 @@ def measured(recipe: lo.Recipe, asked: list[Any], sets: Sets, place: Path, budge
         values.append(run.retrain(asked, listed, settings, meaning="new-run"))
     kinds = [kind for kind, found in sets.items() for _ in found]
     places = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in sets}
+    means = np.mean(values, 0) - p.base[:, :1]
+    ranks = {
+        name: {kind: float(np.nanmean(spearman(effect[:, own], means[:, own]))) for kind, own in places.items()}
+        for name, effect in fitted_in(run, asked, listed, min(BUDGET, len(listed))).items()
+    }
     return {
         "bought": json.loads(path.read_text()), "meaning": p.meaning, "freedom": p.freedom, "queries": len(asked),
         "kinds": {kind: judged(p, np.array(values), columns) for kind, columns in places.items()},
-        "all": judged(p, np.array(values), list(range(len(kinds)))),
+        "all": judged(p, np.array(values), list(range(len(kinds)))), "fitted in": ranks,
     }  # fmt: skip
+
+
+def fitted_in(run: lo.TrainingRun, asked: list[Any], sets: list[list[str]], n: int) -> dict[str, np.ndarray]:
+    """Effects [queries, sets] of a posterior on n retrainings in the same run, and on those in orders of their own."""
+    queries = as_queries(asked)
+    x = run.design("auto", n)
+    design = DeletionSets(x, tuple(map(str, range(len(x)))))
+    known, noise = run.bank.measurements(queries), run.bank.noise(queries)
+    assert noise is not None
+    bare = replace(
+        known, gradient=None, scores=run.bank._scores(queries), heldout=Retrainings(x[:0], known.retrainings.y[:0])
+    )
+    point = run.bank.at_new_runs(deletion_sets(run.recipe, sets).x, lo.EstimatorSettings())
+    same = run.retrain(asked, design).T - known.base
+    new = run.retrain(asked, design, meaning="new-run").T - noise.mean
+    given = {"the same run": (same, None), "orders of their own": (new, noise.std)}
+    return {
+        name: Posterior(replace(bare, retrainings=Retrainings(x, y), noise=std)).predict(point)[0]
+        for name, (y, std) in given.items()
+    }
 
 
 def main(given: list[str] | None = None) -> int:
@@ -135,7 +167,9 @@ def main(given: list[str] | None = None) -> int:
     recipe, asked, groups = {"digits": digits, "names": names}[args.case](args.smoke)
     with tempfile.TemporaryDirectory() as scratch:
         sets, place = sets_of(recipe, groups, args.smoke, args.seed), args.run or Path(scratch)
-        found = measured(recipe, asked, sets, place, 20 * BUDGET if args.smoke else BUDGET)  # a start is no part of a run
+        found = measured(
+            recipe, asked, sets, place, 4 * BUDGET if args.smoke else BUDGET
+        )  # a start is no part of a run
     path = args.out / NAME
     cases = json.loads(path.read_text())["cases"] if path.exists() else {}
     cases[args.case] = found

@@ -164,6 +164,26 @@ def test_verify_compares_with_plain_retraining(leaveout, trained, tmp_path):
     assert code == 0 and "inside" in out and "coverage" in out
 
 
+def test_new_runs_are_measured_predicted_and_verified(leaveout, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    ask = [*asking("nina"), "--without", "a"]
+    assert json.loads(leaveout("predict", run, *ask, "--json")[1])["meaning"] == "same run"
+    code, _, err = leaveout("verify", run, *ask, "--new-run")
+    assert code == 1 and "leaveout measure RUN --repeats 4" in err
+    code, out, _ = leaveout("measure", run, "--repeats", 3, "--json")
+    assert code == 0 and json.loads(out)["measurements"]["new run, new order, repeat"] == 3
+    line = json.loads(leaveout("predict", run, *ask, "--json")[1])
+    assert line["meaning"] == "new run" and line["run_std"] > 0
+    assert json.loads(leaveout("predict", run, *ask, "--meaning", "same-run", "--json")[1])["meaning"] == "same run"
+    code, out, _ = leaveout("verify", run, *ask, "--new-run", "--runs", 2)
+    assert code == 0 and "Without means a new run" in out
+    code, _, err = leaveout("predict", run, *ask, "--meaning", "new")
+    assert code == 1 and "meaning is 'new'" in err
+    code, _, err = leaveout("verify", run, *ask, "--meaning", "same-run", "--runs", 2)
+    assert code == 1 and "the same run is the same each time" in err
+
+
 def test_curve_is_drawn_and_page_escapes_queries(leaveout, trained, tmp_path):
     pytest.importorskip("matplotlib")
     files = tmp_path / "curve.png", tmp_path / "page.html"

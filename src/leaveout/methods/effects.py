@@ -34,4 +34,5 @@ def posterior(scorer: Scorer, at: str) -> np.ndarray:
 
 def _effects(scorer: Scorer, estimator: str) -> np.ndarray:
     names = scorer.run.recipe.unit_names
-    return scorer.run.predict(scorer.queries, DeletionSets(np.eye(len(names)), names), estimator).effect
+    single = DeletionSets(np.eye(len(names)), names)
+    return scorer.run.predict(scorer.queries, single, estimator, meaning="same-run").effect  # as truth is retrained

@@ -349,11 +349,16 @@ def test_interval_chart_puts_values_on_one_axis():
         "meaning": "same run",
         "actual": 3.0,
         "verdict": "rises",
+        "effect": 1.0,
+        "unit": "nats",
+        "measure": "loss",
+        "inside": None,
+        "already_measured": False,
     }
     shown = report.interval_chart([line])
-    assert 'cx="550.0"' in shown and 'cx="790.0"' in shown and "M310.0" in shown
-    assert 'class="bar"' not in shown and "<q>" not in shown
-    assert report.interval_chart([{**line, "std": 0.1, "reach": 0.2}]).count('class="bar"') == 1
+    assert 'cx="280.0"' in shown and 'cx="546.0"' in shown and "M14.0" in shown  # an effect of 1, 2 when retrained, and 0
+    assert "H546.0" not in shown and "<q>" not in shown and "change in nats" in shown
+    assert report.interval_chart([{**line, "std": 0.1, "reach": 0.2}]).count('class="bar"') == 2  # one is the key's
     assert "7 more are not drawn" in report.interval_chart([line] * (report.CHART_ROWS + 7))
     table = prediction_table([line])
     assert dict(zip(table.headers, table.rows[0], strict=True))["inside"] == "unknown"
@@ -416,7 +421,11 @@ def test_suspects_of_a_search_are_predicted_and_verified(leaveout, trained, tmp_
     code, text, err = leaveout("verify", place, *asking(*QUERIES), "--sets", sets, "--json")
     assert code == 0, err
     lines = [json.loads(line) for line in text.splitlines()[:-1]]
-    assert {line["without"] for line in lines} == {f"the best 2 of {query}" for query in QUERIES}
+    assert [line["chosen_for"] for line in lines] == [*QUERIES] * 2  # two queries and two sets
+    assert {line["without"] for line in lines} == {", ".join(u for u in recipe.unit_names if u in ids) for ids in best}
+    shown = leaveout("predict", place, *asking(*QUERIES), "--sets", sets)[1]
+    every = leaveout("predict", place, *asking(*QUERIES), "--sets", sets, "--all-pairs")[1]
+    assert "of 2 effects can be told" in " ".join(shown.split()) and "of 4 effects can be told" in " ".join(every.split())
     for line, (query, ids) in zip(lines, itertools.product(QUERIES, best), strict=True):
         kept = torch.tensor([float(name not in ids) for name in recipe.unit_names])
         actual = query_losses(recipe, train_plain(recipe, kept), [query]).item()

@@ -20,6 +20,7 @@ FOUNDATION = BASE | {
     "quantities",
     "tables",
     "models",
+    "words",
 }
 ALONE = {name: BASE | {name} for name in FOUNDATION}
 ALLOWED = {

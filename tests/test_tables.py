@@ -44,17 +44,37 @@ def test_a_wide_table_breaks_texts_between_words(monkeypatch):
         for word in number(cell).split():
             assert word in shown, shown
     long = str(Table(headers, [("q" * 200, *row[1:])]))  # one word that no table has room for
-    assert max(map(len, long.splitlines())) <= 80 and long.count("q") == 201
+    assert max(map(len, long.splitlines())) <= 80 and long.count("q") == 201 and "─" not in long
     assert all(word in long for word in ("predicted", "verdict", "cannot"))
     empty = str(Table(["", "", "text"], [("", " ", "word " * 40)] * 2))
     assert max(map(len, empty.splitlines())) <= 80 and empty.count("word") == 80
-    monkeypatch.setenv("COLUMNS", "20")
-    assert max(map(len, str(Table(headers, [row])).splitlines())) >= 20  # nothing fits: drawn all the same
+
+
+def test_a_narrow_terminal_gets_a_block_a_row(monkeypatch):
+    """And no columns of three letters: each cell stands beside its name."""
+    headers = ["query", "left out", "effect (nats) [95 % interval]", "verdict"]
+    rows = [
+        ("Ottoline Marsh did go abroad.", "travel", "+0.12 [+0.05, +0.19]", "rises"),
+        ("other", "", "+1 [+0, +2]", "falls"),
+    ]
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = str(
+        Table(
+            headers, rows, "What was found in one sentence, which is long.", ["A note that is longer than a line is."]
+        )
+    )
+    assert max(map(len, shown.splitlines())) <= 40
+    assert shown.splitlines()[2] == "query          Ottoline Marsh did go"
+    assert "verdict        rises\n\nquery          other" in shown and "left out       travel" in shown
+    assert shown.count("left out") == 1  # an empty cell has no line
+    for width in (1, 10, 20):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert all(letter in str(Table(headers, rows)) for letter in "Ottoline")
 
 
 def test_text_with_brackets_stays_as_it_is(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-    print(Table(["id", "text", "LDS"], [("row [a]", "list [1] and [2, 3] " + 30 * "x", "-0.1 [-0.2, 1e-05]")]))
+    monkeypatch.setenv("COLUMNS", "80")
+    print(Table(["id", "text", "LDS"], [("row [a]", "list [1] and [2, 3] " + 40 * "x", "-0.1 [-0.2, 1e-05]")]))
     shown = capsys.readouterr().out
     assert "row [a]" in shown and "list [1]" in shown and "-0.1 [-0.2" not in shown
 

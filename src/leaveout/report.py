@@ -1,84 +1,143 @@
 """Self-contained HTML pages without scripts: found rows with the words that did it, a heat map of two texts, predictions
 with their intervals; and what such pages are made of.
 
-Everything that comes from data or from a model is escaped. Colours: green pushes a score up, red pushes it down.
+Everything that comes from data or from a model is escaped. Blue pushes a score up; orange, with a dotted line, pushes it down:
+both are told apart by people who see no red or green. Text keeps 4.5:1 on every tint.
 """
 
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from leaveout.deletion.predict import Prediction, Verification, prediction_table, reach
+from leaveout.deletion.predict import Prediction, Verification, prediction_table, reach, told
 from leaveout.readout.explain import Explanation, explain_rows
 from leaveout.readout.index import Index
-from leaveout.readout.search import Hit, Hits, SearchOptions
-from leaveout.tables import Table, shorten
+from leaveout.readout.search import Hit, Hits, SearchOptions, usual_best, usual_scores
+from leaveout.readout.search import told as told_hits
+from leaveout.tables import Table, number, shorten
+from leaveout.words import USUAL, pairs_of_words, passage, strongest, times, words_of
 
 STYLE = """
-:root { --ink: #1d2433; --soft: #5b6577; --line: #dde2ea; --paper: #ffffff; --tint: #f6f8fb; }
+:root { color-scheme: light dark; --ink: #1b2230; --soft: #566074; --line: #d8dee8; --paper: #ffffff; --tint: #f4f6fa;
+  --up: #3f8cf0; --down: #f0902c; --mark: #2457a6; --ring: #a85a08; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9f0; --soft: #9aa5b8; --line: #343c4c; --paper: #161a22; --tint: #1e2430; } }
-body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-p.note, .soft { color: var(--soft); } .row { border-left: 3px solid var(--line); padding: .2rem .8rem; margin: .7rem 0; }
-.row.marked { border-left-color: #d9822b; } .row p { margin: .2rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.badge { background: #d9822b; color: #fff; border-radius: .6rem; padding: 0 .5rem; font-size: .8rem; }
-blockquote { background: var(--tint); margin: .6rem 0; padding: .6rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-table { border-collapse: collapse; margin: .8rem 0; } td, th { padding: .2rem .7rem; text-align: left;
-  border-bottom: 1px solid var(--line); } td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.heat { overflow-x: auto; } .heat td { padding: 0; width: 1.1rem; min-width: 1.1rem; height: 1.1rem; border: 0; }
-.heat th { font-weight: normal; border: 0; padding: 0 .3rem; white-space: pre; } .heat th.up { writing-mode: vertical-rl; }
-.chart { width: 100%; height: auto; font-size: 12px; } .chart text { fill: var(--ink); } .chart .label { text-anchor: end; }
-.chart .axis { text-anchor: middle; fill: var(--soft); } .chart path { stroke: var(--soft); fill: none; stroke-width: 1.5; }
-.chart .grid { stroke: var(--line); stroke-width: 1; } .chart .bar { stroke: #4c8fdb; stroke-width: 5; opacity: .45; }
-.chart .dot { fill: #2f6fc4; } .chart .ring { fill: none; stroke: #d9822b; stroke-width: 2; }
+  :root { --ink: #e8ebf2; --soft: #a4aec0; --line: #3a4354; --paper: #151922; --tint: #1e2430; --up: #2f74d0; --down: #b8640f;
+    --mark: #8db8f5; --ring: #f0a04c; } }
+* { box-sizing: border-box; }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 62rem; margin: 1.5rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+p.note, .soft { color: var(--soft); } .verdict { font-size: 1.1rem; font-weight: 600; }
+.row { border-left: 4px solid var(--line); padding: .2rem .8rem; margin: .8rem 0; }
+.row.marked { border-left-color: var(--ring); } .row p, .text { margin: .2rem 0; white-space: pre-wrap; }
+.badge { border: 1px solid var(--ring); border-radius: .6rem; padding: 0 .5rem; font-size: .85rem; }
+blockquote { background: var(--tint); margin: .6rem 0; padding: .6rem 1rem; white-space: pre-wrap; }
+details { margin: .3rem 0; } summary { cursor: pointer; color: var(--soft); }
+.tint { border-radius: .15rem; } .tint.up { background: color-mix(in srgb, var(--up) calc(var(--share) * 55%), transparent); }
+.tint.down { background: color-mix(in srgb, var(--down) calc(var(--share) * 55%), transparent);
+  border-bottom: 2px dotted var(--down); }
+.legend { font-size: .9rem; color: var(--soft); } .legend .tint { color: var(--ink); padding: 0 .3rem; }
+.scroll { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; } caption { text-align: left; color: var(--soft); }
+td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
+  overflow-wrap: normal; } td { min-width: 4rem; max-width: 24rem; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+.heat { overflow: auto; max-height: 85vh; margin: .8rem 0; max-width: 100%; }
+.heat table { border-collapse: separate; border-spacing: 0; }
+.heat td { padding: 0; width: 1.5rem; min-width: 1.5rem; max-width: none; height: 1.5rem; border: 0; text-align: center;
+  line-height: 1.5rem; font-weight: 600; }
+.heat th { font-weight: normal; border: 0; padding: 0 .4rem; white-space: pre; background: var(--paper); position: sticky;
+  max-width: 9rem; overflow: hidden; text-overflow: ellipsis; }
+.heat thead th { top: 0; z-index: 1; vertical-align: bottom; } .heat tbody th { left: 0; text-align: right; }
+.heat thead th:first-child { left: 0; z-index: 2; white-space: normal; font-size: .85rem; color: var(--soft); }
+.heat th.up { writing-mode: vertical-rl; transform: rotate(180deg); padding: .4rem 0; max-height: 9rem; max-width: none;
+  vertical-align: top; text-align: left; }
+.chart { width: 100%; max-width: 40rem; height: auto; font-size: 15px; display: block; } .chart text { fill: var(--ink); }
+.chart .axis { text-anchor: middle; fill: var(--soft); } .chart path { fill: none; }
+.chart .grid { stroke: var(--line); stroke-width: 1; } .chart .zero { stroke: var(--soft); stroke-width: 2; }
+.chart .bar { stroke: var(--mark); stroke-width: 6; opacity: .4; } .chart .dot { fill: var(--mark); }
+.chart .ring { fill: none; stroke: var(--ring); stroke-width: 2.5; }
 """
 
 CHART_ROWS = 60
+LEAST = 0.06  # of the largest weight: what is less is not tinted
+SIGNED = 0.25  # of the largest: what is more has its sign in the cell
+ZOOM = (24, 16)  # words of the row and of the query that a heat map begins with
 
 
 # --- pages ----------------------------------------------------------------------------------------------------------
 
 
 def search_page(
-    index: Index, rows: Sequence[Any], texts: Iterable[str], found: Sequence[Hits], options: SearchOptions
+    index: Index, rows: Sequence[Any], texts: Iterable[str], found: Sequence[Hits], options: SearchOptions, k: int
 ) -> str:
-    """Queries with their hits, each word tinted by what it adds. Cost: one forward pass per hit, or two (both sides)."""
-    sections: list[str] = []
-    for row, text, hits in zip(rows, texts, found, strict=True):
-        sections += [heading("Query"), quote(text)]
+    """Queries with their best k hits, each word tinted by what it adds. Cost: a forward pass per hit, or two (both sides)."""
+    usual = usual_scores(index, index.encode(rows), usual_best(index, options), options.length)
+    sections = [legend("adds to the score", "takes away from it")]
+    if any(usual):
+        sections.append(note(USUAL))
+    for row, text, hits, each in zip(rows, texts, found, usual, strict=True):
+        sections += [heading("Query"), quote(text), verdict(told_hits(index, hits, usual=each))]
         if hits.controls is not None:
             sections.append(hits.controls.table().html())
-        ids = [hit.id for hit in hits]
-        for hit, why in zip(hits, explain_rows(index, row, ids, options.length, options.prompt_weight), strict=True):
-            sections.append(hit_block(hit, highlighted(why.row_tokens, why.row_weights)))
+        ids = [hit.id for hit in hits[:k]]
+        for hit, why in zip(
+            hits[:k], explain_rows(index, row, ids, options.length, options.prompt_weight), strict=True
+        ):
+            sections.append(hit_block(hit, cut(why.row_tokens, why.row_weights), usual=each))
     return page("Rows that influenced these texts", sections)
 
 
-def explain_page(query: str, found: Explanation) -> str:
-    """One row's tinted text and the heat map of query tokens and row tokens."""
-    sections = [
-        quote(query),
-        heading(f"Row {found.id}", f"score {found.score:.4g}, stored {found.stored_score:.4g}"),
-        f"<p>{highlighted(found.row_tokens, found.row_weights)}</p>",
-        heat_map(found.query_tokens, found.row_tokens, found.pairs),
+def explain_page(query: str, found: Explanation, starts: Sequence[int] = (), usual: float = 0.0) -> str:
+    """Which words answer which: both texts tinted, the strongest pairs, and a heat map of the region that adds most.
+
+    starts  the query's tokens at which its second, third, ... text begins; usual: see `usual_scores`
+    """
+    texts, words, pairs = pairs_of_words(found.query_tokens, found.row_tokens, found.pairs, starts)
+    asked, whole = [word for text in texts for word in text], float(np.abs(pairs).sum()) or 1.0
+    best = [
+        (asked[q].strip(), words[r].strip(), f"{100 * value / whole:+.1f} %") for q, r, value in strongest(pairs, 15)
     ]
-    return page("Which tokens answer which", sections)
+    score = f"score {found.score:.4g}" + (f", {times(found.score, usual)} the usual best" if usual else "")
+    said = "No word of the row answers any of the query."
+    if best:
+        does = "answers" if best[0][2].startswith("+") else "speaks against"
+        said = f"“{best[0][1]}” of the row {does} “{best[0][0]}” of the query most."
+    sections = [verdict(said), legend("adds to the score", "takes away from it"), heading("Query", shorten(query, 200))]
+    at = 0
+    for text in texts:
+        sections.append(f'<p class="text">{tinted(text, pairs.sum(1)[at : at + len(text)], pairs.sum(1))}</p>')
+        at += len(text)
+    sections += [heading(f"Row {found.id}", score), cut(found.row_tokens, found.row_weights)]
+    sections += [heading("Strongest pairs of words", "How much of all that pairs of words add or take away.")]
+    sections += [Table(["query", "row", "of all pairs"], best).html(), heading("Which word answers which")]
+    parts = [_strongest_part(pairs.sum(axis), size) for axis, size in ((0, ZOOM[0]), (1, ZOOM[1]))]
+    near = heat_map(words, asked, pairs.T, "words of the row ↓, of the query →", parts[0], parts[1])
+    sections += [note("The words around the strongest pairs. + adds, − takes away."), near]
+    if any(part != slice(0, size) for part, size in zip(parts, pairs.T.shape, strict=True)):
+        full = heat_map(words, asked, pairs.T, "words of the row ↓, of the query →")
+        sections.append(f"<details><summary>The whole of both texts</summary>{full}</details>")
+    return page("Which words answer which", sections)
 
 
-def prediction_page(found: Prediction) -> str:
-    """A picture and a table of predictions, and what retraining says of them all if they were verified."""
-    note = (
-        f"Estimator: {found.estimator}. Values of queries under the model trained on everything (base), and without the "
-        "set."
-    )
-    lines = list(found.lines())
-    sections = [heading("Predictions", note), interval_chart(lines), prediction_table(lines).html()]
+def _strongest_part(weights: np.ndarray, size: int) -> slice:
+    return slice(*passage(weights, size))
+
+
+def prediction_page(found: Prediction, all_pairs: bool = False) -> str:
+    """A picture and a table of predictions, and what retraining says of them all if they were verified.
+
+    all_pairs  also of sets that were chosen for another query
+    """
+    said = f"Estimator: {found.estimator}. An effect is how much the value of a query changes without the set."
+    lines = list(found.lines()) if all_pairs else found.own_lines()
+    sections = [verdict(told(lines)), note(said), interval_chart(lines), prediction_table(lines).plain().html()]
     if isinstance(found, Verification):
         facts = [
             (name.replace("_", " "), "unknown" if value is None else value) for name, value in found.summary().items()
@@ -112,90 +171,175 @@ def quote(text: str) -> str:
     return f"<blockquote>{html.escape(text)}</blockquote>"
 
 
-def highlighted(pieces: Sequence[str], weights: np.ndarray) -> str:
-    """Text with each piece tinted by its weight, the largest in full colour."""
-    largest = float(np.abs(weights).max(initial=0.0)) or 1.0
+def note(text: str) -> str:
+    """A sentence for who wants to know more."""
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def verdict(text: str) -> str:
+    """What was found, in a sentence."""
+    return f'<p class="verdict">{html.escape(text)}</p>'
+
+
+def legend(up: str, down: str) -> str:
+    """What the tints of words mean."""
+    ways = (("up", up), ("down", down))
+    marks = [f'<span class="tint {way}" style="--share:.9">{html.escape(text)}</span>' for way, text in ways]
+    return f'<p class="legend">{" ".join(marks)} The darkest word is the strongest of its text.</p>'
+
+
+def tinted(words: Sequence[str], weights: np.ndarray, whole: np.ndarray | None = None) -> str:
+    """Words tinted by their weights, the largest (of `whole`) in full colour."""
+    largest = float(np.abs(weights if whole is None else whole).max(initial=0.0)) or 1.0
     marked: list[str] = []
-    for piece, weight in zip(pieces, weights, strict=True):
-        share = float(weight) / largest
-        text = html.escape(piece)
-        if abs(share) < 0.08:
-            marked.append(text)
+    for word, weight in zip(words, weights, strict=True):
+        share, text = float(weight) / largest, html.escape(word.lstrip())
+        space = html.escape(word[: len(word) - len(word.lstrip())])
+        if abs(share) < LEAST or not text:
+            marked.append(space + text)
         else:
-            marked.append(f'<span title="{float(weight):.3g}" style="background:{_tint(share)}">{text}</span>')
+            marked.append(f'{space}<span {_tint(share)} title="{100 * share:+.0f} % of the strongest">{text}</span>')
     return "".join(marked)
 
 
-def _tint(share: float) -> str:
-    colour = "46,160,67" if share > 0 else "218,54,51"
-    return f"rgba({colour},{min(abs(share), 1.0) * 0.6:.2f})"
+def highlighted(pieces: Sequence[str], weights: np.ndarray) -> str:
+    """Text of tokens (pieces, and what each adds), tinted word by word."""
+    words, place = words_of(pieces)
+    return tinted(words, np.bincount(place, weights, len(words)))
 
 
-def hit_block(hit: Hit, body: str | None = None, badge: str = "") -> str:
-    """One found row; `body` is ready-made HTML for its text, `badge` a word that marks it."""
-    facts = " · ".join([f"#{hit.rank}", f"score {hit.score:.4g}", hit.id, *(f"{k}={v}" for k, v in hit.meta.items())])
-    label = f' <span class="badge">{html.escape(badge)}</span>' if badge else ""
+def cut(pieces: Sequence[str], weights: np.ndarray) -> str:
+    """The passage of a text that adds most, tinted, and behind it the whole, folded."""
+    words, place = words_of(pieces)
+    values = np.bincount(place, weights, len(words))
+    start, end = passage(values)
+    shown = (
+        ("… " if start else "")
+        + tinted(words[start:end], values[start:end], values)
+        + (" …" if end < len(words) else "")
+    )
+    if end - start == len(words):
+        return f'<p class="text">{shown}</p>'
+    whole = f'<p class="text">{tinted(words, values)}</p>'
     return (
-        f'<div class="row{" marked" if badge else ""}"><span class="soft">{html.escape(facts)}</span>{label}'
-        f"<p>{html.escape(hit.text) if body is None else body}</p></div>"
+        f'<p class="text">{shown}</p><details><summary>The whole row, {len(words):,} words</summary>{whole}</details>'
     )
 
 
-def heat_map(row_tokens: list[str], column_tokens: list[str], values: np.ndarray) -> str:
-    """A table of tinted cells, values [row tokens, column tokens]; tokens whose values are all zero are left out."""
-    rows, columns = (np.flatnonzero(np.abs(values).sum(axis)) for axis in (1, 0))
-    shown = values[np.ix_(rows, columns)]
-    largest = float(np.abs(shown).max(initial=0.0)) or 1.0
-    top = "".join(f'<th class="up">{html.escape(column_tokens[c])}</th>' for c in columns)
-    lines: list[str] = []
-    for r, line in zip(rows, shown, strict=True):
-        cells = (f'<td title="{v:.3g}" style="background:{_tint(float(v) / largest)}"></td>' for v in line)
-        lines.append(f"<tr><th>{html.escape(row_tokens[r])}</th>{''.join(cells)}</tr>")
-    return f'<div class="heat"><table><tr><th></th>{top}</tr>{"".join(lines)}</table></div>'
+def _tint(share: float) -> str:
+    return f'class="tint {"up" if share > 0 else "down"}" style="--share:{min(abs(share), 1.0):.2f}"'
 
 
-def interval_chart(lines: Sequence[Mapping[str, Any]], unit: str = "nats") -> str:
-    """Inline SVG of predictions, one row each: base (tick), predicted with its 95 % interval (dot and bar), actual (ring).
+def hit_block(hit: Hit, body: str | None = None, badge: str = "", usual: float = 0.0) -> str:
+    """One found row; `body` is ready-made HTML for its text, `badge` a word that marks it, `usual` as of `usual_scores`."""
+    score = f"{number(hit.score / usual)} x usual" if usual else f"score {hit.score:.4g}"
+    facts = " · ".join([f"#{hit.rank}", score, hit.id, *(f"{k}: {shorten(str(v), 60)}" for k, v in hit.meta.items())])
+    label = f' <span class="badge">{html.escape(badge)}</span>' if badge else ""
+    return (
+        f'<div class="row{" marked" if badge else ""}"><span class="soft">{html.escape(facts)}</span>{label}'
+        f"{f'<p>{html.escape(hit.text)}</p>' if body is None else body}</div>"
+    )
+
+
+def heat_map(
+    down: Sequence[str], across: Sequence[str], values: np.ndarray, axes: str,
+    rows: slice = slice(None), columns: slice = slice(None),
+) -> str:  # fmt: skip
+    """A table of tinted cells, values [words down, words across]; of the given rows and columns, without words whose values are
+    all zero. The tints are relative to the strongest of all."""
+    largest = float(np.abs(values).max(initial=0.0)) or 1.0
+    part = values[rows, columns]
+    kept = [np.flatnonzero(np.abs(part).sum(axis)) for axis in (1, 0)]
+    names = [down[rows][r] for r in kept[0]], [across[columns][c] for c in kept[1]]
+    top = "".join(f'<th scope="col" class="up">{html.escape(name.strip())}</th>' for name in names[1])
+    lines = [
+        f'<tr><th scope="row">{html.escape(name.strip())}</th>{"".join(_cell(float(v) / largest) for v in line)}</tr>'
+        for name, line in zip(names[0], part[np.ix_(*kept)], strict=True)
+    ]
+    head = f"<thead><tr><th>{html.escape(axes)}</th>{top}</tr></thead>"
+    region = f'class="heat" tabindex="0" role="region" aria-label="{html.escape(axes)}"'
+    return f"<div {region}><table>{head}<tbody>{''.join(lines)}</tbody></table></div>"
+
+
+def _cell(share: float) -> str:
+    if abs(share) < LEAST:
+        return "<td></td>"
+    sign = "" if abs(share) < SIGNED else "+" if share > 0 else "−"
+    return f'<td {_tint(share)} title="{100 * share:+.0f} % of the strongest pair">{sign}</td>'
+
+
+# --- intervals as a picture -------------------------------------------------------------------------------------------
+
+WIDE, LEFT, RIGHT, STEP = 560, 14, 546, 50  # of a chart, its first and last value, and a row of it
+
+
+def interval_chart(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Inline SVG of effects, one row each: predicted with its 95 % interval (dot and bar), and retrained (ring).
 
     lines: those of `Prediction.lines`; the first CHART_ROWS are drawn, and the rest are counted under the picture.
     """
     drawn = lines[:CHART_ROWS]
-    ends = [line[key] for line in drawn for key in ("base", "predicted", "actual") if key in line]
+    if not drawn:
+        return ""
+    ends = [0.0]
     for line in drawn:
-        ends += [line["predicted"] - (reach(line) or 0), line["predicted"] + (reach(line) or 0)]
-    low, high = min(ends), max(ends)
-    span = (high - low) or 1.0
+        ends += [line["effect"] - (reach(line) or 0), line["effect"] + (reach(line) or 0)]
+        ends += [line["actual"] - line["base"]] if "actual" in line else []
+    ticks = round_ticks(min(ends), max(ends))
 
     def x(value: float) -> float:
-        return round(310 + 480 * (value - low) / span, 1)
+        return round(LEFT + (RIGHT - LEFT) * (value - ticks[0]) / (ticks[-1] - ticks[0]), 1)
 
-    bottom = 26 * len(drawn) + 10
-    parts = [_chart_row(line, 26 * i + 16, x) for i, line in enumerate(drawn)]
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        at = x(low + share * span)
-        parts.append(f'<path class="grid" d="M{at} 4V{bottom}"/><text class="axis" x="{at}" y="{bottom + 16}">')
-        parts.append(f"{low + share * span:.3g}</text>")
-    parts.append(f'<text class="axis" x="550" y="{bottom + 34}">value of the query ({html.escape(unit)})</text>')
+    bottom = STEP * len(drawn) + 4
+    parts = []
+    for tick in ticks:
+        kind = "zero" if tick == 0 else "grid"
+        parts.append(f'<path class="{kind}" d="M{x(tick)} 4V{bottom}"/>')
+        parts.append(f'<text class="axis" x="{min(max(x(tick), 22), WIDE - 22)}" y="{bottom + 18}">{tick:g}</text>')
+    parts += [_chart_row(line, STEP * i, x) for i, line in enumerate(drawn)]
+    units = {line["unit"] for line in drawn}
+    named = f"change in {units.pop()}" if len(units) == 1 and "" not in units else "change, each in its own unit"
+    parts.append(
+        f'<text class="axis" x="{WIDE / 2}" y="{bottom + 38}">{html.escape(named)}: right of 0 it rises</text>'
+    )
     rest = len(lines) - len(drawn)
-    more = f'<p class="note">{rest} more are not drawn.</p>' if rest else ""
-    key = "| base &nbsp; ● predicted, with its 95 % interval" + (
-        " &nbsp; ◯ actual" if any("actual" in line for line in drawn) else ""
+    more = note(f"{rest} more are not drawn.") if rest else ""
+    label = "Predicted effects with their 95 % intervals; the table has the numbers"
+    picture = (
+        f'<svg class="chart" viewBox="0 0 {WIDE} {bottom + 46}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
     )
-    return (
-        f'<svg class="chart" viewBox="0 0 820 {bottom + 40}" role="img">{"".join(parts)}</svg>'
-        f'<p class="note">{key}</p>{more}'
-    )
+    return f"{_chart_key(any('actual' in line for line in drawn))}{picture}{more}"
 
 
-def _chart_row(line: Mapping[str, Any], y: int, x: Callable[[float], float]) -> str:
-    label = html.escape(shorten(f"{line['query']} without {line['without']}", 46))
-    parts = [f'<text class="label" x="300" y="{y + 4}">{label}</text>']
+def _chart_key(proven: bool) -> str:
+    """What the marks are, drawn as they are."""
+
+    def mark(drawn: str) -> str:
+        return (
+            f'<svg class="chart" style="display:inline;width:34px" viewBox="0 0 34 16" aria-hidden="true">{drawn}</svg>'
+        )
+
+    predicted = mark('<path class="bar" d="M1 8H33"/><circle class="dot" cx="17" cy="8" r="5"/>')
+    ring = mark('<circle class="ring" cx="17" cy="8" r="6"/>')
+    retrained = f" &nbsp; {ring} retrained" if proven else ""
+    return f'<p class="legend">{predicted} predicted, with its 95 % interval{retrained}</p>'
+
+
+def _chart_row(line: Mapping[str, Any], top: int, x: Callable[[float], float]) -> str:
+    y, label = top + 36, shorten(f"{line['query']} without {line['without']}", 66)
+    parts = [f'<text x="{LEFT}" y="{top + 20}">{html.escape(label)}</text>']
     if (half := reach(line)) is not None:
-        ends = x(line["predicted"] - half), x(line["predicted"] + half)
-        parts.append(f'<path class="bar" d="M{ends[0]} {y}H{ends[1]}"/>')
-    at = x(line["base"])
-    parts.append(f'<path class="base" d="M{at} {y - 7}V{y + 7}"/>')
-    parts.append(f'<circle class="dot" cx="{x(line["predicted"])}" cy="{y}" r="4"/>')
+        parts.append(f'<path class="bar" d="M{x(line["effect"] - half)} {y}H{x(line["effect"] + half)}"/>')
+    parts.append(f'<circle class="dot" cx="{x(line["effect"])}" cy="{y}" r="5"/>')
     if "actual" in line:
-        parts.append(f'<circle class="ring" cx="{x(line["actual"])}" cy="{y}" r="6"/>')
+        parts.append(f'<circle class="ring" cx="{x(line["actual"] - line["base"])}" cy="{y}" r="7"/>')
     return "".join(parts)
+
+
+def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers around a range: 1, 2 or 5 times a power of ten apart."""
+    rough = ((high - low) or abs(high) or 1.0) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{n * step:.12g}") for n in range(first, max(last, first + 1) + 1)]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 INTERVAL = re.compile(r"(?<=\d) (\[-?[\d.e+-]+, -?[\d.e+-]+\])$")  # behind a number, at the end of a cell
+NARROW = 80  # of a terminal: what does not fit there is shown a row a block
+READABLE = 12  # letters of a column that words are wrapped in
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Table:
     notes: Sequence[str] = ()
 
     def __str__(self) -> str:
-        """As wide as the terminal; where that is too narrow, an interval stands below its mean, and texts take several lines."""
+        """As wide as the terminal: where that is too narrow, intervals stand below their means and texts take several lines;
+        where columns would be too narrow to read, a row is a block of lines."""
         from rich.console import Console
         from rich.table import Table as Drawn
         from rich.text import Text
@@ -35,9 +39,13 @@ class Table:
         console = Console(force_terminal=False, force_jupyter=False)
         room, shown = console.width - 3 * len(self.headers) + 1, [[number(cell) for cell in row] for row in self.rows]
         if sum(map(_width, zip(self.headers, *shown, strict=True))) > room:
+            if console.width < NARROW:
+                return self._stacked(shown, console.width)
             shown = [[INTERVAL.sub(r"\n\1", cell) for cell in row] for row in shown]
         widths = _fitted([*zip(self.headers, *shown, strict=True)], room)
-        drawn = Drawn(title=self.title and Text(self.title), title_justify="left", pad_edge=False)
+        if widths is None:
+            return self._stacked([[number(cell) for cell in row] for row in self.rows], console.width)
+        drawn = Drawn(pad_edge=False)
         for column, (header, width) in enumerate(zip(self.headers, widths, strict=True)):
             numeric = bool(shown) and all(_is_number(row[column]) for row in self.rows)
             drawn.add_column(Text(header), justify="right" if numeric else "left", overflow="fold", width=width)
@@ -45,7 +53,25 @@ class Table:
             drawn.add_row(*map(Text, row))
         with console.capture() as captured:
             console.print(drawn)
-        return "\n".join([captured.get().rstrip("\n"), *self.notes])
+        return self._framed(captured.get().rstrip("\n"), console.width)
+
+    def _stacked(self, shown: Sequence[Sequence[str]], width: int) -> str:
+        """A block of lines for each row: the header of a cell, and its text, which goes on below where the line ends."""
+        name = min(max(map(len, self.headers), default=0), max(width // 3, 1))
+        blocks = [
+            "\n".join(
+                line
+                for header, cell in zip(self.headers, row, strict=True)
+                if cell.strip()
+                for line in _beside(wrapped(header, name), wrapped(cell, max(width - name - 2, 1)), name)
+            )
+            for row in shown
+        ]
+        return self._framed("\n\n".join(blocks), width)
+
+    def _framed(self, drawn: str, width: int) -> str:
+        title = [] if not self.title else ["\n".join(wrapped(self.title, width))]
+        return "\n".join([*title, drawn, *("\n".join(wrapped(note, width)) for note in self.notes)])
 
     def _repr_html_(self) -> str:
         title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
@@ -55,8 +81,12 @@ class Table:
         return f"<table>{title}<tr>{top}</tr>{''.join(lines)}</table>{notes}"
 
     def html(self) -> str:
-        """The table for a page."""
-        return self._repr_html_()
+        """The table for a page, which scrolls by itself where it is too wide."""
+        return f'<div class="scroll" tabindex="0">{self._repr_html_()}</div>'
+
+    def plain(self) -> Table:
+        """Without its title."""
+        return replace(self, title=None)
 
 
 def _width(texts: Iterable[str]) -> int:
@@ -66,20 +96,40 @@ def _width(texts: Iterable[str]) -> int:
     return max((cell_len(line) for text in texts for line in text.splitlines()), default=0)
 
 
-def _fitted(columns: Sequence[Sequence[str]], room: int) -> list[int]:
-    """A width for each column, of all together at most `room`: where that is little, first the texts and then the longest
-    words are broken."""
+def _fitted(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
+    """A width for each column, of all together at most `room`: where that is little, texts are broken, but no words, and none
+    into columns of a few letters. None where that does not fit."""
     whole = [max(1, _width(texts)) for texts in columns]
     words = [max(1, _width(word for text in texts for word in text.split())) for texts in columns]
-    for least, most in ((words, whole), ([1] * len(columns), words)):
-        if sum(least) <= room:
-            widths = least
-            while (left := room - sum(widths)) > 0 and (open_ := [i for i, w in enumerate(widths) if w < most[i]]):
-                narrow = min(widths[i] for i in open_)
-                growing = [i for i in open_ if widths[i] == narrow][:left]
-                widths = [w + (i in growing) for i, w in enumerate(widths)]
-            return widths
-    return [1] * len(columns)
+    widths = [max(word, min(all_, READABLE)) for word, all_ in zip(words, whole, strict=True)]
+    if sum(widths) > room:
+        return None
+    while (left := room - sum(widths)) > 0 and (open_ := [i for i, w in enumerate(widths) if w < whole[i]]):
+        narrow = min(widths[i] for i in open_)
+        growing = [i for i in open_ if widths[i] == narrow][:left]
+        widths = [w + (i in growing) for i, w in enumerate(widths)]
+    return widths
+
+
+def terminal_width() -> int:
+    """Columns of the terminal, as tables are drawn in them."""
+    from rich.console import Console
+
+    return Console(force_terminal=False, force_jupyter=False).width
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """A text in lines of at most so many cells of a terminal, broken between words where it can be."""
+    from rich.console import Console
+    from rich.text import Text
+
+    lines = Text(text).wrap(Console(width=width, force_terminal=False), width, overflow="fold")
+    return [line.plain.rstrip() for line in lines] or [""]
+
+
+def _beside(names: Sequence[str], lines: Sequence[str], width: int) -> list[str]:
+    both = zip_longest(names, lines, fillvalue="")
+    return [f"{name}{' ' * (width - _width([name]))}  {line}".rstrip() for name, line in both]
 
 
 class Tabular:
@@ -93,7 +143,7 @@ class Tabular:
         return str(self.table())
 
     def _repr_html_(self) -> str:
-        return self.table().html()
+        return self.table()._repr_html_()
 
 
 @dataclass(frozen=True)

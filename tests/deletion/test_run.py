@@ -85,14 +85,14 @@ def test_results_print_as_tables_and_show_as_html(measured, recipe):
     (curve,) = measured.curve(QUERIES[:1], sets[:1], points=3)
     found = Verification(**vars(prediction), actual=prediction.mean, measured=np.array([False, True]))
     for result, words in (
-        (prediction, ("query", "predicted", "verdict", QUERIES[0])),
-        (found, ("actual", "already", "relative_error: ", "already_measured: 1")),
-        (curve, ("Without", "share", "0.5")),
+        (prediction, ("query", "effect (nats)", "verdict", QUERIES[0], "can be told from zero")),
+        (found, ("retrained", "measured before", "relative_error: ", "already_measured: 1")),
+        (curve, ("Without", "share", "50 %")),
     ):
         shown = str(result)
         assert all(word in shown for word in words), shown
         assert "\x1b" not in shown and "<table>" in result._repr_html_()
-    assert len(found.table().rows) == 6 and found.table().rows[0][-1] == "yes"
+    assert len(found.table().rows) == 6 and found.table().rows[0][4] == "yes"
 
 
 def test_truth_is_computed_once(recipe, tmp_path, monkeypatch):

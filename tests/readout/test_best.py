@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leaveout.readout.scan import Best, at_resolution, ranking
-from leaveout.readout.search import BestGroups
+from leaveout.readout.scan import Best, BestGroups, at_resolution, ranking
 
 from .conftest import ranked
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from leaveout.cli.marked import print_legend, print_marked
 from leaveout.cli.program import (
     BehaviourFile,
     Columns,
@@ -30,15 +31,18 @@ from leaveout.cli.program import (
     to_line,
 )
 from leaveout.cli.readout import IndexPath, ModelAt, open_index
-from leaveout.tables import Table, shorten
+from leaveout.tables import Table, shorten, terminal_width, wrapped
 
 if TYPE_CHECKING:
+    from leaveout.readout.explain import Explanation
     from leaveout.readout.groups import GroupScore
     from leaveout.readout.index import Index
     from leaveout.readout.search import Hit, Hits, SearchOptions
 
 CELL = 70
 """Characters of a row that a table shows."""
+TEXTS = 4
+"""Texts of a behaviour that `explain` shows."""
 
 Length = Annotated[
     str,
@@ -148,7 +152,7 @@ def search(
         require_written(out)
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     from leaveout.readout.rerank import Refinement
-    from leaveout.readout.search import SearchOptions, find, planned, refuse
+    from leaveout.readout.search import LOOKED_AT, SearchOptions, find, planned, refuse, usual_best, usual_scores
 
     scanners: Any = backend  # checked there
     counted: Any = length  # there, too
@@ -168,24 +172,54 @@ def search(
     if against:
         rows = [both for row in rows for both in (row, row.swapped)]
     encoded, asked_for = opened.encode(rows), control_answer or controls
-    found = find(opened, rows if options.rerank or asked_for else encoded, k, where, options, asked_for)
+    deep = k if json_ or rerank or reencode or refine else max(k, min(LOOKED_AT, shortlist or LOOKED_AT))
+    looked_at = find(opened, rows if options.rerank or asked_for else encoded, deep, where, options, asked_for)
+    found = [hits.best(k) for hits in looked_at]
     if html is not None:
         from leaveout.report import search_page
 
-        html.write_text(search_page(opened, rows, encoded.texts, found, options), encoding="utf-8")
+        html.write_text(search_page(opened, rows, encoded.texts, looked_at, options, k), encoding="utf-8")
     if out is not None:
         pairs = zip(encoded.texts, found, strict=True)
         write_rows(out, [{"query": text, **record} for text, hits in pairs for record in hits.records()])
-    for row, text, hits in zip(rows, encoded.texts, found, strict=True):
-        if json_:
-            more = {} if hits.controls is None else {"controls": hits.controls.facts()}
+    if json_:
+        for text, hits in zip(encoded.texts, found, strict=True):
+            more: dict[str, Any] = {} if hits.controls is None else {"controls": hits.controls.facts()}
+            more |= {} if hits.step_error is None else {"step_error": hits.step_error}
             print(to_line({"query": text, "hits": [_hit(hit) for hit in hits], **more}))
-        else:
-            shown = _passages(opened, row, hits, options)
-            lines = [(hit.rank, hit.score, hit.id, shown[hit.id], _meta(hit.meta)) for hit in hits]
-            print(Table(["rank", "score", "id", "text", "fields"], lines, shorten(text, 100)))
-            if hits.controls is not None:
-                print(hits.controls)
+        return
+    usual = usual_scores(opened, encoded, usual_best(opened, options), options.length)
+    for row, text, hits, deeper, each in zip(rows, encoded.texts, found, looked_at, usual, strict=True):
+        _print_hits(opened, row, text, hits, deeper, each, options)
+
+
+def _print_hits(
+    opened: Index, row: Any, text: str, hits: Hits, deeper: Hits, usual: float, options: SearchOptions
+) -> None:
+    """What was found in a sentence, the hits with the passages that matter, and what their numbers are."""
+    from leaveout.readout.search import told
+    from leaveout.words import USUAL
+
+    print(f"Asked: {shorten(text, 200)}")
+    print(*wrapped(told(opened, deeper, usual=usual), terminal_width()), sep="\n")
+    shown = _passages(opened, row, hits, options)
+    score = "x usual" if usual else "score"
+    lines = [
+        (hit.rank, hit.score / usual if usual else hit.score, hit.id, shown[hit.id], _meta(hit.meta)) for hit in hits
+    ]
+    with_fields = any(line[-1] for line in lines)
+    cut = slice(None) if with_fields else slice(-1)
+    print(
+        Table(
+            ["rank", score, "id", "text", "fields"][cut], [line[cut] for line in lines], notes=[USUAL] if usual else []
+        )
+    )
+    if hits.step_error is not None:
+        print(
+            f"Scored through the whole model; twice the step would change these scores by {100 * hits.step_error:.2g} %."
+        )
+    if hits.controls is not None:
+        print(hits.controls)
 
 
 @app.command()
@@ -210,7 +244,7 @@ def groups(
     device_map: DeviceMap = None,
     json_: Json = False,
 ) -> None:
-    """Sum up what whole groups of rows, such as sources, did to a text, with 95 % intervals over their rows.
+    """Sum up what whole groups of rows, such as sources, did to a text. With 95 % intervals over their rows.
 
     Example: leaveout groups idx --query " Bergen" --by source
     """
@@ -254,11 +288,12 @@ def explain(
     prompt: Prompt = None,
     against: Against = None,
     behaviour: BehaviourFile = None,
+    columns: Columns = None,
     form: Form = None,
     length: Length = "cosine",
     prompt_weight: PromptWeight = None,
     html: Annotated[Path | None, typer.Option(help="Also write a heat map.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Pairs of tokens to list.")] = 15,
+    top: Annotated[int, typer.Option(min=1, help="Pairs of words to list (with --json, of tokens).")] = 15,
     model: ModelAt = None,
     device: Device = "cpu",
     offload: Offload = "auto",
@@ -266,43 +301,75 @@ def explain(
     device_map: DeviceMap = None,
     json_: Json = False,
 ) -> None:
-    """Show which tokens of a row answer which of the query.
+    """Show which words of a row answer which of the query.
 
     Example: leaveout explain idx --query "The tower is in Lyon" --id row-17 --html why.html
     """
     import numpy as np
 
+    from leaveout.readout.explain import text_starts
+    from leaveout.readout.search import SearchOptions
     from leaveout.report import explain_page
 
     require_outputs(html)
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     counted: Any = length  # checked there
     asked = None if query is None else [query]
-    row = next(query_rows(asked, prompt, None, form, opened, against, behaviour))
+    row = next(query_rows(asked, prompt, None, form, opened, against, behaviour, columns))
     found = opened.explain(row, id, length=counted, prompt_weight=prompt_weight)
+    texts = text_starts(opened, row)
     if html is not None:
         called = " rather than ".join([query, *(against or [])]) if query is not None else row.name
-        html.write_text(explain_page(called, found), encoding="utf-8")
+        html.write_text(explain_page(called, found, texts), encoding="utf-8")
+    if not json_:
+        _print_explanation(opened, row, found, texts, top, SearchOptions(counted, prompt_weight=prompt_weight))
+        return
     order = np.argsort(-np.abs(found.pairs), axis=None)[:top]
     places = [(int(q), int(r)) for q, r in zip(*np.unravel_index(order, found.pairs.shape), strict=True)]
-    pairs = [(found.query_tokens[q], found.row_tokens[r], float(found.pairs[q, r]), q, r) for q, r in places]
-    if json_:
-        keys = ("query_token", "row_token", "score", "query_index", "row_index")
-        listed = [dict(zip(keys, pair, strict=True)) for pair in pairs]
-        facts = {"id": id, "score": found.score, "stored_score": found.stored_score, "top": listed}
-        print(
-            to_line(
-                {
-                    **facts,
-                    "query_tokens": found.query_tokens,
-                    "row_tokens": found.row_tokens,
-                    "pairs": found.pairs.tolist(),
-                }
+    listed = [
+        {"query_token": found.query_tokens[q], "row_token": found.row_tokens[r], "score": float(found.pairs[q, r]),
+         "query_index": q, "row_index": r}
+        for q, r in places
+    ]  # fmt: skip
+    facts = {"id": id, "score": found.score, "stored_score": found.stored_score, "top": listed}
+    tokens = {"query_tokens": found.query_tokens, "row_tokens": found.row_tokens, "pairs": found.pairs.tolist()}
+    print(to_line({**facts, **tokens}))
+
+
+def _print_explanation(
+    opened: Index, row: Any, found: Explanation, starts: Sequence[int], top: int, options: SearchOptions
+) -> None:
+    """Query and row with their strongest words marked, and the strongest pairs of words."""
+    from leaveout.readout.search import usual_best, usual_scores
+    from leaveout.words import pairs_of_words, strongest, times
+
+    texts, words, pairs = pairs_of_words(found.query_tokens, found.row_tokens, found.pairs, starts)
+    asked, whole = [word for text in texts for word in text], float(abs(pairs).sum()) or 1.0
+    best = strongest(pairs, top)
+    usual = usual_scores(opened, opened.encode([row]), usual_best(opened, options), options.length)[0]
+    score = f"score {found.score:.4g}" + (f", {times(found.score, usual)} the usual best" if usual else "")
+    said = "No word of the row answers any of the query."
+    if best:
+        q, r, value = best[0]
+        does = "answers" if value > 0 else "speaks against"
+        said = f"“{words[r].strip()}” of the row {does} “{asked[q].strip()}” of the query most."
+    print(*wrapped(f"Row {found.id}: {said} ({score})", terminal_width()), "", sep="\n")
+    by_query, first = pairs.sum(1), 0
+    shown = sorted(
+        range(len(texts)), key=lambda n: -abs(by_query[sum(map(len, texts[:n])) :][: len(texts[n])]).max(initial=0)
+    )
+    for n, text in enumerate(texts):
+        if n in shown[:TEXTS]:
+            print_marked(
+                "Query" if len(texts) == 1 else f"Text {n + 1}", text, by_query[first : first + len(text)], by_query
             )
-        )
-    else:
-        title = f"{id}: score {found.score:.4g} (stored {found.stored_score:.4g})"
-        print(Table(["query token", "row token", "score"], [(repr(a), repr(b), s) for a, b, s, _, _ in pairs], title))
+        first += len(text)
+    if len(texts) > TEXTS:
+        print(f"{len(texts) - TEXTS} more texts add less.")
+    print_marked("Row", words, pairs.sum(0))
+    print_legend()
+    lines = [(asked[q].strip(), words[r].strip(), f"{100 * value / whole:+.1f} %") for q, r, value in best]
+    print(Table(["query", "row", "of all pairs"], lines))
 
 
 @app.command()
@@ -380,7 +447,7 @@ def _passages(opened: Index, row: Any, hits: Hits, options: SearchOptions) -> di
     import numpy as np
 
     from leaveout.readout.explain import explain_rows
-    from leaveout.web.words import passage, words_of
+    from leaveout.words import passage, words_of
 
     shown = {hit.id: shorten(hit.text, CELL) for hit in hits}
     long = [hit.id for hit in hits if len(hit.text) > CELL]

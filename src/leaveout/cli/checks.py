@@ -19,29 +19,37 @@ from leaveout.cli.program import (
     one_thread,
     open_rows,
     open_run,
-    print_facts,
     remembered,
     to_line,
 )
 from leaveout.cli.readout import open_index
-from leaveout.tables import Diagnosis
+from leaveout.tables import Diagnosis, terminal_width, wrapped
 
 Place = Annotated[Path, typer.Argument(metavar="IDX|RUN", help="Directory of an index or of a training run.")]
 
 
 @app.command()
 def info(place: Place, json_: Json = False) -> None:
-    """Rows, bytes, settings and model of an index; or recipe, units and measurements of a training run.
+    """Say what an index or a run is: rows, model, units, measurements. All its settings: with --json.
 
     Example: leaveout info idx --json
     """
+    from leaveout.words import index_sentences, run_sentences
+
     facts = _run_facts(place) if is_run(place) else open_index(place).info()
-    print_facts({**facts, "commands": remembered(place)}, json_)
+    if json_:
+        print(to_line({**facts, "commands": remembered(place)}))
+        return
+    sentences = run_sentences(facts) if is_run(place) else index_sentences(facts)
+    made = [f"Made by: {one['command']} ({one['date']}, in {one['in']})" for one in remembered(place)]
+    for line in [*sentences, *(f"Note: {note}" for note in facts["notes"]), *made]:
+        print(*wrapped(line, terminal_width()), sep="\n")
+    print("All settings: the same with --json.")
 
 
 @app.command()
 def check(place: Place, json_: Json = False) -> None:
-    """Read every file of an index or a training run and compare it with its hashes; exit 1 if something is wrong.
+    """Compare every file of an index or a run with its hashes. Exit 1 if something is wrong.
 
     Example: leaveout check idx
     """
@@ -78,9 +86,10 @@ def doctor(
     degree: Annotated[int | None, typer.Option(min=2, help="Of that check, which it asks for (default 4).")] = None,
     json_: Json = False,
 ) -> None:
-    """Check a model before indexing with it: head, numbers, batch and padding invariance, tokenizer. Of an index, or with
-    --rows: has the model learned most rows to almost no loss, and how are they ranked then? Or try a few steps of a
-    training recipe: seconds, randomness, kinks, what can be measured. --growth takes far longer and says how long.
+    """Check a model, an index or a recipe before the work. Of a model: head, numbers, batch and padding invariance,
+    tokenizer. Of an index, or with --rows: has the model learned most rows to almost no loss, and how are they ranked
+    then? Of a recipe a few steps are tried: seconds, randomness, kinks, what can be measured. --growth takes far longer and
+    says how long.
 
     Example: leaveout doctor EleutherAI/pythia-70m
     """
@@ -104,8 +113,8 @@ def demo(
     workers: Workers = 1,
     json_: Json = False,
 ) -> None:
-    """Find planted culprits for a few answers with SmolLM2-135M; then train a small model, predict it without each of
-    its sources, and retrain it to see.
+    """Find planted culprits, leave sources out, retrain to see. Culprits of a few answers, with SmolLM2-135M; then a small
+    model is trained, predicted without each of its sources, and retrained.
 
     Example: leaveout demo --out demo
     """

@@ -67,6 +67,10 @@ Meaning = Annotated[
     ),
 ]
 Html = Annotated[Path | None, typer.Option(help="Also write a page with a picture of the intervals.")]
+AllPairs = Annotated[
+    bool,
+    typer.Option("--all-pairs", help="Also show sets with queries that they were not chosen for (`attribute --sets`)."),
+]
 
 
 @app.command()
@@ -76,7 +80,7 @@ def train(
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:
-    """Train a recipe on all its data; killed, the same command goes on, finished, it reopens the run.
+    """Train a recipe on all its data. Killed, the same command goes on; finished, it reopens the run.
 
     Example: leaveout train recipe.yaml --out run
     """
@@ -129,7 +133,7 @@ def measure(
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:
-    """Add measurements to the bank of a run: jets, retrainings, the exact first order, or another run's bank. What is
+    """Add measurements to the bank of a run. Jets, retrainings, the exact first order, or another run's bank. What is
     there is not measured again, so that a killed command can be repeated. Without queries, trained parameters are
     kept, and any query can be asked later.
 
@@ -182,9 +186,9 @@ def plan(
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:  # fmt: skip
-    """Say which measurements to buy for a budget: time, disk, memory, and the error to expect (0: exact, 1: nothing is
-    known), best first, with the command that buys them. It begins with two retrainings, which count, and tries the first
-    steps of other runs for at most a tenth of the budget.
+    """Say which measurements to buy for a budget of time. Their time, disk, memory, and the error to expect (0: exact, 1:
+    nothing is known), best first, with the command that buys them. It begins with two retrainings, which count, and tries
+    the first steps of other runs for at most a tenth of the budget.
 
     Example: leaveout plan run --queries questions.jsonl --without rivers --budget 10min
     """
@@ -225,11 +229,11 @@ def predict(
     meaning: Meaning = None,
     curve: Annotated[Path | None, typer.Option(help="Also draw predictions as the share removed grows (.png).")] = None,
     html: Html = None,
+    all_pairs: AllPairs = False,
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:  # fmt: skip
-    """Predict queries under the model trained without some data, with 95 % intervals, from the bank. Nothing is
-    trained. One JSON line per query and set.
+    """Predict a model without some of its data, with 95 % intervals. From the bank: nothing is trained.
 
     Of an index, without a recipe: the scores of each set summed up. Sets can be ranked by that, but it is not calibrated, and
     foretells no loss.
@@ -250,7 +254,7 @@ def predict(
         from leaveout.deletion.predict import draw_curves
 
         draw_curves(opened.curve(asked, removed, chosen, meaning=meaning), curve)
-    _print_prediction(found, html, json_)
+    _print_prediction(found, html, json_, all_pairs)
 
 
 NOT_CALIBRATED = (
@@ -281,7 +285,7 @@ def _sum_up(
     opened = open_index(idx, device=device)
     named: dict[str, list[str]] = {}
     given = [[id.strip() for id in entry.split(",") if id.strip()] for entry in without or []]
-    for name, entry in [*(("", ids) for ids in given), *(listed_sets(sets) if sets is not None else [])]:
+    for name, entry, _ in [*(("", ids, "") for ids in given), *(listed_sets(sets) if sets is not None else [])]:
         ids = [entry] if isinstance(entry, str) else list(entry)
         if isinstance(entry, Mapping) and any(share != 1 for share in entry.values()):
             raise FormatError("Scores of an index are of whole rows: leave shares out, or predict with a training run.")
@@ -309,13 +313,14 @@ def verify(
     new_run: Annotated[bool, typer.Option("--new-run", help="Short for --meaning new-run.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="New runs of each set, of which the mean is compared.")] = 1,
     html: Html = None,
+    all_pairs: AllPairs = False,
     workers: Workers = 1,
     backend: Backend = "processes",
     memory: Memory = None,
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:  # fmt: skip
-    """Predict, retrain without the data, and compare: is the actual value inside the 95 % interval? The retrainings
+    """Predict, retrain without the data, and compare. Is the actual value inside the 95 % interval? The retrainings
     are kept and used for nothing else. Sets that were measured already prove nothing: their values are read, and they
     are counted apart. With --json a last line holds the summary.
 
@@ -331,7 +336,7 @@ def verify(
     removed = read_sets(opened, without, without_where, sets)
     meant = "new-run" if new_run else meaning
     found = opened.verify(asked, removed, chosen, settings, meaning=meant, runs=runs)
-    _print_prediction(found, html, json_)
+    _print_prediction(found, html, json_, all_pairs)
     if json_:
         print(to_line({"summary": found.summary()}))
 
@@ -386,12 +391,12 @@ def _require_outputs(html: Path | None, curve: Path | None = None) -> None:
         require_plots()
 
 
-def _print_prediction(found: Prediction, html: Path | None, json_: bool) -> None:
+def _print_prediction(found: Prediction, html: Path | None, json_: bool, all_pairs: bool) -> None:
     if html is not None:
         from leaveout.report import prediction_page
 
-        html.write_text(prediction_page(found), encoding="utf-8")
-    print("\n".join(map(to_line, found.lines())) if json_ else found)
+        html.write_text(prediction_page(found, all_pairs), encoding="utf-8")
+    print("\n".join(map(to_line, found.lines())) if json_ else found.table(all_pairs))
 
 
 # --- the command that a plan's choice stands for -------------------------------------------------------------------

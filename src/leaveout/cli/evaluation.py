@@ -89,7 +89,7 @@ def attribute(
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:
-    """Score every row of a run for every query by one method, and write the scores to a file.
+    """Score every row of a run for every query by one method. The scores go to a file, the best rows are shown.
 
     Example: leaveout attribute run --queries queries.jsonl --method default --out scores.jsonl --sets suspects.jsonl
     """
@@ -154,8 +154,7 @@ def _save_best(sets: Path, recipe: Recipe, scores: np.ndarray, queries: list[str
     from leaveout.metrics import top_rows
 
     best = top_rows(by_unit(recipe, scores, len(queries)), top)
-    called = [f"the best {top} of {name}" for name in queries]
-    save_sets(sets, {name: list(compress(recipe.unit_names, b)) for name, b in zip(called, best, strict=True)})
+    save_sets(sets, {name: list(compress(recipe.unit_names, b)) for name, b in zip(queries, best, strict=True)})
 
 
 @app.command()
@@ -182,7 +181,7 @@ def evaluate(
     device: Device = "cpu",
     json_: Json = False,
 ) -> None:
-    """Judge attribution methods: LDS, QLD, leave-one-out, brittleness, tail-patch, retrieval.
+    """Judge attribution methods by retraining. LDS, QLD, leave-one-out, brittleness, tail-patch, retrieval.
 
     Example: leaveout evaluate run --queries queries.jsonl --method default --method bm25 --subsets 64
     """

@@ -56,7 +56,6 @@ app = typer.Typer(
     cls=_Grouped,
     help="Which training data made the model do this, and what would it do without it?",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -126,7 +125,7 @@ WithoutWhere = Annotated[str | None, typer.Option(help="A set by SQL over id, un
 SetsFile = Annotated[
     Path | None,
     typer.Option(
-        "--sets", help="One set a line: ids with commas, a JSON list, id -> share removed, or {name, without}."
+        "--sets", help="One set a line: ids with commas, a JSON list, id -> share removed, or {name, query, without}."
     ),
 ]
 Memory = Annotated[str | None, typer.Option(help="For all workers, such as 4GB (default: half of what is free).")]
@@ -362,7 +361,9 @@ def read_sets(run: TrainingRun, without: list[str] | None, where: str | None, fi
         found.append(deletion_sets(run.recipe, file))
     if not found:
         raise typer.BadParameter("say what is left out: --without, --without-where or --sets")
-    return DeletionSets(np.concatenate([s.x for s in found]), tuple(label for s in found for label in s.labels))
+    labels = tuple(label for s in found for label in s.labels)
+    chosen = tuple(name for s in found for name in s.chosen or ("",) * len(s))
+    return DeletionSets(np.concatenate([s.x for s in found]), labels, chosen if any(chosen) else ())
 
 
 def require_outputs(*files: Path | None) -> None:

@@ -213,7 +213,7 @@ def append(
     device_map: DeviceMap = None,
     json_: Json = False,
 ) -> None:
-    """Add new rows to an index; rows that it has already are counted, not added.
+    """Add new rows to an index. Rows that it has already are counted, not added.
 
     Example: leaveout append idx more.jsonl
     """
@@ -241,7 +241,7 @@ def merge(
     ],
     json_: Json = False,
 ) -> None:
-    """Make one index of the shards of a corpus, or of indexes that were built with one whitening (`index --shard`,
+    """Make one index of the shards of a corpus, or of several indexes. They were built with one whitening (`index --shard`,
     `index --statistics`). The parts stay; killed, the same command goes on.
 
     Example: leaveout merge idx parts
@@ -260,7 +260,7 @@ def delete(
     where: Where = None,
     json_: Json = False,
 ) -> None:
-    """Hide rows from every search, score and selection; `purge` then removes their bytes.
+    """Hide rows from every search, score and selection. `purge` then removes their bytes.
 
     Example: leaveout delete idx --where "source = 'scraped'"
     """
@@ -276,7 +276,7 @@ def delete(
 
 @app.command()
 def purge(idx: IndexPath, json_: Json = False) -> None:
-    """Remove the bytes and texts of deleted rows from the files, and prove that they are gone.
+    """Remove the bytes of deleted rows, and prove that they are gone. Their texts go, too.
 
     Example: leaveout purge idx
     """

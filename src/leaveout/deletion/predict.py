@@ -19,14 +19,16 @@ from leaveout.tables import Table, Tabular, number, shorten
 SAME_RUN, NEW_RUN = "same run", "new run"
 MEANS = {
     SAME_RUN: "Without means the same run: weight 0 in the same batches.",
-    NEW_RUN: "Without means a new run: rows gone, batches packed anew, another order. Base is the mean of runs with all data, "
-    "and ± is of one run without the set.",
+    NEW_RUN: "Without means a new run: rows gone, batches packed anew, another order. The value with all data is the mean "
+    "of runs, and the interval is that of one run without the set.",
 }
 """What "without" means, in a sentence."""
 UNCERTAIN = "cannot tell from zero"
 A_SEED = "not distinguishable from a new seed"
 NEVER = "never trained on"
 OUTSIDE = "outside of what was tested"
+UNITS = {"loss": "nats", "logit": "logits", "margin": "logits"}
+"""The unit of what a query measures, where it has one."""
 POWER = 2 * (1.959964 + 0.841621) ** 2
 """Runs with and runs without a set that show an effect of one run's deviation, at 95 % and a power of .8: so many of each."""
 
@@ -46,6 +48,8 @@ class Prediction(Tabular):
     meaning  SAME_RUN or NEW_RUN: what "without" means
     run_std  standard deviation of one run's value between orders [query, set], 0 for the same run; known with `freedom`
              degrees of freedom. Intervals of a new run hold both: they are those of one run without the set.
+    measures what each query measures: `loss`, `probability`, `logit`, `margin`, or the name of a function
+    chosen   the query that each set was chosen for, by name; "" where it was for none
     """
 
     queries: tuple[str, ...]
@@ -61,6 +65,8 @@ class Prediction(Tabular):
     meaning: str = SAME_RUN
     run_std: np.ndarray | float = 0.0
     freedom: float = math.inf
+    measures: tuple[str, ...] = ()
+    chosen: tuple[str, ...] = ()
 
     @property
     def mean(self) -> np.ndarray:
@@ -107,8 +113,10 @@ class Prediction(Tabular):
         for i, query in enumerate(self.queries):
             for j, without in enumerate(self.without):
                 known, never = bool(np.isfinite(self.std[i, j])), bool(self.never and self.never[j])
+                measure = self.measures[i] if self.measures else "loss"
                 line: dict[str, Any] = {
-                    "query": query, "without": without, "meaning": self.meaning, "base": float(self.base[i, j]),
+                    "query": query, "measure": measure, "unit": UNITS.get(measure, ""), "without": without,
+                    "meaning": self.meaning, "base": float(self.base[i, j]),
                     "predicted": float(self.mean[i, j]), "effect": float(self.effect[i, j]),
                     "std": 0.0 if never else float(self.std[i, j]) if known else None,
                     "reach": float(reach[i, j]) if known else None, "estimator": self.estimator,
@@ -119,14 +127,22 @@ class Prediction(Tabular):
                     line["run_std"] = float(run_std[i, j])
                 if line["verdict"] == A_SEED and np.isfinite(seeds[i, j]):
                     line["seeds"] = int(seeds[i, j])
+                if self.chosen and self.chosen[j]:
+                    line["chosen_for"] = self.chosen[j]
                 if self.outside[i, j]:
                     line["outside"] = OUTSIDE
                 if self.untrained and self.untrained[j]:
                     line["never_trained_on"] = list(self.untrained[j])
                 yield line
 
-    def table(self) -> Table:
-        return prediction_table([{**line, "query": shorten(line["query"], 60)} for line in self.lines()])
+    def own_lines(self) -> list[dict[str, Any]]:
+        """The lines without those of a set that was chosen for another query."""
+        return [line for line in self.lines() if line.get("chosen_for", line["query"]) == line["query"]]
+
+    def table(self, all_pairs: bool = False) -> Table:
+        """What was found in a sentence or two, and a row a query and set; `all_pairs`: also for sets that were chosen for another
+        query."""
+        return prediction_table([*self.lines()] if all_pairs else self.own_lines())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +198,9 @@ class Verification(Prediction):
             "already_measured": int((~new).sum()),
         }
 
-    def table(self) -> Table:
+    def table(self, all_pairs: bool = False) -> Table:
         notes = [f"{name}: {'unknown' if value is None else number(value)}" for name, value in self.summary().items()]
-        found = super().table()
+        found = super().table(all_pairs)
         return replace(found, notes=[*found.notes, *notes])
 
 
@@ -205,20 +221,78 @@ def _known_mean(values: list[float]) -> float | None:
 
 
 def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """The table of lines of a prediction (`Prediction.lines`), with the actual values if there are any."""
-    headers = ["query", "without", "base", "predicted", "± (95 %)", "verdict"]
-    proven = bool(lines) and "actual" in lines[0]
+    """The table of lines of a prediction (`Prediction.lines`): the effects first, and the real ones if there are any."""
+    units, proven = {line["unit"] for line in lines}, bool(lines) and "actual" in lines[0]
+    one = next(iter(units)) if len(units) == 1 else ""
+    effect = f"effect{one and f' ({one})'} [95 % interval]"
     rows = []
     for line in lines:
-        known = reach(line)
-        interval = "unknown" if known is None else known
+        unit = "" if one or not line["unit"] else f" {line['unit']}"
+        row = (shorten(line["query"], 60), line["without"], f"{_effect(line)}{unit}")
         verdict = ", ".join(line[key] for key in ("verdict", "outside") if key in line) + seeds_of(line)
-        row = (line["query"], line["without"], line["base"], line["predicted"], interval, verdict)
-        inside = "unknown" if known is None else "yes" if line.get("inside") else "no"
-        inside = "already measured" if line.get("already_measured") else inside
-        rows.append((*row, line["actual"], inside) if proven else row)
+        if proven:
+            inside = "unknown" if line["std"] is None else "yes" if line["inside"] else "no"
+            inside = "measured before" if line.get("already_measured") else inside
+            rows.append((*row, f"{line['actual'] - line['base']:+.3g}{unit}", inside, line["base"], verdict))
+        else:
+            rows.append((*row, line["base"], line["predicted"], verdict))
+    more = ["retrained", "inside", "with all data"] if proven else ["with all data", "without it"]
     notes = [MEANS[meaning] for meaning in dict.fromkeys(line["meaning"] for line in lines)]
-    return Table([*headers, "actual", "inside"] if proven else headers, rows, notes=notes)
+    return Table(["query", "left out", effect, *more, "verdict"], rows, told(lines), notes)
+
+
+def _effect(line: Mapping[str, Any]) -> str:
+    half = reach(line)
+    if half is None:
+        return f"{line['effect']:+.3g} (error unknown)"
+    return f"{line['effect']:+.3g} [{line['effect'] - half:+.3g}, {line['effect'] + half:+.3g}]"
+
+
+def told(lines: Sequence[Mapping[str, Any]]) -> str:
+    """What lines of a prediction say, in a sentence or two: the effect, or how many can be told from zero and the largest of
+    them; and how many retrained values lie where they were predicted."""
+    if not lines:
+        return "Nothing was asked."
+    clear = [line for line in lines if line["verdict"] in ("rises", "falls") and line["std"] is not None]
+    first = sentence(lines[0])
+    if len(lines) > 1:
+        first = f"{len(clear)} of {len(lines)} effects can be told from zero."
+        if clear:
+            largest = max(clear, key=lambda line: (line["unit"] == clear[0]["unit"], abs(line["effect"])))
+            first += f" The largest, of “{shorten(largest['query'], 40)}”: {sentence(largest, brief=True)}"
+    fresh = [line for line in lines if line.get("inside") is not None and not line["already_measured"]]
+    if not fresh:
+        return first
+    good = sum(line["inside"] for line in fresh)
+    if len(fresh) == 1:
+        return f"{first} Retrained: it lies {'inside' if good else 'outside'} the interval."
+    return f"{first} Of {len(fresh)} retrained values {good} lie inside their intervals."
+
+
+def sentence(line: Mapping[str, Any], brief: bool = False) -> str:
+    """One line of a prediction in words, with its unit where it has one; `brief`: without the base."""
+    what, unit = line["measure"], f" {line['unit']}" if line["unit"] else ""
+    half, effect = reach(line), line["effect"]
+    if line["verdict"] == NEVER:
+        return f"Nothing would change: the run was never trained on {line['without']}."
+    if half is None:
+        return (
+            f"Without {line['without']} the {what} would be about {line['predicted']:.3g}{unit}, with an unknown error."
+        )
+    ends = f"95 % interval {effect - half:+.3g} to {effect + half:+.3g}"
+    outside = f", {line['outside']}" if line.get("outside") else ""
+    if line["verdict"] == A_SEED:
+        return (
+            f"Without {line['without']} the {what} of a new run would change by less than runs differ: {A_SEED}"
+            f"{seeds_of(line)} ({ends}{unit}{outside})."
+        )
+    if line["verdict"] == UNCERTAIN:
+        return (
+            f"Without {line['without']} the {what} would hardly change, as far as can be told ({ends}{unit}{outside})."
+        )
+    change = f"{'rise' if effect > 0 else 'fall'} by {abs(effect):.3g}{unit}"
+    base = "" if brief else f", from {line['base']:.3g} to {line['predicted']:.3g}"
+    return f"Without {line['without']} the {what} would {change} ({ends}{outside}){base}."
 
 
 def reach(line: Mapping[str, Any]) -> float | None:

@@ -490,7 +490,7 @@ class TrainingRun:
         return Prediction(
             tuple(q.name for q in asked), sets.labels, base, effect, std, settings.name, factor,
             untrained=tuple(tuple(names[i] for i in places) for places in untrained), never=tuple(never.tolist()),
-            outside=outside & ~never, meaning=meant, **more,
+            outside=outside & ~never, measures=tuple(q.called for q in asked), chosen=sets.chosen, meaning=meant, **more,
         )  # fmt: skip
 
     def curve(
@@ -507,7 +507,7 @@ class TrainingRun:
         shares = np.linspace(0, 1, points)
         out = []
         for x, name in zip(sets.x, sets.labels, strict=True):
-            along = DeletionSets(shares[:, None] * x, tuple(f"{s:g}" for s in shares))
+            along = DeletionSets(shares[:, None] * x, tuple(f"{100 * s:g} %" for s in shares))
             out.append(Curve(name, shares, self.predict(queries, along, estimator, meaning=meaning)))
         return out
 

@@ -21,10 +21,12 @@ SHOWN = 4  # ids in the label of a set
 
 @dataclass(frozen=True)
 class DeletionSets:
-    """x [sets, units] float64, the share of each unit that is removed (1: all of it), and a label for each set."""
+    """x [sets, units] float64, the share of each unit that is removed (1: all of it), a label for each set, and the name of the
+    query that it was chosen for, where it was for one."""
 
     x: np.ndarray
     labels: tuple[str, ...]
+    chosen: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,13 +41,13 @@ def deletion_sets(recipe: Recipe, without: Without) -> DeletionSets:
 
     without: one set (an id, a list or array of ids), several (a list of lists), sets with shares (id -> share removed, 0 to
         1), or the path of a file with one set a line: JSON (a list, an object, or `{"without": ...}`, which may have a
-        `name` to be called by), or ids separated by commas. An id is that of a unit, or of an example; naming some but
-        not all examples of a unit is refused.
+        `name` to be called by, and the `query` that it was chosen for), or ids separated by commas. An id is that of a
+        unit, or of an example; naming some but not all examples of a unit is refused.
     Raises: FormatError for an unknown id, an empty set, two shares of one unit, a set that leaves nothing to train on.
     """
     if isinstance(without, DeletionSets):
         return without
-    listed = [(name, [entry] if isinstance(entry, str) else entry) for name, entry in listed_sets(without)]
+    listed = [(name, [entry] if isinstance(entry, str) else entry, of) for name, entry, of in listed_sets(without)]
     if not listed:
         raise FormatError("There is no deletion set: name at least one id.")
     units = {name: g for g, name in enumerate(recipe.unit_names)}
@@ -54,16 +56,17 @@ def deletion_sets(recipe: Recipe, without: Without) -> DeletionSets:
     for id, g in zip(recipe.ids, recipe.unit_of.tolist(), strict=True):
         members[g].add(id)
         unit_of[id] = g
-    rows = [_vector(entry, units, unit_of, members) for _, entry in listed]
-    return DeletionSets(np.stack(rows), tuple(name or label(entry) for name, entry in listed))
+    rows = [_vector(entry, units, unit_of, members) for _, entry, _ in listed]
+    labels = tuple(name or label(entry) for name, entry, _ in listed)
+    return DeletionSets(np.stack(rows), labels, tuple(of for *_, of in listed) if any(of for *_, of in listed) else ())
 
 
-def listed_sets(without: Any) -> list[tuple[str, Any]]:
-    """The name, if any, and what is left out, for each set."""
+def listed_sets(without: Any) -> list[tuple[str, Any, str]]:
+    """The name, if any, what is left out, and the query that it was chosen for, if it was for one, for each set."""
     if isinstance(without, Path):
         return list(_from_file(without))
     if isinstance(without, (str, Mapping)):
-        return [("", without)]
+        return [("", without, "")]
     if isinstance(without, Iterable):
         entries = list(without.tolist() if isinstance(without, np.ndarray) else without)
     if not isinstance(without, Iterable) or not all(isinstance(entry, (str, Iterable)) for entry in entries):
@@ -71,16 +74,16 @@ def listed_sets(without: Any) -> list[tuple[str, Any]]:
             f"without is {reprlib.repr(without)}: give ids as texts, a list of them, or a list of such lists."
         )
     if entries and all(isinstance(entry, str) for entry in entries):
-        return [("", entries)]
-    return [("", entry) for entry in entries]
+        return [("", entries, "")]
+    return [("", entry, "") for entry in entries]
 
 
 def save_sets(path: Path, sets: Mapping[str, Collection[str]]) -> None:
-    """Writes sets of ids with their names, one a line, as `deletion_sets` reads them.
+    """Writes sets of ids with the query that each was chosen for, one a line, as `deletion_sets` reads them.
 
     A file that is there is replaced by a whole one.
     """
-    lines = (json.dumps({"name": name, "without": list(ids)}) + "\n" for name, ids in sets.items())
+    lines = (json.dumps({"query": query, "without": list(ids)}) + "\n" for query, ids in sets.items())
     with replacing(path) as part:
         part.write_text("".join(lines), encoding="utf-8")
 
@@ -126,18 +129,19 @@ def _vector(
     return x
 
 
-def _from_file(path: Path) -> Iterable[tuple[str, Any]]:
+def _from_file(path: Path) -> Iterable[tuple[str, Any, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of deletion sets at {path}: give one with a set a line.")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         if line.lstrip()[0] not in "[{":
-            yield "", [part.strip() for part in line.split(",")]
+            yield "", [part.strip() for part in line.split(",")], ""
             continue
         try:
             entry = json.loads(line)
         except ValueError as error:
             raise FormatError(f"Line {number} of {path} is no JSON: {error}.") from None
-        wrapped = isinstance(entry, dict) and "without" in entry and set(entry) <= {"without", "name"}
-        yield (str(entry.get("name") or ""), entry["without"]) if wrapped else ("", entry)
+        wrapped = isinstance(entry, dict) and "without" in entry and set(entry) <= {"without", "name", "query"}
+        found = entry if wrapped else {"without": entry}
+        yield str(found.get("name") or ""), found["without"], str(found.get("query") or "")

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from leaveout.deletion.measurements import MeasureSettings
-from leaveout.deletion.predict import Verification, prediction_table
+from leaveout.deletion.predict import Verification, prediction_table, told
 from leaveout.deletion.run import TrainingRun
-from leaveout.report import heading, interval_chart
+from leaveout.report import heading, interval_chart, verdict
 from leaveout.tables import Table
 from leaveout.training.recipe import Recipe
 
@@ -58,9 +58,8 @@ def run_deletion(out: Path, workers: int = 1, scale: Scale | None = None) -> tup
     by_word = _measured(out, "by-word", 1, scale, workers)
     whole, single = _verify_words(by_word, queries, words, scale, workers)
     own = [line for line in sources.lines() if line["without"] == source_of[line["query"]]]
-    print(
-        replace(prediction_table(own), title="Loss of words that were not trained on, without their own source (nats)")
-    )
+    print("Words that were not trained on, without their own source:")
+    print(prediction_table(own))
     summaries = {
         "sources as units": sources.summary(),
         "words as units, without a source": whole.summary(),
@@ -135,8 +134,9 @@ def _sections(own: list[dict[str, Any]], lines: list[tuple[Any, ...]], scale: Sc
     )
     return [
         heading("What would it do without one source?", note),
+        verdict(told(own)),
         interval_chart(own),
-        prediction_table(own).html(),
+        prediction_table(own).plain().html(),
         heading("All predictions against retraining", more),
         Table(["", *HEADERS], lines).html(),
     ]

@@ -27,9 +27,10 @@ from leaveout.metrics import average_precision
 from leaveout.readout.explain import explain_rows
 from leaveout.readout.index import Index
 from leaveout.readout.model import Readout, load_readout
-from leaveout.readout.search import Hit
-from leaveout.report import heading, highlighted, hit_block, page, quote
+from leaveout.readout.search import LOOKED_AT, Hit, told, usual_best, usual_scores
+from leaveout.report import cut, heading, hit_block, legend, note, page, quote, verdict
 from leaveout.tables import Table
+from leaveout.words import USUAL
 
 HERE = Path(__file__).parent
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -77,7 +78,11 @@ def run_demo(out: str | Path, workers: int = 1, scale: Scale | None = None) -> d
     ]
     headers = ["answer", "culprit", *precision]
     print(Table(headers, lines, "Average precision of the culprits in the full ranking (1 is perfect)"))
-    sections = [_summary(headers, lines, len(indexes["default"]))]
+    sections = [
+        _summary(headers, lines, len(indexes["default"])),
+        legend("adds to the score", "takes away from it"),
+        note(USUAL),
+    ]
     for kind in WHAT:
         sections += _kind_sections(kind, indexes, queries, asked)
     deletion, more = run_deletion(out / "deletion", workers, scale)
@@ -137,14 +142,18 @@ def _kind_sections(kind: str, indexes: dict[str, Index], queries: list[dict], as
     title, preset, story = WHAT[kind]
     index = indexes[preset]
     sections = [heading(title, f"{story} Shown: the five best rows by the {preset} index.")]
+    best = usual_best(index)
     for query, row in zip(queries, asked, strict=True):
         if query["culprit"] != kind:
             continue
-        hits = index.search([row], k=5)[0]
-        sections.append(quote(query["prompt"] + query["response"]))
+        encoded = index.encode([row])
+        usual = usual_scores(index, encoded, best, "cosine")[0]
+        looked_at = index.search(encoded, k=LOOKED_AT)[0]
+        hits = looked_at.best(5)
+        sections += [quote(query["prompt"] + query["response"]), verdict(told(index, looked_at, usual=usual))]
         whys = explain_rows(index, row, [hit.id for hit in hits])
         for hit, why in zip(hits, whys, strict=True):
             shown = Hit(hit.rank, hit.id, hit.score, hit.text, {"source": hit.meta["source"]})
             badge = "planted" if hit.meta["culprit"] == kind else ""
-            sections.append(hit_block(shown, highlighted(why.row_tokens, why.row_weights), badge))
+            sections.append(hit_block(shown, cut(why.row_tokens, why.row_weights), badge, usual))
     return sections

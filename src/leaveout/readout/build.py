@@ -48,6 +48,8 @@ Computed = tuple[int, list[Window]]  # a chunk as it is computed: its number of 
 LISTED = 100  # messages that a report keeps; all are counted
 
 
+LONG = 256  # tokens of a row, from which on a build tells its speed in tokens, too
+
 @dataclass(frozen=True)
 class Pace:
     """How many rows are computed together, and when they are kept; a killed build loses what was not committed.
@@ -360,6 +362,7 @@ def add_rows(
     on_gpu = signer.readout.device.type == "cuda"
     results = run_tasks(tasks, work, start, options.workers, options.backend, on_gpu)
     label = "index" if signer.readout.stream is None else "index, layers streamed"
+    seen = [0, 0]  # rows and tokens
     with _progress(total, label, "row", options) as bar, contextlib.closing(results):
         ahead = 1 if here and signer.readout.device.type != "cpu" else 0
         for number, arrays in enumerate(_arrived(itertools.chain.from_iterable(results), ahead)):
@@ -382,6 +385,9 @@ def add_rows(
             )
             if number == 0:  # what an earlier run did is no part of this run's speed
                 bar.initial = bar.n = chunk.rows[0].number
+            seen = [seen[0] + len(chunk.rows), seen[1] + sum(len(row.ids) for row in chunk.tokens)]
+            if seen[1] > LONG * seen[0]:
+                bar.set_postfix_str(f"{seen[1] / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
             bar.update(chunk.rows[-1].number + 1 - bar.n)
     signer.readout.refuse_changes()
     pending.commit()

@@ -11,7 +11,7 @@ this on some seeds and judged it on others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,13 +25,14 @@ from leaveout.corpus.rows import answer_of, with_answer
 from leaveout.errors import UnsupportedError
 from leaveout.metrics import spearman
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow, query_row
-from leaveout.readout.scan import Best, Length, lengths_in, positions_of
+from leaveout.readout.scan import Best, BestGroups, Length, lengths_in, positions_of
 from leaveout.store import Record
 from leaveout.tables import Table, Tabular
 
 CORRELATION, SHARED = 0.8, 5
 DEPTH, BEST = 100, 10  # rows of a control that are looked at, and hits
 LEAST = 50  # rows of an index: of fewer, ten hits are shared by chance
+Groups = Callable[[np.ndarray], Sequence[Hashable]]
 PAGE = 1024  # entries of the catalogue that are read at a time
 
 
@@ -137,9 +138,11 @@ def controls_of(
     wanted: np.ndarray | None,
     length: Length,
     prompt_weight: float | None,
+    groups: Groups | None = None,
 ) -> list[Controls]:
     """Controls of each query, given the ids of its best hits and of those of its other answer.
 
+    groups  where rows count as one: from row numbers to what says so; then groups are compared, each by its best row
     Cost:   two passes over the catalogue, and exact scores of 500 rows a query.
     Memory: a page of the catalogue, and 100 rows a control.
     Raises: UnsupportedError for an index of less than 50 rows.
@@ -151,16 +154,22 @@ def controls_of(
         )
     vectors = index.encode(queries).vectors
     vectors = index.weighed(vectors, index.scales(vectors, length, prompt_weight))
-    alone, by_words = _ranked(index, [_words(query) for query in queries], wanted)
+    alone, by_words = _ranked(index, [_words(query) for query in queries], wanted, groups)
+
+    def called(ids: Sequence[str]) -> set[Any]:
+        """What is counted of the best of a list: rows, or their groups."""
+        best = ids[:BEST]
+        return set(best if groups is None else groups(index.store.numbers(list(best))))
+
     made: list[Controls] = []
     for query, (hits, theirs) in enumerate(zip(found, others, strict=True)):
         own = [*alone, ("words", "what a text search finds", by_words, query)]
         of = [
-            _control(index, name, what, best.numbers[at], best.scores[at], vectors[query : query + 1], hits, length)
+            _control(index, name, what, best.numbers[at], best.scores[at], vectors[query : query + 1], hits, length, called)
             for name, what, best, at in own
         ]
         if theirs is not None:
-            shared = len({*hits[:BEST]} & {*theirs[:BEST]})
+            shared = len(called(hits) & called(theirs))
             of.append(Control("other answer", "hits of another answer, too", shared, None, tuple(theirs[:BEST])))
         made.append(Controls(tuple(of), "" if theirs is not None else "There was no other answer to compare with."))
     return made
@@ -176,9 +185,14 @@ def _words(query: QueryRow) -> str:
 Ranked = tuple[str, str, Best, int]  # a control's name, what its best rows are, those of it, and of which query
 
 
-def _ranked(index: OpenIndex, texts: Sequence[str], wanted: np.ndarray | None) -> tuple[list[Ranked], Best]:
+def _ranked(
+    index: OpenIndex, texts: Sequence[str], wanted: np.ndarray | None, groups: Groups | None
+) -> tuple[list[Ranked], Best]:
     """The best rows of each control that is the same for all queries, and of the text search."""
-    both, by_words, search = Best(3, DEPTH), Best(len(texts), DEPTH), Bm25(texts)
+    both, by_words = (
+        Best(count, DEPTH) if groups is None else BestGroups(count, DEPTH, groups) for count in (3, len(texts))
+    )
+    search = Bm25(texts)
     for numbers, norms, records in _pages(index, wanted):
         targets = np.array([record.extra["targets"] for record in records], np.float32)
         both.add(numbers, np.stack([norms, targets, -targets], 1))
@@ -212,9 +226,10 @@ def _control(
     vector: Tensor,
     hits: Sequence[str],
     length: Length,
+    called: Callable[[Sequence[str]], set[Any]],
 ) -> Control:
     best = tuple(record.id for record in index.store.rows(numbers[:BEST]))
     scores = index.scores_of(vector, numbers, length=length)[:, 0]
     correlation = float(spearman(values, scores)[0])
-    shared = len({*hits[:BEST]} & {*best})
+    shared = len(called(hits) & called(best))
     return Control(name, what, shared, None if np.isnan(correlation) else correlation, best)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leaveout.corpus.behaviour import measures_of, terms_of
+from leaveout.corpus.behaviour import measures_of, terms_of, texts_of
 from leaveout.readout.forms import pairs
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, check_length, counted
@@ -96,6 +96,12 @@ def explain_rows(
         pieces = token_pieces(row_tokens)
         found.append(Explanation(record.id, query_tokens, pieces, split, float(split.sum()), float(stored_score)))
     return found
+
+
+def text_starts(index: OpenIndex, query: QueryRow) -> list[int]:
+    """The query's tokens at which its second, third, ... text begins: of a contrast or behaviour."""
+    counts = [len(text.ids) for text in index.tokenised(texts_of([query]))]
+    return [sum(counts[: n + 1]) for n in range(len(counts) - 1)]
 
 
 @torch.no_grad()

@@ -140,6 +140,11 @@ class Reranking:
             first = next(batch for batches in some for batch in batches)
             self.along[query, side] = Along.of(self.model, x, first), by
 
+    def error(self, query: int) -> float:
+        """By how much scores of a query change, relative to their size, when the step they are found with doubles (of its side
+        with the larger error)."""
+        return max((along.error for (own, _), (along, _) in self.along.items() if own == query), default=0.0)
+
     def _gradient(self, text: list[Batch], measure: Measure | None) -> Tensor:
         """Gradient of the mean loss of a text, or of a measure of it."""
         if measure is None:

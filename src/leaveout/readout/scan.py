@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
@@ -32,6 +32,7 @@ from leaveout.store import Segment
 # that a step of 1 / 8192 to 1 / 4096 holds nearly all of them. What storing loses is ten times a step (int8) or more.
 DIGITS = 12
 _DROPPED = 23 - DIGITS  # of the digits of a float32
+PAGE = 256  # rows whose entries are read at a time, to see which group they are of
 
 Scanners = Literal["threads", "ray"]
 Length = Literal["product", "cosine"]
@@ -241,3 +242,60 @@ class Best:
         scores_both = np.concatenate([self.scores[query], scores[keep]])
         order = ranking(scores_both)[: self.k]
         self.numbers[query], self.scores[query] = numbers_both[order], scores_both[order]
+
+
+class BestGroups(Best):
+    """The k groups with the highest best rows of each query, each as that row; equal scores (at the
+    resolution of ranks) in order of row numbers.
+
+    Cost: one catalogue entry for every row that beats the k-th group of its query so far; with fewer than k groups
+    that is every row.
+    """
+
+    def __init__(self, n_queries: int, k: int, groups_of: Callable[[np.ndarray], Sequence[Hashable]]) -> None:
+        super().__init__(n_queries, k)
+        self.groups_of = groups_of
+        self.held: list[dict[Hashable, tuple[float, int, float]]] = [{} for _ in range(n_queries)]  # see _consider
+        self.known: dict[int, Hashable] = {}  # groups of the rows that are being added
+
+    def add(self, numbers: np.ndarray, scores: np.ndarray) -> None:
+        self.known.clear()
+        super().add(numbers, scores)
+
+    def add_one(self, query: int, numbers: np.ndarray, scores: np.ndarray) -> None:
+        held, rounded = self.held[query], at_resolution(scores)
+        order = np.argsort(-rounded, kind="stable")
+        for start in range(0, len(order), PAGE):
+            page = order[start : start + PAGE]
+            if len(held) == self.k and rounded[page[0]] <= self._floor(query)[0]:
+                break
+            for at, group in zip(page, self._groups(numbers[page]), strict=True):
+                self._consider(query, group, (float(rounded[at]), int(numbers[at]), float(scores[at])))
+        ranked = sorted(held.values(), key=lambda row: (-row[0], row[1]))
+        self.numbers[query] = np.array([number for _, number, _ in ranked], np.int64)
+        self.scores[query] = np.array([score for _, _, score in ranked], np.float32)
+
+    def _consider(self, query: int, group: Hashable, row: tuple[float, int, float]) -> None:
+        """`row`: score at the resolution of ranks, row number, score."""
+        held = self.held[query]
+        if group in held:
+            if row[0] > held[group][0]:
+                held[group] = row
+            return
+        if len(held) == self.k:
+            floor, worst = self._floor(query)
+            if row[0] <= floor:
+                return
+            del held[worst]
+        held[group] = row
+
+    def _floor(self, query: int) -> tuple[float, Hashable]:
+        """Rounded score and group of the last in the ranking."""
+        group, row = min(self.held[query].items(), key=lambda item: (item[1][0], -item[1][1]))
+        return row[0], group
+
+    def _groups(self, numbers: np.ndarray) -> list[Hashable]:
+        missing = [number for number in numbers.tolist() if number not in self.known]
+        if missing:
+            self.known.update(zip(missing, self.groups_of(np.array(missing)), strict=True))
+        return [self.known[number] for number in numbers.tolist()]

@@ -21,10 +21,10 @@ from leaveout.readout.controls import BEST, Controls, controls_of, other_answers
 from leaveout.readout.forms import Form
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
 from leaveout.readout.rerank import RERANKED, Refinement, Reranking
-from leaveout.readout.scan import Best, Length, Scanners, at_resolution, check_length
+from leaveout.readout.scan import Best, BestGroups, Length, Scanners, check_length
 from leaveout.readout.shortlist import SearchPlan, plan_search
+from leaveout.words import shared_words, standing_out, verdict
 
-PAGE = 256  # rows whose entries are read at a time
 VECTORS = 32  # rows whose vectors are read at a time: of the widest preset, 16 MiB
 
 
@@ -44,6 +44,14 @@ class Hits(list[Hit]):
     """The hits of one query, best first; `controls`: whether anything but the query explains them, where that was asked."""
 
     controls: Controls | None = None
+    step_error: float | None = None
+    """Of scores through the whole model: how much they change, relative to their size, when their step doubles."""
+
+    def best(self, k: int) -> Hits:
+        """The first k, with what is known of all."""
+        kept = Hits(self[:k])
+        kept.controls, kept.step_error = self.controls, self.step_error
+        return kept
 
     def records(self) -> list[dict[str, Any]]:
         """Rank, score, id and text of each hit, and its fields; one that is called as these gets `row_` before its name."""
@@ -181,14 +189,11 @@ def find(
     theirs = iter(_found(index, there, BEST, wanted, options) if there else ())
     ids = [None if other is None else [hit.id for hit in next(theirs)] for other in others]
     named = [[hit.id for hit in hits] for hits in found]
-    checked = controls_of(index, queries, named, ids, wanted, options.length, options.prompt_weight)
-    return [_kept(hits, k, own) for hits, own in zip(found, checked, strict=True)]
-
-
-def _kept(hits: Hits, k: int, controls: Controls) -> Hits:
-    kept = Hits(hits[:k])
-    kept.controls = controls
-    return kept
+    groups = _groups(index, options)
+    checked = controls_of(index, queries, named, ids, wanted, options.length, options.prompt_weight, groups)
+    for hits, own in zip(found, checked, strict=True):
+        hits.controls = own
+    return [hits.best(k) for hits in found]
 
 
 def _found(
@@ -209,25 +214,81 @@ def _found(
             ranking = Reranking(index, queries, options.refine, asked, scales)
     if isinstance(options.unique, bool):
         best = _ranked(index, encoded, k, wanted, options, ranking)
-        return [hits(index, *one) for one in zip(best.numbers, best.scores, strict=True)]
+        found = zip(best.numbers, best.scores, strict=True)
+        return [hits(index, *one, ranking and ranking.error(n)) for n, one in enumerate(found)]
     depth = 4 * k
     while True:  # deeper and deeper, until k rows are left that are not alike
         best = _ranked(index, encoded, depth, wanted, options, ranking)
         kept = [distinct(rows, k, options.unique, index.directions, index.form) for rows in best.numbers]
         if all(len(one) == k or len(rows) < depth for one, rows in zip(kept, best.numbers, strict=True)):
             found = zip(best.numbers, best.scores, kept, strict=True)
-            return [hits(index, rows[one], scores[one]) for rows, scores, one in found]
+            return [
+                hits(index, rows[one], scores[one], ranking and ranking.error(n))
+                for n, (rows, scores, one) in enumerate(found)
+            ]
         depth *= 4
 
 
-def hits(index: OpenIndex, numbers: np.ndarray, scores: np.ndarray) -> Hits:
+LOOKED_AT = 50  # of the best rows, to say how many stand out, and rows of the index that show which words are common
+USUAL = 24  # rows of an index that are asked themselves, to say what the best row usually scores
+LEAST = 50  # rows of an index: among fewer, the best other row says little
+
+
+def usual_best(index: OpenIndex, options: SearchOptions = SearchOptions()) -> float | None:  # frozen
+    """What the best row scores for other texts, were they queries of length one: a list of nothing scores about that.
+
+    Rows of the index, evenly apart, are asked; of the scores of each one's best other row the median counts. None for an index
+    of less than 50 rows, and for scores through the whole model, which have another unit.
+    Cost: a search for 24 queries; from the short forms alone where there are no long ones, which finds a little more.
+    """
+    if len(index) < LEAST or options.rerank:
+        return None
+    length, weight = options.length, options.prompt_weight
+    how = SearchOptions(length, unique=True, prompt_weight=weight, workers=options.workers, backend=options.backend)
+    numbers, groups = index.spread_rows(USUAL), _groups(index, how)
+    assert groups is not None
+    vectors = index.directions(numbers)
+    vectors = index.weighed(vectors, index.scales(vectors, length, weight))
+    if index.long is None:
+        best: Best = BestGroups(len(numbers), 2, groups)
+        _add(best, index.scan_short(vectors, None, length=length), None)
+    else:
+        asked = EncodedQueries(vectors, ("",) * len(numbers), index.fingerprint)
+        best = _ranked(index, asked, 2, None, how, None)
+    found = zip(groups(numbers), best.numbers, best.scores, strict=True)
+    others = [
+        [float(s) for group, s in zip(groups(rows), scores, strict=True) if group != own] for own, rows, scores in found
+    ]
+    usual = float(np.median([scores[0] if scores else 0.0 for scores in others]))
+    return usual if usual > 0 else None
+
+
+def usual_scores(index: OpenIndex, queries: EncodedQueries, usual: float | None, length: Length) -> list[float]:
+    """That (see `usual_best`) in the unit of each query's scores; 0 where it is unknown."""
+    if usual is None or (length == "cosine" and index.settings.sides == 2):
+        return [usual or 0.0] * len(queries)  # those scores do not grow with the length of a query, see `scales`
+    return [usual * float(size) for size in index.form.lengths(queries.vectors)]
+
+
+def told(index: OpenIndex, found: Sequence[Hit], opposite: float = 0.0, usual: float = 0.0) -> str:
+    """One sentence about the best rows of a query, best first: how many stand out, and which words they share (see `verdict`)."""
+    scores = [hit.score for hit in found]
+    count = standing_out(scores, usual or opposite)
+    best = {hit.id for hit in found[:count]}
+    others = [row.text for row in index.store.rows(index.spread_rows(4 * LOOKED_AT)) if row.id not in best]
+    return verdict(scores, opposite, usual, shared_words([hit.text for hit in found[:count]], others))
+
+
+def hits(index: OpenIndex, numbers: np.ndarray, scores: np.ndarray, step_error: float | None = None) -> Hits:
     """Hits of row numbers and their scores, ranked in the given order."""
     records = index.store.rows(numbers)
     columns = index.store.settings.get("columns", {})
-    return Hits(
+    found = Hits(
         Hit(rank, record.id, float(score), record.text, record.meta, _as_it_came(record.row, columns))
         for rank, (record, score) in enumerate(zip(records, scores, strict=True), start=1)
     )
+    found.step_error = step_error
+    return found
 
 
 def _as_it_came(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -267,17 +328,19 @@ def _add_exact(
     """Considers all rows, or those of each query's list, with exact scores: short form, long form, then the model."""
     crew: tuple[int, Scanners] = (options.workers, options.backend)
     vectors, length = queries.vectors, options.length
+    groups = best.groups_of if isinstance(best, BestGroups) and (options.rerank or options.reencode) else None
     lists: list[np.ndarray] | None = None
     if plan.shortlist is not None:
-        lists = _best(index.scan_short(vectors, wanted, *crew, length=length), len(queries), plan.shortlist)
+        found = index.scan_short(vectors, wanted, *crew, length=length)
+        lists = _best(found, len(queries), plan.shortlist, None, None if options.shortlist else groups, k)
     if ranking is not None:
         found = index.scan(vectors, _either(lists, wanted), *crew, length=length)
-        lists = _best(found, len(queries), max(k, options.rerank), lists)
+        lists = _best(found, len(queries), max(k, options.rerank), lists, groups, k)
         for query, numbers in enumerate(lists):
             best.add_one(query, numbers, ranking.scores(query, numbers, length))
     elif options.reencode and index.long is not None:
         found = index.scan(vectors, _either(lists, wanted), *crew, length=length)
-        lists = _best(found, len(queries), max(k, options.reencode), lists)
+        lists = _best(found, len(queries), max(k, options.reencode), lists, groups, k)
         _add(best, index.scan_anew(vectors, _either(lists, wanted), length=length), lists)
     else:
         _add(best, index.scan(vectors, _either(lists, wanted), *crew, length=length), lists)
@@ -300,12 +363,20 @@ def _add(best: Best, found: Iterator[tuple[np.ndarray, np.ndarray]], lists: list
 
 
 def _best(
-    found: Iterator[tuple[np.ndarray, np.ndarray]], n_queries: int, k: int, lists: list[np.ndarray] | None = None
+    found: Iterator[tuple[np.ndarray, np.ndarray]],
+    n_queries: int,
+    k: int,
+    lists: list[np.ndarray] | None = None,
+    groups: Callable[[np.ndarray], Sequence[Hashable]] | None = None,
+    n_groups: int = 0,
 ) -> list[np.ndarray]:
-    """Numbers, ascending, of the k best rows of each query."""
-    best = Best(n_queries, k)
-    _add(best, found, lists)
-    return [np.sort(one) for one in best.numbers]
+    """Numbers, ascending, of the k best rows of each query, and of the best row of each of its best groups, where there are any:
+    so many groups must be left to rank."""
+    bests = [Best(n_queries, k), *([] if groups is None else [BestGroups(n_queries, n_groups, groups)])]
+    for piece in found:
+        for best in bests:
+            _add(best, iter([piece]), lists)
+    return [np.unique(np.concatenate(numbers)) for numbers in zip(*(best.numbers for best in bests), strict=True)]
 
 
 def _groups(index: OpenIndex, options: SearchOptions) -> Callable[[np.ndarray], list[Hashable]] | None:
@@ -320,63 +391,6 @@ def _groups(index: OpenIndex, options: SearchOptions) -> Callable[[np.ndarray], 
     if name not in (fields := store.info()["fields"]):
         raise ValueError(f"group_by is {name!r}: {choices(name, ['unit', *fields])}.")
     return lambda numbers: [record.meta.get(name) for record in store.rows(numbers)]
-
-
-class BestGroups(Best):
-    """The k groups with the highest best rows of each query, each as that row; equal scores (at the
-    resolution of ranks) in order of row numbers.
-
-    Cost: one catalogue entry for every row that beats the k-th group of its query so far; with fewer than k groups
-    that is every row.
-    """
-
-    def __init__(self, n_queries: int, k: int, groups_of: Callable[[np.ndarray], Sequence[Hashable]]) -> None:
-        super().__init__(n_queries, k)
-        self.groups_of = groups_of
-        self.held: list[dict[Hashable, tuple[float, int, float]]] = [{} for _ in range(n_queries)]  # see _consider
-        self.known: dict[int, Hashable] = {}  # groups of the rows that are being added
-
-    def add(self, numbers: np.ndarray, scores: np.ndarray) -> None:
-        self.known.clear()
-        super().add(numbers, scores)
-
-    def add_one(self, query: int, numbers: np.ndarray, scores: np.ndarray) -> None:
-        held, rounded = self.held[query], at_resolution(scores)
-        order = np.argsort(-rounded, kind="stable")
-        for start in range(0, len(order), PAGE):
-            page = order[start : start + PAGE]
-            if len(held) == self.k and rounded[page[0]] <= self._floor(query)[0]:
-                break
-            for at, group in zip(page, self._groups(numbers[page]), strict=True):
-                self._consider(query, group, (float(rounded[at]), int(numbers[at]), float(scores[at])))
-        ranked = sorted(held.values(), key=lambda row: (-row[0], row[1]))
-        self.numbers[query] = np.array([number for _, number, _ in ranked], np.int64)
-        self.scores[query] = np.array([score for _, _, score in ranked], np.float32)
-
-    def _consider(self, query: int, group: Hashable, row: tuple[float, int, float]) -> None:
-        """`row`: score at the resolution of ranks, row number, score."""
-        held = self.held[query]
-        if group in held:
-            if row[0] > held[group][0]:
-                held[group] = row
-            return
-        if len(held) == self.k:
-            floor, worst = self._floor(query)
-            if row[0] <= floor:
-                return
-            del held[worst]
-        held[group] = row
-
-    def _floor(self, query: int) -> tuple[float, Hashable]:
-        """Rounded score and group of the last in the ranking."""
-        group, row = min(self.held[query].items(), key=lambda item: (item[1][0], -item[1][1]))
-        return row[0], group
-
-    def _groups(self, numbers: np.ndarray) -> list[Hashable]:
-        missing = [number for number in numbers.tolist() if number not in self.known]
-        if missing:
-            self.known.update(zip(missing, self.groups_of(np.array(missing)), strict=True))
-        return [self.known[number] for number in numbers.tolist()]
 
 
 def distinct(

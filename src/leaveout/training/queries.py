@@ -87,6 +87,11 @@ class Query:
             object.__setattr__(self, "name", _name(self.row))
 
     @property
+    def called(self) -> str:
+        """The measure by name; a function by its own."""
+        return self.measure if isinstance(self.measure, str) else getattr(self.measure, "__name__", "measure")
+
+    @property
     def digest(self) -> str:
         """Names the content: equal digests mean equal questions."""
         row = self.row

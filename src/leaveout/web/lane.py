@@ -189,11 +189,10 @@ def _retrain(there: Connection, path: Path, queries: Sequence[Query], sets: list
     torch.set_num_threads(1)
     try:
         run = TrainingRun.open(path, device=device)
-        measures = [str(query.measure) for query in queries]
         inside = []
         for one in sets:
             found = _verified(run, queries, one)
-            lines = [predicted(line, measure) for line, measure in zip(found.lines(), measures, strict=True)]
+            lines = [*map(predicted, found.lines())]
             inside += [line["inside"] for line in lines if line["inside"] is not None and not line["already_measured"]]
             there.send(("set", lines))
         there.send(("done", {"inside": sum(inside), "of": len(inside)}))

@@ -17,22 +17,20 @@ from typing import Any
 import numpy as np
 
 from leaveout.corpus import Contrast, Row
-from leaveout.corpus.behaviour import texts_of
 from leaveout.corpus.rows import asked_row, commonest
-from leaveout.deletion.predict import A_SEED, NEVER, UNCERTAIN, reach, seeds_of
+from leaveout.deletion.predict import reach, sentence
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, UnsupportedError, choices
-from leaveout.readout.explain import explain_rows
+from leaveout.readout.explain import explain_rows, text_starts
 from leaveout.readout.index import Index
-from leaveout.readout.search import Hit
+from leaveout.readout.search import LOOKED_AT, Hit, told, usual_best, usual_scores
 from leaveout.store import Record, Store
 from leaveout.training.examples import as_row
 from leaveout.training.queries import Query
 from leaveout.web.requests import Ask, Explain, Question, WhatIf
-from leaveout.web.words import pairs_of_words, passage, strongest, verdict
+from leaveout.words import index_sentences, pairs_of_words, passage, run_sentences, strongest
 
 SHOWN = 20_000  # characters of a row in a list; `row` gives all
-LOOKED_AT = 50  # of the best rows, to say how many stand out
 UNITS = 300  # that are listed at once
 POINTS = 11  # of a curve, from 0 to 100 %
 CURVES = 4  # queries, and sets, whose curves are drawn
@@ -97,6 +95,7 @@ class Workbench:
         self.run: TrainingRun | None = None
         self.run_problem: str | None = None
         self.examples = RunExamples()
+        self._usual: tuple[int, float | None] | None = None
         if self.path is not None:
             try:
                 self.run = TrainingRun.open(self.path, device=device)
@@ -110,7 +109,7 @@ class Workbench:
     def index_facts(self) -> dict[str, Any]:
         """Sizes, settings, model and notes of the index."""
         facts = self.index.info()
-        return {"path": str(self.index.path), **facts, "sentences": _index_sentences(facts)}
+        return {"path": str(self.index.path), **facts, "sentences": index_sentences(facts)}
 
     def check(self) -> dict[str, Any]:
         """What is wrong with the files of the index and the run. Cost: reads all of them."""
@@ -131,6 +130,7 @@ class Workbench:
             facts |= {"kind": recipe.kind, "steps": len(recipe.batches()), "optimizer": recipe.optimizer.name}
             facts |= {"measurements": measured["measurements"], "cpu_seconds": measured["cpu_seconds"]}
             facts["notes"] = [*self.run.notes, *measured.get("notes", [])]
+            facts["sentences"] = run_sentences({**facts, "never_trained_on": recipe.untrained_units()})
         return facts
 
     def units(self, find: str) -> dict[str, Any]:
@@ -176,14 +176,22 @@ class Workbench:
         )
         opposite = 0.0 if asked.against is not None else max((hit.score for hit in found[1][:1]), default=0.0)
         wanted = self.index.numbers_where(where)
+        usual = usual_scores(self.index, encoded, self.usual(), "cosine")[0]
         return {
             "asked": encoded.texts[0],
-            "verdict": verdict([hit.score for hit in found[0]], max(opposite, 0.0)),
+            "verdict": told(self.index, found[0], max(opposite, 0.0), usual),
+            "usual": usual or None,
             "up": up,
             "down": down,
             "considered": len(self.index) if wanted is None else len(wanted),
             "seconds": round(time.monotonic() - began, 3),
         }
+
+    def usual(self) -> float | None:
+        """What the best row usually scores for another text (see `usual_best`), found anew when rows come or go."""
+        if self._usual is None or self._usual[0] != len(self.index):
+            self._usual = len(self.index), usual_best(self.index)
+        return self._usual[1]
 
     def explain(self, asked: Explain) -> dict[str, Any]:
         """Words of the answer and of rows, what their pairs add to the scores, and each answer word's share in them.
@@ -192,9 +200,10 @@ class Workbench:
         """
         query = self.question(asked)
         rows, answer, first, total = [], [], 0, np.zeros(0)
-        second = len(self.index.tokenised([texts_of([query])[0]])[0].ids)
+        starts = text_starts(self.index, query)
         for found in explain_rows(self.index, query, list(asked.ids)):
-            answer, first, words, pairs = pairs_of_words(found, second)
+            texts, words, pairs = pairs_of_words(found.query_tokens, found.row_tokens, found.pairs, starts)
+            answer, first = [word for text in texts for word in text], len(texts[0])
             weights, by_answer = pairs.sum(0), pairs.sum(1)
             total = by_answer if not len(total) else total + by_answer
             start, end = passage(weights)
@@ -267,8 +276,7 @@ class Workbench:
         """Each query's value without each set, with its 95 % interval and a sentence; and curves, if they are wanted."""
         run, queries = self.require_run(), self.asked_of_run(asked)
         found = run.predict(queries, asked.sets, meaning=asked.meaning)
-        measures = [str(query.measure) for query in queries for _ in asked.sets]
-        lines = [predicted(line, measure) for line, measure in zip(found.lines(), measures, strict=True)]
+        lines = [*map(predicted, found.lines())]
         curves = []
         if asked.curve:
             for curve in run.curve(queries[:CURVES], asked.sets[:CURVES], points=POINTS, meaning=asked.meaning):
@@ -282,40 +290,13 @@ class Workbench:
         return {"lines": lines, "curves": curves, "estimator": found.estimator}
 
 
-def predicted(line: dict[str, Any], measure: str = "loss") -> dict[str, Any]:
+def predicted(line: dict[str, Any]) -> dict[str, Any]:
     """A line of a prediction (`Prediction.lines`) with the ends of its interval and a sentence."""
     half = reach(line)
     ends = {"low": None, "high": None} if half is None else {
         "low": line["predicted"] - half, "high": line["predicted"] + half
     }  # fmt: skip
-    return {**line, **ends, "measure": measure, "sentence": _sentence({**line, **ends}, measure)}
-
-
-def _sentence(line: dict[str, Any], measure: str) -> str:
-    """One prediction in words, with its unit where it has one."""
-    what, unit = ("loss", " nats") if measure == "loss" else (measure, "")
-    if line["verdict"] == NEVER:
-        return f"Nothing would change: the run was never trained on {line['without']}."
-    if line["low"] is None:
-        return (
-            f"Without {line['without']} the {what} would be about {line['predicted']:.3g}{unit}, with an unknown error."
-        )
-    ends = f"95 % interval {line['low'] - line['base']:+.3g} to {line['high'] - line['base']:+.3g}"
-    outside = f", {line['outside']}" if "outside" in line else ""
-    if line["verdict"] == A_SEED:
-        return (
-            f"Without {line['without']} the {what} of a new run would change by less than runs differ: {A_SEED}"
-            f"{seeds_of(line)} ({ends}{unit}{outside})."
-        )
-    if line["verdict"] == UNCERTAIN:
-        return (
-            f"Without {line['without']} the {what} would hardly change, as far as can be told ({ends}{unit}{outside})."
-        )
-    verb = "rise" if line["effect"] > 0 else "fall"
-    return (
-        f"Without {line['without']} the {what} would {verb} by {abs(line['effect']):.3g}{unit} ({ends}{outside}), "
-        f"from {line['base']:.3g} to {line['predicted']:.3g}."
-    )
+    return {**line, **ends, "sentence": sentence(line)}
 
 
 def _named(asked: WhatIf) -> str:
@@ -332,20 +313,6 @@ def _sides(given: Any) -> dict[str, Any]:
         return {}
     ((start, end),) = row.responses
     return {"prompt": row.text[:start] or None, "answer": row.text[start:end]}
-
-
-def _index_sentences(facts: dict[str, Any]) -> list[str]:
-    """What an index is, for people."""
-    rows, model = facts["rows"], facts["model"]
-    each = facts["bytes"] / max(1, rows)
-    source = (facts["source"] or {}).get("name", "a model in memory")
-    found = [
-        f"{rows:,} rows, indexed with {source} (a {model['family']} in {model['dtype']}).",
-        f"{facts['bytes'] / 1e6:,.1f} MB on disk, {each / 1e3:,.1f} kB a row; written {facts['created']}.",
-    ]
-    if facts["deleted"]:
-        found.append(f"{facts['deleted']:,} rows are deleted and wait for `leaveout purge`.")
-    return found
 
 
 def _short(values: np.ndarray) -> list[float]:

@@ -15,7 +15,7 @@ export async function indexPage(main) {
   };
   const { signature } = facts;
   main.append(el("h1", {}, "The index"),
-    facts.sentences.map((sentence) => el("p", {}, sentence)).reduce((box, p) => (box.append(p), box), el("div", { cls: "verdict" })),
+    el("div", { cls: "verdict" }, facts.sentences.map((sentence) => el("p", {}, sentence))),
     notes(facts.notes),
     table("What was indexed", ["", ""], [
       ["directory", facts.path], ["rows", number(facts.rows)], ["forms of the rows", words(facts.forms)],
@@ -33,8 +33,7 @@ export async function runPage(main) {
     main.append(el("p", { cls: "verdict" }, "There is no run here: start the page with one, leaveout serve IDX RUN."));
     return;
   }
-  const told = `${number(run.examples)} examples in ${number(run.units)} units.`;
-  main.append(el("p", { cls: "verdict" }, run.problem ?? (run.measurements && Object.keys(run.measurements).length ? told : `${told} Nothing is measured yet: leaveout measure ${run.path}.`)));
+  main.append(el("div", { cls: "verdict" }, (run.problem ? [run.problem] : run.sentences).map((sentence) => el("p", {}, sentence))));
   if (!run.problem) {
     main.append(notes(run.notes), table("How it was trained", ["", ""], [
       ["directory", run.path], ["kind", run.kind], ["steps", number(run.steps)], ["optimizer", run.optimizer], ["CPU seconds of measuring", number(run.cpu_seconds)]]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from leaveout.web.words import passage, strongest, verdict, words_of
+from leaveout.words import passage, shared_words, standing_out, strongest, verdict, words_of
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,23 @@ def test_strongest_pairs_go_by_size_and_leave_out_nothing_else():
 )
 def test_verdict_says_what_stands_out(scores, opposite, sentence):
     assert verdict(scores, opposite) == sentence
+
+
+def test_verdict_compares_with_what_is_usual_and_names_what_rows_share():
+    said = verdict([30.0, 20.0, 1.0], usual=1.0, shared=["Marie Curie", "radium"])
+    assert said == (
+        "2 rows stand out, all with “Marie Curie” and “radium”: the next scores 5 % of the last of them."
+        " The best scores 30 times the usual."
+    )
+    nothing = verdict([1.4, 1.2], opposite=0.1, usual=1.0)  # what is usual counts, not what is against
+    assert nothing == "No row stands out: the best scores 1.4 times what the best row usually scores for another text."
+    assert verdict([9.0, 8.0], usual=1.0).startswith("The best 2 rows all score more than 2 times the usual")
+    assert standing_out([30.0, 20.0, 1.0], 1.0) == 2 and standing_out([1.4, 0.1], 1.0) == 0
+
+
+def test_shared_words_are_in_all_texts_and_in_few_others():
+    texts = ["In 1903 Marie Curie got a prize.", "The prize of Marie Curie, for radium", "marie curie: a prize"]
+    others = ["A prize was given"] + ["Nothing of that kind"] * 9
+    assert shared_words(texts, others) == ["Marie Curie"]  # `prize` is in one of ten others
+    assert shared_words([*texts, "Marie, not Curie"], others) == ["Marie", "Curie"]
+    assert shared_words(texts[:1], others) == [] and shared_words(["a b", "c d"], others) == []

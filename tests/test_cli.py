@@ -18,6 +18,7 @@ import typer.main
 
 from command import run_command
 from leaveout import cli
+from leaveout.cli.program import GROUPS
 from leaveout.readout import opened
 from leaveout.readout.scan import at_resolution
 from readout.tiny import TEXTS, make_model, make_tokenizer
@@ -260,10 +261,10 @@ def test_search_filters_and_masks_the_prompt(run, idx, tmp_path):
 def test_search_table_and_page_show_the_rows(run, idx, tmp_path):
     code, out, _ = run("search", idx, "--query", TEXTS[5], "-k", "3", "--html", tmp_path / "hits.html")
     assert code == 0
-    assert "rank" in out and "c" in out
+    assert "rank" in out and "c" in out and out.splitlines()[1].startswith(("No row", "One row", "2 rows", "3 rows"))
     page = (tmp_path / "hits.html").read_text()
     assert "&lt;" in page and "<b>" not in page
-    assert "background:rgba" in page
+    assert 'class="tint up"' in page and "adds to the score" in page  # with a legend
 
 
 def test_explain_pairs_sum_to_the_score(run, idx, tmp_path):
@@ -273,9 +274,50 @@ def test_explain_pairs_sum_to_the_score(run, idx, tmp_path):
     assert sum(map(sum, found["pairs"])) == pytest.approx(found["score"], rel=1e-9)
     assert found["score"] == pytest.approx(found["stored_score"], rel=0.02)
     assert "".join(found["row_tokens"]) == ROWS[2]["text"]
-    assert '<div class="heat">' in (tmp_path / "why.html").read_text()
+    assert 'class="heat"' in (tmp_path / "why.html").read_text()
     code, out, _ = run("explain", idx, "--query", TEXTS[5], "--id", "c", "--top", "3")
-    assert code == 0 and "query token" in out
+    assert code == 0 and "of the row answers" in " ".join(out.split()) and "[brackets]" in out and "of all pairs" in out
+    assert out.count(" %") == 3  # pairs
+    assert "[" in next(line for line in out.splitlines() if line.startswith("Query: "))
+    (tmp_path / "told.jsonl").write_text(json.dumps({"said": TEXTS[5], "weight": 1}) + "\n")
+    asked = ("explain", idx, "--behaviour", tmp_path / "told.jsonl", "--columns", "text=said", "--id", "c")
+    assert run(*asked)[0] == 0
+
+
+def test_every_command_has_one_whole_line_of_help(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run("--help")[1]
+    for names in GROUPS.values():
+        for name in names:
+            assert f"\n  {name} " in shown, name
+    commands = shown.split("Ask an index of rows:")[1].splitlines()
+    assert all(not line or line.endswith((".", ":")) for line in commands)  # no line goes on below
+
+
+def test_the_shell_completes_commands(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    script = tmp_path / ".bash_completions" / "leaveout.sh"
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'leaveout'; from leaveout.cli import main; main()",
+         "--install-completion", "bash"],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "_LEAVEOUT_COMPLETE=complete_bash" in script.read_text(), done.stderr
+    for name, value in {"_LEAVEOUT_COMPLETE": "complete_bash", "COMP_WORDS": "leaveout sea", "COMP_CWORD": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert run()[1].split() == ["search"]
+
+
+def test_info_is_sentences_and_json_is_everything(run, idx):
+    code, out, _ = run("info", idx)
+    assert code == 0 and "4 rows, from rows.jsonl" in out and "Fields to filter and group by: " in out and "{" not in out
+    assert "Made by: leaveout index" in out and "--json" in out.splitlines()[-1]
+
+
+def test_columns_go_with_a_file(run, idx):
+    code, _, err = run("mcp", idx, "--columns", "prompt=question")
+    assert code == 2 and "--columns goes with rows of a file" in " ".join(err.replace("│", " ").split())
 
 
 def test_select_writes_rows_that_can_be_indexed_again(run, idx, model, rows, tmp_path):

@@ -20,7 +20,7 @@ from leaveout.readout.index import Index
 from leaveout.readout.search import Hit, Hits, SearchOptions, usual_best, usual_scores
 from leaveout.readout.search import told as told_hits
 from leaveout.tables import Table, number, shorten
-from leaveout.words import USUAL, pairs_of_words, passage, strongest, times, words_of
+from leaveout.words import USUAL, pairs_of_words, passage, strongest, strongest_pair, times, words_of
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b2230; --soft: #566074; --line: #d8dee8; --paper: #ffffff; --tint: #f4f6fa;
@@ -101,14 +101,10 @@ def explain_page(query: str, found: Explanation, starts: Sequence[int] = (), usu
     """
     texts, words, pairs = pairs_of_words(found.query_tokens, found.row_tokens, found.pairs, starts)
     asked, whole = [word for text in texts for word in text], float(np.abs(pairs).sum()) or 1.0
-    best = [
-        (asked[q].strip(), words[r].strip(), f"{100 * value / whole:+.1f} %") for q, r, value in strongest(pairs, 15)
-    ]
+    pairs_named = strongest(pairs, 15)
+    best = [(asked[q].strip(), words[r].strip(), f"{100 * value / whole:+.1f} %") for q, r, value in pairs_named]
     score = f"score {found.score:.4g}" + (f", {times(found.score, usual)} the usual best" if usual else "")
-    said = "No word of the row answers any of the query."
-    if best:
-        does = "answers" if best[0][2].startswith("+") else "speaks against"
-        said = f"“{best[0][1]}” of the row {does} “{best[0][0]}” of the query most."
+    said = strongest_pair(asked, words, pairs_named)
     sections = [verdict(said), legend("adds to the score", "takes away from it"), heading("Query", shorten(query, 200))]
     at = 0
     for text in texts:

@@ -76,6 +76,15 @@ def strongest(pairs: np.ndarray, most: int = PAIRS) -> list[tuple[int, int, floa
     ]
 
 
+def strongest_pair(query: Sequence[str], row: Sequence[str], best: Sequence[tuple[int, int, float]]) -> str:
+    """The first of the strongest pairs (see `strongest`) in a sentence."""
+    if not best:
+        return "No word of the row answers any of the query."
+    q, r, value = best[0]
+    does = "answers" if value > 0 else "speaks against"
+    return f"“{row[r].strip()}” of the row {does} “{query[q].strip()}” of the query most."
+
+
 def passage(weights: np.ndarray, width: int = PASSAGE) -> tuple[int, int]:
     """First word and end of the stretch of a row [words] that adds most to its score, in either direction."""
     if len(weights) <= width:
@@ -167,7 +176,7 @@ def index_sentences(facts: Mapping[str, Any]) -> list[str]:
     each = facts["bytes"] / max(1, rows) / 1e3
     forms = ", ".join(f"{count:,} as {name}" for name, count in facts["forms"].items())
     found = [
-        f"{rows:,} rows of {facts['corpus'] or 'rows in memory'} ({forms}).",
+        f"{rows:,} rows, from {facts['corpus'] or 'memory'} ({forms}).",
         f"Indexed with {source} (a {model['family']} in {model['dtype']}); {signature['targets']} tokens were learned.",
         f"{facts['bytes'] / 1e6:,.1f} MB on disk, {each:,.1f} kB a row; written {facts['created']}.",
         f"Fields to filter and group by: {', '.join(facts['fields']) or 'none'}.",
@@ -191,7 +200,9 @@ def run_sentences(facts: Mapping[str, Any]) -> list[str]:
     else:
         found.append("Nothing is measured yet (`leaveout measure`), so nothing can be predicted.")
     if never := facts.get("never_trained_on"):
-        found.append(f"{len(never):,} units are in no step of the training: {', '.join(never[:4])}{' ...' * (len(never) > 4)}.")
+        found.append(
+            f"{len(never):,} units are in no step of the training: {', '.join(never[:4])}{' ...' * (len(never) > 4)}."
+        )
     return found
 
 

@@ -13,6 +13,7 @@ from leaveout import PRESETS, Behaviour, Contrast, Control, Controls, Unsupporte
 from leaveout.bm25 import Bm25
 from leaveout.corpus.rows import answer_of, read_row, with_answer
 from leaveout.readout.controls import DEPTH, other_answers
+from leaveout.readout.search import USUAL, SearchOptions, usual_best, usual_scores
 
 from .test_index import IN_FULL
 from .tiny import TEXTS, built, make_model
@@ -148,3 +149,34 @@ def test_answers_are_swapped_with_the_next_query_that_has_another():
     asked = [{"prompt": p, "response": r} for p, r in (("a", " x"), ("b", " x"), ("c", " y"))]
     assert [other["response"] for other in other_answers(asked, ())] == [" y", " y", " x"]
     assert other_answers(asked[:2], ()) == [None, None]
+
+
+def test_what_is_usual_is_the_best_other_row_of_rows_that_are_asked(index):
+    """Cosines of rows that are encoded as queries, each without those of its own content; the median of the best."""
+    rows = [index.store.rows(np.array([n]))[0] for n in index.live_numbers()]
+    asked = index.encode([record.row for record in rows])
+    cosines = index.score([record.row for record in rows]) / index.form.lengths(asked.vectors).numpy()[:, None]
+    same = np.array([[a.content_hash == b.content_hash for b in rows] for a in rows])
+    best = np.where(same, -1, cosines).max(1)[index.spread_rows(USUAL)]
+    assert same.sum() > len(rows)  # some content stands twice, and is no other row
+    found = usual_best(index)
+    assert found == pytest.approx(np.median(best), rel=0.02)
+    one = index.encode(ASKED[:1])
+    (scaled,) = usual_scores(index, one, found, "cosine")
+    assert scaled == pytest.approx(found * float(index.form.lengths(one.vectors)), rel=1e-5)
+    assert usual_scores(index, one, None, "cosine") == [0.0] and usual_best(index, SearchOptions(rerank=3)) is None
+    assert usual_best(index, SearchOptions("product")) > 0
+
+
+def test_controls_of_groups_compare_groups(index):
+    """A group of the hits is shared if it is one of the ten best groups of the control."""
+    found = index.search(ASKED, k=3, controls=True, unique=True)
+    contents = {record.id: record.content_hash for record in index.records(index.ids)}
+    scores = index.score(ASKED)
+    norms = index.lengths_of(index.live_numbers())
+
+    def best(values):
+        return list(dict.fromkeys(contents[index.ids[n]] for n in np.argsort(-values, kind="stable")))[:10]
+
+    for hits, values in zip(found, scores, strict=True):
+        assert hits.controls.of[0].shared == len({*best(values)} & {*best(norms)})

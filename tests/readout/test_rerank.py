@@ -296,3 +296,18 @@ def test_wrong_calls_are_one_sentence(index, monkeypatch):
     monkeypatch.setattr(index.readout, "stream", object())
     with pytest.raises(UnsupportedError, match="its layers are streamed here: give offload none"):
         whole_model(index.readout)
+
+
+def test_candidates_hold_as_many_groups_as_are_wanted(index):
+    """The two best rows are of one source; the best row of the other is ranked besides. And the step's error is told."""
+    best = [index.ids[n] for n in ranked(index.score(QUERIES[:1])[0])]
+    sources = {record.id: record.meta["source"] for record in index.records(best)}
+    web, book = ([id for id in best if sources[id] == source] for source in ("web", "book"))
+    first, last = (web, book) if best.index(web[1]) < best.index(book[-1]) else (book, web)
+    where = f"id IN ('{first[0]}', '{first[1]}', '{last[-1]}')"
+    (hits,) = index.search(QUERIES[:1], k=2, rerank=2, group_by="source", where=where)
+    assert {hit.meta["source"] for hit in hits} == {"web", "book"}
+    (hits,) = index.search(QUERIES[:1], k=2, reencode=2, group_by="source", where=where)
+    assert {hit.meta["source"] for hit in hits} == {"web", "book"}
+    (hits,) = index.search(QUERIES[:1], rerank=3)
+    assert 0 < hits.step_error < 0.1 and index.search(QUERIES[:1])[0].step_error is None

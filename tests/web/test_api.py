@@ -129,7 +129,7 @@ def test_row_in_full_is_as_it_came_whatever_its_id(client):
 
 def test_index_facts_check_and_queries(client, place):
     facts = get(client, "/api/index")
-    assert facts["rows"] == 14 and facts["sentences"][0].startswith("14 rows, indexed with ")
+    assert facts["rows"] == 14 and facts["sentences"][0].startswith("14 rows, from ")
     assert get(client, "/api/check") == {"problems": []}
     named = {query["name"]: query for query in get(client, "/api/queries")}
     assert named["copper"]["prompt"] == "Question 1:" and named["ferry"]["measure"] == "probability"

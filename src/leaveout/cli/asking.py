@@ -308,21 +308,25 @@ def explain(
     import numpy as np
 
     from leaveout.readout.explain import text_starts
-    from leaveout.readout.search import SearchOptions
+    from leaveout.readout.search import SearchOptions, usual_best, usual_scores
     from leaveout.report import explain_page
 
     require_outputs(html)
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     counted: Any = length  # checked there
+    options = SearchOptions(counted, prompt_weight=prompt_weight)
     asked = None if query is None else [query]
     row = next(query_rows(asked, prompt, None, form, opened, against, behaviour, columns))
     found = opened.explain(row, id, length=counted, prompt_weight=prompt_weight)
     texts = text_starts(opened, row)
+    usual = 0.0
+    if html is not None or not json_:
+        usual = usual_scores(opened, opened.encode([row]), usual_best(opened, options), options.length)[0]
     if html is not None:
         called = " rather than ".join([query, *(against or [])]) if query is not None else row.name
-        html.write_text(explain_page(called, found, texts), encoding="utf-8")
+        html.write_text(explain_page(called, found, texts, usual), encoding="utf-8")
     if not json_:
-        _print_explanation(opened, row, found, texts, top, SearchOptions(counted, prompt_weight=prompt_weight))
+        _print_explanation(found, texts, top, usual)
         return
     order = np.argsort(-np.abs(found.pairs), axis=None)[:top]
     places = [(int(q), int(r)) for q, r in zip(*np.unravel_index(order, found.pairs.shape), strict=True)]
@@ -336,34 +340,23 @@ def explain(
     print(to_line({**facts, **tokens}))
 
 
-def _print_explanation(
-    opened: Index, row: Any, found: Explanation, starts: Sequence[int], top: int, options: SearchOptions
-) -> None:
+def _print_explanation(found: Explanation, starts: Sequence[int], top: int, usual: float) -> None:
     """Query and row with their strongest words marked, and the strongest pairs of words."""
-    from leaveout.readout.search import usual_best, usual_scores
-    from leaveout.words import pairs_of_words, strongest, times
+    import numpy as np
+
+    from leaveout.words import pairs_of_words, strongest, strongest_pair, times
 
     texts, words, pairs = pairs_of_words(found.query_tokens, found.row_tokens, found.pairs, starts)
     asked, whole = [word for text in texts for word in text], float(abs(pairs).sum()) or 1.0
     best = strongest(pairs, top)
-    usual = usual_scores(opened, opened.encode([row]), usual_best(opened, options), options.length)[0]
     score = f"score {found.score:.4g}" + (f", {times(found.score, usual)} the usual best" if usual else "")
-    said = "No word of the row answers any of the query."
-    if best:
-        q, r, value = best[0]
-        does = "answers" if value > 0 else "speaks against"
-        said = f"“{words[r].strip()}” of the row {does} “{asked[q].strip()}” of the query most."
-    print(*wrapped(f"Row {found.id}: {said} ({score})", terminal_width()), "", sep="\n")
-    by_query, first = pairs.sum(1), 0
-    shown = sorted(
-        range(len(texts)), key=lambda n: -abs(by_query[sum(map(len, texts[:n])) :][: len(texts[n])]).max(initial=0)
-    )
-    for n, text in enumerate(texts):
-        if n in shown[:TEXTS]:
-            print_marked(
-                "Query" if len(texts) == 1 else f"Text {n + 1}", text, by_query[first : first + len(text)], by_query
-            )
-        first += len(text)
+    said = f"Row {found.id}: {strongest_pair(asked, words, best)} ({score})"
+    print(*wrapped(said, terminal_width()), "", sep="\n")
+    by_query = pairs.sum(1)
+    parts = np.split(by_query, np.cumsum([len(text) for text in texts])[:-1])
+    shown = sorted(range(len(texts)), key=lambda n: -abs(parts[n]).max(initial=0))[:TEXTS]
+    for n in sorted(shown):
+        print_marked("Query" if len(texts) == 1 else f"Text {n + 1}", texts[n], parts[n], by_query)
     if len(texts) > TEXTS:
         print(f"{len(texts) - TEXTS} more texts add less.")
     print_marked("Row", words, pairs.sum(0))

@@ -337,8 +337,12 @@ def require_plots() -> None:
     needs("matplotlib", "A curve", extra="plots")
 
 
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#806000")  # told apart by who sees no red or green
+DASHES = ("-", "--", "-.", ":")
+
+
 def draw_curves(curves: list[Curve], path: Path) -> None:
-    """A picture of the curves with their 95 % bands: one panel per query, at most eight.
+    """A picture of the curves with their 95 % bands: one panel per query, at most eight, below each other.
 
     Raises: UnsupportedError without matplotlib (extra `plots`).
     """
@@ -348,16 +352,26 @@ def draw_curves(curves: list[Curve], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    queries = curves[0].prediction.queries[:8]
-    figure, axes = pyplot.subplots(1, len(queries), figsize=(3.4 * len(queries), 3), squeeze=False)
-    for i, (panel, query) in enumerate(zip(axes[0], queries, strict=True)):
-        for curve in curves:
+    asked = curves[0].prediction
+    queries = asked.queries[:8]
+    figure, axes = pyplot.subplots(len(queries), figsize=(5.4, 3 * len(queries)), squeeze=False)
+    for i, (panel, query) in enumerate(zip(axes[:, 0], queries, strict=True)):
+        for n, curve in enumerate(curves):
             low, high = curve.prediction.interval()
-            panel.plot(curve.shares, curve.prediction.mean[i], label=curve.without)
-            panel.fill_between(curve.shares, low[i], high[i], alpha=0.2, linewidth=0)
-        panel.set(xlabel="share removed", title=query if len(query) < 40 else query[:39] + "…")
-    axes[0][0].set_ylabel("value of the query")
-    axes[0][0].legend(fontsize="small", frameon=False)
+            colour, shares = COLOURS[n % len(COLOURS)], 100 * curve.shares
+            dashes = DASHES[n % len(DASHES)]
+            panel.plot(
+                shares, curve.prediction.mean[i], dashes, color=colour, label=f"without {shorten(curve.without, 40)}"
+            )
+            panel.fill_between(shares, low[i], high[i], color=colour, alpha=0.15, linewidth=0)
+        measure = asked.measures[i] if asked.measures else "loss"
+        unit = UNITS.get(measure)
+        panel.set(ylabel=f"{measure} ({unit})" if unit else measure, title=shorten(query, 48), xlim=(0, 100))
+        panel.locator_params(axis="y", nbins=5)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, labelcolor="linecolor")
+    axes[-1][0].set_xlabel("% left out, with the 95 % interval")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

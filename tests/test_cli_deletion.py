@@ -356,7 +356,7 @@ def test_interval_chart_puts_values_on_one_axis():
         "already_measured": False,
     }
     shown = report.interval_chart([line])
-    assert 'cx="280.0"' in shown and 'cx="546.0"' in shown and "M14.0" in shown  # an effect of 1, 2 when retrained, and 0
+    assert 'cx="200.0"' in shown and 'cx="386.0"' in shown and "M14.0" in shown  # an effect of 1, 2 when retrained, and 0
     assert "H546.0" not in shown and "<q>" not in shown and "change in nats" in shown
     assert report.interval_chart([{**line, "std": 0.1, "reach": 0.2}]).count('class="bar"') == 2  # one is the key's
     assert "7 more are not drawn" in report.interval_chart([line] * (report.CHART_ROWS + 7))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from leaveout import report
@@ -77,3 +79,26 @@ def test_ticks_are_round_and_hold_the_range():
         assert ticks[0] <= low + 1e-12 and high <= ticks[-1] + 1e-12 and 2 <= len(ticks) <= 8
         steps = np.diff(ticks)
         assert np.allclose(steps, steps[0]) and f"{steps[0]:.6e}"[0] in "125"
+
+
+def test_text_has_contrast_on_paper_and_on_every_tint():
+    """4.5:1, light and dark, as the page of the WCAG says it."""
+
+    def light(colour):
+        part = np.array(colour) / 255
+        linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    def contrast(one, other):
+        low, high = sorted([light(one), light(other)])
+        return (high + 0.05) / (low + 0.05)
+
+    for scheme in report.STYLE.split("@media")[:2]:
+        named = {n: [int(v[i : i + 2], 16) for i in (0, 2, 4)] for n, v in re.findall(r"--(\w+): #(\w{6})", scheme)}
+        for name in ("ink", "soft"):
+            assert contrast(named[name], named["paper"]) >= 4.5 and contrast(named[name], named["tint"]) >= 4.5
+        for tint in ("up", "down"):
+            mixed = 0.55 * np.array(named[tint]) + 0.45 * np.array(named["paper"])
+            assert contrast(named["ink"], mixed) >= 4.5, tint
+        for mark in ("mark", "ring"):  # of charts: 3:1
+            assert contrast(named[mark], named["paper"]) >= 3

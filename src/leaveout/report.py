@@ -19,7 +19,7 @@ from leaveout.readout.explain import Explanation, explain_rows
 from leaveout.readout.index import Index
 from leaveout.readout.search import Hit, Hits, SearchOptions, usual_best, usual_scores
 from leaveout.readout.search import told as told_hits
-from leaveout.tables import Table, number, shorten
+from leaveout.tables import Table, shorten
 from leaveout.words import USUAL, pairs_of_words, passage, strongest, strongest_pair, times, words_of
 
 STYLE = """
@@ -41,16 +41,18 @@ blockquote { background: var(--tint); margin: .6rem 0; padding: .6rem 1rem; whit
 details { margin: .3rem 0; } summary { cursor: pointer; color: var(--soft); }
 .tint { border-radius: .15rem; } .tint.up { background: color-mix(in srgb, var(--up) calc(var(--share) * 55%), transparent); }
 .tint.down { background: color-mix(in srgb, var(--down) calc(var(--share) * 55%), transparent);
-  border-bottom: 2px dotted var(--down); }
+  border-bottom: 2px dotted color-mix(in srgb, var(--down) calc(15% + var(--share) * 85%), transparent); }
 .legend { font-size: .9rem; color: var(--soft); } .legend .tint { color: var(--ink); padding: 0 .3rem; }
+.key { white-space: nowrap; margin-right: 1.2rem; } .key svg { vertical-align: middle; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; } caption { text-align: left; color: var(--soft); }
 td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
-  overflow-wrap: normal; } td { min-width: 4rem; max-width: 24rem; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+  overflow-wrap: normal; } td { min-width: 6.5rem; max-width: 24rem; } td.interval { white-space: nowrap; }
+td.number { min-width: 4rem; text-align: right; font-variant-numeric: tabular-nums; }
 .heat { overflow: auto; max-height: 85vh; margin: .8rem 0; max-width: 100%; }
 .heat table { border-collapse: separate; border-spacing: 0; }
-.heat td { padding: 0; width: 1.5rem; min-width: 1.5rem; max-width: none; height: 1.5rem; border: 0; text-align: center;
+.heat td { padding: 0; width: 1.5rem; min-width: 1.5rem; max-width: none; height: 1.5rem; text-align: center;
+  border: 1px solid var(--line);
   line-height: 1.5rem; font-weight: 600; }
 .heat th { font-weight: normal; border: 0; padding: 0 .4rem; white-space: pre; background: var(--paper); position: sticky;
   max-width: 9rem; overflow: hidden; text-overflow: ellipsis; }
@@ -58,7 +60,7 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .heat thead th:first-child { left: 0; z-index: 2; white-space: normal; font-size: .85rem; color: var(--soft); }
 .heat th.up { writing-mode: vertical-rl; transform: rotate(180deg); padding: .4rem 0; max-height: 9rem; max-width: none;
   vertical-align: top; text-align: left; }
-.chart { width: 100%; max-width: 40rem; height: auto; font-size: 15px; display: block; } .chart text { fill: var(--ink); }
+.chart { width: 100%; max-width: 30rem; height: auto; font-size: 15px; display: block; } .chart text { fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 .chart .axis { text-anchor: middle; fill: var(--soft); } .chart path { fill: none; }
 .chart .grid { stroke: var(--line); stroke-width: 1; } .chart .zero { stroke: var(--soft); stroke-width: 2; }
 .chart .bar { stroke: var(--mark); stroke-width: 6; opacity: .4; } .chart .dot { fill: var(--mark); }
@@ -105,7 +107,8 @@ def explain_page(query: str, found: Explanation, starts: Sequence[int] = (), usu
     best = [(asked[q].strip(), words[r].strip(), f"{100 * value / whole:+.1f} %") for q, r, value in pairs_named]
     score = f"score {found.score:.4g}" + (f", {times(found.score, usual)} the usual best" if usual else "")
     said = strongest_pair(asked, words, pairs_named)
-    sections = [verdict(said), legend("adds to the score", "takes away from it"), heading("Query", shorten(query, 200))]
+    sections = [verdict(said), legend("adds to the score", "takes away from it")]
+    sections.append(heading("Query", query if len(texts) > 1 else ""))
     at = 0
     for text in texts:
         sections.append(f'<p class="text">{tinted(text, pairs.sum(1)[at : at + len(text)], pairs.sum(1))}</p>')
@@ -181,7 +184,7 @@ def legend(up: str, down: str) -> str:
     """What the tints of words mean."""
     ways = (("up", up), ("down", down))
     marks = [f'<span class="tint {way}" style="--share:.9">{html.escape(text)}</span>' for way, text in ways]
-    return f'<p class="legend">{" ".join(marks)} The darkest word is the strongest of its text.</p>'
+    return f'<p class="legend">{" ".join(marks)} The word of the fullest colour is the strongest of its text.</p>'
 
 
 def tinted(words: Sequence[str], weights: np.ndarray, whole: np.ndarray | None = None) -> str:
@@ -228,8 +231,9 @@ def _tint(share: float) -> str:
 
 def hit_block(hit: Hit, body: str | None = None, badge: str = "", usual: float = 0.0) -> str:
     """One found row; `body` is ready-made HTML for its text, `badge` a word that marks it, `usual` as of `usual_scores`."""
-    score = f"{number(hit.score / usual)} x usual" if usual else f"score {hit.score:.4g}"
-    facts = " · ".join([f"#{hit.rank}", score, hit.id, *(f"{k}: {shorten(str(v), 60)}" for k, v in hit.meta.items())])
+    score = f"{hit.score / usual:.3g} × usual" if usual else f"score {hit.score:.4g}"
+    meta = [f"{key}: {shorten(str(value), 60)}" for key, value in hit.meta.items() if value is not None]
+    facts = " · ".join([f"#{hit.rank}", score, hit.id, *meta])
     label = f' <span class="badge">{html.escape(badge)}</span>' if badge else ""
     return (
         f'<div class="row{" marked" if badge else ""}"><span class="soft">{html.escape(facts)}</span>{label}'
@@ -266,7 +270,7 @@ def _cell(share: float) -> str:
 
 # --- intervals as a picture -------------------------------------------------------------------------------------------
 
-WIDE, LEFT, RIGHT, STEP = 560, 14, 546, 50  # of a chart, its first and last value, and a row of it
+WIDE, LEFT, RIGHT, STEP = 400, 14, 386, 50  # of a chart, its first and last value, and a row of it
 
 
 def interval_chart(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -317,12 +321,12 @@ def _chart_key(proven: bool) -> str:
 
     predicted = mark('<path class="bar" d="M1 8H33"/><circle class="dot" cx="17" cy="8" r="5"/>')
     ring = mark('<circle class="ring" cx="17" cy="8" r="6"/>')
-    retrained = f" &nbsp; {ring} retrained" if proven else ""
-    return f'<p class="legend">{predicted} predicted, with its 95 % interval{retrained}</p>'
+    retrained = f' <span class="key">{ring} retrained</span>' if proven else ""
+    return f'<p class="legend"><span class="key">{predicted} predicted, with its 95 % interval</span>{retrained}</p>'
 
 
 def _chart_row(line: Mapping[str, Any], top: int, x: Callable[[float], float]) -> str:
-    y, label = top + 36, shorten(f"{line['query']} without {line['without']}", 66)
+    y, label = top + 36, f"{shorten(line['query'], 20)} without {shorten(line['without'], 19)}"
     parts = [f'<text x="{LEFT}" y="{top + 20}">{html.escape(label)}</text>']
     if (half := reach(line)) is not None:
         parts.append(f'<path class="bar" d="M{x(line["effect"] - half)} {y}H{x(line["effect"] + half)}"/>')

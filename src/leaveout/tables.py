@@ -11,7 +11,7 @@ from typing import Any
 
 INTERVAL = re.compile(r"(?<=\d) (\[-?[\d.e+-]+, -?[\d.e+-]+\])$")  # behind a number, at the end of a cell
 NARROW = 80  # of a terminal: what does not fit there is shown a row a block
-READABLE = 12  # letters of a column that words are wrapped in
+READABLE = 10  # letters of a column that words are wrapped in
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,10 @@ def shorten(text: str, width: int = 90) -> str:
 
 
 def _html_cell(value: Any) -> str:
-    return f'<td class="number">{number(value)}</td>' if _is_number(value) else f"<td>{html.escape(str(value))}</td>"
+    if _is_number(value):
+        return f'<td class="number">{number(value)}</td>'
+    kind = ' class="interval"' if INTERVAL.search(str(value)) else ""
+    return f"<td{kind}>{html.escape(str(value))}</td>"
 
 
 def _is_number(value: Any) -> bool:

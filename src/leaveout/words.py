@@ -14,7 +14,7 @@ GAP = 0.6
 NOISE = 2
 """Rows stand out only if they score more than so many times what chance gives: what the best row scores for other texts, or,
 where that is unknown, what any row scores the other way."""
-USUAL = "x usual: how many times as much as the best other row scores for rows of this index that are asked themselves (median)."
+USUAL = "× usual: how many times as much as the best other row scores for rows of this index that are asked themselves (median)."
 """What the unit of scores is, where they have none of their own."""
 
 

@@ -105,7 +105,7 @@ def by_hand(index, key, k):
 @pytest.mark.parametrize("k", [1, 3, 50])
 @pytest.mark.parametrize("page", [1, 256])
 def test_groups_are_their_best_rows(page, k, paper, monkeypatch):
-    monkeypatch.setattr("leaveout.readout.search.PAGE", page)
+    monkeypatch.setattr("leaveout.readout.scan.PAGE", page)
     for field in ("group", "source"):
         wanted = list(by_hand(paper, lambda record, field=field: record.meta[field], k))
         assert ids(paper.search(QUERIES, k, group_by=field)) == wanted

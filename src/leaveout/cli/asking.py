@@ -203,10 +203,9 @@ def _print_hits(
     print(f"Asked: {shorten(text, 200)}")
     print(*wrapped(told(opened, deeper, usual=usual), terminal_width()), sep="\n")
     shown = _passages(opened, row, hits, options)
-    score = "x usual" if usual else "score"
-    lines = [
-        (hit.rank, hit.score / usual if usual else hit.score, hit.id, shown[hit.id], _meta(hit.meta)) for hit in hits
-    ]
+    score = "× usual" if usual else "score"
+    by = (lambda score: float(f"{score / usual:.3g}")) if usual else float
+    lines = [(hit.rank, by(hit.score), hit.id, shown[hit.id], _meta(hit.meta)) for hit in hits]
     with_fields = any(line[-1] for line in lines)
     cut = slice(None) if with_fields else slice(-1)
     print(
@@ -461,4 +460,4 @@ def _hit(hit: Hit) -> dict[str, Any]:
 
 
 def _meta(meta: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={shorten(str(value), 30)}" for key, value in meta.items())
+    return ", ".join(f"{key}={shorten(str(value), 30)}" for key, value in meta.items() if value is not None)

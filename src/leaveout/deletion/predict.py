@@ -236,9 +236,12 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             rows.append((*row, f"{line['actual'] - line['base']:+.3g}{unit}", inside, line["base"], verdict))
         else:
             rows.append((*row, line["base"], line["predicted"], verdict))
-    more = ["retrained", "inside", "with all data"] if proven else ["with all data", "without it"]
+    more = ["retrained", "inside", "all data"] if proven else ["all data", "without it"]
     notes = [MEANS[meaning] for meaning in dict.fromkeys(line["meaning"] for line in lines)]
-    return Table(["query", "left out", effect, *more, "verdict"], rows, told(lines), notes)
+    headers, said = ["query", "left out", effect, *more, "verdict"], told(lines)
+    if len({line["query"] for line in lines}) == 1:  # named once
+        headers, rows, said = headers[1:], [row[1:] for row in rows], f"{shorten(lines[0]['query'], 60)}: {said}"
+    return Table(headers, rows, said, notes)
 
 
 def _effect(line: Mapping[str, Any]) -> str:
@@ -328,7 +331,7 @@ class Curve(Tabular):
 
     def table(self) -> Table:
         found = self.prediction.table()
-        headers = ["share removed" if header == "without" else header for header in found.headers]
+        headers = ["share left out" if header == "left out" else header for header in found.headers]
         return replace(found, headers=headers, title=f"Without {self.without}")
 
 

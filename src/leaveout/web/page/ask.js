@@ -135,7 +135,7 @@ class Results {
     into.replaceChildren(
       el("p", { cls: "verdict" }, found.verdict), this.controls, this.sums,
       el("p", { cls: "soft" }, `${found.considered === 1 ? "One row was" : `${number(found.considered)} rows were`} considered in ${number(found.seconds)} s. `,
-        "Shares are of the strongest row's score; a score compares rows of one question only."),
+        "Shares are of the strongest row's score", found.usual ? `, which is ${number(Math.max(0, found.up[0]?.score ?? 0) / found.usual)} times what the best other row scores for rows of this index that are asked themselves.` : "; a score compares rows of one question only."),
       el("div", { cls: "tools" },
         el("button", { type: "button", onclick: () => this.control() }, "Would anything else give this list?"),
         by ? el("button", { type: "button", onclick: () => this.sum(by) }, `Sum up by ${shorten(by, 30)}`) : null,
@@ -166,7 +166,7 @@ class Results {
     const card = el("li", { cls: hit.run && !hit.run.unit ? "row grey" : "row", tabindex: "-1" },
       el("div", { cls: "row-head" },
         el("button", { type: "button", cls: "link", onclick: () => this.open(hit), "aria-label": `Open row ${hit.id} in full` }, el("bdi", {}, shorten(hit.id, 40))),
-        el("span", { cls: "share", title: `score ${number(hit.score)}` },
+        el("span", { cls: "share", title: this.found.usual ? `${number(hit.score / this.found.usual)} × usual` : `score ${number(hit.score)}` },
           el("span", { cls: hit.share < 0 ? "bar down" : "bar", "aria-hidden": "true" }, el("span", { style: { "--share": Math.abs(hit.share) } })),
           ` ${hit.share < 0 ? "−" : "+"}${percent(Math.abs(hit.share))}`)),
       passage, el("div", { cls: "facts" }, facts), this.run ? this.leaveOut(hit) : null);

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -294,19 +295,18 @@ def test_every_command_has_one_whole_line_of_help(run, monkeypatch):
     assert all(not line or line.endswith((".", ":")) for line in commands)  # no line goes on below
 
 
-def test_the_shell_completes_commands(run, monkeypatch, tmp_path):
-    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_the_shell_completes_commands(tmp_path):
+    def leaveout(*arguments, **environment):
+        program = "import sys; sys.argv[0] = 'leaveout'; from leaveout.cli import main; main()"
+        given = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", **environment}
+        command = [sys.executable, "-c", program, *arguments]
+        return subprocess.run(command, env=given, check=False, capture_output=True, text=True)
+
+    done = leaveout("--install-completion", "bash")
     script = tmp_path / ".bash_completions" / "leaveout.sh"
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv[0] = 'leaveout'; from leaveout.cli import main; main()",
-         "--install-completion", "bash"],
-        check=False, capture_output=True, text=True,
-    )  # fmt: skip
     assert done.returncode == 0 and "_LEAVEOUT_COMPLETE=complete_bash" in script.read_text(), done.stderr
-    for name, value in {"_LEAVEOUT_COMPLETE": "complete_bash", "COMP_WORDS": "leaveout sea", "COMP_CWORD": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert run()[1].split() == ["search"]
+    words = {"COMP_WORDS": "leaveout sea", "COMP_CWORD": "1"}
+    assert leaveout(_LEAVEOUT_COMPLETE="complete_bash", **words).stdout.split() == ["search"]
 
 
 def test_info_is_sentences_and_json_is_everything(run, idx):

@@ -60,7 +60,8 @@ td.number { min-width: 4rem; text-align: right; font-variant-numeric: tabular-nu
 .heat thead th:first-child { left: 0; z-index: 2; white-space: normal; font-size: .85rem; color: var(--soft); }
 .heat th.up { writing-mode: vertical-rl; transform: rotate(180deg); padding: .4rem 0; max-height: 9rem; max-width: none;
   vertical-align: top; text-align: left; }
-.chart { width: 100%; max-width: 30rem; height: auto; font-size: 15px; display: block; } .chart text { fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
+.chart { width: 100%; max-width: 30rem; height: auto; font-size: 15px; display: block; }
+.chart text { fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 .chart .axis { text-anchor: middle; fill: var(--soft); } .chart path { fill: none; }
 .chart .grid { stroke: var(--line); stroke-width: 1; } .chart .zero { stroke: var(--soft); stroke-width: 2; }
 .chart .bar { stroke: var(--mark); stroke-width: 6; opacity: .4; } .chart .dot { fill: var(--mark); }

@@ -50,7 +50,8 @@ def test_demo_writes_table_and_report_and_runs_again(tmp_path, monkeypatch, caps
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(title in page for title, _, _ in demo.WHAT.values())
     assert "planted</span>" in page
-    assert page.count('class="ring"') == page.count('class="dot"') == sum(map(len, WORDS["queries"].values()))
+    drawn = sum(map(len, WORDS["queries"].values())) + 1  # and in the key
+    assert page.count('class="ring"') == page.count('class="dot"') == drawn
     assert {name: found["sets"] for name, found in first["deletion"].items()} == {
         "sources as units": 6, "words as units, without a source": 6, "words as units, without a word": 4,
     }  # fmt: skip

@@ -449,8 +449,10 @@ def _passages(opened: Index, row: Any, hits: Hits, options: SearchOptions) -> di
         words, word_of = words_of(why.row_tokens)
         weights = np.bincount(word_of, why.row_weights, len(words))
         start, end = passage(weights, max(1, CELL * len(words) // max(1, sum(map(len, words)))))
-        line = shorten("".join(words[start:end]), CELL).removesuffix("…")
-        shown[why.id] = ("… " if start else "") + line + (" …" if end < len(words) or len(line) == CELL - 1 else "")
+        line = shorten("".join(words[start:end]), CELL)
+        if cut := line.endswith("…"):  # at a word
+            line = line.removesuffix("…").rsplit(" ", 1)[0]
+        shown[why.id] = ("… " if start else "") + line + (" …" if cut or end < len(words) else "")
     return shown
 
 

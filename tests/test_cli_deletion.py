@@ -159,7 +159,7 @@ def test_verify_compares_with_plain_retraining(leaveout, trained, tmp_path):
         np.mean([line["inside"] for line in lines if not line["already_measured"]])
     )
     page = (tmp_path / "page.html").read_text()
-    assert page.count('class="ring"') == page.count('class="dot"') == 6
+    assert page.count('class="ring"') == page.count('class="dot"') == 6 + 1  # and in the key
     code, out, _ = leaveout("verify", trained / "run", *ask)
     assert code == 0 and "inside" in out and "coverage" in out
 

@@ -10,6 +10,7 @@ from itertools import zip_longest
 from typing import Any
 
 INTERVAL = re.compile(r"(?<=\d) (\[-?[\d.e+-]+, -?[\d.e+-]+\])$")  # behind a number, at the end of a cell
+WORD = re.compile(r"\[[^\s,\]]+, [^\s,\]]+\]|\S+")  # what no line end breaks: an interval, too
 NARROW = 80  # of a terminal: what does not fit there is shown a row a block
 READABLE = 10  # letters of a column that words are wrapped in
 
@@ -100,7 +101,7 @@ def _fitted(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
     """A width for each column, of all together at most `room`: where that is little, texts are broken, but no words, and none
     into columns of a few letters. None where that does not fit."""
     whole = [max(1, _width(texts)) for texts in columns]
-    words = [max(1, _width(word for text in texts for word in text.split())) for texts in columns]
+    words = [max(1, _width(word for text in texts for word in WORD.findall(text))) for texts in columns]
     widths = [max(word, min(all_, READABLE)) for word, all_ in zip(words, whole, strict=True)]
     if sum(widths) > room:
         return None

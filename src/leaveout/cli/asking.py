@@ -348,8 +348,8 @@ def _print_explanation(found: Explanation, starts: Sequence[int], top: int, usua
     texts, words, pairs = pairs_of_words(found.query_tokens, found.row_tokens, found.pairs, starts)
     asked, whole = [word for text in texts for word in text], float(abs(pairs).sum()) or 1.0
     best = strongest(pairs, top)
-    score = f"score {found.score:.4g}" + (f", {times(found.score, usual)} the usual best" if usual else "")
-    said = f"Row {found.id}: {strongest_pair(asked, words, best)} ({score})"
+    score = f"Score {found.score:.4g}" + (f", {times(found.score, usual)} the usual best." if usual else ".")
+    said = f"Row {found.id}: {strongest_pair(asked, words, best)} {score}"
     print(*wrapped(said, terminal_width()), "", sep="\n")
     by_query = pairs.sum(1)
     parts = np.split(by_query, np.cumsum([len(text) for text in texts])[:-1])

@@ -155,7 +155,10 @@ def test_what_is_usual_is_the_best_other_row_of_rows_that_are_asked(index):
     """Cosines of rows that are encoded as queries, each without those of its own content; the median of the best."""
     rows = [index.store.rows(np.array([n]))[0] for n in index.live_numbers()]
     asked = index.encode([record.row for record in rows])
-    cosines = index.score([record.row for record in rows]) / index.form.lengths(asked.vectors).numpy()[:, None]
+    cosines = (
+        index.score([record.row for record in rows], length="cosine")
+        / index.form.lengths(asked.vectors).numpy()[:, None]
+    )
     same = np.array([[a.content_hash == b.content_hash for b in rows] for a in rows])
     best = np.where(same, -1, cosines).max(1)[index.spread_rows(USUAL)]
     found = usual_best(index)

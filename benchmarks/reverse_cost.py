@@ -1,11 +1,12 @@
 """What does the exact first order cost on a language model, what its cheap form, and what are they worth?
 
-    python benchmarks/reverse_cost.py --case smollm2|names|digits|rates [--smoke]
+    python benchmarks/reverse_cost.py --case smollm2|names|digits|'digits, calm'|rates [--smoke]
 
 `smollm2`: SmolLM2-135M with LoRA (r 8, all linear layers), rows of 128 tokens, two epochs, 16 queries: time over that of a
 training, peak memory over the plan's figure, and how far the cheap form (AdamW-influence) is from the exact one. What is
 done is kept in --work, from where a killed call goes on.
-`names`, `digits`: both forms and the damped influence scores against retrainings of random sets.
+`names`, `digits`, `digits, calm` (a fourth of the rate, momentum .5): both forms and the damped influence scores against
+retrainings of random sets.
 `rates`: does the length of the units' own steps tell, without retraining, how wrong the exact first order is? Digits with
 several rates and numbers of epochs.
 Each case adds its part to one result file.
@@ -29,11 +30,14 @@ from scipy.stats import spearmanr
 
 import leaveout as lo
 from leaveout.corpus import Corpus
+from leaveout.deletion.estimators import EstimatorSettings
+from leaveout.deletion.sets import DeletionSets
 from leaveout.training.loop import RunOptions
 from leaveout.training.queries import query_losses
 from leaveout.training.reverse.adamw_influence import adamw_influence
 from leaveout.training.reverse.metagradient import ReverseSettings, metagradient
 from leaveout.training.reverse.updates import first_order_error, influence, query_gradients, unit_vectors
+from leaveout.training.tasks import task_of
 from leaveout.training.train import train_batch, train_plain
 from measuring import SMOLLM2, alpaca, arguments, made_rows, tiny, write_result
 from plan_promise import digits, names
@@ -71,12 +75,25 @@ def judged(recipe: lo.Recipe, queries: list[Any], smoke: bool, seed: int) -> dic
     timed("AdamW-influence", lambda: adamw_influence(recipe, queries).effects)
     timed("without curvature", lambda: adamw_influence(recipe, queries, curvature=0.0).effects)
     timed("influence", damped)
-    exact, agreement = found["exact first order"], {}
+    exact, agreement, prior = found["exact first order"], {}, {}
     sets = drawn(len(recipe.unit_names), 6 if smoke else 40, seed)
+    truths = {kind: effects_of(recipe, queries, x) for kind, x in sets.items()}
     for kind, x in sets.items():
-        truth = effects_of(recipe, queries, x)
-        agreement[kind] = {name: correlation(scores @ x.T, truth) for name, scores in found.items()}
+        agreement[kind] = {name: correlation(scores @ x.T, truths[kind]) for name, scores in found.items()}
+    with tempfile.TemporaryDirectory() as place:
+        run = lo.TrainingRun.train(recipe, Path(place) / "run")
+        run.measure(retrain=8 if smoke else 40, queries=queries)
+        for name, scores in found.items():
+            believed = EstimatorSettings(scores=scores)
+            prior[name] = {
+                kind: correlation(
+                    run.predict(queries, DeletionSets(x, tuple(map(str, range(len(x))))), believed).effect, truths[kind]
+                )
+                for kind, x in sets.items()
+            }
     return {
+        "first_order_error": errors(recipe, queries, smoke, seed),
+        "as_prior_of_40_retrainings": prior,
         "trainings": {name: value / spent["training"] for name, value in spent.items()},
         "with_retrainings": agreement,
         "with_exact": {name: correlation(scores, exact) for name, scores in found.items()},
@@ -109,40 +126,43 @@ def correlation(found: np.ndarray, truth: np.ndarray) -> float:
 # ---------------------------------------------------------------- the error of the first order, without retraining
 
 
+OPTIMIZERS = (
+    lo.OptimizerSettings("sgd", 0.1),
+    lo.OptimizerSettings("sgd", 0.05, momentum=0.9),
+    lo.OptimizerSettings("adamw", 2e-3),
+)
+
+
 def rates(smoke: bool, seed: int) -> dict[str, Any]:
-    """Error of the exact first order beside what is told without retraining, for rates and epochs; and over units of one run."""
+    """Error of the exact first order beside what is told of it without retraining, for optimizers, rates and epochs."""
     recipe, asked = digits(smoke)
-    queries, table = [q.row for q in asked], []
-    for optimizer in (lo.OptimizerSettings("sgd", 0.1), lo.OptimizerSettings("adamw", 2e-3)):
-        for faster in (0.5, 2.0) if smoke else (0.25, 0.5, 1.0, 2.0, 4.0):
-            for epochs in (2,) if smoke else (2, 5, 10):
+    recipe, queries, table = recipe.with_(examples=recipe.examples[:100], units=None), [q.row for q in asked], []
+    for optimizer in OPTIMIZERS:
+        for faster in (0.5, 2.0) if smoke else (0.25, 1.0, 4.0):
+            for epochs in (2,) if smoke else (2, 4, 8):
                 one = recipe.with_(optimizer=replace(optimizer, lr=optimizer.lr * faster), epochs=epochs)
-                table.append(
-                    {
-                        "optimizer": optimizer.name,
-                        "lr": one.optimizer.lr,
-                        "epochs": epochs,
-                        **errors(one, queries, smoke, seed),
-                    }
-                )
-    ranked = {
-        name: {
-            kind: float(spearmanr([row[name][kind] for row in part], [row["error"][kind] for row in part]).statistic)
-            for kind in KINDS
-        }
-        for part in (table,)
-        for name in ("told", "rate_times_length")
+                found = {
+                    "optimizer": optimizer.name,
+                    "momentum": optimizer.momentum,
+                    "lr": one.optimizer.lr,
+                    "epochs": epochs,
+                }
+                table.append(found | errors(one, queries, smoke, seed))
+    pairs = {kind: np.array([[row["told"][kind], row["error"][kind]] for row in table]) for kind in KINDS}
+    return {
+        "runs": table,
+        "spearman_over_runs": {kind: float(spearmanr(*found.T).statistic) for kind, found in pairs.items()},
+        "told_over_error": {
+            kind: np.quantile(found[:, 0] / found[:, 1], (0.1, 0.5, 0.9)).tolist() for kind, found in pairs.items()
+        },
     }
-    return {"runs": table, "spearman_over_runs": ranked}
 
 
 def errors(recipe: lo.Recipe, queries: list[Any], smoke: bool, seed: int) -> dict[str, Any]:
     """Of one run: |first order - retrained| over the size of effects, by kind; what is told; and whether units rank by it."""
-    vectors, exact = unit_vectors(recipe, 10**6), metagradient(recipe, queries).effects
+    vectors, exact = unit_vectors(recipe, 8192), metagradient(recipe, queries).effects
     error, told, units = {}, {}, 0.0
-    way = float(np.linalg.norm(vectors.updates.sum(0)))
-    total = sum(recipe.rate(step, len(recipe.batches())) for step in range(len(recipe.batches())))
-    for kind, x in drawn(len(recipe.unit_names), 8 if smoke else 40, seed).items():
+    for kind, x in drawn(len(recipe.unit_names), 8 if smoke else 24, seed).items():
         truth = effects_of(recipe, queries, x)
         off = np.abs(exact @ x.T - truth)
         error[kind] = float(np.sqrt((off**2).mean() / (truth**2).mean()))
@@ -150,19 +170,14 @@ def errors(recipe: lo.Recipe, queries: list[Any], smoke: bool, seed: int) -> dic
         if kind == "single":
             relative = np.sqrt((off**2).mean(0) / (truth**2).mean(0))
             units = float(spearmanr(first_order_error(vectors, x), relative).statistic)
-    return {
-        "error": error,
-        "told": told,
-        "rate_times_length": dict.fromkeys(KINDS, total * way),
-        "spearman_over_units": units,
-    }
+    return {"error": error, "told": told, "spearman_over_units": units}
 
 
 # ---------------------------------------------------------------- a language model
 
 
-def lora(smoke: bool, seed: int, rows: int) -> tuple[lo.Recipe, list[Any]]:
-    """LoRA on rows of 128 tokens each, and 16 queries that are not trained on."""
+def lora(smoke: bool, seed: int, rows: int, asked: int) -> tuple[lo.Recipe, list[Any]]:
+    """LoRA on rows of 128 tokens each, and queries that are not trained on."""
     import importlib.util
 
     if smoke:
@@ -174,7 +189,7 @@ def lora(smoke: bool, seed: int, rows: int) -> tuple[lo.Recipe, list[Any]]:
         model = str(Path(spec.submodule_search_locations[0]) / SMOLLM2)
         texts, limit = [row for row in alpaca(seed) if len(row["instruction"] + row["output"]) > 700], 128
     written = [
-        {"id": str(i), "text": f"{row['instruction']}\n{row['output']}"} for i, row in enumerate(texts[: rows + 16])
+        {"id": str(i), "text": f"{row['instruction']}\n{row['output']}"} for i, row in enumerate(texts[: rows + asked])
     ]
     queries = [row | {"text": row["text"][:120]} for row in written[rows:]]
     recipe = lo.Recipe(
@@ -190,14 +205,14 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def smollm2(smoke: bool, seed: int, work: Path, rows: int) -> dict[str, Any]:
+def smollm2(smoke: bool, seed: int, work: Path, rows: int, asked: int) -> dict[str, Any]:
     """Costs in trainings of the same recipe; each part is kept when it is done."""
-    recipe, queries = lora(smoke, seed, rows)
+    recipe, queries = lora(smoke, seed, rows, asked)
     options = RunOptions(work, progress=True, memory=2 * 10**9, save_every=60.0)
     out: dict[str, Any] = {"rows": rows, "queries": len(queries)}
 
     def part(name: str, task: Callable[[], dict[str, Any]]) -> None:
-        place = work / f"{name}-{rows}.json"
+        place = work / f"{name}-{rows}-{asked}.json"
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             found = task()
@@ -205,16 +220,16 @@ def smollm2(smoke: bool, seed: int, work: Path, rows: int) -> dict[str, Any]:
         out[name] = json.loads(place.read_text())
 
     def training() -> dict[str, Any]:
-        return {"cpu_seconds": seconds(lambda: train_plain(recipe))}
+        return {"cpu_seconds": seconds(lambda: train_plain(recipe)), "loading": seconds(lambda: task_of(recipe))}
 
     def cheap() -> dict[str, Any]:
         found = adamw_influence(recipe, queries, options)
-        np.save(work / f"cheap-{rows}.npy", found.effects)
+        np.save(work / f"cheap-{rows}-{asked}.npy", found.effects)
         return {"cpu_seconds": found.cpu_seconds, "plan": str(found.plan), "disk": found.plan.stored}
 
     def exact() -> dict[str, Any]:
         found = metagradient(recipe, queries, options, settings=ReverseSettings(states="disk"))
-        np.save(work / f"exact-{rows}.npy", found.effects)
+        np.save(work / f"exact-{rows}-{asked}.npy", found.effects)
         return {
             "cpu_seconds": found.cpu_seconds,
             "plan": str(found.memory),
@@ -224,10 +239,13 @@ def smollm2(smoke: bool, seed: int, work: Path, rows: int) -> dict[str, Any]:
 
     for name, task in (("training", training), ("adamw_influence", cheap), ("metagradient", exact)):
         part(name, task)
-    plain = out["training"]["cpu_seconds"]
-    found, wanted = (np.load(work / f"{name}-{rows}.npy") for name in ("cheap", "exact"))
+    loading = out["training"]["loading"]  # of the model, which is no part of a training
+    plain = out["training"]["cpu_seconds"] - loading
+    found, wanted = (np.load(work / f"{name}-{rows}-{asked}.npy") for name in ("cheap", "exact"))
     return out | {
-        "trainings": {name: out[name]["cpu_seconds"] / plain for name in ("adamw_influence", "metagradient")},
+        "trainings": {
+            name: (out[name]["cpu_seconds"] - loading) / plain for name in ("adamw_influence", "metagradient")
+        },
         "spearman_with_exact": correlation(found, wanted),
     }
 
@@ -235,8 +253,9 @@ def smollm2(smoke: bool, seed: int, work: Path, rows: int) -> dict[str, Any]:
 def main(given: list[str] | None = None) -> int:
     """Runs one case, and adds it to the result file."""
     parser = arguments(__doc__)
-    parser.add_argument("--case", choices=("smollm2", "names", "digits", "rates"), required=True)
+    parser.add_argument("--case", choices=("smollm2", "names", "digits", "digits, calm", "rates"), required=True)
     parser.add_argument("--rows", type=int, default=48, help="of the language model")
+    parser.add_argument("--queries", type=int, default=16, help="of the language model")
     parser.add_argument("--work", type=Path, help="where parts of smollm2 are kept (default: a temporary folder)")
     args = parser.parse_args(given)
     torch.set_num_threads(1)
@@ -245,11 +264,15 @@ def main(given: list[str] | None = None) -> int:
     cases = json.loads(path.read_text())["cases"] if path.exists() else {}
     with tempfile.TemporaryDirectory() as place:
         if args.case == "smollm2":
-            cases["smollm2"] = smollm2(args.smoke, args.seed, args.work or Path(place), 6 if args.smoke else args.rows)
+            cases["smollm2"] = smollm2(
+                args.smoke, args.seed, args.work or Path(place), 6 if args.smoke else args.rows, args.queries
+            )
         elif args.case == "rates":
             cases["rates"] = rates(args.smoke, args.seed)
         else:
             recipe, asked = (names if args.case == "names" else digits)(args.smoke)
+            if args.case == "digits, calm":
+                recipe = recipe.with_(optimizer=lo.OptimizerSettings("sgd", 0.05, momentum=0.5))
             queries = [getattr(q, "row", q) for q in asked]
             cases[args.case] = judged(recipe, queries, args.smoke, args.seed)
     print(json.dumps(cases[args.case], indent=1))

@@ -374,7 +374,7 @@ def test_behaviours_of_a_run_weigh_losses_and_measures(run, recipe):
         as_queries(Behaviour(QUERIES, measure=Probe([1.0])))
     with pytest.raises(ValueError, match="The query has a measure, and its behaviour another"):
         Query(by, "logit")
-    with pytest.raises(UnsupportedError, match="is not the loss of a row, and only `metagradient` and `posterior`"):
+    with pytest.raises(UnsupportedError, match="is not the loss of a row, and only `metagradient`, `adamw-inf"):
         score_methods(run, as_queries(by), ["gradient dot"])
 
 

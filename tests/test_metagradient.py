@@ -424,7 +424,7 @@ def test_unit_vectors_are_sketched_in_one_space():
 def test_influence_is_the_damped_solve():
     rng = np.random.default_rng(0)
     final, queries = rng.normal(size=(6, 4)).astype(np.float32), rng.normal(size=(3, 4)).astype(np.float32)
-    vectors = UnitVectors(final, final, {}, np.zeros(6))
+    vectors = UnitVectors(final, final, {}, *np.zeros((2, 6)))
     fisher = sum(np.outer(g, g) for g in final.astype(float))
     inverse = np.linalg.inv(fisher + 0.3 * np.trace(fisher) / 4 * np.eye(4))
     wanted = [[q @ inverse @ g for g in final] for q in queries]
@@ -468,8 +468,27 @@ def test_lengths_are_the_leverage_of_units():
         wanted += 0.01 * (gradients.square().sum(1) / 3).numpy()
         weights = weights - 0.01 * gradients.mean(0)
     assert relative(vectors.lengths, wanted) < JETS
-    x = np.array([[1.0, 0.0, 1.0], [0.0, 0.5, 0.0]])
-    assert relative(first_order_error(vectors, x), [wanted[0] + wanted[2], wanted[1] / 2]) < JETS
+    # Orthogonal units make no other mistake together than alone: of two alike, the error is the mean.
+    alone = first_order_error(vectors, np.eye(3))
+    assert relative(alone, 0.2 * wanted) < 1e-6 and np.array_equal(vectors.owned, np.zeros(3))
+    double = UnitVectors(vectors.updates[[0, 0]], vectors.final[:2], {}, wanted[[0, 0]], np.zeros(2))
+    assert relative(first_order_error(double, np.ones((1, 2))), [2 * alone[0]]) < 1e-6
+
+
+def test_owned_is_the_part_of_the_second_moment():
+    """At a first step v / (1 - beta2) is the square of the gradient."""
+    recipe = classifier(optimizer=OptimizerSettings("adamw", 0.02, eps=1e-12), steps=1, batch_size=3, warmup=0)
+    recipe = recipe.with_(units=None)
+    (batch,) = recipe.batches()
+    task, rows = task_of(recipe), []
+    for i in batch:
+        loss = task.loss(task.model, task.batch([recipe.examples[i]])).sum()
+        rows.append(flat(dict(enumerate(torch.autograd.grad(loss, list(task.model.parameters()))))) / 3)
+    rows = np.stack(rows)
+    whole = rows.sum(0)
+    ways = abs(rows) / (abs(whole) + 1e-12)
+    wanted = (ways * np.minimum(1, rows**2 / whole**2)).sum(1) / ways.sum(1)
+    assert relative(unit_vectors(recipe).owned[recipe.unit_of[list(batch)]], wanted) < 1e-6
 
 
 def squares(model, batch):

@@ -145,7 +145,15 @@ class Bank:
         """Keeps what similarity between units and cheap scores are computed from."""
         with Store.open(self.path, write=True) as store:
             store.set_state("vectors cpu_seconds", cpu_seconds)
-            store.put_side("vectors", {"updates": vectors.updates, "final": vectors.final, "lengths": vectors.lengths})
+            store.put_side(
+                "vectors",
+                {
+                    "updates": vectors.updates,
+                    "final": vectors.final,
+                    "lengths": vectors.lengths,
+                    "owned": vectors.owned,
+                },
+            )
         self.store.refresh()
         self._fits.clear()
 
@@ -410,8 +418,9 @@ class Bank:
         if side is None:
             return None
         vectors = UnitVectors(
-            np.asarray(side["updates"]), np.asarray(side["final"]), self.constants, np.asarray(side["lengths"])
-        )
+            np.asarray(side["updates"]), np.asarray(side["final"]), self.constants, np.asarray(side["lengths"]),
+            np.asarray(side["owned"]),
+        )  # fmt: skip
         width = vectors.final.shape[1]
         ask = query_function(self._task, asked)
         gradients = query_gradients(self.recipe, self.constants, ask, width, self.device)

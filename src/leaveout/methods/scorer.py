@@ -108,7 +108,8 @@ class Scorer:
         for query in self.queries:
             if callable(query.row) or query.measure != "loss":
                 raise UnsupportedError(
-                    f"The query {query.name!r} is not the loss of a row, and only `metagradient` and `posterior` score others."
+                    f"The query {query.name!r} is not the loss of a row, and only `metagradient`, `adamw-influence` and "
+                    "`posterior` score others."
                 )
         return [query.row for query in self.queries]
 

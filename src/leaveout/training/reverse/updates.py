@@ -39,13 +39,16 @@ class UnitVectors:
     final    sum of the unit's loss gradients at the trained parameters, nats per parameter
     params   the trained parameters by name
     lengths  sum over steps of rate * g . preconditioner g * the example's part of the loss, with g the gradient of its
-             loss: by how much the unit's own steps lower its loss [units], nats
+             loss, and with what momentum makes of it later: by how much the unit's own steps lower its loss [units], nats
+    owned    of Adam's second moments, what part is the unit's own share where it moves the parameters: mean over its
+             updates [units]; 0 without second moments
     """
 
     updates: np.ndarray
     final: np.ndarray
     params: Parameters
     lengths: np.ndarray
+    owned: np.ndarray
 
 
 def sketch_of(parameters: int, width: int) -> CountSketch:
@@ -74,12 +77,14 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
     with passes(place):
         run = FlatRun(recipe, place)
         sketch = sketch_of(sum(run.sizes), width).to(place, torch.float32)
-        together = _together(run, options.memory)
+        together, momentum = _together(run, options.memory), run.group.get("momentum", 0.0)
         updates, final = run.state.new_zeros(2, len(recipe.unit_names), sketch.width, dtype=torch.float32)
-        lengths = run.state.new_zeros(len(recipe.unit_names), dtype=torch.float64)
+        lengths, moved, owned = run.state.new_zeros(3, len(recipe.unit_names), dtype=torch.float64)
         for step in tqdm(range(run.steps), desc="unit vectors", unit="step", disable=not options.progress):
             gradient = run.gradient(step)
-            scale, parts = _update_scale(run, step, gradient), run.parts(step)
+            scale, second = _update_scale(run, step, gradient)
+            later = (1 - momentum ** (run.steps - step)) / (1 - momentum)
+            parts = run.parts(step)
             if len(run.trained_on.batches[step]) == 1:
                 shares = iter([(parts[0].numbers, gradient.unsqueeze(0))])
             else:
@@ -89,11 +94,18 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
             }
             for numbers, rows in shares:
                 updates.index_add_(0, run.units_of(numbers), sketch((rows * scale).float()))
-                lengths.index_add_(0, run.units_of(numbers), _lengths(rows, scale, [weights[i] for i in numbers]))
+                units = run.units_of(numbers)
+                lengths.index_add_(0, units, later * _lengths(rows, scale, [weights[i] for i in numbers]))
+                if second is not None:
+                    ways = (rows * scale).abs()
+                    moved.index_add_(0, units, ways.sum(1).double())
+                    owned.index_add_(0, units, (ways * (rows.square() / second).clamp(max=1.0)).sum(1).double())
             run.advance(step, gradient)
         for numbers, rows in example_gradients(run, range(len(recipe.examples)), together):
             final.index_add_(0, run.units_of(numbers), sketch(rows.float()))
-    return UnitVectors(updates.cpu().numpy(), final.cpu().numpy(), run.parameters(), lengths.cpu().numpy())
+    owned = owned / moved.where(moved > 0, 1.0)
+    found = (t.cpu().numpy() for t in (updates, final, lengths, owned))
+    return UnitVectors(next(found), next(found), run.parameters(), *found)
 
 
 def query_gradients(
@@ -132,15 +144,26 @@ def influence(vectors: UnitVectors, gradients: np.ndarray, damping: float = 1.0)
     return np.linalg.solve(fisher, gradients.T.astype(np.float64)).T @ final.T
 
 
-def first_order_error(vectors: UnitVectors, x: np.ndarray) -> np.ndarray:
-    """What the first order of deletion vectors x [sets, units] gets wrong, relative to the effect, about: [sets].
+CURVED = 0.2
+"""What of a unit's length the first order gets wrong, about: digits with SGD, rates over a factor of 16 (benchmarks/LOG.md)."""
 
-    The sum of the units' own lengths: without a unit the loss has less curvature, by g g^T along its gradient, and rate
-    times that, summed along the run, is what the first order leaves out. No retraining and no query is needed.
-    Source: in the spirit of arXiv 2605.18814 (rate and length of the trajectory); how far it can be trusted stands in
-    docs/how-to/deletion.md.
+
+def first_order_error(vectors: UnitVectors, x: np.ndarray) -> np.ndarray:
+    """What the first order of deletion vectors x [sets, units] gets wrong, over the size of the effects, about: [sets].
+
+    Two parts, both known from the run alone. Without a unit the loss has less curvature, by g g^T along its gradient: rate
+    times that, summed along the run, is `lengths`; in a set it grows with how much its units' updates point the same way
+    (by 1 where they are orthogonal, by their number where they are parallel). And Adam divides by second moments that are
+    partly the unit's own, `owned`.
+    What it is worth stands in docs/explanation/deletion.md. Source: after arXiv 2605.18814, which names rate and length.
     """
-    return x @ vectors.lengths
+    updates = vectors.updates.astype(np.float64)
+    sizes = np.maximum(x.sum(1), 1e-300)
+    way = x @ updates
+    turned = (x * (way @ updates.T)) @ updates
+    typical = np.maximum(x @ (updates**2).sum(1) / sizes, 1e-300)
+    alike = np.linalg.norm(turned, axis=1) / np.maximum(np.linalg.norm(way, axis=1) * typical, 1e-300)
+    return (CURVED * (x @ vectors.lengths) * alike + x @ vectors.owned) / sizes
 
 
 # --- gradients of single examples --------------------------------------------------------------------------------
@@ -207,16 +230,20 @@ def _lengths(rows: Tensor, scale: Tensor, weights: Sequence[float]) -> Tensor:
     return -products.double() / torch.tensor(weights, dtype=torch.float64).to(rows.device)
 
 
-def _update_scale(run: FlatRun, step: int, gradient: Tensor) -> Tensor:
-    """What turns a share of the gradient into its update: -rate * clipping * preconditioner, [parameters] or one number."""
+def _update_scale(run: FlatRun, step: int, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What turns a share of the gradient into its update: -rate * clipping * preconditioner, [parameters] or one number.
+
+    And the square of a share that would be all of the second moment, which is None without one.
+    """
     clipped, _ = clip_adjoint(gradient, run.recipe.clip_norm)
     rate = run.recipe.rate(step, run.steps)
     factor = -rate * (clipped.norm() / gradient.norm() if clipped is not gradient else 1.0)
     if run.kind in ("sgd", "momentum"):
-        return torch.as_tensor(factor, device=run.device, dtype=gradient.dtype)
+        return torch.as_tensor(factor, device=run.device, dtype=gradient.dtype), None
     form = AdamForm(run.kind, rate, step, run.group)
     _, _, square = form.moments(clipped, run.state)
-    return factor / form.root(square)[0]
+    whole = square / (1 - run.group["betas"][1]) / (factor / rate) ** 2
+    return factor / form.root(square)[0], torch.where(whole > 0, whole, torch.inf)
 
 
 def _together(run: FlatRun, limit: int | None) -> int:

@@ -3,7 +3,7 @@
 Three things are between them. A new run on fewer rows gives each row that is left more weight than the same run does, or
 less, as its batches are full again and their number is another (`training.repacking.weights_left`): the estimator is asked
 at those weights. The first order is another in each order: where it was measured in several, their mean takes its place,
-and their spread is known. What is left was held against new runs of held-out sets: its variance is that of a run times
+their spread is known, and of the rest of an effect less is kept, the less the estimator is sure of it. What is left was held against new runs of held-out sets: its variance is that of a run times
 `by_share` x the share of rows that is removed, plus `anyway`, which is 0 where small sets change little. Where runs are
 so unstable that it is not, effects are shrunk by as much as they are made of it (James and Stein, over queries).
 """
@@ -55,12 +55,22 @@ class Shift:
         variance = np.square(std) + own * (self.by_share * (x @ self.rows) + self.anyway) * x.any(1)
         if len(self.orders) > 1:
             each = self.orders @ asked.T
-            effect = effect + each.mean(0) - each[0]
+            bent = effect - each[0]
+            effect = each.mean(0) + bent * _sure(bent, std)
             variance = variance + each.var(0, ddof=1) / len(each)
         if self.anyway:
             size = np.median(np.square(effect) / np.maximum(own, 1e-300), 0) / MEDIAN
             effect = effect * np.clip(1 - self.anyway / np.maximum(size, 1e-300), 0, 1)
         return effect, np.sqrt(variance)
+
+
+def _sure(bent: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """The share that is kept of what an effect has beside its first order: little of what the estimator itself is unsure of.
+
+    In one order that part is another than in others; what is small beside its deviation ranks sets worse than nothing.
+    """
+    square = np.square(bent)
+    return np.divide(square, square + np.square(std), out=np.zeros_like(square), where=square > 0)
 
 
 def fit_shift(

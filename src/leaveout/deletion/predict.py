@@ -95,9 +95,8 @@ class Prediction(Tabular):
             raise ValueError(f"level must be between 0 and 1, got {level}")
         noise = np.square(self.run_std) / runs
         both = np.square(self.std) + noise
-        with np.errstate(
-            divide="ignore", invalid="ignore"
-        ):  # Welch and Satterthwaite: only the noise was estimated by few
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # Welch and Satterthwaite: only the noise was estimated by few.
             freedom = np.where(noise > 0, self.freedom * np.square(both / noise), np.inf)
         return quantile((1 + level) / 2, freedom) * np.sqrt(both)
 

@@ -1,11 +1,14 @@
 """From the same run to new ones: the mean effect over orders, and how far it may be from what one order says.
 
-Three things are between them. A new run on fewer rows gives each row that is left more weight than the same run does, or
-less, as its batches are full again and their number is another (`training.repacking.weights_left`): the estimator is asked
-at those weights. The first order is another in each order: where it was measured in several, their mean takes its place,
-their spread is known, and of the rest of an effect less is kept, the less the estimator is sure of it. What is left was held against new runs of held-out sets: its variance is that of a run times
-`by_share` x the share of rows that is removed, plus `anyway`, which is 0 where small sets change little. Where runs are
-so unstable that it is not, effects are shrunk by as much as they are made of it (James and Stein, over queries).
+A new run on fewer rows gives each row that is left more weight than the same run does, or less, as its batches are full
+again and their number is another (`training.repacking.weights_left`): the estimator is asked at those weights. The first
+order is another in each order: where it was measured in several, their mean takes its place, their spread is known, and
+of the rest of an effect less is kept, the less the estimator is sure of it.
+
+What is left was held against new runs of held-out sets: its variance is that of a run times `by_share` x the share of
+rows that is removed, plus `anyway`, which is 0 where small sets change little. Where runs are so unstable that it is not,
+effects are shrunk by as much as they are made of it (James and Stein, over queries). The held-out runs also say how large
+the deviation of a run is: few runs with all data leave it open, for all queries together.
 """
 
 from __future__ import annotations

@@ -114,7 +114,8 @@ def test_verify_retrains_new_runs_and_takes_their_mean(noisy, recipe):
     assert (found.reach(runs=3) < found.reach()).all() and not found.measured.any()
     line = next(found.lines())
     assert line["meaning"] == "new run" and line["run_std"] > 0 and json.dumps(line)
-    assert "new run" in str(found)
+    table = found.table()
+    assert "Without means a new run" in table.notes[0] and {"sd of the mean", "sd of runs"} < set(table.headers)
 
 
 def test_parts_of_weights_are_kept_in_new_runs(noisy, recipe):

@@ -223,11 +223,13 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """The table of lines of a prediction (`Prediction.lines`): the effects first, and the real ones if there are any."""
     units, proven = {line["unit"] for line in lines}, bool(lines) and "actual" in lines[0]
     one = next(iter(units)) if len(units) == 1 else ""
-    effect = f"effect{one and f' ({one})'} [95 % interval]"
-    rows = []
+    effect, rows = f"effect{one and f' ({one})'} [95 % interval]", []
+    of_runs = bool(lines) and all("run_std" in line for line in lines)
     for line in lines:
         unit = "" if one or not line["unit"] else f" {line['unit']}"
         row = (shorten(line["query"], 60), line["without"], f"{_effect(line)}{unit}")
+        if of_runs:
+            row += ("unknown" if line["std"] is None else line["std"], line["run_std"])
         verdict = ", ".join(line[key] for key in ("verdict", "outside") if key in line) + seeds_of(line)
         if proven:
             inside = "unknown" if line["std"] is None else "yes" if line["inside"] else "no"
@@ -237,7 +239,8 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             rows.append((*row, line["base"], line["predicted"], verdict))
     more = ["retrained", "inside", "all data"] if proven else ["all data", "without it"]
     notes = [MEANS[meaning] for meaning in dict.fromkeys(line["meaning"] for line in lines)]
-    headers, said = ["query", "left out", effect, *more, "verdict"], told(lines)
+    deviations = ["sd of the mean", "sd of runs"] if of_runs else []
+    headers, said = ["query", "left out", effect, *deviations, *more, "verdict"], told(lines)
     if len({line["query"] for line in lines}) == 1:  # named once
         headers, rows, said = headers[1:], [row[1:] for row in rows], f"{shorten(lines[0]['query'], 60)}: {said}"
     return Table(headers, rows, said, notes)

@@ -1,0 +1,113 @@
+"""Where a trained model goes when it goes on without some units, by a few damped Gauss-Newton steps and no retraining.
+
+A sum over units takes each one's effect as if the others stayed, and no first order knows that a set holds all that taught a
+query. So the model itself is moved: with the loss J of a step of the run, as an expectation over its batches, and P the
+optimizer's metric, the run that goes on for its whole length T (the sum of its learning rates) follows
+
+    d delta / d tau = -P [grad J_x(theta + delta) - grad J(theta)]        x: the share of each unit that is gone
+
+from the trained parameters theta, at which all data together pull nowhere. It is followed in STEPS steps that are exact where
+the Gauss-Newton matrix is constant (`influence.refined`), and the queries are asked of the model that comes out: neither loss nor
+model are linearised. K-FADE's idea (Gauss-Newton steps on the set), in the metric and for the time of the run (the segments of
+SOURCE, arXiv 2405.12186). Of the rest of the data a sample is enough, as it only has to resist; the set counts whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from leaveout.errors import UnsupportedError
+from leaveout.influence import Batch, refined
+from leaveout.training.loop import Steps
+from leaveout.training.queries import query_losses
+from leaveout.training.recipe import Recipe
+from leaveout.training.tasks import Parameters, task_of
+from leaveout.training.whole import batches_of, run_of, whole_model
+
+STEPS = 8
+SAMPLE = 200  # examples whose curvature counts
+REST = 1000  # examples that resist
+TOKENS = 4096  # of a batch
+SMALL = 0.05  # share at which an effect is as good as linear
+
+
+class Newton:
+    """Moves the trained parameters of a recipe.
+
+    Cost a set: STEPS gradients of at most REST examples, and six products each with the Gauss-Newton matrix of SAMPLE examples.
+    Raises: UnsupportedError for a recipe whose task gives no logits.
+    """
+
+    def __init__(self, recipe: Recipe, parameters: Parameters, device: str | torch.device = "cpu") -> None:
+        self._recipe, self._device = recipe, device
+        self._task = task = task_of(recipe, device)
+        if task.outputs is None:
+            raise UnsupportedError("Gauss-Newton steps need a model that gives logits: retrain the sets instead.")
+        self._model = model = whole_model(task, {n: p.to(task.device) for n, p in parameters.items()})
+        self._pull = _pulls(recipe, Steps(recipe, task))
+        self._together = max(1, TOKENS // max(1, task.encode(recipe.examples[:1])[0].shape[-1]))
+        chance = np.random.default_rng(recipe.seed)
+        drawn = np.flatnonzero(self._pull)
+        chosen = [recipe.examples[i] for i in np.sort(chance.permutation(drawn)[:SAMPLE])]
+        run = run_of(recipe, model, task, chosen, recipe.seed)
+        self._run = replace(run, rates=run.rates / STEPS)
+        self._sample = batches_of(task, chosen, self._together)
+        self._rest = np.sort(chance.permutation(drawn)[:REST])
+
+    def moved(self, x: np.ndarray) -> Tensor:
+        """The parameters [parameters] after going on without the shares x [units]."""
+        gone = x[self._recipe.unit_of.numpy()]
+        here = np.flatnonzero(gone * self._pull)
+        set_pull = self._gradient(self._model.theta, here, gone[here] * self._pull[here])
+        kept = self._rest[gone[self._rest] < 1]
+        weights = (1 - gone[kept]) * self._pull[kept]
+        weights *= ((1 - gone) * self._pull).sum() / max(weights.sum(), 1e-300)
+        before = self._gradient(self._model.theta, kept, weights)
+        delta = torch.zeros_like(self._model.theta)
+        for _ in range(STEPS):
+            pull = self._gradient(self._model.theta + delta, kept, weights) - before - set_pull
+            delta = delta - refined(self._model, self._sample, [pull], self._run)[0]
+        return self._model.theta + delta
+
+    def effects(self, x: np.ndarray, ask: Callable[[nn.Module], Tensor]) -> np.ndarray:
+        """Effects [queries, sets] of leaving out the shares x [sets, units]."""
+        moved = torch.stack([self._model.theta, *(self.moved(row) for row in x)])
+        named = [self._model.named(one) for one in moved]
+        stacked = {name: torch.stack([one[name] for one in named]).cpu() for name in named[0]}
+        values = query_losses(self._recipe, stacked, ask, self._device).double().numpy()
+        return (values[1:] - values[:1]).T
+
+    def bends(self, x: np.ndarray, ask: Callable[[nn.Module], Tensor]) -> np.ndarray:
+        """What of the effects [queries, sets] is not in proportion to the share that is removed."""
+        return self.effects(x, ask) - self.effects(SMALL * x, ask) / SMALL
+
+    def _gradient(self, theta: Tensor, numbers: Sequence[int] | np.ndarray, weights: np.ndarray) -> Tensor:
+        """Gradient of the sum of these examples' losses by their weights."""
+        total = torch.zeros_like(theta)
+        examples = [self._recipe.examples[i] for i in numbers]
+        at = 0
+        for batch in batches_of(self._task, examples, self._together):
+            own = torch.from_numpy(weights[at : at + batch.n_rows]).to(theta.device)
+            total += self._slope(theta, batch, own)
+            at += batch.n_rows
+        return total
+
+    def _slope(self, theta: Tensor, batch: Batch, weights: Tensor) -> Tensor:
+        theta = theta.clone().requires_grad_()
+        losses = self._model.at(theta, batch).losses(batch.n_rows)
+        return torch.autograd.grad((losses * weights).sum(), theta)[0]
+
+
+def _pulls(recipe: Recipe, steps: Steps) -> np.ndarray:
+    """What an example's loss counts in the expected loss of a step [examples]."""
+    found = np.zeros(len(recipe.examples))
+    for step in range(len(steps)):
+        for part in steps.parts(step):
+            sizes = np.ones(len(part.numbers)) if part.sizes is None else part.sizes.double().numpy()
+            np.add.at(found, list(part.numbers), sizes / part.divisor)
+    return found / len(steps)

@@ -44,6 +44,7 @@ from leaveout.readout.settings import PRESETS as PRESETS
 from leaveout.readout.settings import Channel as Channel
 from leaveout.readout.settings import SignatureSettings as SignatureSettings
 from leaveout.tables import Diagnosis as Diagnosis
+from leaveout.training.drafted import draft_recipe as draft_recipe
 from leaveout.training.queries import Query as Query
 from leaveout.training.recipe import OptimizerSettings as OptimizerSettings
 from leaveout.training.recipe import Recipe as Recipe

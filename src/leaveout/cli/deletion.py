@@ -96,6 +96,48 @@ def train(
 
 
 @app.command()
+def recipe(
+    idx: Annotated[Path, typer.Argument(metavar="IDX", help="Directory of an index of the rows that were trained on.")],
+    out: Annotated[Path, typer.Option("--out", help="The YAML file; its rows are written beside it.")],
+    model: Annotated[str | None, typer.Option(help="What the fine-tuning started from: a path or id.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a step.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, adam or sgd.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of all but biases and norms.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="constant, linear or cosine.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up.")] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Largest length of a gradient.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Longer rows were cut.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of rows, and of adapters.")] = None,
+    units: Annotated[str | None, typer.Option(help="Field whose value says which rows are left out together.")] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="Layers with adapters instead of full training, such as q_proj,v_proj.")
+    ] = None,
+    lora_r: Annotated[int, typer.Option(min=1, help="Rank of the adapters of --lora.")] = 8,
+    lora_alpha: Annotated[float, typer.Option(help="Alpha of the adapters of --lora.")] = 16,
+    json_: Json = False,
+) -> None:
+    """Write the recipe of the fine-tuning that an index's rows are of, so that predictions can be calibrated: rows, model,
+    template and learned tokens from the index, the rest from what you say. What nobody said is marked in the file.
+
+    Example: leaveout recipe idx --out draft/recipe.yaml --model ./base --lr 1e-4 --epochs 2
+    """
+    from leaveout.training.drafted import UNSAID, draft_recipe
+
+    said: dict[str, Any] = {
+        "model": model, "lr": lr, "epochs": epochs, "batch_size": batch_size, "optimizer": optimizer,
+        "weight_decay": weight_decay, "schedule": schedule, "warmup": warmup, "clip_norm": clip_norm,
+        "max_tokens": max_tokens, "seed": seed, "units": units,
+    }  # fmt: skip
+    if lora is not None:
+        said["lora"] = {"r": lora_r, "alpha": lora_alpha, "targets": [part.strip() for part in lora.split(",")]}
+    written = draft_recipe(idx, out, **{name: value for name, value in said.items() if value is not None})
+    unsaid = [line.split(":")[0] for line in written.read_text(encoding="utf-8").splitlines() if UNSAID in line]
+    print_facts({"recipe": str(written), "not said": unsaid, "next": f"leaveout train {shlex.quote(str(written))} --out run"}, json_)
+
+
+@app.command()
 def measure(
     run: RunPath,
     directions: Annotated[int, typer.Option(min=0, help="Jet runs along random directions.")] = 0,
@@ -259,7 +301,7 @@ def predict(
 
 NOT_CALIBRATED = (
     "Not calibrated: scores of an index summed up, above 0 where training on the set lowers the loss. They rank sets; how many "
-    "nats one is worth takes the recipe of the run (`leaveout train`, then `measure`)."
+    "nats one is worth takes the recipe of the run (`leaveout recipe` drafts it, `train` and `measure` follow)."
 )
 
 

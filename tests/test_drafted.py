@@ -39,7 +39,8 @@ def test_a_drafted_recipe_is_the_run_that_was_told_and_can_be_measured(indexes, 
     written = draft_recipe(indexes / "response", tmp_path / "new" / "recipe.yaml", **told)
     recipe = Recipe.from_yaml(written)
     by_hand = Recipe(
-        "causal-lm", tuple(ROWS), tuple(str(row["source"]).lower() for row in ROWS), template="none", model=str(base), batch_size=2, epochs=2,
+        "causal-lm", tuple(ROWS), tuple(str(row["source"]).lower() for row in ROWS), template="none", model=str(base),
+        batch_size=2, epochs=2,
         optimizer=recipe.optimizer, schedule="constant", clip_norm=1.0, loss_per="token", order="shuffled", seed=42,
         max_tokens=recipe.max_tokens,
     )  # fmt: skip
@@ -55,7 +56,7 @@ def test_a_drafted_recipe_is_the_run_that_was_told_and_can_be_measured(indexes, 
 
 def test_rows_that_are_learned_whole_are_written_as_their_texts(indexes, tmp_path):
     recipe = Recipe.from_yaml(draft_recipe(indexes / "all", tmp_path / "recipe.yaml", epochs=1))
-    assert [row.text for row in recipe.examples][0] == "say ann: ann ann"
+    assert recipe.examples[0].text == "say ann: ann ann"
     assert "the index's own model" in (tmp_path / "recipe.yaml").read_text()
 
 
@@ -106,7 +107,16 @@ def test_rows_without_a_text_are_refused(indexes, tmp_path, monkeypatch):
 
 
 def test_the_command_says_what_was_not_said(indexes, base, tmp_path, monkeypatch, capsys):
-    asked = ("recipe", indexes / "response", "--out", tmp_path / "recipe.yaml", "--model", base, "--lora", "c_attn,c_proj")
+    asked = (
+        "recipe",
+        indexes / "response",
+        "--out",
+        tmp_path / "recipe.yaml",
+        "--model",
+        base,
+        "--lora",
+        "c_attn,c_proj",
+    )
     code, out, _ = run_command(monkeypatch, capsys, *asked, "--lora-r", "2", "--lr", "1e-3", "--json")
     found = json.loads(out)
     assert code == 0 and "optimizer" in found["not said"] and "trained" not in found["not said"]

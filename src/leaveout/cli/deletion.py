@@ -134,7 +134,10 @@ def recipe(
         said["lora"] = {"r": lora_r, "alpha": lora_alpha, "targets": [part.strip() for part in lora.split(",")]}
     written = draft_recipe(idx, out, **{name: value for name, value in said.items() if value is not None})
     unsaid = [line.split(":")[0] for line in written.read_text(encoding="utf-8").splitlines() if UNSAID in line]
-    print_facts({"recipe": str(written), "not said": unsaid, "next": f"leaveout train {shlex.quote(str(written))} --out run"}, json_)
+    print_facts(
+        {"recipe": str(written), "not said": unsaid, "next": f"leaveout train {shlex.quote(str(written))} --out run"},
+        json_,
+    )
 
 
 @app.command()
@@ -149,6 +152,9 @@ def measure(
     without: Without = None,
     without_where: WithoutWhere = None,
     sets: SetsFile = None,
+    halves: Annotated[
+        bool, typer.Option("--halves", help="Two halves of each set that you name, instead of the set.")
+    ] = False,
     heldout: Annotated[
         str | None, typer.Option(help="Retrainings for calibration: a number of random sets, or a file of sets.")
     ] = None,
@@ -186,6 +192,8 @@ def measure(
         raise typer.BadParameter(
             "say what to measure: --directions, --retrain, --without, --heldout, --gradient, --repeats or --merge"
         )
+    if halves and not named:
+        raise typer.BadParameter("--halves are those of sets that you name: --without, --without-where or --sets")
     settings = _settings(workers, backend, memory, seed, sizes, dtype, real)
     opened = open_run(run, device)
     before = len(opened.bank)
@@ -195,7 +203,8 @@ def measure(
         opened.bank.merge(merge / "bank")
     unasked = query is None and queries is None and behaviour is None
     opened.measure(
-        directions, degree, retrain=retrain, design=design, gradient=gradient, repeats=repeats, settings=settings,
+        directions, degree, retrain=retrain, design=design, gradient=gradient, repeats=repeats, halves=halves,
+        settings=settings,
         without=read_sets(opened, without, without_where, sets) if named else None,
         heldout=None if heldout is None else _heldout(heldout),
         queries=None if unasked else read_queries(opened, query, prompt, queries, form, columns, behaviour),

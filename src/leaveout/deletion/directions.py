@@ -68,6 +68,20 @@ def random_sets(
     return _indicator(out, units)
 
 
+def halved(x: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Two halves of each deletion vector [sets, units], its units dealt at random: [vectors, units].
+
+    A vector of one unit has none, and stays whole.
+    """
+    out = []
+    for row in x:
+        members = np.flatnonzero(row)
+        dealt = _rng(seed, 5, *members.tolist()).permutation(members)
+        for part in np.array_split(dealt, min(2, len(dealt))):
+            out.append(np.where(np.isin(np.arange(len(row)), part), row, 0.0))
+    return np.array(out).reshape(-1, x.shape[1])
+
+
 def held_out(n: int, units: int, seed: int, sizes: tuple[int, ...], fitted: np.ndarray) -> np.ndarray:
     """The first n different random sets [rows, units] that are not among the fitted ones [any, units].
 

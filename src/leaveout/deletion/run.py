@@ -27,7 +27,7 @@ from leaveout.corpus import Row
 from leaveout.corpus.rows import row_json
 from leaveout.deletion import directions
 from leaveout.deletion.bank import REPEAT, Bank, Measured, measurement_ids
-from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, real_orthogonal
+from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, halved, real_orthogonal
 from leaveout.deletion.estimators import EstimatorSettings
 from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
 from leaveout.deletion.noise import LEAST_REPEATS
@@ -45,7 +45,7 @@ from leaveout.training.loop import RunOptions
 from leaveout.training.memory import runs_together
 from leaveout.training.notes import cut_notes, notes_on
 from leaveout.training.queries import Query, as_queries, query_function, query_losses
-from leaveout.training.recipe import Recipe
+from leaveout.training.recipe import Recipe, libraries, other_library
 from leaveout.training.repacking import new_run
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.reverse.updates import unit_vectors
@@ -169,6 +169,7 @@ class TrainingRun:
         retrain: int = 0,
         design: str = "auto",
         without: Without | None = None,
+        halves: bool = False,
         heldout: Without | int | None = None,
         gradient: bool = False,
         repeats: int = 0,
@@ -179,6 +180,7 @@ class TrainingRun:
 
         directions, degree  jet runs along complex uniform directions, or real orthogonal ones (settings.real)
         retrain, design     retrainings by a design (see `directions.DESIGNS`); without: retrain these deletion sets as well
+        halves              retrain two random halves of each set of `without` instead of the set: they say of its parts, too
         heldout             deletion sets, or a number of random ones, retrained to calibrate standard deviations only
         gradient            the exact first order of the queries (which then must be given)
         repeats             new runs with all data, each in an order of its own, from which the noise of a run is known; and
@@ -189,9 +191,12 @@ class TrainingRun:
         """
         settings = settings or MeasureSettings()
         self._refuse(directions, degree, retrain, design, heldout, gradient and queries is None, settings)
+        self._refuse_other_libraries()
         require_whole("repeats", repeats, 0)
         if 0 < repeats < LEAST_REPEATS:
             raise ValueError(f"repeats is {repeats}: a deviation takes at least {LEAST_REPEATS} runs, 0 measures none")
+        if halves and without is None:
+            raise ValueError("halves are those of sets that you name: give them with without=")
         given = None if without is None else deletion_sets(self.recipe, without)
         held = heldout if heldout is None or isinstance(heldout, int) else deletion_sets(self.recipe, heldout)
         asked = None if queries is None else as_queries(queries)
@@ -204,6 +209,8 @@ class TrainingRun:
         if directions:
             self._measure_jets(directions, degree, asked, settings)
         parts = [] if given is None else [(given.x, "given", "fit")]
+        if given is not None and halves:
+            parts = [(halved(given.x, settings.seed), "halves", "fit")]
         if retrain:
             parts.append((self.design(design, retrain, settings), design, "fit"))
             more = "different sets of these sizes; give --sizes, or another --design"
@@ -262,6 +269,16 @@ class TrainingRun:
             self._refuse_design(design)
         if directions and settings.real:
             real_orthogonal(directions, directions, len(self.recipe.unit_names))  # refuses more than there are
+
+    def _refuse_other_libraries(self) -> None:
+        """Raises: MismatchError for a language model that was trained with other versions than those that are here."""
+        known = Store.open(self.path / "examples").state("libraries") or {}
+        if found := other_library(known):
+            name, other, here = found
+            raise MismatchError(
+                f"{self.path} was trained with {name} {other}, and here is {here}, which may train another model: install "
+                f"{name}=={other}, or train the recipe anew."
+            )
 
     def _tell_fitted(self, held: np.ndarray, fitted: list[np.ndarray]) -> None:
         """Says which of the held-out sets are fitted as well."""
@@ -530,6 +547,7 @@ class TrainingRun:
         settings, asked = settings or MeasureSettings(), as_queries(queries)
         sets = deletion_sets(self.recipe, without)
         _refuse_runs(meant := meaning_of(meaning, False), runs)
+        self._refuse_other_libraries()
         self.bank.base(asked)
         if meant == NEW_RUN:
             self._new_runs(np.unique(sets.x, axis=0), "truth", runs, asked, settings)
@@ -611,6 +629,7 @@ def _save_trained(path: Path, recipe: Recipe, source: Path | None, parameters: P
         store.put_side("parameters", {f"p{i}": p.numpy() for i, p in enumerate(parameters.values())})
         store.set_state("source", None if source is None else str(source.resolve()))
         store.set_state("recipe", {"digests": recipe.digests(), "python": PYTHON})
+        store.set_state("libraries", libraries() if recipe.kind == "causal-lm" else {})
         store.set_state("notes", notes)
         store.set_state("trained", True)
 

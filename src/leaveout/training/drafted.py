@@ -125,10 +125,14 @@ def _known(facts: Mapping[str, Any], records: list[Record], said: Mapping[str, A
     elif adapter:
         yield Field("model", _place(adapter["model"]), "under the index's adapter")
     elif source is None:
-        raise UnsupportedError("The index was built with a model in memory: say which model the fine-tuning began with.")
+        raise UnsupportedError(
+            "The index was built with a model in memory: say which model the fine-tuning began with."
+        )
     else:
         name = _place(source["name"])
-        yield Field("model", name, UNSAID + "the index's own model, as if training went on from it; give the one before")
+        yield Field(
+            "model", name, UNSAID + "the index's own model, as if training went on from it; give the one before"
+        )
     if "lora" in said or "trained" in said:
         yield Field("trained", {"lora": dict(said["lora"])} if "lora" in said else said["trained"])
     elif adapter:
@@ -140,7 +144,9 @@ def _known(facts: Mapping[str, Any], records: list[Record], said: Mapping[str, A
     yield Field("max_tokens", said.get("max_tokens", max(2, longest)), note)
     if _paired(records):
         beta = (facts.get("preferences") or {}).get("beta", 0.1)
-        yield Field("loss", {"kind": "dpo", "beta": beta}, "of preference rows, against the model that training starts from")
+        yield Field(
+            "loss", {"kind": "dpo", "beta": beta}, "of preference rows, against the model that training starts from"
+        )
 
 
 def _told(said: Mapping[str, Any]) -> Iterator[Field]:

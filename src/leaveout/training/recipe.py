@@ -425,12 +425,20 @@ def libraries() -> dict[str, str]:
 
 def _refuse_other_libraries(path: Path, wanted: Mapping[str, str]) -> None:
     """Raises: MismatchError where a recorded run was made with other versions than those that are here."""
+    if found := other_library(wanted):
+        name, other, here = found
+        raise MismatchError(
+            f"{path} was recorded with {name} {other}, and here is {here}, which may train another model: install "
+            f"{name}=={other}, or take `libraries` out of the recipe."
+        )
+
+
+def other_library(wanted: Mapping[str, str]) -> tuple[str, str, str] | None:
+    """The first library that was of another version, with that version and the one that is here; None where all agree."""
     for name, here in libraries().items():
         if (other := wanted.get(name, here)) != here:
-            raise MismatchError(
-                f"{path} was recorded with {name} {other}, and here is {here}, which may train another model: install "
-                f"{name}=={other}, or take `libraries` out of the recipe."
-            )
+            return name, other, here
+    return None
 
 
 def hash_of(digests: Mapping[str, Any]) -> str:

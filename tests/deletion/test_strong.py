@@ -1,0 +1,155 @@
+"""Sets that remove most of what helps a query: their halves, and steps from the trained model instead of retraining."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from command import run_command
+from leaveout.deletion import newton
+from leaveout.deletion.directions import halved
+from leaveout.deletion.newton import Newton
+from leaveout.deletion.run import TrainingRun
+from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.training.queries import as_queries, query_function
+from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.tasks import task_of
+from leaveout.training.train import train_plain
+
+from .conftest import FAST, QUERIES
+
+
+def test_halves_are_two_parts_of_each_set_and_do_not_depend_on_the_others():
+    x = np.array([[1, 0, 1, 1, 0.5, 0], [0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0]], float)
+    found = halved(x, seed=3)
+    assert len(found) == 5 and (found[:2].sum(0) == x[0]).all() and (found[3:].sum(0) == x[2]).all()
+    assert (found[2] == x[1]).all() and ((found[:2] > 0).sum(1) == 2).all()
+    assert (halved(x[2:], seed=3) == found[3:]).all()
+    assert any((halved(x[:1], seed=seed) != found[:2]).any() for seed in range(9))
+
+
+def test_halves_are_retrained_instead_of_the_set(run, monkeypatch, capsys):
+    set_ = [run.recipe.ids[i] for i in (0, 3, 5, 9)]
+    run.measure(without=[set_], halves=True, queries=QUERIES, settings=FAST)
+    known = run.bank.measurements(QUERIES).retrainings
+    assert len(known) == 2 and known.x.sum(0)[[0, 3, 5, 9]].tolist() == [1, 1, 1, 1] and known.x.sum() == 4
+    assert run.bank.info()["measurements"] == {"retraining, halves, fit": 2}
+    with pytest.raises(ValueError, match="halves are those of sets that you name"):
+        run.measure(halves=True, settings=FAST)
+    code, _, told = run_command(monkeypatch, capsys, "measure", run.path, "--halves", "--retrain", "2")
+    assert code == 2 and "--halves are those of sets that you name" in told
+
+
+def classes(n=40):
+    """Points of three classes in two dimensions, and the recipe of a linear model of them."""
+    chance = np.random.default_rng(0)
+    labels = np.arange(n) % 3
+    points = chance.standard_normal((n, 2)) + 1.5 * np.array([[1, 0], [-1, 1], [0, -1.5]])[labels]
+    examples = tuple((torch.tensor(x), int(y)) for x, y in zip(points, labels, strict=True))
+    sgd = OptimizerSettings("sgd", lr=0.05)
+    recipe = Recipe(
+        "classifier", examples, model={"hidden": []}, optimizer=sgd, batch_size=4, epochs=6, dtype="float64"
+    )
+    return recipe, torch.tensor(points), torch.tensor(labels)
+
+
+def test_newton_steps_follow_the_descent_that_a_plain_loop_of_small_steps_follows(monkeypatch):
+    recipe, points, labels = classes()
+    trained = train_plain(recipe)
+    x = np.zeros((2, 40))
+    x[0, :24:3], x[1, 5] = 1, 0.5  # eight of fourteen of one class; half of one example
+    asked = as_queries([(points[0], 0), (points[1], 1)])
+    ask = query_function(task_of(recipe), asked)
+    monkeypatch.setattr(newton, "SAMPLE", 40)
+    found = Newton(recipe, trained).effects(x, ask)
+
+    weight, bias = (trained[name].clone() for name in trained)
+    start, length = (weight.clone(), bias.clone()), 0.05 * 60
+
+    def slope(parts, weights):
+        parts = [p.clone().requires_grad_() for p in parts]
+        losses = cross_entropy(points @ parts[0].T + parts[1], labels, reduction="none")
+        return torch.autograd.grad((losses * weights).sum() / 40, parts)
+
+    def values(parts):
+        return cross_entropy(points[:2] @ parts[0].T + parts[1], labels[:2], reduction="none")
+
+    pull = slope(start, torch.ones(40))
+    for number, gone in enumerate(x):
+        parts = start
+        for _ in range(600):
+            down = slope(parts, torch.tensor(1 - gone))
+            parts = tuple(p - length / 600 * (d - g) for p, d, g in zip(parts, down, pull, strict=True))
+        exact = (values(parts) - values(start)).numpy()
+        assert np.abs(found[:, number] - exact).max() < 0.03 * np.abs(exact).max()
+
+
+def test_the_bend_of_a_set_is_what_grows_faster_than_its_share():
+    recipe, points, _ = classes()
+    steps = Newton(recipe, train_plain(recipe))
+    x = np.zeros((1, 40))
+    x[0, ::3] = 1  # a whole class
+    ask = query_function(task_of(recipe), as_queries([(points[0], 0)]))
+    whole, bend = steps.effects(x, ask), steps.bends(x, ask)
+    small = steps.effects(0.01 * x, ask) / 0.01
+    assert bend[0, 0] > 0.1 * whole[0, 0] > 0
+    np.testing.assert_allclose(whole - bend, small, rtol=0.1)
+
+
+def test_a_model_without_logits_takes_no_steps():
+    recipe = Recipe("custom", ((torch.ones(2), 0),), model=lambda: torch.nn.Linear(2, 1), loss=own_loss, version="1")
+    with pytest.raises(UnsupportedError, match="need a model that gives logits"):
+        Newton(recipe, train_plain(recipe))
+
+
+def own_loss(model, batch):
+    return model(batch[0]).square().mean(1)
+
+
+# --- what is refused before anything is trained --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("without", "sentence"),
+    [
+        ([[]], "A deletion set is empty: name at least one id"),
+        ([["nobody"]], "no unit and no example with the id 'nobody'"),
+        ("all", "removes everything: leave something to train on"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["measure", "retrain", "verify", "plan"])
+def test_sets_that_are_empty_whole_or_unknown_are_refused_before_work(run, monkeypatch, verb, without, sentence):
+    monkeypatch.setattr(TrainingRun, "_retrain", lambda *_: pytest.fail("work was begun"))
+    without = [list(run.recipe.ids)] if without == "all" else without
+    calls = {
+        "measure": lambda: run.measure(without=without, settings=FAST),
+        "retrain": lambda: run.retrain(QUERIES, without, FAST),
+        "verify": lambda: run.verify(QUERIES, without),
+        "plan": lambda: run.plan(QUERIES, without, "1min"),
+    }
+    with pytest.raises(FormatError, match=sentence):
+        calls[verb]()
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    from jets.test_recipe import ROWS, tiny_gpt2
+
+    place = tiny_gpt2(tmp_path_factory.mktemp("lm"))
+    recipe = Recipe("causal-lm", tuple(ROWS), model=str(place), batch_size=2)
+    return TrainingRun.train(recipe, tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.mark.parametrize("query", ["a", {"prompt": "say a: ", "completion": ""}, {"text": ""}])
+def test_queries_without_a_learned_token_are_refused_before_work(lm, monkeypatch, query):
+    monkeypatch.setattr(TrainingRun, "_retrain", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(FormatError, match=r"no token to learn|nothing is learned"):
+        lm.measure(retrain=2, queries=[query], settings=FAST)
+
+
+def test_a_run_of_other_libraries_is_not_measured_on(lm, monkeypatch):
+    monkeypatch.setattr("leaveout.training.recipe.installed", lambda name: {"torch": "9.9"}.get(name, "1"))
+    monkeypatch.setattr(TrainingRun, "_retrain", lambda *_: pytest.fail("work was begun"))
+    for measured in (lambda: lm.measure(retrain=2, settings=FAST), lambda: lm.retrain(["say ann: "], [["ann"]], FAST)):
+        with pytest.raises((MismatchError, FormatError), match=r"was trained with torch .*, and here is 9\.9|no unit"):
+            measured()

@@ -8,8 +8,11 @@ from torch.nn.functional import cross_entropy
 from command import run_command
 from leaveout.deletion import newton
 from leaveout.deletion.directions import halved
-from leaveout.deletion.newton import Newton
+from leaveout.deletion.estimators import EstimatorSettings
+from leaveout.deletion.measurements import Retrainings
+from leaveout.deletion.newton import Newton, cheaper
 from leaveout.deletion.run import TrainingRun
+from leaveout.deletion.strong import DOUBT, SMALL, mended, parts_of
 from leaveout.errors import FormatError, MismatchError, UnsupportedError
 from leaveout.training.queries import as_queries, query_function
 from leaveout.training.recipe import OptimizerSettings, Recipe
@@ -84,16 +87,19 @@ def test_newton_steps_follow_the_descent_that_a_plain_loop_of_small_steps_follow
         assert np.abs(found[:, number] - exact).max() < 0.03 * np.abs(exact).max()
 
 
-def test_the_bend_of_a_set_is_what_grows_faster_than_its_share():
-    recipe, points, _ = classes()
-    steps = Newton(recipe, train_plain(recipe))
-    x = np.zeros((1, 40))
-    x[0, ::3] = 1  # a whole class
-    ask = query_function(task_of(recipe), as_queries([(points[0], 0)]))
-    whole, bend = steps.effects(x, ask), steps.bends(x, ask)
-    small = steps.effects(0.01 * x, ask) / 0.01
-    assert bend[0, 0] > 0.1 * whole[0, 0] > 0
-    np.testing.assert_allclose(whole - bend, small, rtol=0.1)
+def test_strong_sets_are_mended_by_their_measured_parts_and_by_steps():
+    known = Retrainings(np.array([[1, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 0]], float), np.array([[1.0], [2.0], [4.0]]))
+    x = np.array([[1, 1, 1, 0], [1, 0, 1, 0], [0, 1, 1, 0]], float)
+    assert parts_of(x, known) == [(0, 1), None, None]
+    mean, std = np.array([[5.0, 6.0, 7.0]]), np.array([[1.0, 1.0, 1.0]])
+
+    def steps(rows):
+        return (rows.sum(1) ** 2)[None]
+
+    found, error = mended((mean, 9 * std), (mean, std), x, np.array([[True, True, False]]), known, steps)
+    # parts: 1 + 2, and by steps 9 of the whole less 4 + 1; the other: 4 by steps, of which a share s gives 4 s^2
+    np.testing.assert_allclose(found, [[3 + 9 - 5, 6 + 4 - 4 * SMALL, 7]])
+    np.testing.assert_allclose(error, [[np.hypot(1, DOUBT * 4), np.hypot(1, DOUBT * 4 * (1 - SMALL)), 9]])
 
 
 def test_a_model_without_logits_takes_no_steps():
@@ -104,6 +110,23 @@ def test_a_model_without_logits_takes_no_steps():
 
 def own_loss(model, batch):
     return model(batch[0]).square().mean(1)
+
+
+def test_steps_mend_predictions_of_strong_sets_where_asked_for_and_of_others_not(tmp_path):
+    recipe, points, _ = classes(80)
+    run = TrainingRun.train(recipe, tmp_path / "run")
+    asked = [(points[0], 0), (points[1], 1)]
+    run.measure(gradient=True, queries=asked, settings=FAST)
+    sets = [[str(i) for i in range(0, 80, 3)], ["4", "7"]]
+    plain, stepped = (run.predict(asked, sets, EstimatorSettings(steps=steps)) for steps in (None, True))
+    actual = run.retrain(asked, sets) - plain.base
+    assert not cheaper(recipe) and (stepped.effect[:, 1] == plain.effect[:, 1]).all()
+    assert abs(stepped.effect[0, 0] - actual[0, 0]) < 0.6 * abs(plain.effect[0, 0] - actual[0, 0])
+    run.measure(without=sets[:1], queries=asked, settings=FAST)
+    measured = run.predict(asked, sets, EstimatorSettings(steps=True))
+    np.testing.assert_allclose(measured.effect[:, 0], actual[:, 0], rtol=0.02)
+    with pytest.raises(ValueError, match="steps go with posterior"):
+        EstimatorSettings("first_order", steps=True)
 
 
 # --- what is refused before anything is trained --------------------------------------------------------------------------

@@ -348,6 +348,8 @@ class EstimatorSettings:
     degree     highest order of jets used (default: the estimator's own); groups: of median_of_means
     kernel     of posterior: the prior covariance; default by the number of units
     calibrate  scale standard deviations by the held-out retrainings, if there are any
+    steps      of sets that remove most of what helps a query: Gauss-Newton steps from the trained model, which need no
+               retraining; None: where they take less than retraining a set
     noise, features, scores   see `Bank.measurements`
 
     Example: run.predict(queries, without, EstimatorSettings("least_squares", degree=1))
@@ -358,6 +360,7 @@ class EstimatorSettings:
     groups: int | None = None
     kernel: Kernel | None = None
     calibrate: bool = True
+    steps: bool | None = None
     noise: float | np.ndarray | None = None
     features: np.ndarray | None = None
     scores: np.ndarray | None = None
@@ -365,6 +368,8 @@ class EstimatorSettings:
     def __post_init__(self) -> None:
         if self.name not in ESTIMATORS:
             raise ValueError(f"there is no estimator {self.name!r}: {choices(self.name, ESTIMATORS)}")
+        if self.steps and self.name != "posterior":
+            raise ValueError(f"steps go with posterior, not with {self.name}")
         for option in self.given():
             if self.name not in OPTIONS[option]:
                 raise ValueError(f"{option} goes with {', '.join(OPTIONS[option])}, not with {self.name}")

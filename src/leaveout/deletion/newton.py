@@ -33,7 +33,6 @@ STEPS = 8
 SAMPLE = 200  # examples whose curvature counts
 REST = 1000  # examples that resist
 TOKENS = 4096  # of a batch
-SMALL = 0.05  # share at which an effect is as good as linear
 
 
 class Newton:
@@ -82,10 +81,6 @@ class Newton:
         values = query_losses(self._recipe, stacked, ask, self._device).double().numpy()
         return (values[1:] - values[:1]).T
 
-    def bends(self, x: np.ndarray, ask: Callable[[nn.Module], Tensor]) -> np.ndarray:
-        """What of the effects [queries, sets] is not in proportion to the share that is removed."""
-        return self.effects(x, ask) - self.effects(SMALL * x, ask) / SMALL
-
     def _gradient(self, theta: Tensor, numbers: Sequence[int] | np.ndarray, weights: np.ndarray) -> Tensor:
         """Gradient of the sum of these examples' losses by their weights."""
         total = torch.zeros_like(theta)
@@ -101,6 +96,13 @@ class Newton:
         theta = theta.clone().requires_grad_()
         losses = self._model.at(theta, batch).losses(batch.n_rows)
         return torch.autograd.grad((losses * weights).sum(), theta)[0]
+
+
+def cheaper(recipe: Recipe) -> bool:
+    """Whether the steps of a set and of a small share of it take fewer passes of examples than training without it."""
+    n = len(recipe.examples)
+    passes = 3 * min(n, REST) + 6 * 4 * min(n, SAMPLE)  # a gradient is three forward passes, a product four
+    return recipe.kind != "custom" and 2 * STEPS * passes < 3 * sum(map(len, recipe.batches()))
 
 
 def _pulls(recipe: Recipe, steps: Steps) -> np.ndarray:

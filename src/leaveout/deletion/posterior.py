@@ -107,18 +107,33 @@ class Posterior:
 
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean effect and standard deviation, both [queries, sets]."""
+        mean, variance, left = self._gaussian(x)
+        if self._helps is None:
+            return mean, np.sqrt(variance)
+        # A set that removes most of what helps a query bends its effect more than any prior over units foresees.
+        unknown = np.sqrt(np.minimum(1, left / np.maximum(self._curved.diagonal(x), 1e-300)))
+        extra = CONCENTRATED * np.abs(self.share(x)) ** 3 * np.abs(mean) * unknown[None]
+        return mean, np.sqrt(variance + extra**2)
+
+    def predict_unbent(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same where something else says how far strong sets bend: intervals are not widened for them."""
+        mean, variance, _ = self._gaussian(x)
+        return mean, np.sqrt(variance)
+
+    def _gaussian(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean and variance [queries, sets], and the part [sets] of the prior variance that is left."""
         sets = _Rows(x, 0)
         cross = np.concatenate([_covariance(self.kernel, rows, sets) for rows in self._rows])
         mean = self.beta * (self._slope @ x.T) + self._dual.T @ cross
         known = (_solved(self._lower, cross) ** 2).sum(0)
         left = np.clip(self.kernel.diagonal(x) - known, 0, None)
+        return mean, self.tau[:, None] * left[None], left
+
+    def share(self, x: np.ndarray) -> np.ndarray:
+        """Share of what helps each query that sets remove [queries, sets]; 0 for few units, whose kernel knows their sets."""
         if self._helps is None:
-            return mean, np.sqrt(self.tau[:, None] * left[None])
-        # A set that removes most of what helps a query bends its effect more than any prior over units foresees.
-        share = (self._helps @ x.T) / np.maximum(self._helps.sum(1, keepdims=True), 1e-300)
-        unknown = np.sqrt(np.minimum(1, left / np.maximum(self._curved.diagonal(x), 1e-300)))
-        extra = CONCENTRATED * np.abs(share) ** 3 * np.abs(mean) * unknown[None]
-        return mean, np.sqrt(self.tau[:, None] * left[None] + extra**2)
+            return np.zeros((len(self._slope), len(x)))
+        return (self._helps @ x.T) / np.maximum(self._helps.sum(1, keepdims=True), 1e-300)
 
 
 def _solved(triangle: np.ndarray, right: np.ndarray, upper: bool = False) -> np.ndarray:

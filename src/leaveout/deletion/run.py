@@ -30,10 +30,13 @@ from leaveout.deletion.bank import REPEAT, Bank, Measured, measurement_ids
 from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, halved, real_orthogonal
 from leaveout.deletion.estimators import EstimatorSettings
 from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
+from leaveout.deletion.newton import Newton, cheaper
 from leaveout.deletion.noise import LEAST_REPEATS
 from leaveout.deletion.plan import FIRST, RUNS_A_REPEAT, Budget, Plan, make_plan, sizes_of
+from leaveout.deletion.posterior import Posterior
 from leaveout.deletion.predict import NEW_RUN, SAME_RUN, Curve, Prediction, Verification, meaning_of
 from leaveout.deletion.sets import DeletionSets, Without, deletion_sets
+from leaveout.deletion.strong import STRONG, mended
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices, require_whole
 from leaveout.executor import run_tasks
 from leaveout.models import find_device
@@ -488,6 +491,13 @@ class TrainingRun:
             raise UnsupportedError(NO_NOISE)
         point = removed if meant == SAME_RUN else self.bank.at_new_runs(removed, settings)
         effect, std = fitted.predict(point)
+        strong = self._strong(fitted, removed, settings, asked)
+        if strong.any() and isinstance(fitted, Posterior):
+            known = self.bank.measurements(asked).retrainings
+            steps = functools.partial(
+                self._newton.effects, ask=query_function(task_of(self.recipe, self.device), asked)
+            )
+            effect, std = mended((effect, std), fitted.predict_unbent(point), removed, strong, known, steps)
         factor, outside = calibration.factor(removed, effect, std), calibration.outside(removed, effect)
         untrained = [np.flatnonzero(row) for row in (sets.x != 0) & ~trained]
         never = (sets.x != 0).any(1) & ~(removed != 0).any(1)
@@ -509,6 +519,20 @@ class TrainingRun:
             untrained=tuple(tuple(names[i] for i in places) for places in untrained), never=tuple(never.tolist()),
             outside=outside & ~never, measures=tuple(q.called for q in asked), chosen=sets.chosen, meaning=meant, **more,
         )  # fmt: skip
+
+    def _strong(
+        self, fitted: Any, removed: np.ndarray, settings: EstimatorSettings, asked: Sequence[Query]
+    ) -> np.ndarray:
+        """Whether Gauss-Newton steps mend a prediction [query, set]: of sets that take most of what helps a query."""
+        wanted = cheaper(self.recipe) if settings.steps is None else settings.steps
+        if not wanted or not isinstance(fitted, Posterior):
+            return np.zeros((len(asked), len(removed)), bool)
+        measured = np.array([row is not None for row in self.bank.measured_values(asked, removed)])
+        return (fitted.share(removed) >= STRONG) & ~measured
+
+    @functools.cached_property
+    def _newton(self) -> Newton:
+        return Newton(self.recipe, self.parameters, self.device)
 
     def curve(
         self,

@@ -3,11 +3,12 @@
     python benchmarks/strong_sets.py --names NAMES.txt --json OUT [--cases names42 names43 letters42] [--work DIR]
 
 microgpt on names, n = 1000, 20 queries, truth by retraining. Strong sets, by truth: the 80 units of largest own effect on each
-of five queries (of letters, 6), and the documents with a letter, where they hold at least STRONG of what helps a query (the sum of
-positive effects of single units) and change it by at least .1 nats. Ways: sums of exact first orders as they are, over
-1 - leverage, and by Woodbury on the units' update vectors; the posterior with the exact first order and 64 retrainings of random
-sets; Gauss-Newton steps alone, and mending the posterior; and both with two halves of each set retrained. The steps' number and
-the doubt in them were chosen on names42; names43 has other names, queries, sets and parameters, letters42 other units.
+of five queries (of letters, 6), and all documents with a letter (of letters, random sets of 8), where they hold at least STRONG
+of what helps a query (the sum of positive effects of single units) and change it by at least .1 nats. Ways: sums of exact first
+orders as they are, over 1 - leverage, and by Woodbury on the units' update vectors; the posterior with the exact first order and
+64 retrainings of random sets; Gauss-Newton steps alone, and mending the posterior; and both with two halves of each set
+retrained. The steps' number and the doubt in them were chosen on names42; names43 has other names, queries, sets and
+parameters, letters42 other units.
 """
 
 from __future__ import annotations
@@ -73,9 +74,10 @@ def strong_sets(s: accuracy.Setting, effects: np.ndarray, most: int) -> tuple[np
     own = np.zeros((len(asked), units))
     for row, query in zip(own, asked, strict=True):
         row[np.argsort(-effects[query])[: 80 if units > 64 else 6]] = 1
-    named = s.sets.x[[kind == "contains a letter" for kind in s.kinds]]
+    other = "contains a letter" if units > 64 else "8"
+    named = s.sets.x[[kind == other for kind in s.kinds]]
     named = named[np.argsort(-named.sum(1), kind="stable")][:most]
-    kinds = ["own rows"] * len(own) + ["contains a letter"] * len(named)
+    kinds = ["own rows"] * len(own) + [other] * len(named)
     x = np.concatenate([own, named])
     helps = np.maximum(effects, 0)
     share = (helps @ x.T) / helps.sum(1, keepdims=True)

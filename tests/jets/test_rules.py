@@ -91,6 +91,8 @@ CASES = {
     "batch_norm": (lambda x, w, b: F.batch_norm(x, bn_mean, bn_var, w, b) ** 2, P(2, 4, 3, 2), P(4), P(4)),
     "conv2d": (lambda x, w, b: F.conv2d(x, w, b, stride=2, padding=1) ** 2, P(2, 4, 5, 6), P(6, 4, 3, 3), P(6)),
     "conv2d_groups": (lambda x, w: F.conv2d(x, w, groups=2, dilation=2) ** 2, P(1, 4, 5, 5), P(2, 2, 2, 2)),
+    "conv1d": (lambda x, w, b: F.conv1d(x, w, b, stride=2, padding=1) ** 2, P(2, 4, 7), P(6, 4, 3), P(6)),
+    "conv1d_groups": (lambda x, w: F.conv1d(x, w, groups=2, dilation=2) ** 2, P(1, 4, 6), P(2, 2, 2)),
     "conv2d_fixed_input": (lambda w, b: F.conv2d(image, w, b, padding=1) ** 2, P(3, 2, 3, 3), P(3)),
     "avg_pool": (lambda x: F.avg_pool2d(x, 2) ** 2, P(2, 3, 4, 4)),
     "adaptive_avg_pool": (lambda x: F.adaptive_avg_pool2d(x, (2, 3)) ** 2, P(2, 3, 4, 5)),
@@ -270,7 +272,7 @@ def test_the_rms_norm_of_gpus_is_that_of_its_parts(weighted, eps):
 def test_uncovered_variants_say_so(name):
     jet = lambda *shape: Space(1, 1).constant(torch.ones(*shape))  # noqa: E731
     calls = {
-        "conv3d": (lambda: F.conv3d(jet(1, 1, 2, 2, 2), torch.ones(1, 1, 1, 1, 1).double()), "two dimensions"),
+        "conv3d": (lambda: F.conv3d(jet(1, 1, 2, 2, 2), torch.ones(1, 1, 1, 1, 1).double()), "two dimensions and not"),
         "batch_norm": (lambda: F.batch_norm(jet(2, 1), None, None, training=True), "model.eval"),
         "norm": (lambda: torch.linalg.vector_norm(jet(2), 1), "order 1"),
     }

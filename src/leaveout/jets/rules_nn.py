@@ -346,11 +346,23 @@ def _batch_norm_backward(func: Any, args: Any, kwargs: dict) -> tuple:
 
 
 def _conv_geometry(func: Any, args: Any) -> dict[str, Any]:
-    """Arguments of unfold for a 2-D convolution; raises for what is not covered."""
+    """Arguments of unfold for a convolution, in one dimension as of an image of one line; raises for what is not covered."""
     stride, padding, dilation, transposed = args[:4]
-    if transposed or len(stride) != 2:
-        raise unsupported(func, "other than in two dimensions and not transposed is not supported")
-    return {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation)}
+    if transposed or len(stride) > 2:
+        raise unsupported(func, "other than in one or two dimensions and not transposed is not supported")
+    line = len(stride) == 1
+    found = {"stride": (1, *stride) if line else stride, "dilation": (1, *dilation) if line else dilation}
+    return {"padding": (0, *padding) if line else tuple(padding), **{name: tuple(own) for name, own in found.items()}}
+
+
+def _as_image(a: Any, line: bool) -> Any:
+    """[..., W] of a convolution in one dimension as an image [..., 1, W] of one line."""
+    return _mapped(a, lambda t: t.unsqueeze(-2)) if line else a
+
+
+def _as_line(a: Any, line: bool) -> Any:
+    """The other way."""
+    return _mapped(a, lambda t: t.squeeze(-2)) if line else a
 
 
 def _patches(x: Tensor, kernel: tuple[int, ...], groups: int, geometry: dict) -> Tensor:
@@ -386,10 +398,11 @@ def _mapped(a: Any, f: Callable[[Tensor], Tensor]) -> Any:
 
 @rule(aten.convolution.default)
 def _convolution(func: Any, args: Any, kwargs: dict) -> Jet:
-    x, w, bias, groups = operand(args[0]), operand(args[1]), args[2], args[8]
-    geometry = _conv_geometry(func, args[3:7])
-    kernel = tuple(args[1].shape[2:])
-    n, out_shape = args[0].shape[0], _conv_shape(args[0].shape[2:], kernel, geometry)
+    geometry, line, bias, groups = _conv_geometry(func, args[3:7]), len(args[3]) == 1, args[2], args[8]
+    x, w = (_as_image(operand(a), line) for a in args[:2])
+    ones = (1,) * line
+    kernel = (*ones, *args[1].shape[2:])
+    n, out_shape = args[0].shape[0], _conv_shape((*ones, *args[0].shape[2:]), kernel, geometry)
     cols = _mapped(x, lambda t: _patches(t, kernel, groups, geometry))
     rows = matmul(_mapped(w, lambda t: _filters(t, groups)), cols)
 
@@ -398,7 +411,7 @@ def _convolution(func: Any, args: Any, kwargs: dict) -> Jet:
         return t.unflatten(-1, out_shape).contiguous()
 
     out = rows.map(image)
-    return wrap(_affine(out, None, bias, _channels_last_but(2)), space_of(args))
+    return wrap(_as_line(_affine(out, None, bias, _channels_last_but(2)), line), space_of(args))
 
 
 def _conv_shape(size: Any, kernel: tuple[int, ...], geometry: dict) -> list[int]:
@@ -409,15 +422,17 @@ def _conv_shape(size: Any, kernel: tuple[int, ...], geometry: dict) -> list[int]
 
 @rule(aten.convolution_backward.default)
 def _convolution_backward(func: Any, args: Any, kwargs: dict) -> tuple:
-    g, x, w, groups, mask = operand(args[0]), operand(args[1]), operand(args[2]), args[9], args[10]
+    groups, mask, line = args[9], args[10], len(args[4]) == 1
     space, geometry = space_of(args), _conv_geometry(func, args[4:8])
-    kernel = tuple(args[2].shape[2:])
+    g, x, w = (_as_image(operand(a), line) for a in args[:3])
+    ones = (1,) * line
+    kernel = (*ones, *args[2].shape[2:])
     rows = _mapped(g, lambda t: _rows(t, groups))
     grads: list[Any] = [None, None, None]
     if mask[0]:
-        n, size = args[1].shape[0], tuple(args[1].shape[2:])
+        n, size = args[1].shape[0], (*ones, *args[1].shape[2:])
         cols = matmul(_mapped(w, lambda t: _filters(t, groups).mT), rows)
-        grads[0] = wrap(cols.map(lambda t: _from_patches(t, n, size, kernel, geometry)), space)
+        grads[0] = wrap(_as_line(cols.map(lambda t: _from_patches(t, n, size, kernel, geometry)), line), space)
     if mask[1]:
         cols = _mapped(x, lambda t: _patches(t, kernel, groups, geometry).mT)
         flat = matmul(rows, cols)

@@ -182,11 +182,7 @@ def test_what_held_out_new_runs_say_is_found(by_share, anyway):
     x[:, 0] = 1
     effect = 3 * chance.standard_normal((queries, sets))
     apart = np.sqrt(by_share * x.mean(1) + anyway)
-    y = (
-        (1 - anyway / 9) * effect
-        + apart * chance.standard_normal((queries, sets))
-        + chance.standard_normal((queries, sets))
-    )
+    y = (1 - anyway / 9) * effect + apart * chance.standard_normal((queries, sets)) + chance.standard_normal((queries, sets))
     held = NewRuns(x, (y + noise.mean[:, None]).T, np.arange(sets))
     found = fit_shift(prior, held, x, x, effect, np.zeros((queries, sets)))
     assert found.by_share * 0.2 + found.anyway == pytest.approx(by_share * 0.2 + anyway, rel=0.4)

@@ -396,6 +396,9 @@ def test_attribute_writes_what_evaluate_reads(kind, leaveout, trained, tmp_path)
     assert code == 0, err
     best = load_scores(out, QUERIES, recipe.unit_names).argmax(1)
     assert re.findall(r"│ +1 │ +[-\d.e]+ │ (\S+) ", text) == [recipe.unit_names[unit] for unit in best]
+    assert text.count("Removing ") == 2 and "rise of the loss (nats)" in " ".join(text.split())
+    shown = leaveout("attribute", place, *asking(*QUERIES), "--method", "gradient dot", "--out", tmp_path / "o.npy")[1]
+    assert "100 %" in shown and "of the best" in shown and "stand" in shown
     sets = [[unit] for unit in recipe.unit_names]
     effects = TrainingRun.open(place).predict([*QUERIES], sets, "first_order").effect
     np.testing.assert_allclose(load_scores(out, QUERIES, recipe.unit_names), effects, rtol=1e-5, atol=1e-7)

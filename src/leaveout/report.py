@@ -20,7 +20,7 @@ from leaveout.readout.index import Index
 from leaveout.readout.search import Hit, Hits, SearchOptions, usual_best, usual_scores
 from leaveout.readout.search import told as told_hits
 from leaveout.tables import Table, shorten
-from leaveout.words import USUAL, pairs_of_words, passage, strongest, strongest_pair, times, words_of
+from leaveout.words import USUAL, pairs_of_words, pairs_told, passage, times, words_of
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b2230; --soft: #566074; --line: #d8dee8; --paper: #ffffff; --tint: #f4f6fa;
@@ -103,11 +103,9 @@ def explain_page(query: str, found: Explanation, starts: Sequence[int] = (), usu
     starts  the query's tokens at which its second, third, ... text begins; usual: see `usual_scores`
     """
     texts, words, pairs = pairs_of_words(found.query_tokens, found.row_tokens, found.pairs, starts)
-    asked, whole = [word for text in texts for word in text], float(np.abs(pairs).sum()) or 1.0
-    pairs_named = strongest(pairs, 15)
-    best = [(asked[q].strip(), words[r].strip(), f"{100 * value / whole:+.1f} %") for q, r, value in pairs_named]
+    asked = [word for text in texts for word in text]
+    said, best = pairs_told(asked, words, pairs, 15)
     score = f"score {found.score:.4g}" + (f", {times(found.score, usual)} the usual best" if usual else "")
-    said = strongest_pair(asked, words, pairs_named)
     sections = [verdict(said), legend("adds to the score", "takes away from it")]
     sections.append(heading("Query", query if len(texts) > 1 else ""))
     at = 0

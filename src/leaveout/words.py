@@ -76,13 +76,21 @@ def strongest(pairs: np.ndarray, most: int = PAIRS) -> list[tuple[int, int, floa
     ]
 
 
-def strongest_pair(query: Sequence[str], row: Sequence[str], best: Sequence[tuple[int, int, float]]) -> str:
-    """The first of the strongest pairs (see `strongest`) in a sentence."""
+def pairs_told(
+    query: Sequence[str], row: Sequence[str], pairs: np.ndarray, most: int
+) -> tuple[str, list[tuple[str, str, str]]]:
+    """A sentence about the strongest pair of words, and the strongest pairs (query word, row word, its part of all that pairs add
+    or take away), without those of less than a hundredth of the strongest."""
+    best, whole = strongest(pairs, most), float(np.abs(pairs).sum()) or 1.0
     if not best:
-        return "No word of the row answers any of the query."
-    q, r, value = best[0]
-    does = "answers" if value > 0 else "speaks against"
-    return f"“{row[r].strip()}” of the row {does} “{query[q].strip()}” of the query most."
+        return "No word of the row answers any of the query.", []
+    lines = [
+        (query[q].strip(), row[r].strip(), f"{100 * value / whole:+.1f} %")
+        for q, r, value in best
+        if abs(value) >= 0.01 * abs(best[0][2])
+    ]
+    does = "answers" if best[0][2] > 0 else "speaks against"
+    return f"“{lines[0][1]}” of the row {does} “{lines[0][0]}” of the query most.", lines
 
 
 def passage(weights: np.ndarray, width: int = PASSAGE) -> tuple[int, int]:

@@ -343,13 +343,12 @@ def _print_explanation(found: Explanation, starts: Sequence[int], top: int, usua
     """Query and row with their strongest words marked, and the strongest pairs of words."""
     import numpy as np
 
-    from leaveout.words import pairs_of_words, strongest, strongest_pair, times
+    from leaveout.words import pairs_of_words, pairs_told, times
 
     texts, words, pairs = pairs_of_words(found.query_tokens, found.row_tokens, found.pairs, starts)
-    asked, whole = [word for text in texts for word in text], float(abs(pairs).sum()) or 1.0
-    best = strongest(pairs, top)
+    said, lines = pairs_told([word for text in texts for word in text], words, pairs, top)
     score = f"Score {found.score:.4g}" + (f", {times(found.score, usual)} the usual best." if usual else ".")
-    said = f"Row {found.id}: {strongest_pair(asked, words, best)} {score}"
+    said = f"Row {found.id}: {said} {score}"
     print(*wrapped(said, terminal_width()), "", sep="\n")
     by_query = pairs.sum(1)
     parts = np.split(by_query, np.cumsum([len(text) for text in texts])[:-1])
@@ -360,7 +359,6 @@ def _print_explanation(found: Explanation, starts: Sequence[int], top: int, usua
         print(f"{len(texts) - TEXTS} more texts add less.")
     print_marked("Row", words, pairs.sum(0))
     print_legend()
-    lines = [(asked[q].strip(), words[r].strip(), f"{100 * value / whole:+.1f} %") for q, r, value in best]
     print(Table(["query", "row", "of all pairs"], lines))
 
 

@@ -65,6 +65,10 @@ Ceiling = Annotated[bool, typer.Option(help="Retrain the subsets with a second s
 
 SHOWN = 5
 """Best rows of a query that are printed, and queries."""
+LOOKED_AT = 50
+"""Best rows of a query of which is said how many stand out."""
+EFFECTS = ("metagradient", "adamw-influence", "posterior")
+"""Methods whose scores are predicted effects, in the unit of the query."""
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,28 +115,46 @@ def attribute(
         _save_best(sets, opened.recipe, found.scores, names, top)
         facts["sets"] = str(sets)
     if not json_:
-        _print_best(opened.recipe, found.scores, names, rows)
+        nats = [query.called == "loss" and method in EFFECTS for query in asked]
+        _print_best(opened.recipe, found.scores, names, rows, nats)
     print_facts({**facts, "out": str(out)}, json_)
 
 
-def _print_best(recipe: Recipe, scores: np.ndarray, queries: list[str], ids: Sequence[str]) -> None:
-    """Each query's best rows or units, with the beginning of the first text of each; of many queries the first."""
+def _print_best(
+    recipe: Recipe, scores: np.ndarray, queries: list[str], ids: Sequence[str], nats: Sequence[bool]
+) -> None:
+    """Each query's best rows or units, with the beginning of the first text of each; of many queries the first.
+
+    nats  of each query: whether scores are the predicted rise of its loss without the row; else they have no unit
+    """
     import numpy as np
 
     from leaveout.corpus import Row
+    from leaveout.words import verdict
 
     texts: dict[str, str] = {}
     for example, id, unit in zip(recipe.examples, recipe.ids, recipe.units, strict=True):
         for name in (id, unit):
             texts.setdefault(name, example.text if isinstance(example, Row) else "")
-    for query, line in list(zip(queries, scores, strict=True))[:SHOWN]:
-        best = np.argsort(-line, kind="stable")[:SHOWN]
-        named = [ids[int(n)] for n in best]
-        rows = [
-            (rank, float(line[n]), id, shorten(texts[id], 70))
-            for rank, (n, id) in enumerate(zip(best, named, strict=True), 1)
+    for query, line, known in list(zip(queries, scores, nats, strict=True))[:SHOWN]:
+        order = np.argsort(-line, kind="stable")
+        best = [ids[int(n)] for n in order[:SHOWN]]
+        top = float(line[order[0]])
+        if known:
+            said = f"Removing {best[0]} would raise this answer's loss by {top:.3g} nats, more than any other."
+            if top <= 0:
+                said = "Nothing by itself would raise this answer's loss if it were removed."
+        else:
+            said = verdict(line[order[:LOOKED_AT]].tolist(), max(0.0, -float(line.min())))
+        values = [
+            float(f"{line[n]:.3g}") if known else f"{100 * line[n] / (abs(top) or 1.0):.0f} %" for n in order[:SHOWN]
         ]
-        print(Table(["rank", "score", "id", "text"], rows, shorten(query, 100)))
+        rows = [
+            (rank, value, id, shorten(texts[id], 70))
+            for rank, (value, id) in enumerate(zip(values, best, strict=True), 1)
+        ]
+        header = "rise of the loss (nats)" if known else "of the best score"
+        print(Table(["rank", header, "id", "text"], rows, f"{shorten(query, 100)}: {said}"))
     if len(queries) > SHOWN:
         print(f"{len(queries) - SHOWN} more queries stand in the file.")
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 CELL = 70
 """Characters of a row that a table shows."""
+SUMS = "Sums of scores of rows, with 95 % intervals over the rows: they compare groups of one question, and have no unit."
 TEXTS = 4
 """Texts of a behaviour that `explain` shows."""
 
@@ -250,7 +251,7 @@ def groups(
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     encoded = opened.encode(list(query_rows(query, prompt, queries, form, opened, against, behaviour, columns)))
     found = opened.group_scores(encoded, by, where, together=together)
-    print_groups(encoded.texts, found, by, together, json_)
+    print_groups(encoded.texts, found, by, together, json_, [] if json_ else [SUMS])
 
 
 def print_groups(

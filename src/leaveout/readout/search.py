@@ -238,10 +238,11 @@ def usual_best(index: OpenIndex, options: SearchOptions = SearchOptions()) -> fl
     """What the best row scores for other texts, were they queries of length one: a list of nothing scores about that.
 
     Rows of the index, evenly apart, are asked; of the scores of each one's best other row the median counts. None for an index
-    of less than 50 rows, and for scores through the whole model, which have another unit.
+    of less than 50 rows, for scores through the whole model, which have another unit, and where a model whose layers are
+    streamed would have to encode rows anew.
     Cost: a search for 24 queries; from the short forms alone where there are no long ones, which finds a little more.
     """
-    if len(index) < LEAST or options.rerank:
+    if len(index) < LEAST or options.rerank or (index.long is None and index.readout.stream is not None):
         return None
     length, weight = options.length, options.prompt_weight
     how = SearchOptions(length, unique=True, prompt_weight=weight, workers=options.workers, backend=options.backend)

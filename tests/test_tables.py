@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from leaveout.cli.marked import print_legend, print_marked
 from leaveout.cli.program import to_line
 from leaveout.tables import Table, Tabular, number, shorten
 
@@ -96,3 +98,28 @@ def test_a_result_prints_its_table_and_shows_html():
         '<table><tr><th>query</th><th>score</th></tr><tr><td>a&lt;b</td><td class="number">0.1235</td></tr></table>'
         '<p class="note">One query alone.</p>'
     )
+
+
+def test_tables_let_no_cell_steer_the_terminal(monkeypatch):
+    evil = "a\x1b[31mred\x1b]0;title\x07\u202eback"
+    for width in ("200", "20"):
+        monkeypatch.setenv("COLUMNS", width)
+        shown = str(Table(["id", "text"], [(evil, "स्क्\u200dर")], evil, [evil]))
+        assert not {"\x1b", "\x07", "\u202e"} & {*shown} and "red" in shown and "\u200d" in shown
+
+
+def test_marks_are_bold_on_a_terminal_and_brackets_elsewhere(monkeypatch, capsys):
+    words, weights = ["An", " evil\x1b[0m", " old", " day"], np.array([0.0, 2.0, -1.0, 0.1])
+    monkeypatch.setenv("COLUMNS", "80")
+    print_marked("Row", words, weights)
+    print_legend()
+    assert capsys.readouterr().out.splitlines() == [
+        "Row: An [evil [0m] ^old^ day", "[brackets]: adds most to the score; ^carets^: takes most away.", "",
+    ]  # fmt: skip
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    print_marked("Row", words, weights)
+    shown = capsys.readouterr().out
+    assert "\x1b[1mevil [0m\x1b[0m" in shown and "\x1b[4mold\x1b[0m" in shown and "[evil" not in shown
+    print_marked("Row", [f" w{n}" for n in range(200)], np.eye(200)[150])
+    shown = capsys.readouterr().out
+    assert "w150" in shown and "w1 " not in shown and shown.count("…") == 2

@@ -110,7 +110,7 @@ def explain_page(query: str, found: Explanation, starts: Sequence[int] = (), usu
     sections.append(heading("Query", query if len(texts) > 1 else ""))
     at = 0
     for text in texts:
-        sections.append(f'<p class="text">{tinted(text, pairs.sum(1)[at : at + len(text)], pairs.sum(1))}</p>')
+        sections.append(f'<p class="text" dir="auto">{tinted(text, pairs.sum(1)[at : at + len(text)], pairs.sum(1))}</p>')
         at += len(text)
     sections += [heading(f"Row {found.id}", score), cut(found.row_tokens, found.row_weights)]
     sections += [heading("Strongest pairs of words", "How much of all that pairs of words add or take away.")]
@@ -166,7 +166,7 @@ def heading(text: str, note: str = "") -> str:
 
 def quote(text: str) -> str:
     """A query or another text set off from the rest."""
-    return f"<blockquote>{html.escape(text)}</blockquote>"
+    return f'<blockquote dir="auto">{html.escape(text)}</blockquote>'
 
 
 def note(text: str) -> str:
@@ -217,10 +217,10 @@ def cut(pieces: Sequence[str], weights: np.ndarray) -> str:
         + (" …" if end < len(words) else "")
     )
     if end - start == len(words):
-        return f'<p class="text">{shown}</p>'
-    whole = f'<p class="text">{tinted(words, values)}</p>'
+        return f'<p class="text" dir="auto">{shown}</p>'
+    whole = f'<p class="text" dir="auto">{tinted(words, values)}</p>'
     return (
-        f'<p class="text">{shown}</p><details><summary>The whole row, {len(words):,} words</summary>{whole}</details>'
+        f'<p class="text" dir="auto">{shown}</p><details><summary>The whole row, {len(words):,} words</summary>{whole}</details>'
     )
 
 

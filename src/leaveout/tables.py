@@ -38,14 +38,14 @@ class Table:
         from rich.text import Text
 
         console = Console(force_terminal=False, force_jupyter=False)
-        room, shown = console.width - 3 * len(self.headers) + 1, [[number(cell) for cell in row] for row in self.rows]
+        room, shown = console.width - 3 * len(self.headers) + 1, self._cells()
         if sum(map(_width, zip(self.headers, *shown, strict=True))) > room:
             if console.width < NARROW:
                 return self._stacked(shown, console.width)
             shown = [[INTERVAL.sub(r"\n\1", cell) for cell in row] for row in shown]
         widths = _fitted([*zip(self.headers, *shown, strict=True)], room)
         if widths is None:
-            return self._stacked([[number(cell) for cell in row] for row in self.rows], console.width)
+            return self._stacked(self._cells(), console.width)
         drawn = Drawn(pad_edge=False)
         for column, (header, width) in enumerate(zip(self.headers, widths, strict=True)):
             numeric = bool(shown) and all(_is_number(row[column]) for row in self.rows)
@@ -55,6 +55,9 @@ class Table:
         with console.capture() as captured:
             console.print(drawn)
         return self._framed(captured.get().rstrip("\n"), console.width)
+
+    def _cells(self) -> list[list[str]]:
+        return [[visible(number(cell)) for cell in row] for row in self.rows]
 
     def _stacked(self, shown: Sequence[Sequence[str]], width: int) -> str:
         """A block of lines for each row: the header of a cell, and its text, which goes on below where the line ends."""
@@ -119,12 +122,17 @@ def terminal_width() -> int:
     return Console(force_terminal=False, force_jupyter=False).width
 
 
+def visible(text: str) -> str:
+    """A text without what would steer the terminal: escapes, and marks that turn its direction."""
+    return "".join(one if one.isprintable() or one in "\n\u200c\u200d" else " " for one in text)
+
+
 def wrapped(text: str, width: int) -> list[str]:
     """A text in lines of at most so many cells of a terminal, broken between words where it can be."""
     from rich.console import Console
     from rich.text import Text
 
-    lines = Text(text).wrap(Console(width=width, force_terminal=False), width, overflow="fold")
+    lines = Text(visible(text)).wrap(Console(width=width, force_terminal=False), width, overflow="fold")
     return [line.plain.rstrip() for line in lines] or [""]
 
 

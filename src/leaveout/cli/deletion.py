@@ -42,6 +42,7 @@ from leaveout.cli.program import (
 )
 from leaveout.errors import FormatError
 from leaveout.quantities import BYTES, SECONDS
+from leaveout.tables import terminal_width, wrapped
 
 if TYPE_CHECKING:
     from leaveout.deletion.estimators import EstimatorSettings
@@ -266,7 +267,10 @@ def plan(
         print(to_line({"choices": listed, "stability": stability, "notes": list(found.notes), "budget": seconds}))
         return
     numbered = [f"{n}. {command}" for n, command in enumerate(commands, 1)]
-    print(replace(found.table(), notes=[*numbered, *found.notes]))
+    print(replace(found.table(), notes=()))
+    print("\n".join(numbered))  # unbroken, to be copied
+    for note in found.notes:
+        print(*wrapped(note, terminal_width()), sep="\n")
 
 
 @app.command()

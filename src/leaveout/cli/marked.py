@@ -17,14 +17,15 @@ def print_marked(name: str, words: Sequence[str], weights: np.ndarray, whole: np
     from rich.console import Console
     from rich.text import Text
 
+    from leaveout.tables import visible
     from leaveout.words import passage
 
     console = Console(highlight=False)
     largest = float(abs(weights if whole is None else whole).max(initial=0.0)) or 1.0
     start, end = passage(weights, WORDS)
-    line = Text(f"{name}: ", style="dim") + Text("… " if start else "")
+    line = Text().append(f"{name}: ", style="dim").append("… " if start else "")
     for word, weight in zip(words[start:end], weights[start:end], strict=True):
-        bare = _visible(word)
+        bare = visible(word)
         inner = bare.strip()
         if not inner or abs(weight) < LEAST * largest:
             line.append(bare)
@@ -48,8 +49,3 @@ def print_legend() -> None:
     console = Console(highlight=False)
     up, down = ("bold", "underlined") if console.is_terminal else ("[brackets]", "^carets^")
     console.print(Text(f"{up}: adds most to the score; {down}: takes most away.\n", style="dim"))
-
-
-def _visible(text: str) -> str:
-    """Without what would steer the terminal."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)

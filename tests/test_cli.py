@@ -664,3 +664,13 @@ def test_every_command_has_an_example():
     assert len(commands) >= 16
     for command in commands:
         assert "Example: leaveout" in (command.callback.__doc__ or ""), command.callback
+
+
+def test_builds_of_long_rows_tell_their_speed_in_tokens(run, model, rows, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("leaveout.readout.build.tqdm.set_postfix_str", lambda bar, text, refresh: told.append(text))
+    for long, name in ((256, "short"), (1, "long")):
+        monkeypatch.setattr("leaveout.readout.build.LONG", long)
+        assert run("index", model, rows, "--out", tmp_path / name)[0] == 0
+        assert bool(told) == (long == 1)
+    assert told[-1].endswith(" tokens/s")

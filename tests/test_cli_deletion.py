@@ -361,7 +361,7 @@ def test_interval_chart_puts_values_on_one_axis():
     assert report.interval_chart([{**line, "std": 0.1, "reach": 0.2}]).count('class="bar"') == 2  # one is the key's
     assert "7 more are not drawn" in report.interval_chart([line] * (report.CHART_ROWS + 7))
     table = prediction_table([line])
-    assert dict(zip(table.headers, table.rows[0], strict=True))["inside"] == "unknown"
+    assert dict(zip(table.headers, table.rows[0], strict=True))["retrained"] == "+2"  # inside of nothing that is known
 
 
 def test_evaluate_judges_methods_and_scores_of_ones_own(leaveout, trained, tmp_path):

@@ -123,3 +123,12 @@ def test_marks_are_bold_on_a_terminal_and_brackets_elsewhere(monkeypatch, capsys
     print_marked("Row", [f" w{n}" for n in range(200)], np.eye(200)[150])
     shown = capsys.readouterr().out
     assert "w150" in shown and "w1 " not in shown and shown.count("…") == 2
+
+
+def test_verifications_fit_a_terminal_of_80_columns(monkeypatch):
+    effect, verdict = "+0.0487 [-0.0209, +0.118]", "cannot tell from zero, outside of what was tested"
+    row = ("Ottoline Marsh did go abroad.", "dinosaurs, herbs", effect, "+0.066, measured before", 1.663, verdict)
+    headers = ["query", "left out", "effect (nats) [95 % interval]", "retrained", "all data", "verdict"]
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = str(Table(headers, [row]))
+    assert "━" in shown and "[-0.0209, +0.118]" in shown and max(map(len, shown.splitlines())) <= 80

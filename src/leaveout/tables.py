@@ -101,11 +101,12 @@ def _width(texts: Iterable[str]) -> int:
 
 
 def _fitted(columns: Sequence[Sequence[str]], room: int) -> list[int] | None:
-    """A width for each column, of all together at most `room`: where that is little, texts are broken, but no words, and none
-    into columns of a few letters. None where that does not fit."""
+    """A width for each column (its header first), of all together at most `room`: where that is little, texts are broken, but no
+    words, and none into columns of a few letters. None where that does not fit."""
     whole = [max(1, _width(texts)) for texts in columns]
     words = [max(1, _width(word for text in texts for word in WORD.findall(text))) for texts in columns]
-    widths = [max(word, min(all_, READABLE)) for word, all_ in zip(words, whole, strict=True)]
+    cells = [_width(texts[1:]) for texts in columns]  # without the header, whose words may stand below each other
+    widths = [max(word, min(cell, READABLE)) for word, cell in zip(words, cells, strict=True)]
     if sum(widths) > room:
         return None
     while (left := room - sum(widths)) > 0 and (open_ := [i for i, w in enumerate(widths) if w < whole[i]]):

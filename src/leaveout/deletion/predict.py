@@ -227,17 +227,17 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     of_runs = bool(lines) and all("run_std" in line for line in lines)
     for line in lines:
         unit = "" if one or not line["unit"] else f" {line['unit']}"
-        row = (shorten(line["query"], 60), line["without"], f"{_effect(line)}{unit}")
+        row = (shorten(line["query"], 40), line["without"], f"{_effect(line)}{unit}")
         if of_runs:
             row += ("unknown" if line["std"] is None else line["std"], line["run_std"])
         verdict = ", ".join(line[key] for key in ("verdict", "outside") if key in line) + seeds_of(line)
         if proven:
-            inside = "unknown" if line["std"] is None else "yes" if line["inside"] else "no"
-            inside = "measured before" if line.get("already_measured") else inside
-            rows.append((*row, f"{line['actual'] - line['base']:+.3g}{unit}", inside, line["base"], verdict))
+            inside = "" if line["std"] is None else ", inside" if line["inside"] else ", outside"
+            inside = ", measured before" if line.get("already_measured") else inside
+            rows.append((*row, f"{line['actual'] - line['base']:+.3g}{unit}{inside}", line["base"], verdict))
         else:
             rows.append((*row, line["base"], line["predicted"], verdict))
-    more = ["retrained", "inside", "all data"] if proven else ["all data", "without it"]
+    more = ["retrained", "all data"] if proven else ["all data", "without it"]
     notes = [MEANS[meaning] for meaning in dict.fromkeys(line["meaning"] for line in lines)]
     deviations = ["sd of the mean", "sd of runs"] if of_runs else []
     headers, said = ["query", "left out", effect, *deviations, *more, "verdict"], told(lines)

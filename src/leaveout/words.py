@@ -94,8 +94,9 @@ def pairs_told(
 
 
 def passage(weights: np.ndarray, width: int = PASSAGE) -> tuple[int, int]:
-    """First word and end of the stretch of a row [words] that adds most to its score, in either direction."""
-    if len(weights) <= width:
+    """First word and end of the stretch of a row [words] that adds most to its score, in either direction; a row that is hardly
+    longer stays whole."""
+    if len(weights) <= 1.2 * width:
         return 0, len(weights)
     sums = np.concatenate([[0.0], np.cumsum(np.abs(weights))])
     start = int(np.argmax(sums[width:] - sums[:-width]))

@@ -279,11 +279,48 @@ def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
 
 
+def numbers(bank: dict[str, Any], bought: dict[str, Any], cost: dict[str, Any]) -> str:
+    """Three numbers for the README: how well rows are found, how well a model is predicted, what an index costs."""
+    found = {line["method"]: line for line in bank["lds"]}
+    lds = {name: found[name]["lds"]["mean"] for name in ("default@final", "ek-fac@final", "bm25")}
+    seconds = found["ek-fac@final"]["cpu_seconds"] / found["default@final"]["cpu_seconds"]
+    arm = "posterior, plan, 100"
+    model = cost["models"]["SmolLM2-135M"]
+    row = model["cpu_seconds"]["default/response"]["median"] / model["rows"]
+    lines = [
+        [
+            "Do scores tell what training without rows does?",
+            f"rank correlation {lds['default@final']:.2f} with what 30 trainings without half of the rows did; EK-FAC, which "
+            f"goes backwards through the model, {lds['ek-fac@final']:.2f} for {seconds:.0f} times the time; word search "
+            f"(BM25) {lds['bm25']:.2f}",
+            "`influence.py --bank gemma`",
+        ],
+        [
+            "Are predictions right?",
+            f"rank correlation {bought['spearman'][arm]['mean']:.2f} with 258 models trained without parts of 1,000 names, for "
+            f"the price of {bought['arms'][arm]['retraining_equivalents']:.0f} trainings; "
+            f"{bought['coverage'][arm]['mean']:.0%} of the 95 % intervals held",
+            "`deletion_accuracy.py`",
+        ],
+        [
+            "What does a row cost?",
+            f"{row:.2f} CPU seconds with a model of 135 million parameters, and 16 KB",
+            "`index_cost.py`",
+        ],
+    ]
+    return re.sub(r"(?m)---:", "---", table(["question", "answer", "made by, in `benchmarks/`"], lines))
+
+
 README, RESULTS = "README.md", "docs/evidence/results.md"
 JETS, READOUT = "docs/evidence/jets.md", "docs/evidence/readout.md"
 DELETION, EVALUATION = "docs/evidence/deletion.md", "docs/evidence/evaluation.md"
 BANKS = tuple(f"readout_influence_{name}.json" for name in ("stories", "neox", "qwen", "gemma", "olmo"))
 TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
+    "numbers": (
+        README,
+        ("readout_influence_gemma.json", "deletion_accuracy_documents.json", "readout_index_cost.json"),
+        numbers,
+    ),
     "headline": (EVALUATION, BANKS, headline),
     "bought": (DELETION, "deletion_accuracy_documents.json", bought),
     "index_cost": (READOUT, "readout_index_cost.json", index_cost),

@@ -204,6 +204,8 @@ def test_a_gguf_file_is_indexed_and_trained_and_said_to_be_dequantised(tokenizer
     said = "small.gguf is dequantised from Q8_0 to float32."
     index = Index.build(str(file), list(TEXTS[:3]), tmp_path / "index", PLAIN)
     assert index.info()["notes"] == [said]
+    (tmp_path / "renamed.gguf").symlink_to(file)
+    assert len(Index.open(tmp_path / "index", str(tmp_path / "renamed.gguf")).search([TEXTS[0]], k=1)[0]) == 1
     one = recipe(str(file))
     assert task_of(one).notes == (said,)
     assert train_plain(one)

@@ -11,7 +11,7 @@ from leaveout.deletion.measurements import Measurements
 
 LEVEL = 0.95
 LEAST_FACTOR = 1.0
-"""A few held-out sets are no reason to make intervals narrower than the prior says (docs/how-to/deletion.md)."""
+"""A few held-out sets are no reason to make intervals narrower than the prior says (docs/explanation/deletion.md)."""
 
 
 @dataclass(frozen=True)

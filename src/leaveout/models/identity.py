@@ -321,6 +321,8 @@ def hash_settings(state: State) -> str:
 def hash_config(lm: nn.Module) -> str:
     """xxh3-128 of the model's config without what does not change its outputs (paths, versions, caches)."""
     config = lm.config.to_dict()  # type: ignore[union-attr,operator]
+    if isinstance(how := config.get("quantization_config"), dict):  # a .gguf file may have another name tomorrow
+        config = {**config, "quantization_config": {key: value for key, value in how.items() if key != "gguf_file"}}
     kept = {key: value for key, value in config.items() if not key.startswith("_") and key not in IDLE_CONFIG}
     return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True, default=str).encode())
 

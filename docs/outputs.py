@@ -31,6 +31,8 @@ PAGES = {
 }
 """Each page with the directory it runs in; without one, in an empty one."""
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"```python\n(?:(?!```).)*?^```\n\n?```text", re.MULTILINE | re.DOTALL)
+"""Only where a page shows what its Python prints is that run here."""
 PROGRESS = re.compile(r"\d+%\||\[\d\d:\d\d, ")
 """What only a bar of progress has."""
 WIDTH = 100
@@ -52,7 +54,7 @@ def refreshed(page: str, place: Path, run: Callable[[str, Path], str] | None = N
             (place / title).write_text(body, encoding="utf-8")
         elif kind == "console":
             return f"```console\n{_transcript(body, place, run or shell)}```"
-        elif kind == "python":
+        elif kind == "python" and PRINTED.search(page):
             with contextlib.redirect_stdout(io.StringIO()) as out, _inside(place):
                 exec(body, names)
             printed = out.getvalue()

@@ -69,6 +69,7 @@ def test_commands_of_the_first_hour_run(tmp_path, monkeypatch, capsys):
     make_model("llama", spread=0.1).float().save_pretrained(tmp_path / "tiny")
     make_tokenizer().save_pretrained(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(OUTPUTS["WIDTH"]))
     ran = []
 
     def run(command: str, place: Path) -> str:
@@ -82,6 +83,16 @@ def test_commands_of_the_first_hour_run(tmp_path, monkeypatch, capsys):
 
     shown = OUTPUTS["refreshed"](page, tmp_path, run)
     assert len(ran) >= 14 and shown.count("$ leaveout") == page.count("$ leaveout") == len(ran)
+    for command in ("search", "predict", "verify", "explain"):  # else: python docs/outputs.py
+        assert _columns(command, shown) == _columns(command, page)
+    for command in ("search", "predict"):
+        assert _columns(command, README) == _columns(command, page)
+
+
+def _columns(command: str, page: str) -> list[str]:
+    """Words in the head of the table that a page shows below the first `leaveout COMMAND`."""
+    output = page.partition(f"$ leaveout {command} ")[2].partition("```")[0].partition("$ leaveout")[0]
+    return sorted(re.findall(r"\w+", " ".join(re.findall(r"^┃(.*)┃$", output, re.MULTILINE))))
 
 
 def test_outputs_are_written_below_what_printed_them(tmp_path):

@@ -35,7 +35,7 @@ PRINTED = re.compile(r"```python\n(?:(?!```).)*?^```\n\n?```text", re.MULTILINE 
 """Only where a page shows what its Python prints is that run here."""
 PROGRESS = re.compile(r"\d+%\||\[\d\d:\d\d, ")
 """What only a bar of progress has."""
-WIDTH = 100
+WIDTH = 104
 
 
 def refreshed(page: str, place: Path, run: Callable[[str, Path], str] | None = None) -> str:

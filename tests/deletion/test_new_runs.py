@@ -154,6 +154,8 @@ def test_an_estimator_is_asked_at_what_rows_weigh_in_a_new_run(recipe, noisy):
         parts.append(sum(1 / len(b) for b in batches if 23 in b))
     wanted = np.array([1, 24 / 22, 1])
     assert np.allclose(weights_left(recipe, x), wanted) and np.allclose(np.array(parts) / parts[0], wanted, rtol=0.05)
+    adam = recipe.with_(optimizer=OptimizerSettings("adam", 0.01))
+    assert np.array_equal(weights_left(adam, x), np.ones(3))
     places = noisy.bank.at_new_runs(x, EstimatorSettings())
     assert np.allclose(places[1], [1, *[1 - 24 / 22] * 11]) and np.array_equal(places[2], x[2])
     assert np.array_equal(noisy.bank.at_new_runs(x, EstimatorSettings("leave_one_out")), x)

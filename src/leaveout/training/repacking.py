@@ -51,7 +51,8 @@ def weights_left(recipe: Recipe, x: np.ndarray) -> np.ndarray:
     """What each row that is left weighs in a new run without x [sets, units], over what it weighs in the same run [sets].
 
     A batch shares one weight out over its rows: in a new run the rows that are left share out those of all its batches. In
-    the same run the batches are those with all data, and what is removed takes its part of them.
+    the same run the batches are those with all data, and what is removed takes its part of them. To Adam both are the same:
+    its steps are as long for any scale of the gradients.
     Raises: UnsupportedError as `new_run` does.
     """
     packing, sizes = _packing_of(recipe), np.zeros(len(recipe.unit_names))
@@ -61,6 +62,8 @@ def weights_left(recipe: Recipe, x: np.ndarray) -> np.ndarray:
     steps = {n: packing.steps_of(n) for n in set(left.tolist())}
     if not all(steps.values()):
         raise UnsupportedError(TOO_FEW)
+    if recipe.optimizer.name != "sgd":
+        return np.ones(len(x))
     return np.array([steps[n] / n / before for n in left.tolist()])
 
 

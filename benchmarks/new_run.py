@@ -41,10 +41,13 @@ BUDGET, RUNS, LEAST_CEILING = 60, 3, 0.6
 Sets = dict[str, list[list[str]]]
 
 
-def sets_of(recipe: lo.Recipe, groups: list[str], smoke: bool, seed: int) -> Sets:
-    """Single rows, 5 % and 20 % of all at random, whole groups (classes, first letters), and blocks of 10 % in order."""
+def sets_of(recipe: lo.Recipe, groups: list[str], few: int, seed: int) -> Sets:
+    """Single rows, 5 % and 20 % of all at random, whole groups (classes, first letters), and blocks of 10 % in order.
+
+    few     sets of each kind, at most
+    """
     chance, ids = np.random.default_rng(seed), np.array(recipe.ids)
-    n, few = len(ids), 4 if smoke else 20
+    n = len(ids)
 
     def drawn(share: float, count: int) -> list[list[str]]:
         return [chance.choice(ids, max(1, round(share * n)), replace=False).tolist() for _ in range(count)]
@@ -53,7 +56,7 @@ def sets_of(recipe: lo.Recipe, groups: list[str], smoke: bool, seed: int) -> Set
     blocks = [part.tolist() for part in np.array_split(ids, 10)]
     return {
         "single": drawn(0, few), "5 %": drawn(0.05, few), "20 %": drawn(0.2, few),
-        "group": [ids for ids in whole if 1 < len(ids) < n / 2], "block": blocks[: few],
+        "group": [ids for ids in whole if 1 < len(ids) < n / 2][:few], "block": blocks[:few],
     }  # fmt: skip
 
 
@@ -166,7 +169,8 @@ def main(given: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     recipe, asked, groups = {"digits": digits, "names": names}[args.case](args.smoke)
     with tempfile.TemporaryDirectory() as scratch:
-        sets, place = sets_of(recipe, groups, args.smoke, args.seed), args.run or Path(scratch)
+        few = 4 if args.smoke else {"digits": 20, "names": 10}[args.case]
+        sets, place = sets_of(recipe, groups, few, args.seed), args.run or Path(scratch)
         found = measured(
             recipe, asked, sets, place, 4 * BUDGET if args.smoke else BUDGET
         )  # a start is no part of a run

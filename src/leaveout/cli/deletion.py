@@ -119,7 +119,7 @@ def recipe(
     lora_alpha: Annotated[float, typer.Option(help="Alpha of the adapters of --lora.")] = 16,
     json_: Json = False,
 ) -> None:
-    """Write the recipe of the fine-tuning that an index's rows are of, so that predictions can be calibrated: rows, model,
+    """Write the recipe of the fine-tuning that an index's rows are of. So that predictions can be calibrated: rows, model,
     template and learned tokens from the index, the rest from what you say. What nobody said is marked in the file.
 
     Example: leaveout recipe idx --out draft/recipe.yaml --model ./base --lr 1e-4 --epochs 2

@@ -30,7 +30,7 @@ COMMANDS = "commands.jsonl"
 
 GROUPS = {
     "Ask an index of rows": ("index", "append", "merge", "delete", "purge", "search", "groups", "explain", "select"),
-    "Leave rows out": ("train", "measure", "plan", "predict", "verify"),
+    "Leave rows out": ("recipe", "train", "measure", "plan", "predict", "verify"),
     "Judge": ("attribute", "evaluate", "doctor", "check"),
     "Show": ("info", "serve", "mcp", "demo"),
 }

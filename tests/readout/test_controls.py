@@ -151,7 +151,7 @@ def test_answers_are_swapped_with_the_next_query_that_has_another():
     assert other_answers(asked[:2], ()) == [None, None]
 
 
-def test_what_is_usual_is_the_best_other_row_of_rows_that_are_asked(index):
+def test_what_is_usual_is_the_best_other_row_of_rows_that_are_asked(index, monkeypatch):
     """Cosines of rows that are encoded as queries, each without those of its own content; the median of the best."""
     rows = [index.store.rows(np.array([n]))[0] for n in index.live_numbers()]
     asked = index.encode([record.row for record in rows])
@@ -163,6 +163,9 @@ def test_what_is_usual_is_the_best_other_row_of_rows_that_are_asked(index):
     best = np.where(same, -1, cosines).max(1)[index.spread_rows(USUAL)]
     found = usual_best(index)
     assert found == pytest.approx(np.median(best), rel=0.02)
+    for name, value in {"SMALL": 10, "SEARCHED": 100}.items():  # from lists by the short form, of some rows only
+        monkeypatch.setattr(f"leaveout.readout.search.{name}", value)
+        assert usual_best(index) == pytest.approx(found, rel=0.1)
     one = index.encode(ASKED[:1])
     (scaled,) = usual_scores(index, one, found, "cosine")
     assert scaled == pytest.approx(found * float(index.form.lengths(one.vectors)), rel=1e-5)

@@ -16,6 +16,7 @@ from leaveout.readout.build import Pace
 from leaveout.readout.codec import Filled, Planes, Whole
 from leaveout.readout.index import Index
 from leaveout.readout.scan import Scanner
+from leaveout.readout.search import usual_best
 from leaveout.readout.shortlist import LEAST, Recall, recall_of, worst
 from leaveout.store import Store
 
@@ -442,3 +443,16 @@ def test_merged_shards_have_the_bytes_of_a_whole_build(form, lm, tokenizer, tmp_
         built(lm, CORPUS[:16], tmp_path / "parts", "default", tokenizer, shard=(number, 2), **form, **MANY_COMMITS)
     merged = Index.merge(tmp_path / "parts", tmp_path / "one")
     assert contents(merged.path) == contents(whole.path) and merged.long == whole.long and merged.short == whole.short
+
+
+@pytest.mark.parametrize("form", ["vectors", "triples"])
+def test_what_is_usual_is_found_by_a_short_list(form, build, lm, tokenizer, tmp_path, monkeypatch):
+    index = build(form)
+    exact = usual_best(index)
+    monkeypatch.setattr("leaveout.readout.search.SMALL", 10)
+    assert usual_best(index) == pytest.approx(exact, rel=0.1)
+    monkeypatch.setattr("leaveout.readout.search.CANDIDATES", 1)  # of one row and two groups each: still another row
+    assert 0 < usual_best(index) <= exact * 1.0001
+    if form == "triples":
+        alone = built(lm, MANY, tmp_path / "none", GH, tokenizer, long="none", short_bytes=128)
+        assert usual_best(alone) == pytest.approx(exact, rel=0.5)  # from short forms, which are rough

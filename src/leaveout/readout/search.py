@@ -22,6 +22,7 @@ from leaveout.readout.forms import Form
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
 from leaveout.readout.rerank import RERANKED, Refinement, Reranking
 from leaveout.readout.scan import Best, BestGroups, Length, Scanners, check_length
+from leaveout.readout.shortlist import LEAST as SMALL
 from leaveout.readout.shortlist import SearchPlan, plan_search
 from leaveout.words import shared_words, standing_out, verdict
 
@@ -232,6 +233,8 @@ def _found(
 LOOKED_AT = 50  # of the best rows, to say how many stand out, and rows of the index that show which words are common
 USUAL = 24  # rows of an index that are asked themselves, to say what the best row usually scores
 LEAST = 50  # rows of an index: among fewer, the best other row says little
+SEARCHED = 50_000  # rows that are searched for them at most, and for each so many that are scored exactly:
+CANDIDATES = 20
 
 
 def usual_best(index: OpenIndex, options: SearchOptions = SearchOptions()) -> float | None:  # frozen
@@ -240,22 +243,26 @@ def usual_best(index: OpenIndex, options: SearchOptions = SearchOptions()) -> fl
     Rows of the index, evenly apart, are asked; of the scores of each one's best other row the median counts. None for an index
     of less than 50 rows, for scores through the whole model, which have another unit, and where a model whose layers are
     streamed would have to encode rows anew.
-    Cost: a search for 24 queries; from the short forms alone where there are no long ones, which finds a little more.
+    Cost: a scan of the short forms of at most 50,000 rows, evenly apart, for 24 queries, and 20 exact scores each; without long
+    forms the short ones decide, which finds a little more. Of a larger index the usual is that of those rows, a little less.
     """
     if len(index) < LEAST or options.rerank or (index.long is None and index.readout.stream is not None):
         return None
-    length, weight = options.length, options.prompt_weight
-    how = SearchOptions(length, unique=True, prompt_weight=weight, workers=options.workers, backend=options.backend)
-    numbers, groups = index.spread_rows(USUAL), _groups(index, how)
+    length, weight, crew = options.length, options.prompt_weight, (options.workers, options.backend)
+    numbers, groups = index.spread_rows(USUAL), _groups(index, SearchOptions(unique=True))
     assert groups is not None
+    searched = None if len(index) <= SEARCHED else np.union1d(numbers, index.spread_rows(SEARCHED))
     vectors = index.directions(numbers)
     vectors = index.weighed(vectors, index.scales(vectors, length, weight))
+    best = BestGroups(len(numbers), 2, groups)
     if index.long is None:
-        best: Best = BestGroups(len(numbers), 2, groups)
-        _add(best, index.scan_short(vectors, None, length=length), None)
+        _add(best, index.scan_short(vectors, searched, *crew, length=length), None)
     else:
-        asked = EncodedQueries(vectors, ("",) * len(numbers), index.fingerprint)
-        best = _ranked(index, asked, 2, None, how, None)
+        lists = None
+        if index.short is not None and len(index) > SMALL:
+            found = index.scan_short(vectors, searched, *crew, length=length)
+            lists = _best(found, len(numbers), CANDIDATES, None, groups, 2)
+        _add(best, index.scan(vectors, _either(lists, searched), *crew, length=length), lists)
     found = zip(groups(numbers), best.numbers, best.scores, strict=True)
     others = [
         [float(s) for group, s in zip(groups(rows), scores, strict=True) if group != own] for own, rows, scores in found

@@ -110,22 +110,24 @@ def explain_page(query: str, found: Explanation, starts: Sequence[int] = (), usu
     sections.append(heading("Query", query if len(texts) > 1 else ""))
     at = 0
     for text in texts:
-        sections.append(f'<p class="text" dir="auto">{tinted(text, pairs.sum(1)[at : at + len(text)], pairs.sum(1))}</p>')
+        sections.append(
+            f'<p class="text" dir="auto">{tinted(text, pairs.sum(1)[at : at + len(text)], pairs.sum(1))}</p>'
+        )
         at += len(text)
     sections += [heading(f"Row {found.id}", score), cut(found.row_tokens, found.row_weights)]
     sections += [heading("Strongest pairs of words", "How much of all that pairs of words add or take away.")]
     sections += [Table(["query", "row", "of all pairs"], best).html(), heading("Which word answers which")]
-    parts = [_strongest_part(pairs.sum(axis), size) for axis, size in ((0, ZOOM[0]), (1, ZOOM[1]))]
-    near = heat_map(words, asked, pairs.T, "words of the row ↓, of the query →", parts[0], parts[1])
-    sections += [note("The words around the strongest pairs. + adds, − takes away."), near]
-    if any(part != slice(0, size) for part, size in zip(parts, pairs.T.shape, strict=True)):
-        full = heat_map(words, asked, pairs.T, "words of the row ↓, of the query →")
+    turned = np.swapaxes(pairs, 0, 1)
+    near = slice(*passage(pairs.sum(0), ZOOM[0])), slice(*passage(pairs.sum(1), ZOOM[1]))
+    axes = "words of the row ↓, of the query →"
+    sections += [
+        note("The words around the strongest pairs. + adds, − takes away."),
+        heat_map(words, asked, turned, axes, *near),
+    ]
+    if near != (slice(0, len(words)), slice(0, len(asked))):
+        full = heat_map(words, asked, turned, axes)
         sections.append(f"<details><summary>The whole of both texts</summary>{full}</details>")
     return page("Which words answer which", sections)
-
-
-def _strongest_part(weights: np.ndarray, size: int) -> slice:
-    return slice(*passage(weights, size))
 
 
 def prediction_page(found: Prediction, all_pairs: bool = False) -> str:
@@ -219,9 +221,7 @@ def cut(pieces: Sequence[str], weights: np.ndarray) -> str:
     if end - start == len(words):
         return f'<p class="text" dir="auto">{shown}</p>'
     whole = f'<p class="text" dir="auto">{tinted(words, values)}</p>'
-    return (
-        f'<p class="text" dir="auto">{shown}</p><details><summary>The whole row, {len(words):,} words</summary>{whole}</details>'
-    )
+    return f'<p class="text" dir="auto">{shown}</p><details><summary>The whole row, {len(words):,} words</summary>{whole}</details>'
 
 
 def _tint(share: float) -> str:
@@ -249,11 +249,13 @@ def heat_map(
     largest = float(np.abs(values).max(initial=0.0)) or 1.0
     part = values[rows, columns]
     kept = [np.flatnonzero(np.abs(part).sum(axis)) for axis in (1, 0)]
-    names = [down[rows][r] for r in kept[0]], [across[columns][c] for c in kept[1]]
-    top = "".join(f'<th scope="col" class="up">{html.escape(name.strip())}</th>' for name in names[1])
+    named = [
+        [words[int(at)] for at in places] for words, places in zip((down[rows], across[columns]), kept, strict=True)
+    ]
+    top = "".join(f'<th scope="col" class="up">{html.escape(name.strip())}</th>' for name in named[1])
     lines = [
         f'<tr><th scope="row">{html.escape(name.strip())}</th>{"".join(_cell(float(v) / largest) for v in line)}</tr>'
-        for name, line in zip(names[0], part[np.ix_(*kept)], strict=True)
+        for name, line in zip(named[0], part[np.ix_(*kept)], strict=True)
     ]
     head = f"<thead><tr><th>{html.escape(axes)}</th>{top}</tr></thead>"
     region = f'class="heat" tabindex="0" role="region" aria-label="{html.escape(axes)}"'
@@ -290,7 +292,7 @@ def interval_chart(lines: Sequence[Mapping[str, Any]]) -> str:
         return round(LEFT + (RIGHT - LEFT) * (value - ticks[0]) / (ticks[-1] - ticks[0]), 1)
 
     bottom = STEP * len(drawn) + 4
-    parts = []
+    parts: list[str] = []
     for tick in ticks:
         kind = "zero" if tick == 0 else "grid"
         parts.append(f'<path class="{kind}" d="M{x(tick)} 4V{bottom}"/>')

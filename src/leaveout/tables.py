@@ -77,16 +77,17 @@ class Table:
         title = [] if not self.title else ["\n".join(wrapped(self.title, width))]
         return "\n".join([*title, drawn, *("\n".join(wrapped(note, width)) for note in self.notes)])
 
-    def _repr_html_(self) -> str:
+    def html(self, scrolling: bool = True) -> str:
+        """The table for a page, where it scrolls by itself if it is too wide."""
         title = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         top = "".join(f"<th>{html.escape(header)}</th>" for header in self.headers)
         lines = [f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in self.rows]
         notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in self.notes)
-        return f"<table>{title}<tr>{top}</tr>{''.join(lines)}</table>{notes}"
+        drawn = f"<table>{title}<tr>{top}</tr>{''.join(lines)}</table>"
+        return (f'<div class="scroll" tabindex="0">{drawn}</div>' if scrolling else drawn) + notes
 
-    def html(self) -> str:
-        """The table for a page, which scrolls by itself where it is too wide."""
-        return f'<div class="scroll" tabindex="0">{self._repr_html_()}</div>'
+    def _repr_html_(self) -> str:
+        return self.html(scrolling=False)
 
     def plain(self) -> Table:
         """Without its title."""
@@ -153,7 +154,7 @@ class Tabular:
         return str(self.table())
 
     def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
+        return self.table().html(scrolling=False)
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,8 @@ def usual_best(index: OpenIndex, options: SearchOptions = SearchOptions()) -> fl
     """
     if len(index) < LEAST or options.rerank or (index.long is None and index.readout.stream is not None):
         return None
-    length, weight, crew = options.length, options.prompt_weight, (options.workers, options.backend)
+    length, weight = options.length, options.prompt_weight
+    crew: tuple[int, Scanners] = (options.workers, options.backend)
     numbers, groups = index.spread_rows(USUAL), _groups(index, SearchOptions(unique=True))
     assert groups is not None
     searched = None if len(index) <= SEARCHED else np.union1d(numbers, index.spread_rows(SEARCHED))

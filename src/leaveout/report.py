@@ -220,8 +220,8 @@ def cut(pieces: Sequence[str], weights: np.ndarray) -> str:
     )
     if end - start == len(words):
         return f'<p class="text" dir="auto">{shown}</p>'
-    whole = f'<p class="text" dir="auto">{tinted(words, values)}</p>'
-    return f'<p class="text" dir="auto">{shown}</p><details><summary>The whole row, {len(words):,} words</summary>{whole}</details>'
+    whole = f'<summary>The whole row, {len(words):,} words</summary><p class="text" dir="auto">{tinted(words, values)}</p>'
+    return f'<p class="text" dir="auto">{shown}</p><details>{whole}</details>'
 
 
 def _tint(share: float) -> str:

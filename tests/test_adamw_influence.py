@@ -14,6 +14,7 @@ from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.reverse import adamw_influence as stored
 from leaveout.training.reverse.adamw_influence import adamw_influence
 from leaveout.training.reverse.metagradient import metagradient
+from leaveout.training.reverse.updates import first_order_error, unit_vectors
 from test_metagradient import OPTIMIZERS, classifier, points, relative
 from test_reverse_scale import QUERIES, gpt2, recipe_of
 from tolerances import TOLERANCES
@@ -175,3 +176,12 @@ def test_as_a_method_and_as_a_prior_mean(tmp_path):
     run.measure(retrain=3, queries=["mona"])
     found = run.predict(["mona"], "0:" + run.recipe.examples[0].text, EstimatorSettings("posterior", scores=scores))
     assert np.isfinite(found.effect).all()
+
+
+def test_a_bank_tells_the_error_of_the_first_order(tmp_path):
+    run = TrainingRun.train(classifier(epochs=2, dtype="float32"), tmp_path / "run")
+    x = np.array([[1.0, 0.0, 0.0, 1.0], [0.0, 0.5, 0.0, 0.0]])
+    assert run.bank.first_order_error(x) is None
+    run.measure_vectors()
+    found = run.bank.first_order_error(x)
+    assert found is not None and np.allclose(found, first_order_error(unit_vectors(run.recipe, 8192), x))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from leaveout.store import Record, Segment, Store
 from leaveout.training.queries import Query, as_queries, jet_values, query_function, query_losses
 from leaveout.training.recipe import Recipe
 from leaveout.training.repacking import weights_left
-from leaveout.training.reverse.updates import UnitVectors, influence, query_gradients
+from leaveout.training.reverse.updates import UnitVectors, first_order_error, influence, query_gradients
 from leaveout.training.tasks import Parameters, Task, task_of
 
 ROLES = ("fit", "heldout", "truth")
@@ -97,6 +97,18 @@ class Bank:
         """The units' update vectors [units, k], None before `TrainingRun.measure_vectors`."""
         side = self.store.side("vectors")
         return None if side is None else np.asarray(side["updates"], np.float64)
+
+    def first_order_error(self, x: np.ndarray) -> np.ndarray | None:
+        """What the exact first order of deletion vectors [sets, units] gets wrong, over the size of effects, about: [sets].
+
+        It is told from the run alone, without retraining; None before `TrainingRun.measure_vectors`.
+        """
+        side = self.store.side("vectors")
+        return None if side is None else first_order_error(self._vectors(side), x)
+
+    def _vectors(self, side: Mapping[str, np.ndarray]) -> UnitVectors:
+        updates, final, *others = (np.asarray(side[name]) for name in ("updates", "final", "lengths", "owned"))
+        return UnitVectors(updates, final, self.constants, *others)
 
     def __len__(self) -> int:
         return len(self.store)
@@ -417,10 +429,7 @@ class Bank:
         side = self.store.side("vectors")
         if side is None:
             return None
-        vectors = UnitVectors(
-            np.asarray(side["updates"]), np.asarray(side["final"]), self.constants, np.asarray(side["lengths"]),
-            np.asarray(side["owned"]),
-        )  # fmt: skip
+        vectors = self._vectors(side)
         width = vectors.final.shape[1]
         ask = query_function(self._task, asked)
         gradients = query_gradients(self.recipe, self.constants, ask, width, self.device)

@@ -14,9 +14,12 @@ Each case adds its part to one result file.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -205,47 +208,68 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def smollm2(smoke: bool, seed: int, work: Path, rows: int, asked: int) -> dict[str, Any]:
-    """Costs in trainings of the same recipe; each part is kept when it is done."""
-    recipe, queries = lora(smoke, seed, rows, asked)
-    options = RunOptions(work, progress=True, memory=2 * 10**9, save_every=60.0)
-    out: dict[str, Any] = {"rows": rows, "queries": len(queries)}
-
-    def part(name: str, task: Callable[[], dict[str, Any]]) -> None:
-        place = work / f"{name}-{rows}-{asked}.json"
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            found = task()
-            place.write_text(json.dumps(found | {"peak_bytes": peak()}))
-        out[name] = json.loads(place.read_text())
+def parts(recipe: lo.Recipe, queries: list[Any], work: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured, each in a process of its own; effects are left in the folder."""
+    options = RunOptions(work, progress=True, memory=2_600_000_000, save_every=60.0)
 
     def training() -> dict[str, Any]:
-        return {"cpu_seconds": seconds(lambda: train_plain(recipe)), "loading": seconds(lambda: task_of(recipe))}
+        loading = seconds(lambda: task_of(recipe))  # which is no part of a training
+        return {"cpu_seconds": seconds(lambda: train_plain(recipe)) - loading, "loading": loading}
 
     def cheap() -> dict[str, Any]:
+        loading = seconds(lambda: task_of(recipe))
         found = adamw_influence(recipe, queries, options)
-        np.save(work / f"cheap-{rows}-{asked}.npy", found.effects)
-        return {"cpu_seconds": found.cpu_seconds, "plan": str(found.plan), "disk": found.plan.stored}
-
-    def exact() -> dict[str, Any]:
-        found = metagradient(recipe, queries, options, settings=ReverseSettings(states="disk"))
-        np.save(work / f"exact-{rows}-{asked}.npy", found.effects)
+        np.save(work / "adamw_influence.npy", found.effects)
+        plan = found.plan
         return {
-            "cpu_seconds": found.cpu_seconds,
-            "plan": str(found.memory),
-            "planned": found.memory.peak,
-            "disk": found.memory.disk,
+            "cpu_seconds": found.cpu_seconds - loading,
+            "plan": str(plan),
+            "planned": plan.memory,
+            "disk": plan.stored,
         }
 
-    for name, task in (("training", training), ("adamw_influence", cheap), ("metagradient", exact)):
-        part(name, task)
-    loading = out["training"]["loading"]  # of the model, which is no part of a training
-    plain = out["training"]["cpu_seconds"] - loading
-    found, wanted = (np.load(work / f"{name}-{rows}-{asked}.npy") for name in ("cheap", "exact"))
+    def exact() -> dict[str, Any]:
+        loading = seconds(lambda: task_of(recipe))
+        found = metagradient(recipe, queries, options, settings=ReverseSettings(states="disk"))
+        np.save(work / "metagradient.npy", found.effects)
+        plan = found.memory
+        return {"cpu_seconds": found.cpu_seconds - loading, "plan": str(plan), "planned": plan.peak, "disk": plan.disk}
+
+    return {"training": training, "adamw_influence": cheap, "metagradient": exact}
+
+
+def smollm2(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Costs in trainings of the same recipe; a part that is done is kept in the folder, and one that was killed goes on."""
+    rows = 6 if args.smoke else args.rows
+    work = work / f"{rows} rows, {args.queries} queries"
+    work.mkdir(parents=True, exist_ok=True)
+    if args.part:
+        found = parts(*lora(args.smoke, args.seed, rows, args.queries), work)[args.part]()
+        (work / f"{args.part}.json").write_text(json.dumps(found | {"peak_bytes": peak()}))
+        return found
+    out: dict[str, Any] = {"rows": rows, "queries": args.queries}
+    for name in ("training", "adamw_influence", "metagradient"):
+        place = work / f"{name}.json"
+        if not place.exists():
+            given = [
+                "--case",
+                "smollm2",
+                "--rows",
+                args.rows,
+                "--queries",
+                args.queries,
+                "--seed",
+                args.seed,
+                "--part",
+                name,
+            ]
+            given += ["--work", work.parent, *(["--smoke"] if args.smoke else [])]
+            subprocess.run([sys.executable, __file__, *map(str, given)], check=True)
+        out[name] = json.loads(place.read_text())
+    found, wanted = (np.load(work / f"{name}.npy") for name in ("adamw_influence", "metagradient"))
+    plain = out["training"]["cpu_seconds"]
     return out | {
-        "trainings": {
-            name: (out[name]["cpu_seconds"] - loading) / plain for name in ("adamw_influence", "metagradient")
-        },
+        "trainings": {name: out[name]["cpu_seconds"] / plain for name in ("adamw_influence", "metagradient")},
         "spearman_with_exact": correlation(found, wanted),
     }
 
@@ -256,6 +280,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--case", choices=("smollm2", "names", "digits", "digits, calm", "rates"), required=True)
     parser.add_argument("--rows", type=int, default=48, help="of the language model")
     parser.add_argument("--queries", type=int, default=16, help="of the language model")
+    parser.add_argument("--part", help="of smollm2: only this, in this process")
     parser.add_argument("--work", type=Path, help="where parts of smollm2 are kept (default: a temporary folder)")
     args = parser.parse_args(given)
     torch.set_num_threads(1)
@@ -264,9 +289,9 @@ def main(given: list[str] | None = None) -> int:
     cases = json.loads(path.read_text())["cases"] if path.exists() else {}
     with tempfile.TemporaryDirectory() as place:
         if args.case == "smollm2":
-            cases["smollm2"] = smollm2(
-                args.smoke, args.seed, args.work or Path(place), 6 if args.smoke else args.rows, args.queries
-            )
+            cases["smollm2"] = smollm2(args, args.work or Path(place))
+            if args.part:
+                return 0
         elif args.case == "rates":
             cases["rates"] = rates(args.smoke, args.seed)
         else:

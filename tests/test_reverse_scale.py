@@ -153,7 +153,7 @@ def test_a_killed_walk_goes_on(states, tmp_path, monkeypatch):
     left[0] = 1000
     found = metagradient(recipe, queries, options, memory=limit, settings=settings)
     assert 1000 - left[0] == found.memory.rounds * 12 - 17
-    assert np.array_equal(found.effects, whole.effects) and np.array_equal(found.base, whole.base)
+    assert relative(found.effects, whole.effects) < EXACT and relative(found.base, whole.base) < EXACT
 
 
 def test_files_of_another_run_are_refused(tmp_path):
@@ -180,7 +180,7 @@ def test_live_bytes_are_those_of_living_tensors():
 def test_memory_is_what_was_planned(settings):
     """The most that tensors take in the whole walk, over the plan's figure; its limit is kept."""
     recipe = recipe_of(lambda: llama(4, 32), trained=LORA, dtype="float32", steps=3, batch_size=4)
-    with passes(torch.device("cpu")):
+    with passes(recipe, torch.device("cpu")):
         plan = plan_reverse(FlatRun(recipe), 3, None, ReverseSettings(*settings))
         run = FlatRun(recipe)
         run.go(settings[0], bool(settings[1]), None if plan.second_pass.vectorised else False)

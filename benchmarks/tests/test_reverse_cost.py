@@ -14,7 +14,7 @@ def test_reverse_cost_runs_and_goes_on(script, tmp_path):
     found = json.loads((tmp_path / reverse.NAME).read_text())["cases"]
     assert found["smollm2"]["metagradient"]["disk"] > 0 and found["smollm2"]["spearman_with_exact"] > 0.5
     assert set(found["names"]["with_retrainings"]) == set(reverse.KINDS)
-    kept = tmp_path / "work" / "training-6-3.json"
+    kept = tmp_path / "work" / "6 rows, 3 queries" / "training.json"
     kept.write_text(json.dumps({"cpu_seconds": 1e9, "loading": 0.0}))
     reverse.main(
         ["--case", "smollm2", "--out", str(tmp_path), "--smoke", "--work", str(tmp_path / "work"), "--queries", "3"]

@@ -33,7 +33,7 @@ from leaveout.training.memory import runs_together
 from leaveout.training.queries import Query, query_function
 from leaveout.training.recipe import Recipe
 from leaveout.training.repacking import new_run
-from leaveout.training.reverse.metagradient import metagradient
+from leaveout.training.reverse.metagradient import metagradient, reverse_trainings
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
 
@@ -42,9 +42,6 @@ DEGREES = (1, 2)
 PROBE_STEPS, PROBE_RUNS = (4, 12), (8, 128)
 FIRST, PROBE_SHARE = 2, 0.1
 """Real retrainings that a plan begins with, and the part of the budget that all it does may take beside them."""
-REVERSE, REVERSE_QUERY = 4.6, 0.06
-"""Plain trainings that the exact first order of one query takes, and those of each further one, where it is not tried
-(benchmarks/LOG.md)."""
 LEAST_SLOPE = 0.5
 """Of what one of 128 retrainings takes that share their steps, the least part that grows with their number."""
 NO_JETS = "No jets: they win where retraining is noisy; give noise=, or jets=True in Python, to have them weighed."
@@ -272,7 +269,7 @@ def probe(
     retraining = _retraining(retrain, first, together, int(allowed / 4 / tried) - FIRST)
     found: dict[int, Cost] = {}
     notes: tuple[str, ...] = ()
-    gradient: float | None = first * (REVERSE + REVERSE_QUERY * len(asked))
+    gradient: float | None = first * reverse_trainings(recipe, task, len(asked))
     for degree in degrees:
         try:
             found[degree] = _line(lambda n, d=degree: measure(n, d), many[JETS_TOGETHER])

@@ -50,6 +50,7 @@ LISTED = 100  # messages that a report keeps; all are counted
 
 LONG = 256  # tokens of a row, from which on a build tells its speed in tokens, too
 
+
 @dataclass(frozen=True)
 class Pace:
     """How many rows are computed together, and when they are kept; a killed build loses what was not committed.

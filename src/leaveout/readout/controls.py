@@ -165,7 +165,9 @@ def controls_of(
     for query, (hits, theirs) in enumerate(zip(found, others, strict=True)):
         own = [*alone, ("words", "what a text search finds", by_words, query)]
         of = [
-            _control(index, name, what, best.numbers[at], best.scores[at], vectors[query : query + 1], hits, length, called)
+            _control(
+                index, name, what, best.numbers[at], best.scores[at], vectors[query : query + 1], hits, length, called
+            )
             for name, what, best, at in own
         ]
         if theirs is not None:

@@ -159,8 +159,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
-    """Let the allocator keep what is freed, while a run on a CPU lasts.
+def kept_memory(device: torch.device, largest: int = 2**30) -> Iterator[None]:
+    """Let the allocator keep what is freed, of blocks up to the largest, while a run on a CPU lasts.
 
     glibc gives large blocks back at once and faults every page in anew at the next operation: 3 % of the time of a
     microgpt step and 10 % of one of GPT-2 shape. Elsewhere than on glibc nothing is changed.
@@ -170,7 +170,7 @@ def kept_memory(device: torch.device) -> Iterator[None]:
     if mallopt is None:
         yield
         return
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
+    mallopt(_M_MMAP_THRESHOLD, largest)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield

@@ -77,7 +77,7 @@ def adamw_influence(
     """
     options = options or RunOptions()
     began, place = time.process_time(), find_device(options.device)
-    with passes(place):
+    with passes(recipe, place):
         run = FlatRun(recipe, place)
         n_queries = run.count(queries)
         work = None if options.directory is None else Path(options.directory) / "adamw-influence"

@@ -32,9 +32,13 @@ SecondPass = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def passes(device: torch.device) -> Iterator[None]:
-    """What forward and backward passes of all orders need while they run: attention that has derivatives, and their pace."""
-    with sdpa_kernel(SDPBackend.MATH), full_precision(), kept_memory(device), flushed_denormals(device):
+def passes(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """What forward and backward passes of all orders need while they run: attention that has derivatives, and their pace.
+
+    Of a language model large blocks are given back, as what is kept of them is half as much again as what is used.
+    """
+    kept = kept_memory(device, 2**17 if recipe.kind == "causal-lm" else 2**30)
+    with sdpa_kernel(SDPBackend.MATH), full_precision(), kept, flushed_denormals(device):
         yield
 
 

@@ -35,7 +35,7 @@ from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint, sgd_adjoint
 from leaveout.training.reverse.flat_run import FlatRun, passes
 from leaveout.training.reverse.states import Kept, walk_back
-from leaveout.training.tasks import text_length
+from leaveout.training.tasks import Task, text_length
 
 STATES = ("auto", "memory", "disk")
 GRAPH = 5
@@ -45,6 +45,10 @@ GRAPH = 5
 BUSY = 2**28
 """Bytes that a first pass keeps, above which smaller pieces are faster on a CPU: SmolLM2, rows of 128 tokens, a query took 1.25
 trainings one row at a time (210 MB) and 1.9 with four."""
+
+
+SMALL, LARGE = (4.6, 0.06), (3.0, 1.3)
+"""Plain trainings of reverse mode, and those of each query: of models whose queries share passes, and of others."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ def metagradient(
     """
     options, settings = options or RunOptions(), settings or ReverseSettings()
     began, place = time.process_time(), find_device(options.device)
-    with passes(place):
+    with passes(recipe, place):
         run = FlatRun(recipe, place)
         values = run.values(queries)  # at the start: they name the queries
         n_queries = len(values)
@@ -186,6 +190,12 @@ def metagradient(
     return Effects(effects.cpu().numpy(), base.cpu().numpy(), time.process_time() - began, plan.checkpoints, plan)
 
 
+def reverse_trainings(recipe: Recipe, task: Task, queries: int) -> float:
+    """Plain trainings that the exact first order of so many queries takes, about, on a CPU (benchmarks/LOG.md)."""
+    first, each = LARGE if kept_bytes(recipe, task) > HEAVY else SMALL
+    return first + each * queries
+
+
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
@@ -211,14 +221,16 @@ def plan_reverse(
     fixed = (COPIES[run.kind] + 3) * vector
     second = plan_pass(run, limit - 3 * state - fixed, settings)
     per_query = fixed + second.each
-    together = max(1, min(queries, (limit - second.graphs) // 2 // per_query))
-    room = limit - second.graphs - together * per_query
-    checkpoints = min(room // state - 1, run.steps + 1)
+    room = limit - second.graphs
+    together = max(1, min(queries, room // 2 // per_query))
+    checkpoints = min((room - together * per_query) // state - 1, run.steps + 1)
     on_disk = settings.states == "disk"
-    if settings.states == "auto" and directory is not None and checkpoints <= run.steps:
-        on_disk = _places_on_disk(run, state, directory) > max(2, checkpoints)
-    if on_disk and directory is not None:
-        checkpoints = min(_places_on_disk(run, state, directory), run.steps + 1) if room >= state else 0
+    if settings.states != "memory" and directory is not None:
+        places = _places_on_disk(run, state, directory)
+        more = max(1, min(queries, (room - 2 * state) // per_query))
+        on_disk = on_disk or (places >= 2 and (places > checkpoints < run.steps + 1 or more > together))
+        if on_disk:
+            together, checkpoints = more, min(places, run.steps + 1) if room >= 2 * state + per_query else 0
     if checkpoints < 2:
         raise UnsupportedError(
             f"Going back needs {amount(3 * state + second.graphs + per_query)} at least and {amount(limit)} are allowed: "

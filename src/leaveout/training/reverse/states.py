@@ -72,13 +72,13 @@ def walk_back(run: Any, kept: Kept, visit: Callable[[int], None], last: int | No
 
     Where there are places for all states they stay kept, for another walk.
     """
-    last = run.steps if last is None else last
+    end: int = run.steps if last is None else last
     whole = kept.places > run.steps
     if not whole:
-        kept.drop_after(last)
+        kept.drop_after(end)
     if 0 not in kept:
         kept.put(0, run.state)
-    for step in range(last, -1, -1):
+    for step in range(end, -1, -1):
         at = kept.last(step)
         kept.read(at, run.state)
         while at < step:

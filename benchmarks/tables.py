@@ -30,6 +30,7 @@ from tables_influence import (
     truth_bank,
 )
 from tables_learned import TABLES_OF_LEARNED
+from tables_reverse import TABLES_OF_REVERSE
 from tables_tasks import TASKS, table, times
 from tables_trainer import TABLES_OF_TRAINER
 
@@ -350,6 +351,7 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     **TABLES_OF_LEARNED,
     **TASKS,
     **TABLES_OF_TRAINER,
+    **TABLES_OF_REVERSE,
     "million": (RESULTS, "readout_search_million.json", million),
     "steps": (RESULTS, "bench_steps.json", steps),
     "speed": (JETS, "jets_speed.json", speed),

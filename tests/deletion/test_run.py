@@ -264,7 +264,7 @@ def test_plan_buys_the_exact_first_order_alone_where_it_leaves_room_for_nothing_
 
 def test_probe_tells_starting_from_going_on(recipe, monkeypatch):
     """A task of 2 s and 0.5 s a step."""
-    monkeypatch.setattr("leaveout.deletion.plan._seconds", lambda task, repeats: task())
+    monkeypatch.setattr("leaveout.deletion.plan._seconds", lambda task: task())
     assert plan_module._whole(recipe, lambda short: 2 + 0.5 * len(short.batches())) == 2 + 0.5 * len(recipe.batches())
 
 

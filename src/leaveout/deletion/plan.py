@@ -30,7 +30,7 @@ from leaveout.training.batching import batching_problem
 from leaveout.training.doctor import Stability, check_stability
 from leaveout.training.loop import RunOptions
 from leaveout.training.memory import runs_together
-from leaveout.training.queries import Query, query_function
+from leaveout.training.queries import Query, query_function, query_losses
 from leaveout.training.recipe import Recipe
 from leaveout.training.repacking import new_run
 from leaveout.training.reverse.metagradient import metagradient, reverse_trainings
@@ -39,11 +39,13 @@ from leaveout.training.train import JetSettings, train_batch, train_jets, train_
 
 DEGREES = (1, 2)
 """Of the jets that a plan may buy."""
-PROBE_STEPS, PROBE_RUNS = (4, 12), (8, 128)
+PROBE_STEPS, PROBE_RUNS, PROBE_REPEATS = (1, 9), (8, 128), 3
+GROWTH = 8
+"""Of a batch of retrainings that is tried over the one tried before it; the root of it is what its time is taken to grow."""
 FIRST, PROBE_SHARE = 2, 0.1
 """Real retrainings that a plan begins with, and the part of the budget that all it does may take beside them."""
 LEAST_SLOPE = 0.5
-"""Of what one of 128 retrainings takes that share their steps, the least part that grows with their number."""
+"""Of what one of many retrainings takes that share their steps, the least part that grows with their number."""
 NO_JETS = "No jets: they win where retraining is noisy; give noise=, or jets=True in Python, to have them weighed."
 HELDOUT = 16
 """Retrainings kept for calibration, at most; at least five times as many are bought to be fitted."""
@@ -164,28 +166,32 @@ def make_plan(
     asked: Sequence[Query],
     sets: DeletionSets,
     budget: Budget,
-    first: float,
+    known: tuple[float, float],
     device: str | torch.device = "cpu",
 ) -> Plan:
     """The plan for predicting some queries without some deletion sets within a budget.
 
     features [units, k]: the units' update vectors; designs for more than FEW units need them
-    first    CPU seconds of one of the first retrainings
+    known    CPU seconds of one of the first retrainings, and those that were spent before
     Cost: at most a tenth of the budget; more with jets, which need a check of their series and probes of their own.
     Raises: UnsupportedError if not one choice fits the budget.
     """
     options = RunOptions(device=find_device(device))
     wanted = budget.jets or budget.noise > 0
     stability, degrees, notes = _stability(recipe, options) if wanted else (None, (), (NO_JETS,))
-    allowed = PROBE_SHARE * budget.seconds * budget.workers
+    (first, spent), allowed = known, PROBE_SHARE * budget.seconds
     costs = probe(recipe, asked, (first, allowed), degrees, options)
+    began = time.process_time()
     alone = _alone(recipe, first, allowed, options)
+    # Jets that were asked for are tried beyond all that, and on top of the budget.
+    spent += (0.0 if wanted else costs.probe) + time.process_time() - began
     repeats, why = _repeats(recipe, budget, alone)
     noise = RUNS_A_REPEAT * repeats * alone / budget.workers
-    left = replace(budget, seconds=budget.seconds - min(costs.probe, allowed) / budget.workers - noise)
-    orders = costs if costs.gradient is None else replace(costs, gradient=costs.gradient * (1 + repeats))
-    spend = _Spending(recipe, features, asked, sets, orders, left)
-    choices = [c for c in _choices(spend) if _fits(c, left)]
+    choices: list[Choice] = []
+    if (left := budget.seconds - spent - noise) > 0:
+        orders = costs if costs.gradient is None else replace(costs, gradient=costs.gradient * (1 + repeats))
+        spend = _Spending(recipe, features, asked, sets, orders, replace(budget, seconds=left))
+        choices = [c for c in _choices(spend) if _fits(c, spend.budget)]
     if repeats:
         choices = [replace(c, arguments=c.arguments | {"repeats": repeats}, seconds=c.seconds + noise) for c in choices]
     if not choices:
@@ -255,46 +261,72 @@ def probe(
     units, task = len(recipe.unit_names), task_of(recipe, options.device)
     many = {most: task_size(most, task.device, 1) for most in (JETS_TOGETHER, RUNS_TOGETHER)}
     alone = batching_problem(recipe, task) is not None  # tried once, so that no short run pays for it
+    notes: tuple[str, ...] = ()
+    try:
+        ask = query_function(task, asked)
+    except LeaveoutError as error:
+        ask, notes = None, (f"No exact first order: {error}",)
 
     def retrain(n: int) -> float:
         weights = torch.from_numpy(1 - directions.random_sets(0, n, units))
         batched = replace(options, batched=not alone)
-        return _whole(recipe, lambda short: train_batch(short, weights, batched, together=n))
+
+        def values(short: Recipe) -> None:
+            runs = train_batch(short, weights, batched, together=n)
+            if ask is not None:
+                query_losses(short, runs, ask, options.device)
+
+        return _whole(recipe, values, 1)
 
     def measure(n: int, degree: int) -> float:
         psi, settings = torch.from_numpy(directions.complex_uniform(0, n, units)), JetSettings(degree)
         return _whole(recipe, lambda short: train_jets(short, psi, settings, options=options))
 
     together = 1 if alone else runs_together(recipe, task, many[RUNS_TOGETHER])
-    retraining = _retraining(retrain, first, together, int(allowed / 4 / tried) - FIRST)
+    retraining = _retraining(retrain, first, together, (allowed / 2, tried))
     found: dict[int, Cost] = {}
-    notes: tuple[str, ...] = ()
-    gradient: float | None = first * reverse_trainings(recipe, task, len(asked))
+    gradient = None if ask is None else first * reverse_trainings(recipe, task, len(asked))
     for degree in degrees:
         try:
             found[degree] = _line(lambda n, d=degree: measure(n, d), many[JETS_TOGETHER])
         except LeaveoutError as error:
             notes = (*notes, f"No jets of degree {degree}: {error}")
-    try:
-        ask = query_function(task, asked)
-        if gradient / first * tried <= allowed / 2:
-            gradient = _whole(recipe, lambda short: metagradient(short, ask, options), 1)
-        else:
-            notes = (*notes, "The exact first order was not tried: its cost is that of other models.")
-    except LeaveoutError as error:
-        gradient = None
-        notes = (*notes, f"No exact first order: {error}")
+    if ask is not None and gradient is not None:
+        try:
+            if gradient / first * tried <= allowed / 2:
+                gradient = _whole(recipe, lambda short: metagradient(short, ask, options), 1)
+            else:
+                notes = (*notes, "The exact first order was not tried: its cost is that of other models.")
+        except LeaveoutError as error:
+            gradient, notes = None, (*notes, f"No exact first order: {error}")
     return Costs(retraining, found, gradient, time.process_time() - began, notes)
 
 
-def _retraining(seconds: Callable[[int], float], first: float, together: int, most: int) -> Cost:
-    """What retrainings cost, where one of the first two took so long; batches of at most `most` are tried, twice."""
-    many = min(PROBE_RUNS[1], together, most)
-    if many < 2 * FIRST:
+def _retraining(seconds: Callable[[int], float], first: float, together: int, allowed: tuple[float, float]) -> Cost:
+    """What retrainings cost, where one of the first two took so long.
+
+    Larger and larger batches are tried, up to those that will be bought. allowed: CPU seconds for all of that, and those
+    of trying one run
+    """
+    (left, one), n, factor = allowed, FIRST, GROWTH**0.5
+    found: dict[int, list[float]] = {}
+    guess = n * one
+    while together > 1 and guess <= left:
+        began = time.process_time()
+        found.setdefault(n, []).append(seconds(n))
+        left -= (spent := time.process_time() - began)
+        if n == together:
+            if len(found[n]) == PROBE_REPEATS:
+                break
+            guess = spent
+            continue
+        n, factor = min(together, GROWTH * n), max(factor, spent / guess * factor)
+        guess = spent * factor
+    if not found or (many := max(found)) == FIRST:
         return Cost(0.0, first, together)
-    a, b = seconds(FIRST), seconds(many)
-    each = min(first, max((b - a) / (many - FIRST), LEAST_SLOPE * b / PROBE_RUNS[1]))
-    return Cost(max(min(a, FIRST * first) - FIRST * each, 0.0), each, together)
+    a, b = (float(np.median(found[n])) for n in (FIRST, many))
+    each = min(first, b / many, max((b - a) / (many - FIRST), 0.0 if many == together else LEAST_SLOPE * b / many))
+    return Cost(b - many * each, each, together)
 
 
 def _line(seconds: Callable[[int], float], together: int) -> Cost:
@@ -306,26 +338,21 @@ def _line(seconds: Callable[[int], float], together: int) -> Cost:
     return Cost(max(a - few * each, 0.0), each, together)
 
 
-def _whole(recipe: Recipe, task: Callable[[Recipe], Any], repeats: int = 2) -> float:
-    """CPU seconds of a task on the whole recipe, from what its first steps take beyond a start of their own."""
+def _whole(recipe: Recipe, task: Callable[[Recipe], Any], repeats: int = PROBE_REPEATS) -> float:
+    """CPU seconds of a task on the whole recipe, from what some of its steps take beyond a start of their own."""
     total = len(recipe.batches())
     few, more = (min(total, steps) for steps in PROBE_STEPS)
-    found = []
-    for steps in (few, more):
-        short = recipe.first_steps(steps)
-        found.append(_seconds(lambda short=short: task(short), repeats))
-    start, end = found
+    # In turn, as the clock of a busy machine drifts.
+    times = [[_seconds(lambda n=n: task(recipe.some_steps(n))) for n in (few, more)] for _ in range(repeats)]
+    start, end = (float(t) for t in np.median(times, axis=0))
     return end if more == few else end + max(end - start, 0.0) / (more - few) * (total - more)
 
 
-def _seconds(task: Callable[[], Any], repeats: int) -> float:
-    """CPU seconds of a task, the best of some, as the first one sets up."""
-    times = []
-    for _ in range(repeats):
-        began = time.process_time()
-        task()
-        times.append(time.process_time() - began)
-    return min(times)
+def _seconds(task: Callable[[], Any]) -> float:
+    """CPU seconds of a task."""
+    began = time.process_time()
+    task()
+    return time.process_time() - began
 
 
 class _Prior:

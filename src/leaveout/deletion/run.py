@@ -403,7 +403,10 @@ class TrainingRun:
         absent = float((x[missing] == 1)[:, self.recipe.unit_of.numpy()].mean())
         size = min(self._together(settings, absent, asked), -(-len(missing) // settings.workers))
         chunks = [missing[i : i + size] for i in range(0, len(missing), size)]
-        tasks = [_Task("retraining", x[rows], [ids[i] for i in rows], [metas[i] for i in rows]) for rows in chunks]
+        tasks = [
+            _Task("retraining", x[rows], [ids[i] for i in rows], [metas[i] for i in rows], batched=size > 1)
+            for rows in chunks
+        ]
         self._carry_out(tasks, asked, settings, "retrainings")
 
     def _task_size(self, most: int, number: int, weight: int, asked: Sequence[Query] | None) -> int:
@@ -455,12 +458,13 @@ class TrainingRun:
         Raises: UnsupportedError if not one choice fits the budget.
         """
         allowed, asked, sets = Budget.of(budget), as_queries(queries), deletion_sets(self.recipe, without)
+        began = time.process_time()
         self._refuse_design("auto")
         if len(self.recipe.unit_names) > FEW:
             self.measure_vectors()
         self.measure(retrain=FIRST, queries=asked, settings=MeasureSettings(sizes=sizes_of(sets)))
-        first = self.bank.retraining_seconds()
-        return make_plan(self.recipe, self.bank.features(), asked, sets, allowed, first, self.device)
+        known = self.bank.retraining_seconds(), time.process_time() - began
+        return make_plan(self.recipe, self.bank.features(), asked, sets, allowed, known, self.device)
 
     def predict(
         self,
@@ -708,6 +712,7 @@ class _Task:
     metas: list[dict[str, Any]]
     degree: int = 0
     dtype: str = ""
+    batched: bool = False
 
 
 @dataclass
@@ -737,7 +742,7 @@ def _start(
 def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
     began = time.process_time()
     name = hashlib.sha256(" ".join(task.ids).encode()).hexdigest()[:32]  # batches may be cut otherwise after a kill
-    options = RunOptions(directory=worker.work / name, memory=worker.memory, device=worker.device)
+    options = RunOptions(worker.work / name, memory=worker.memory, batched=task.batched, device=worker.device)
     numbers, vectors = {}, task.vectors
     if task.kind == "gradient":  # whose vectors are the places of its queries, and then their effects
         assert worker.queries is not None

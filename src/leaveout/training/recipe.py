@@ -238,6 +238,17 @@ class Recipe:
         listed = {name: value[:n] for name in LISTED if not isinstance(value := getattr(self, name), str)}
         return self.with_(steps=min(n, len(self.batches())), **listed)
 
+    def some_steps(self, n: int) -> Recipe:
+        """The recipe with n of its steps only, from all along the run, for what a step takes."""
+        batches = self.micro_batches()
+        places = [i * len(batches) // n for i in range(min(n, len(batches)))]
+        listed = {
+            name: tuple(value[i] for i in places)
+            for name in ("schedule", "loss_per")
+            if not isinstance(value := getattr(self, name), str)
+        }
+        return self.with_(order=tuple(batches[i] for i in places), steps=None, accumulate=1, **listed)
+
     def untrained_units(self) -> tuple[str, ...]:
         """The units of which no example is in any step: their weight changes nothing, their effect is exactly 0."""
         seen = {self.units[i] for batch in self.batches() for i in batch}

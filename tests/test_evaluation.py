@@ -89,7 +89,7 @@ def test_lds_and_qld_agree_with_plain_retraining(run, recipe):
 def test_truth_is_trained_once_and_no_estimator_is_fitted_to_it(run, monkeypatch):
     first = evaluate(run, QUERIES, ["random"], settings=SMALL)
     assert not len(run.bank.measurements(QUERIES).retrainings)
-    monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
+    monkeypatch.setattr("leaveout.deletion.run.Retrainer", None)
     again = evaluate(run, QUERIES, ["random"], settings=SMALL)
     assert next(again.lines())["lds"] == next(first.lines())["lds"]
 
@@ -174,7 +174,7 @@ def test_files_of_scores_can_be_judged(run, tmp_path):
 
 
 def test_wrong_calls_are_refused_before_anything_is_trained(run, monkeypatch):
-    monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
+    monkeypatch.setattr("leaveout.deletion.run.Retrainer", None)
     good = np.zeros((3, 24))
     for call, error, message in (
         (lambda: evaluate(run, QUERIES), ValueError, "nothing to judge"),

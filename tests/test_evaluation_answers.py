@@ -156,7 +156,7 @@ def test_brittleness_counts_the_flips_of_really_retrained_classifiers(tmp_path, 
         }
         flips.update(wanted)
     assert len(flips) > 2  # the rows chosen change some answers early, some late or never
-    monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
+    monkeypatch.setattr("leaveout.deletion.run.Retrainer", None)
     again = evaluate(run, queries, scores=given, settings=settings)
     assert list(again.lines()) == list(report.lines())
 
@@ -259,7 +259,7 @@ def precision_of(ranked):
 
 def test_retrieval_metrics_need_no_retraining_and_agree_with_counting(tmp_path, monkeypatch):
     run = TrainingRun.train(classifier(ADAMW), tmp_path / "run")
-    monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
+    monkeypatch.setattr("leaveout.deletion.run.Retrainer", None)
     queries, rng = points(5, 3), np.random.default_rng(9)
     relevant, scores = rng.random((5, 24)) < 0.25, rng.standard_normal((5, 24))
     relevant[2] = False
@@ -337,7 +337,7 @@ def test_a_file_names_the_relevant_rows(tmp_path):
 
 def test_what_cannot_be_judged_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
     run = TrainingRun.train(classifier(ADAMW), tmp_path / "run")
-    monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
+    monkeypatch.setattr("leaveout.deletion.run.Retrainer", None)
     queries, some = points(2, 3), np.ones((2, 24), bool)
     function = [Query(lambda model: model(torch.zeros(1, 2, dtype=torch.float64))[0, 0], name="a function")]
 

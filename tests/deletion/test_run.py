@@ -29,7 +29,7 @@ from leaveout.training.loop import Loop
 from leaveout.training.queries import Query, as_queries, query_losses
 from leaveout.training.queries import margin as margin_of
 from leaveout.training.recipe import Recipe
-from leaveout.training.train import train_batch, train_plain
+from leaveout.training.train import Retrainer, train_plain
 
 from .conftest import FAST, NAMES, QUERIES
 
@@ -98,7 +98,7 @@ def test_results_print_as_tables_and_show_as_html(measured, recipe):
 def test_truth_is_computed_once(recipe, tmp_path, monkeypatch):
     run = TrainingRun.train(recipe, tmp_path / "run")
     first = run.retrain(QUERIES, [list(recipe.ids[:3])])
-    monkeypatch.setattr("leaveout.deletion.run.train_batch", None)
+    monkeypatch.setattr("leaveout.deletion.run.Retrainer", None)
     assert np.array_equal(run.retrain(QUERIES, [list(recipe.ids[:3])]), first)
 
 
@@ -106,11 +106,11 @@ def test_halves_are_retrained_alone_where_that_costs_less(recipe, tmp_path, monk
     """And tell the same as the batch: here of one unit more, so that the share of examples that is absent is seen."""
     sizes = []
 
-    def watched(recipe, weights, options, together):
+    def watched(self, weights, options, together, true=Retrainer.train):
         sizes.append(len(weights))
-        return train_batch(recipe, weights, options, together)
+        return true(self, weights, options, together)
 
-    monkeypatch.setattr("leaveout.deletion.run.train_batch", watched)
+    monkeypatch.setattr(Retrainer, "train", watched)
     halves = np.zeros((3, len(recipe.unit_names)))
     halves[:, ::2], halves[1:, 1] = 1, 1
     names = ("a", "b", "c")

@@ -53,7 +53,7 @@ from leaveout.training.repacking import new_run
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.reverse.updates import unit_vectors
 from leaveout.training.tasks import Parameters, task_of
-from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
+from leaveout.training.train import JetSettings, Retrainer, train_jets, train_plain
 
 PYTHON = ".".join(platform.python_version_tuple()[:2])
 """Whose bytecode the functions of a recipe are hashed by."""
@@ -725,6 +725,11 @@ class _Worker:
     queries: Sequence[Query] | None
     progress: bool
 
+    @functools.cached_property
+    def retrainer(self) -> Retrainer:
+        """Made with the first retraining."""
+        return Retrainer(self.recipe, RunOptions(self.work, memory=self.memory, device=self.device))
+
 
 def _start(
     recipe: Recipe,
@@ -771,7 +776,7 @@ def _jets(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.nda
 
 
 def _runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:
-    params = train_batch(worker.recipe, torch.from_numpy(1 - task.vectors), options, len(task.vectors))
+    params = worker.retrainer.train(torch.from_numpy(1 - task.vectors), options, len(task.vectors))
     return _asked(worker, params)
 
 
@@ -787,7 +792,8 @@ def _new_runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np
 def _asked(worker: _Worker, params: Parameters) -> dict[str, np.ndarray]:
     """What the bank keeps of trained parameters [runs, ...]."""
     if worker.ask is not None:
-        return {"values": query_losses(worker.recipe, params, worker.ask, worker.device).double().numpy()}
+        values = query_losses(worker.recipe, params, worker.ask, worker.device, worker.retrainer.task)
+        return {"values": values.double().numpy()}
     return {"parameters": torch.cat([p.flatten(1) for p in params.values()], 1).numpy()}
 
 

@@ -62,25 +62,29 @@ def batching_problem(recipe: Recipe, task: Task) -> str | None:
     Tried on two runs, one at the start and one near it, with the losses and gradients of a few examples.
     Cost: as a few steps of two runs.
     """
-    bound = losses_on(task, task.batch(_few(recipe)))
-    own = dict(task.model.named_parameters())
-    runs = {
-        name: torch.stack([p, _near(p, i)]) for i, (name, p) in enumerate((n, own[n].detach()) for n in task.trained)
-    }
-    wanted = _with_gradients(lambda given: one_by_one(bound.under, given), runs)
+    bound = losses_on(task, task.batch([recipe.examples[i] for i in some_examples(recipe)]))
+    runs = near_runs(task)
+    wanted = with_gradients(lambda given: one_by_one(bound.under, given), runs)
     problem: list[str] = []
-    found = tried(lambda: _with_gradients(lambda given: of_runs(bound.under, given), runs), problem)
+    found = tried(lambda: with_gradients(lambda given: of_runs(bound.under, given), runs), problem)
     if found is None:
         return problem[0]
     return None if agree(found, wanted) else "two runs as one batch give other numbers than each alone"
 
 
-def _few(recipe: Recipe) -> list[Any]:
-    """The shortest and the longest text; of examples without text, some that share a step."""
-    if any(text_length(example) > 1 for example in recipe.examples):
-        return [pick(recipe.examples, key=text_length) for pick in (min, max)]
+def some_examples(recipe: Recipe) -> list[int]:
+    """The numbers of the shortest and the longest text; of examples without text, of some that share a step."""
+    lengths = [text_length(example) for example in recipe.examples]
+    if max(lengths) > 1:
+        return [lengths.index(pick(lengths)) for pick in (min, max)]
     first = recipe.micro_batches()[0][0]
-    return [recipe.examples[i] for i in (first if recipe.kind == "custom" else first[:FEW_EXAMPLES])]
+    return list(first if recipe.kind == "custom" else first[:FEW_EXAMPLES])
+
+
+def near_runs(task: Task) -> Parameters:
+    """The parameters [2, *shape] of two runs, one at the start and one near it."""
+    own = task.parameters()
+    return {name: torch.stack([p.detach(), _near(p.detach(), i)]) for i, (name, p) in enumerate(own.items())}
 
 
 def _near(p: Tensor, seed: int) -> Tensor:
@@ -90,8 +94,8 @@ def _near(p: Tensor, seed: int) -> Tensor:
     return p + drawn.to(p.device) * (0.1 * size if size > 0 else 0.01)
 
 
-def _with_gradients(losses: Callable[[Parameters], Tensor], runs: Parameters) -> list[Tensor]:
-    """Losses [runs, examples], and the gradient of their sum, zero where there is none."""
+def with_gradients(losses: Callable[[Parameters], Tensor], runs: Parameters) -> list[Tensor]:
+    """Losses [..., examples], and the gradient of their sum, zero where there is none."""
     leaves = {name: p.clone().requires_grad_() for name, p in runs.items()}
     values = losses(leaves)
     grads = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)

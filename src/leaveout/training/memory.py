@@ -82,8 +82,9 @@ def plan_memory(
     return MemoryPlan(state, kept, directions, -(-directions // rounds), limit)
 
 
-MANY_ABSENT, HEAVY = 0.3, 16 * 2**20
-"""Share of absent examples, and bytes kept for a backward pass, above which a run goes by itself (benchmarks/LOG.md)."""
+MANY_ABSENT, HEAVY, HUGE = 0.3, 16 * 2**20, 2**29
+"""Share of absent examples, and bytes kept for a backward pass, above which a run goes by itself; and bytes above which it
+does so on a CPU whatever is absent, as calls take next to nothing of a step (benchmarks/LOG.md)."""
 
 
 def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = None, absent: float = 0.0) -> int:
@@ -96,6 +97,8 @@ def runs_together(recipe: Recipe, task: Task, most: int, limit: int | None = Non
     limit = limit if limit is not None else free_memory(task.device) // 2
     count = sum(p.numel() for p in task.parameters().values())
     kept = kept_bytes(recipe, task)
+    if kept > HUGE and task.device.type == "cpu":
+        return 1
     if absent > MANY_ABSENT and kept > HEAVY and rows_are_separate(recipe, task):
         return 1
     each = 5 * recipe.real_dtype.itemsize * count + kept

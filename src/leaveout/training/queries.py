@@ -218,12 +218,15 @@ Queries = Sequence[Any] | Callable[[nn.Module], Tensor]
 `Query`s."""
 
 
-def query_losses(recipe: Recipe, params: Parameters, queries: Queries, device: str | torch.device = "cpu") -> Tensor:
+def query_losses(
+    recipe: Recipe, params: Parameters, queries: Queries, device: str | torch.device = "cpu", task: Task | None = None
+) -> Tensor:
     """Losses of queries under trained parameters [*shape] or [runs, *shape]: [queries] or [runs, queries], nats.
 
-    A function of the model is called with it on the device; parameters and losses are on the CPU.
+    A function of the model is called with it on the device; parameters and losses are on the CPU. task: the recipe's, if
+    it is made already.
     """
-    task = task_of(recipe, device)
+    task = task or task_of(recipe, device)
     own = task.parameters()
     stacked = all(params[name].dim() == p.dim() + 1 for name, p in own.items())
     runs = params if stacked else {name: p.unsqueeze(0) for name, p in params.items()}

@@ -6,8 +6,10 @@ All three run the same loop on the same task and the same parts of steps (`loop`
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ from leaveout.errors import StabilityError
 from leaveout.jets import Jet, Series, Space, install, restore
 from leaveout.models import full_precision
 from leaveout.training.batching import batching_problem, of_runs
+from leaveout.training.below import below_of
 from leaveout.training.loop import Loop, Part, RunOptions, Steps, clip_each
 from leaveout.training.memory import MemoryPlan, flushed_denormals, kept_memory, plain_formulas, plan_memory
 from leaveout.training.queries import Queries, query_series
@@ -58,40 +61,73 @@ def train_plain(recipe: Recipe, weights: Tensor | None = None, options: RunOptio
 def train_batch(recipe: Recipe, weights: Tensor, options: RunOptions | None = None, together: int = 250) -> Parameters:
     """Trained parameters [runs, *shape] by name, for weights [runs, units]; `together` runs share each step.
 
+    See `Retrainer`.
+    """
+    retrainer = Retrainer(recipe, options)
+    found = retrainer.train(weights, options, together)
+    retrainer.drop_files()
+    return found
+
+
+class Retrainer:
+    """What retrainings of a recipe share: the model at its start, and what blocks below the lowest trained one make of
+    each example (`below`), which is computed once. directory: where that goes if it is large.
+
     Where runs cannot be batched (`batching_problem`), each goes by itself.
     Guarantee: each run equals `train_plain` with its weights, up to the rounding of batched products.
     Cost: examples of weight 0 in all runs that share a step are not computed, where they are separate (`rows_are_separate`).
     """
-    options = options or RunOptions()
-    task = task_of(recipe, options.device)
-    steps = Steps(recipe, task)
-    with full_precision(), kept_memory(task.device):
-        if min(together, len(weights)) > 1:
-            known = options.batched is not None
-            together = together if (options.batched if known else batching_problem(recipe, task) is None) else 1
-        rounds = [_train_stack(steps, part, options, number) for number, part in enumerate(weights.split(together))]
-    return {name: torch.cat([r[name] for r in rounds]) for name in task.trained}
 
+    def __init__(self, recipe: Recipe, options: RunOptions | None = None) -> None:
+        options = options or RunOptions()
+        self.recipe, self.task = recipe, task_of(recipe, options.device)
+        self.steps = Steps(recipe, self.task)
+        with full_precision():
+            self.below = below_of(self.steps, options.memory, options.directory)
 
-def _train_stack(steps: Steps, weights: Tensor, options: RunOptions, number: int) -> Parameters:
-    runs, recipe, task = weights.shape[0], steps.recipe, steps.task
-    params = {n: nn.Parameter(p.detach().expand(runs, *p.shape).clone()) for n, p in task.parameters().items()}
-    by_example = weights.to(recipe.real_dtype)[:, recipe.unit_of]
-    used = (by_example != 0).any(0).tolist()
-    leave_out = not all(used) and rows_are_separate(recipe, task)
-    by_example = by_example.to(task.device)
+    @functools.cached_property
+    def separate(self) -> bool:
+        """Whether examples can be left out of a batch."""
+        return rows_are_separate(self.recipe, self.task)
 
-    def backward(part: Part) -> None:
-        if leave_out:  # one is always kept, so that every parameter has a gradient, if only 0
-            part = part.only([i for i in part.numbers if used[i]] or part.numbers[:1])
-        batch, places = steps.fed(part)
-        with steps.passing(part):
-            losses = of_runs(losses_on(task, batch).under, params)  # type: ignore[arg-type]
-        part.loss(losses, by_example[:, places]).backward()
+    @functools.cached_property
+    def batched(self) -> bool:
+        """Whether runs can share their steps."""
+        return batching_problem(self.recipe, self.task) is None
 
-    loop = Loop(steps, params, backward, fused=True, clip=clip_each)
-    loop.run(options.checkpoint(f"batch-{number}", recipe.hash(), weights), f"{runs} runs", options)
-    return {name: p.detach().cpu() for name, p in params.items()}
+    def train(self, weights: Tensor, options: RunOptions | None = None, together: int = 250) -> Parameters:
+        """Trained parameters [runs, *shape] by name, for weights [runs, units]; `together` runs share each step."""
+        options, task = options or RunOptions(), self.task
+        with full_precision(), kept_memory(task.device):
+            if min(together, len(weights)) > 1:
+                together = together if (self.batched if options.batched is None else options.batched) else 1
+            rounds = [self._stack(part, options, number) for number, part in enumerate(weights.split(together))]
+        return {name: torch.cat([r[name] for r in rounds]) for name in task.trained}
+
+    def _stack(self, weights: Tensor, options: RunOptions, number: int) -> Parameters:
+        runs, steps, recipe, task = weights.shape[0], self.steps, self.recipe, self.task
+        params = {n: nn.Parameter(p.detach().expand(runs, *p.shape).clone()) for n, p in task.parameters().items()}
+        by_example = weights.to(recipe.real_dtype)[:, recipe.unit_of]
+        used = (by_example != 0).any(0).tolist()
+        leave_out = not all(used) and self.separate
+        by_example = by_example.to(task.device)
+
+        def backward(part: Part) -> None:
+            if leave_out:  # one is always kept, so that every parameter has a gradient, if only 0
+                part = part.only([i for i in part.numbers if used[i]] or part.numbers[:1])
+            batch, places = steps.fed(part)
+            with nullcontext() if self.below is None else self.below.passing(part), steps.passing(part):
+                losses = of_runs(losses_on(task, batch).under, params)  # type: ignore[arg-type]
+            part.loss(losses, by_example[:, places]).backward()
+
+        loop = Loop(steps, params, backward, fused=True, clip=clip_each)
+        loop.run(options.checkpoint(f"batch-{number}", recipe.hash(), weights), f"{runs} runs", options)
+        return {name: p.detach().cpu() for name, p in params.items()}
+
+    def drop_files(self) -> None:
+        """Removes what is kept in files; what is in memory stays."""
+        if self.below is not None:
+            self.below.drop_files()
 
 
 # --- jets --------------------------------------------------------------------------------------------------------

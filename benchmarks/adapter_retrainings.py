@@ -67,7 +67,9 @@ def case_of(case: str, args: Namespace) -> dict[str, Any]:
     """One case: a plain training, then the retrainings, each kept."""
     recipe = recipe_of(case, args)
     parts = Parts(args.out / PARTS, f"{case} {args.rows} {args.epochs} {args.seed} {args.smoke}")
-    weights = 1 - torch.from_numpy(random_sets(0, args.runs, args.rows, args.seed, tuple(min(s, args.rows // 2) for s in SIZES)))
+    weights = 1 - torch.from_numpy(
+        random_sets(0, args.runs, args.rows, args.seed, tuple(min(s, args.rows // 2) for s in SIZES))
+    )
     if "plain" not in parts.own:
         took, found = seconds(lambda: train_plain(recipe, weights[0].float()))
         parts.put("plain", took)

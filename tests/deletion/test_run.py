@@ -246,12 +246,16 @@ def test_plan_buys_the_exact_first_order_alone_where_it_leaves_room_for_nothing_
     costs = Costs(Cost(4.0, 0.1, 256), {}, gradient=9.0, probe=0.0)
     monkeypatch.setattr("leaveout.deletion.plan.probe", lambda *args, **options: costs)
     run, sets = TrainingRun.train(recipe, tmp_path / "run"), [list(recipe.ids[:3])]
-    names = {b: {c.name for c in run.plan(QUERIES, sets, Budget(b, examples=True, repeats=0)).choices} for b in (8, 10, 30)}
+    names = {
+        b: {c.name for c in run.plan(QUERIES, sets, Budget(b, examples=True, repeats=0)).choices} for b in (8, 10, 30)
+    }
     assert names[8] == {"retrainings"}
     assert names[10] == {"retrainings", "exact first order"}
     assert names[30] == {"retrainings", "exact first order, and retrainings"}
     bought = next(
-        c for c in run.plan(QUERIES, sets, Budget(10, examples=True, repeats=0)).choices if c.name == "exact first order"
+        c
+        for c in run.plan(QUERIES, sets, Budget(10, examples=True, repeats=0)).choices
+        if c.name == "exact first order"
     )
     shown = str(run.plan(QUERIES, sets, Budget(10, examples=True, repeats=0)))
     assert "expected error" in shown and "exact first order" in shown

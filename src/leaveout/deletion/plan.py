@@ -27,8 +27,9 @@ from leaveout.models import find_device
 from leaveout.quantities import SECONDS, amount, quantity
 from leaveout.tables import Table, Tabular
 from leaveout.training.batching import batching_problem
+from leaveout.training.below import below_of
 from leaveout.training.doctor import Stability, check_stability
-from leaveout.training.loop import RunOptions
+from leaveout.training.loop import RunOptions, Steps
 from leaveout.training.memory import runs_together
 from leaveout.training.queries import Query, query_function, query_losses
 from leaveout.training.recipe import Recipe
@@ -78,6 +79,7 @@ class Cost:
 class Costs:
     """CPU seconds of retrainings, of jet directions by degree, of the exact first order of all queries, of the probe.
 
+    shared: bytes on disk, while retrainings are made, of what they share and does not stay in memory
     notes: what the recipe does not allow, and why
     """
 
@@ -86,6 +88,7 @@ class Costs:
     gradient: float | None
     probe: float
     notes: tuple[str, ...] = ()
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -299,7 +302,18 @@ def probe(
                 notes = (*notes, "The exact first order was not tried: its cost is that of other models.")
         except LeaveoutError as error:
             gradient, notes = None, (*notes, f"No exact first order: {error}")
-    return Costs(retraining, found, gradient, time.process_time() - began, notes)
+    shared, said = _shared(Steps(recipe, task))
+    return Costs(retraining, found, gradient, time.process_time() - began, (*notes, *said), shared)
+
+
+def _shared(steps: Steps) -> tuple[int, tuple[str, ...]]:
+    """Bytes on disk of the states below the lowest trained block, which all retrainings share, and what is said of them."""
+    if (below := below_of(steps)) is None:
+        return 0, ()
+    total = below.total()
+    disk = max(0, total - below.room)
+    where = f", of which {amount(disk)} are in files" if disk else ""
+    return disk, (f"Retrainings share what {len(below.lower)} frozen blocks make of the rows: {amount(total)}{where}.",)
 
 
 def _retraining(seconds: Callable[[int], float], first: float, together: int, allowed: tuple[float, float]) -> Cost:
@@ -472,9 +486,9 @@ class _Spending:
     def _bytes(self, runs: int, jets: int, degree: int) -> tuple[int, int]:
         """Disk of the bank with query values, and memory of the estimator's largest matrices."""
         units, queries = self.units, len(self.asked)
-        disk = 8 * runs * (units + queries) + 16 * jets * (units + degree * queries)
+        bank = 8 * runs * (units + queries) + 16 * jets * (units + degree * queries)
         numbers = min(runs + 2 * jets * degree, LARGEST)
-        return disk, 2 * disk + 24 * numbers**2
+        return bank + (self.costs.shared if runs else 0), 2 * bank + 24 * numbers**2
 
 
 def _fits(choice: Choice, budget: Budget) -> bool:

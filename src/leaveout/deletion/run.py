@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from leaveout.corpus import Row
 from leaveout.corpus.rows import row_json
@@ -35,6 +34,7 @@ from leaveout.deletion.noise import LEAST_REPEATS
 from leaveout.deletion.plan import FIRST, RUNS_A_REPEAT, Budget, Plan, make_plan, sizes_of
 from leaveout.deletion.posterior import Posterior
 from leaveout.deletion.predict import NEW_RUN, SAME_RUN, Curve, Prediction, Verification, meaning_of
+from leaveout.deletion.progress import progress
 from leaveout.deletion.sets import DeletionSets, Without, deletion_sets
 from leaveout.deletion.strong import STRONG, mended
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices, require_whole
@@ -431,19 +431,18 @@ class TrainingRun:
     def _carry_out(
         self, tasks: list[_Task], asked: Sequence[Query] | None, settings: MeasureSettings, label: str
     ) -> None:
-        total = sum(len(t.ids) for t in tasks)
         workers = min(settings.workers, max(1, len(tasks)))
         memory = None if settings.memory is None else settings.memory // workers
         alone = settings.progress and workers == 1
         start = functools.partial(_start, self.recipe, asked, memory, self.path / "work", self.device, alone)
-        bar = tqdm(total=total, desc=label, unit="run", disable=not settings.progress or not tasks, file=sys.stderr)
         if tasks:
             on_gpus = find_device(self.device).type == "cuda"
             results = run_tasks(tasks, _work, start, workers, settings.backend, on_gpus)
-            with bar, contextlib.closing(results):
+            sizes = {task.name: len(task.ids) for task in tasks}
+            with progress(label, self.path / "work", sizes, settings.progress) as told, contextlib.closing(results):
                 for measured, ids in results:
                     self.bank.add(measured, ids, None if measured.kind == "gradient" else asked)
-                    bar.update(len(ids))
+                    told.add(len(ids))
         shutil.rmtree(self.path / "work", ignore_errors=True)
 
     # --- asking --------------------------------------------------------------------------------------------------
@@ -714,6 +713,11 @@ class _Task:
     dtype: str = ""
     batched: bool = False
 
+    @property
+    def name(self) -> str:
+        """Of its folder: batches may be cut otherwise after a kill."""
+        return hashlib.sha256(" ".join(self.ids).encode()).hexdigest()[:32]
+
 
 @dataclass
 class _Worker:
@@ -746,8 +750,7 @@ def _start(
 
 def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
     began = time.process_time()
-    name = hashlib.sha256(" ".join(task.ids).encode()).hexdigest()[:32]  # batches may be cut otherwise after a kill
-    options = RunOptions(worker.work / name, memory=worker.memory, batched=task.batched, device=worker.device)
+    options = RunOptions(worker.work / task.name, memory=worker.memory, batched=task.batched, device=worker.device)
     numbers, vectors = {}, task.vectors
     if task.kind == "gradient":  # whose vectors are the places of its queries, and then their effects
         assert worker.queries is not None
@@ -783,7 +786,8 @@ def _runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.nda
 def _new_runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:
     found = []
     for number, (x, meta) in enumerate(zip(np.array(task.vectors), task.metas, strict=True)):
-        own = replace(options, directory=(options.directory or Path()) / str(number))
+        part = number, len(task.metas)
+        own = replace(options, directory=(options.directory or Path()) / str(number), round=part)
         weights = None if np.isin(x, (0, 1)).all() else torch.from_numpy(1 - x)
         found.append(train_plain(new_run(worker.recipe, x, meta["seed"]), weights, own))
     return _asked(worker, {name: torch.stack([params[name] for params in found]) for name in found[0]})

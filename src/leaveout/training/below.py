@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from leaveout.models import free_memory
 from leaveout.training.batching import agree, near_runs, some_examples, tried, with_gradients
 from leaveout.training.dropout import dropped
 from leaveout.training.loop import Part, Steps
-from leaveout.training.tasks import Task, losses_on
+from leaveout.training.tasks import losses_on
 
 SHARE = 8
 """What is kept in memory is at most this part of it: of the memory that is given, or of what is free."""
@@ -85,7 +85,9 @@ class Below:
         """The states of a micro-batch [examples, ...], padded as the model's batch is."""
         if self.draws:
             return self._found(f"{part.seed}", lambda: self._computed(part, part.seed))
-        rows = [self._found(f"{n}", lambda n=n: self._computed(Part((n,), None, 1.0), None)).states for n in part.numbers]
+        rows = [
+            self._found(f"{n}", lambda n=n: self._computed(Part((n,), None, 1.0), None)).states for n in part.numbers
+        ]
         if rows[0].dim() > 2:  # [texts of the example, tokens, ...]
             longest = max(row.shape[1] for row in rows)
             rows = [F.pad(row, (0, 0) * (row.dim() - 2) + (0, longest - row.shape[1])) for row in rows]
@@ -169,6 +171,22 @@ class Below:
                 if own is not None:
                     block.forward = own
 
+    def total(self) -> int:
+        """Bytes of all states, by those of one example and the numbers that a batch has of each.
+
+        Cost: every example encoded once.
+        """
+        steps = self.steps
+        learned = [i for batch in steps.batches for i in batch]
+
+        def size(n: int) -> int:
+            return steps.task.encode([steps.recipe.examples[n]])[0].numel()
+
+        sizes = {n: size(n) for n in set(learned)}
+        some = learned[0]
+        each = self._computed(Part((some,), None, 1.0), None).nbytes / sizes[some]
+        return int(each * sum(sizes[n] for n in (learned if self.draws else sizes)))
+
     def drop_files(self) -> None:
         """Removes what is kept in files."""
         if self.folder is not None:
@@ -209,6 +227,7 @@ def _equal(below: Below, part: Part) -> bool:
         return with_gradients(bound.under, run)
 
     wanted = found()
+    below._computed(part, None)  # shows what each block gives, also where the states are in files already
     with below.passing(part):
         return agree(found(), wanted)
 
@@ -223,11 +242,3 @@ def _draws(below: Below, part: Part) -> bool:
         below.draws = False
     assert after is not None
     return not torch.equal(before, after)
-
-
-def state_bytes(below: Below, examples: Sequence[int]) -> int:
-    """Bytes of the states of these examples, by those of one of them."""
-    ids = below.steps.task.encode([below.steps.recipe.examples[examples[0]]])[0]
-    each = below.of(Part((examples[0],), None, 1.0)).nbytes / ids.numel()
-    rows = below.steps.recipe.examples
-    return int(each * sum(below.steps.task.encode([rows[i]])[0].numel() for i in examples))

@@ -347,6 +347,8 @@ def clip_each(params: Mapping[str, Any], limit: float) -> None:
 
 
 VERSION = "1"
+DONE, TELL = "done", 1.0
+"""The file that says which part of a task is done, and the seconds between two times that it does."""
 
 
 @dataclass
@@ -453,7 +455,8 @@ def _get(saved: dict[str, Tensor], name: str, into: Tensor) -> None:
 class RunOptions:
     """How a run is carried out; none of it changes its numbers but for rounding.
 
-    directory: where checkpoints go (None: none); memory: bytes a jet run may use; progress: a bar on stderr.
+    directory: where checkpoints go, and how much is done (None: nowhere); memory: bytes a jet run may use
+    progress: a bar on stderr; round: which of how many runs this is, one after the other
     batched: whether runs may share steps, if that is known; None: it is tried before the first step.
     device: cpu, cuda, cuda:1, ..., or auto: cuda where there is one. Other devices round otherwise. What is given and what
     comes back is on the CPU; a checkpoint of one device is resumed on any.
@@ -465,6 +468,15 @@ class RunOptions:
     save_every: float = 60.0
     batched: bool | None = None
     device: str | torch.device = "cpu"
+    round: tuple[int, int] = (0, 1)
+    _told: list[float] = field(default_factory=lambda: [time.monotonic()], compare=False, repr=False)
+
+    def tell(self, part: float) -> None:
+        """Writes which part of all rounds is done, once that of this one is so large; not more often than needed."""
+        if self.directory is not None and (now := time.monotonic()) - self._told[0] >= TELL:
+            self._told[0] = now
+            (place := Path(self.directory)).mkdir(parents=True, exist_ok=True)
+            (place / DONE).write_text(f"{(self.round[0] + part) / self.round[1]:.4f}")
 
     def checkpoint(self, name: str, *parts: Any) -> Checkpoint | None:
         """The file of a run named `name`, whose key is the digest of parts; None without a directory."""
@@ -508,6 +520,7 @@ class Loop:
                     group["lr"] = self.recipe.rate(step, total)
                 self.step(self.steps.parts(step))
                 self.after(step + 1)
+                options.tell((step + 1) / total)
                 if checkpoint is not None and (checkpoint.due or step + 1 == total):
                     checkpoint.save(step + 1, state_of(self.params, self.optimizer))
 

@@ -10,7 +10,7 @@ import functools
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from leaveout.errors import StabilityError
 from leaveout.jets import Jet, Series, Space, install, restore
 from leaveout.models import full_precision
 from leaveout.training.batching import batching_problem, of_runs
-from leaveout.training.below import below_of
+from leaveout.training.below import Below, below_of
 from leaveout.training.loop import Loop, Part, RunOptions, Steps, clip_each
 from leaveout.training.memory import MemoryPlan, flushed_denormals, kept_memory, plain_formulas, plan_memory
 from leaveout.training.queries import Queries, query_series
@@ -81,9 +81,13 @@ class Retrainer:
     def __init__(self, recipe: Recipe, options: RunOptions | None = None) -> None:
         options = options or RunOptions()
         self.recipe, self.task = recipe, task_of(recipe, options.device)
-        self.steps = Steps(recipe, self.task)
+        self.steps, self.options = Steps(recipe, self.task), options
+
+    @functools.cached_property
+    def below(self) -> Below | None:
+        """What lies below the lowest trained block, None where that can't be shared."""
         with full_precision():
-            self.below = below_of(self.steps, options.memory, options.directory)
+            return below_of(self.steps, self.options.memory, self.options.directory)
 
     @functools.cached_property
     def separate(self) -> bool:
@@ -101,7 +105,8 @@ class Retrainer:
         with full_precision(), kept_memory(task.device):
             if min(together, len(weights)) > 1:
                 together = together if (self.batched if options.batched is None else options.batched) else 1
-            rounds = [self._stack(part, options, number) for number, part in enumerate(weights.split(together))]
+            parts = weights.split(together)
+            rounds = [self._stack(part, replace(options, round=(i, len(parts))), i) for i, part in enumerate(parts)]
         return {name: torch.cat([r[name] for r in rounds]) for name in task.trained}
 
     def _stack(self, weights: Tensor, options: RunOptions, number: int) -> Parameters:
@@ -178,9 +183,10 @@ def train_jets(
     if options.progress:
         tqdm.write(f"memory: {plan}", file=sys.stderr)
     began, seen, parts = time.process_time(), {}, []
-    for number, part in enumerate(psi.split(plan.together)):
-        space = Space(settings.degree, part.shape[0], dtype)
-        parts.append(_jet_round(steps, (part, space), settings, queries, options, number))
+    rounds = psi.split(plan.together)
+    for number, part in enumerate(rounds):
+        space, own = Space(settings.degree, part.shape[0], dtype), replace(options, round=(number, len(rounds)))
+        parts.append(_jet_round(steps, (part, space), settings, queries, own, number))
         for name, count in space.nonsmooth.items():
             seen[name] = seen.get(name, 0) + count
     run = _joined(parts, plan)

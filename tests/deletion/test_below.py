@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from leaveout.training import below as below_module
 from leaveout.training.below import below_of, lower_blocks
 from leaveout.training.loop import RunOptions, Steps
 from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.repacking import new_run
 from leaveout.training.tasks import task_of
 from leaveout.training.train import Retrainer, train_plain
 from readout.tiny import TEXTS, make_model, make_tokenizer
@@ -138,3 +140,16 @@ def test_measuring_leaves_no_files(tmp_path, monkeypatch):
     monkeypatch.setattr("leaveout.training.train.below_of", lambda *_: None)
     other = TrainingRun.train(recipe, tmp_path / "other")
     assert abs(other.retrain(["The ferry left"], sets) - values).max() < 1e-4
+
+
+@pytest.mark.parametrize("dropout", [None, 3])
+def test_new_runs_begin_there_too(dropout):
+    recipe = recipe_of(dropout=dropout)
+    retrainer = Retrainer(recipe)
+    x = np.array([0.0, 1, 0.5, 0, 0, 0])
+    other = new_run(recipe, x, 4)
+    shared = retrainer.in_order_of(other)
+    assert shared is not None and shared.below is retrainer.below
+    found = shared.train(torch.from_numpy(np.where(x == 1, 1.0, 1 - x))[None])
+    assert_equal(found, other, torch.from_numpy(1 - x)[None])
+    assert retrainer.recipe is recipe and retrainer.steps.recipe is recipe

@@ -167,6 +167,8 @@ def test_heavy_runs_without_much_of_their_data_go_alone(lm_directory, monkeypatc
     monkeypatch.setattr("leaveout.training.memory.HEAVY", 1)
     assert [together(separate, absent) for absent in (0.0, 0.05, 0.5)] == [7, 7, 1]
     assert together(coupled, 0.5) == 7
+    monkeypatch.setattr("leaveout.training.memory.HUGE", 1)
+    assert together(separate, 0.0) == together(coupled, 0.0) == 1
 
 
 @peft_warns

@@ -209,10 +209,10 @@ def make_plan(
 
 def _alone(recipe: Recipe, first: float, allowed: float, options: RunOptions) -> float:
     """CPU seconds of a run by itself: those of one of the first two retrainings, less what these took to begin."""
-    tried = first * sum(PROBE_STEPS) / len(recipe.batches())
+    tried = PROBE_REPEATS * first * sum(PROBE_STEPS) / len(recipe.batches())
     if tried > allowed / 4:
         return first
-    return min(first, _whole(recipe, lambda short: train_plain(short, options=options), 1))
+    return min(first, _whole(recipe, lambda short: train_plain(short, options=options)))
 
 
 def _repeats(recipe: Recipe, budget: Budget, first: float) -> tuple[int, tuple[str, ...]]:

@@ -788,8 +788,13 @@ def _new_runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np
     for number, (x, meta) in enumerate(zip(np.array(task.vectors), task.metas, strict=True)):
         part = number, len(task.metas)
         own = replace(options, directory=(options.directory or Path()) / str(number), round=part)
-        weights = None if np.isin(x, (0, 1)).all() else torch.from_numpy(1 - x)
-        found.append(train_plain(new_run(worker.recipe, x, meta["seed"]), weights, own))
+        recipe = new_run(worker.recipe, x, meta["seed"])
+        if (retrainer := worker.retrainer.in_order_of(recipe)) is None:
+            weights = None if np.isin(x, (0, 1)).all() else torch.from_numpy(1 - x)
+            found.append(train_plain(recipe, weights, own))
+        else:
+            weights = torch.from_numpy(np.where(x == 1, 1.0, 1 - x))  # what is removed whole is in no batch
+            found.append({name: p[0] for name, p in retrainer.train(weights[None], own).items()})
     return _asked(worker, {name: torch.stack([params[name] for params in found]) for name in found[0]})
 
 

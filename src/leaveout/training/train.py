@@ -6,6 +6,7 @@ All three run the same loop on the same task and the same parts of steps (`loop`
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import time
@@ -98,6 +99,14 @@ class Retrainer:
     def batched(self) -> bool:
         """Whether runs can share their steps."""
         return batching_problem(self.recipe, self.task) is None
+
+    def in_order_of(self, recipe: Recipe) -> Retrainer | None:
+        """The same for a recipe that only takes the same examples in another order, None where it would share nothing."""
+        if self.below is None or self.below.draws:
+            return None
+        other = copy.copy(self)  # with what is below
+        other.recipe, other.steps = recipe, Steps(recipe, self.task)
+        return other
 
     def train(self, weights: Tensor, options: RunOptions | None = None, together: int = 250) -> Parameters:
         """Trained parameters [runs, *shape] by name, for weights [runs, units]; `together` runs share each step."""

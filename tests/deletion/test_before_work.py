@@ -175,7 +175,8 @@ def test_a_plan_begins_with_two_retrainings_and_tries_within_a_tenth_of_its_budg
     assert costs.gradient == 4.6 + 0.06 * len(asked) and "was not tried" in costs.notes[0]
     monkeypatch.setattr(plan_module, "metagradient", lambda *_: None)
     plan_module.probe(run.recipe, asked, (1.0, 12 * share))
-    assert tried[:6] == [2] * 6 and max(tried) > 2  # three times at both lengths: 6 shares, half of what is allowed
+    # At two lengths each; three times what will be bought.
+    assert tried == [*[2] * 2, *[16] * 2, *[128] * 2, *[costs.retraining.together] * 6]
 
 
 # What was made, and what was measured already.

@@ -52,7 +52,8 @@ def assert_equal(found, recipe, weights=WEIGHTS):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("changes", [
-    {}, {"dropout": 3}, {"trained": ("*layers.1.*", "model.norm.weight", "lm_head*")}, {"optimizer": OptimizerSettings("sgd", 0.1)},
+    {}, {"dropout": 3}, {"trained": ("*layers.1.*", "model.norm.weight", "lm_head*")},
+    {"optimizer": OptimizerSettings("sgd", 0.1)},
     {"family": "gpt2", "trained": ("*h.1.*",), "dropout": 3}, {"family": "gpt2", "trained": ("*ln_f*",)},
 ], ids=["adapters", "adapters with dropout", "upper layers", "sgd", "dropout below", "last norm"])  # fmt: skip
 def test_runs_equal_plain_ones(changes):

@@ -757,7 +757,7 @@ def test_render_leaves_other_rows_alone():
 @pytest.mark.parametrize(
     ("template", "error", "reason"),
     [
-        (refuse, FormatError, r"the chat template refuses the messages \(roles must alternate\), change it or give a"),
+        (refuse, FormatError, r"the chat template refuses the messages \(roles must alternate\), .* --template none$"),
         (deaf, FormatError, "its assistant messages cannot be found in what the chat template makes of them, change"),
         (forgetful, FormatError, "its assistant messages cannot be found"),
         (lambda messages, _: closing(messages, _).upper(), FormatError, "its assistant messages cannot be found"),

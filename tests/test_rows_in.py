@@ -286,11 +286,12 @@ def test_nothing_of_a_prompt_of_messages_is_learned():
         ({"dialog": [ASK, TELL], "topic": "x"}, "messages=dialog"),
         ({"title": "a", "Body": "b b", "id": "long id"}, "text=Body"),
         ({"headline": "a"}, "text=headline"),
+        ({"Customer says": "a", "Reply": "b", "Team": "t"}, "prompt=Customer says,response=Reply"),
     ],
 )
 def test_row_that_is_refused_is_read_as_the_message_proposes(row, named):
     with pytest.raises(
-        FormatError, match=f"has only the fields .*: say which field is what, such as --columns {named}$"
+        FormatError, match=f"has only the fields .*: say which field is what, such as --columns '?{named}'?$"
     ):
         list(Corpus.open([row]))
     columns = dict(pair.split("=") for pair in named.split(","))

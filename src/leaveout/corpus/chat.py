@@ -138,7 +138,9 @@ def render(row: Row, tokenizer: Any, template: Template | None = None) -> Row:
         responses = chat.generated(messages, text) or _turns(chat, messages, text) or _replaced(chat, messages, text)
         responses = _after_prompt(responses, messages, row.context)
     except BadRow as bad:
-        raise FormatError(f"row `{row.id}`: {bad}, change it or give a prompt and completion") from bad
+        raise FormatError(
+            f"row `{row.id}`: {bad}, change it, give a prompt and completion, or take the plain form by --template none"
+        ) from bad
     return replace(row, text=text, responses=responses, rendered=True)
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, time
@@ -428,11 +429,12 @@ def _proposal(raw: Mapping[str, Any]) -> str:
         named = f"messages={likely('messages', lists) or lists[0]}"
     elif prompt is None and response is None and len(texts) == 2:
         named = f"prompt={texts[0]},response={texts[1]}"
-    elif prompt is not None and response is not None:
+    elif response is not None and (prompt or texts.index(response)):
+        prompt = prompt or texts[texts.index(response) - 1]
         named = f"prompt={prompt},response={response}"
     else:
         named = "" if text is None else f"text={text}"
-    return named and f": say which field is what, such as --columns {named}"
+    return named and f": say which field is what, such as --columns {shlex.quote(named) if ' ' in named else named}"
 
 
 def _is_turn(value: Any) -> bool:

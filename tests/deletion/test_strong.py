@@ -13,7 +13,7 @@ from leaveout.deletion.measurements import Retrainings
 from leaveout.deletion.newton import Newton, cheaper
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.strong import DOUBT, SMALL, mended, parts_of
-from leaveout.errors import FormatError, MismatchError, UnsupportedError
+from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
 from leaveout.training.queries import as_queries, query_function
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
@@ -85,6 +85,28 @@ def test_newton_steps_follow_the_descent_that_a_plain_loop_of_small_steps_follow
             parts = tuple(p - length / 600 * (d - g) for p, d, g in zip(parts, down, pull, strict=True))
         exact = (values(parts) - values(start)).numpy()
         assert np.abs(found[:, number] - exact).max() < 0.03 * np.abs(exact).max()
+
+
+def test_steps_that_would_climb_are_halved_and_those_that_never_settle_are_refused(monkeypatch):
+    recipe, points, _ = classes()
+    trained, x = train_plain(recipe), np.zeros((1, 40))
+    x[0, :24:3] = 1
+    ask = query_function(task_of(recipe), as_queries([(points[0], 0)]))
+    wanted = Newton(recipe, trained).effects(x, ask)
+    turned = newton.refined
+    lengths = []
+
+    def far(model, sample, pulls, run):  # a thousand times too far, unless the step is short
+        lengths.append(run.rates)
+        too_far = run.rates > 0.05
+        return [d * (1000 if too_far else 1) for d in turned(model, sample, pulls, run)]
+
+    monkeypatch.setattr(newton, "refined", far)
+    np.testing.assert_allclose(Newton(recipe, trained).effects(x, ask), wanted, rtol=0.02)
+    assert max(lengths) > 0.3 and min(lengths) < 0.05
+    monkeypatch.setattr(newton, "refined", lambda *given: [-d for d in turned(*given)])
+    with pytest.raises(StabilityError, match="do not settle: retrain it"):
+        Newton(recipe, trained).effects(x, ask)
 
 
 def test_strong_sets_are_mended_by_their_measured_parts_and_by_steps():

@@ -14,15 +14,15 @@ SOURCE, arXiv 2405.12186). Of the rest of the data a sample is enough, as it onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leaveout.errors import UnsupportedError
-from leaveout.influence import Batch, refined
+from leaveout.errors import StabilityError, UnsupportedError
+from leaveout.influence import refined
 from leaveout.training.loop import Steps
 from leaveout.training.queries import query_losses
 from leaveout.training.recipe import Recipe
@@ -30,6 +30,7 @@ from leaveout.training.tasks import Parameters, task_of
 from leaveout.training.whole import batches_of, run_of, whole_model
 
 STEPS = 8
+SHORTEST = 1024  # a step takes at least this part of the run's length; it is halved where it would climb
 SAMPLE = 200  # examples whose curvature counts
 REST = 1000  # examples that resist
 TOKENS = 4096  # of a batch
@@ -53,25 +54,39 @@ class Newton:
         chance = np.random.default_rng(recipe.seed)
         drawn = np.flatnonzero(self._pull)
         chosen = [recipe.examples[i] for i in np.sort(chance.permutation(drawn)[:SAMPLE])]
-        run = run_of(recipe, model, task, chosen, recipe.seed)
-        self._run = replace(run, rates=run.rates / STEPS)
+        self._run = run_of(recipe, model, task, chosen, recipe.seed)
         self._sample = batches_of(task, chosen, self._together)
         self._rest = np.sort(chance.permutation(drawn)[:REST])
 
     def moved(self, x: np.ndarray) -> Tensor:
-        """The parameters [parameters] after going on without the shares x [units]."""
+        """The parameters [parameters] after going on without the shares x [units].
+
+        Raises: StabilityError if what is left pulls harder the further it goes, however small the steps are.
+        """
+        theta = self._model.theta
         gone = x[self._recipe.unit_of.numpy()]
         here = np.flatnonzero(gone * self._pull)
-        set_pull = self._gradient(self._model.theta, here, gone[here] * self._pull[here])
         kept = self._rest[gone[self._rest] < 1]
         weights = (1 - gone[kept]) * self._pull[kept]
         weights *= ((1 - gone) * self._pull).sum() / max(weights.sum(), 1e-300)
-        before = self._gradient(self._model.theta, kept, weights)
-        delta = torch.zeros_like(self._model.theta)
-        for _ in range(STEPS):
-            pull = self._gradient(self._model.theta + delta, kept, weights) - before - set_pull
-            delta = delta - refined(self._model, self._sample, [pull], self._run)[0]
-        return self._model.theta + delta
+        level, pull = self._loss(theta, kept, weights)
+        held = pull + self._loss(theta, here, gone[here] * self._pull[here])[1]  # what all data pull at the start
+        pull, delta = pull - held, torch.zeros_like(theta)
+        left = whole = self._run.rates
+        time = whole / STEPS
+        while left > 1e-9 * whole:
+            time = min(time, left)
+            there = delta - refined(self._model, self._sample, [pull], replace(self._run, rates=time))[0]
+            loss, slope = self._loss(theta + there, kept, weights)
+            if not (found := loss - float(held @ there)) <= level + 1e-6 * abs(level):  # a descent does not climb
+                time /= 2
+                if time < whole / SHORTEST:
+                    raise StabilityError(
+                        "Gauss-Newton steps without this set do not settle: retrain it (`measure --without`)."
+                    )
+                continue
+            level, delta, pull, left = found, there, slope - held, left - time
+        return theta + delta
 
     def effects(self, x: np.ndarray, ask: Callable[[nn.Module], Tensor]) -> np.ndarray:
         """Effects [queries, sets] of leaving out the shares x [sets, units]."""
@@ -81,21 +96,17 @@ class Newton:
         values = query_losses(self._recipe, stacked, ask, self._device).double().numpy()
         return (values[1:] - values[:1]).T
 
-    def _gradient(self, theta: Tensor, numbers: Sequence[int] | np.ndarray, weights: np.ndarray) -> Tensor:
-        """Gradient of the sum of these examples' losses by their weights."""
-        total = torch.zeros_like(theta)
+    def _loss(self, theta: Tensor, numbers: np.ndarray, weights: np.ndarray) -> tuple[float, Tensor]:
+        """The sum of these examples' losses by their weights, and its gradient."""
+        value, total, at = 0.0, torch.zeros_like(theta), 0
         examples = [self._recipe.examples[i] for i in numbers]
-        at = 0
         for batch in batches_of(self._task, examples, self._together):
             own = torch.from_numpy(weights[at : at + batch.n_rows]).to(theta.device)
-            total += self._slope(theta, batch, own)
-            at += batch.n_rows
-        return total
-
-    def _slope(self, theta: Tensor, batch: Batch, weights: Tensor) -> Tensor:
-        theta = theta.clone().requires_grad_()
-        losses = self._model.at(theta, batch).losses(batch.n_rows)
-        return torch.autograd.grad((losses * weights).sum(), theta)[0]
+            point = theta.clone().requires_grad_()
+            loss = (self._model.at(point, batch).losses(batch.n_rows) * own).sum()
+            total += torch.autograd.grad(loss, point)[0]
+            value, at = value + float(loss.detach()), at + batch.n_rows
+        return value, total
 
 
 def cheaper(recipe: Recipe) -> bool:

@@ -6,7 +6,7 @@ microgpt on names, n = 1000, 20 queries, truth by retraining. Strong sets, by tr
 of five queries (of letters, 6), and all documents with a letter (of letters, random sets of 8), where they hold at least STRONG
 of what helps a query (the sum of positive effects of single units) and change it by at least .1 nats. Ways: sums of exact first
 orders as they are, over 1 - leverage, and by Woodbury on the units' update vectors; the posterior with the exact first order and
-64 retrainings of random sets; Gauss-Newton steps alone, and mending the posterior; and both with two halves of each set
+64 retrainings of random sets; Gauss-Newton steps, which mend the posterior; and both with two halves of each set
 retrained. The steps' number and the doubt in them were chosen on names42; names43 has other names, queries, sets and
 parameters, letters42 other units.
 """
@@ -33,7 +33,7 @@ from leaveout.deletion.newton import STEPS, Newton
 from leaveout.deletion.posterior import Posterior
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.sets import DeletionSets
-from leaveout.deletion.strong import DOUBT, SMALL, STRONG, mended
+from leaveout.deletion.strong import DOUBT, STRONG, mended
 from leaveout.readout.groups import CURVATURE
 from leaveout.training.queries import query_function
 from leaveout.training.tasks import task_of
@@ -139,7 +139,6 @@ def case(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "exact first order": (gradient @ x.T, None),
         "over 1 - leverage": (together(gradient, features, x, "leverage"), None),
         "Woodbury": (together(gradient, features, x, "Woodbury"), None),
-        "Gauss-Newton steps": (steps(x), None),
     }
     for label, more in (("posterior", nothing), ("posterior, halves", halves)):
         fitted, known = posterior_with(data, more)
@@ -149,7 +148,7 @@ def case(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     found["sum of halves"] = (np.stack([halves.y[2 * i : 2 * i + 2].sum(0) for i in range(len(x))], 1), None)
     return {
         "case": name, "sets": len(x), "pairs": int(strong.sum()), "share": STRONG, "steps": STEPS, "doubt": DOUBT,
-        "small": SMALL, "seconds_of_a_set": steps.seconds / max(1, steps.made),
+        "seconds_of_a_set": steps.seconds / max(1, steps.made),
         "ways": [
             {"way": way, "halves": "halves" in way, **_facts(*found[way], actual, strong, np.array(kinds))} for way in found
         ],

@@ -12,7 +12,7 @@ from leaveout.deletion.estimators import EstimatorSettings
 from leaveout.deletion.measurements import Retrainings
 from leaveout.deletion.newton import Newton, cheaper
 from leaveout.deletion.run import TrainingRun
-from leaveout.deletion.strong import DOUBT, SMALL, mended, parts_of
+from leaveout.deletion.strong import DOUBT, mended, parts_of
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
 from leaveout.training.queries import as_queries, query_function
 from leaveout.training.recipe import OptimizerSettings, Recipe
@@ -119,9 +119,9 @@ def test_strong_sets_are_mended_by_their_measured_parts_and_by_steps():
         return (rows.sum(1) ** 2)[None]
 
     found, error = mended((mean, 9 * std), (mean, std), x, np.array([[True, True, False]]), known, steps)
-    # parts: 1 + 2, and by steps 9 of the whole less 4 + 1; the other: 4 by steps, of which a share s gives 4 s^2
-    np.testing.assert_allclose(found, [[3 + 9 - 5, 6 + 4 - 4 * SMALL, 7]])
-    np.testing.assert_allclose(error, [[np.hypot(1, DOUBT * 4), np.hypot(1, DOUBT * 4 * (1 - SMALL)), 9]])
+    # parts: 1 + 2, and by steps 9 of the whole less 4 + 1; the other: 4 by steps
+    np.testing.assert_allclose(found, [[3 + 9 - 5, 4, 7]])
+    np.testing.assert_allclose(error, [[np.hypot(1, DOUBT * 4), np.hypot(1, DOUBT * 4), 9]])
 
 
 def test_a_model_without_logits_takes_no_steps():
@@ -143,7 +143,7 @@ def test_steps_mend_predictions_of_strong_sets_where_asked_for_and_of_others_not
     plain, stepped = (run.predict(asked, sets, EstimatorSettings(steps=steps)) for steps in (None, True))
     actual = run.retrain(asked, sets) - plain.base
     assert not cheaper(recipe) and (stepped.effect[:, 1] == plain.effect[:, 1]).all()
-    assert abs(stepped.effect[0, 0] - actual[0, 0]) < 0.6 * abs(plain.effect[0, 0] - actual[0, 0])
+    assert abs(stepped.effect[0, 0] - actual[0, 0]) < 0.7 * abs(plain.effect[0, 0] - actual[0, 0])
     run.measure(without=sets[:1], queries=asked, settings=FAST)
     measured = run.predict(asked, sets, EstimatorSettings(steps=True))
     np.testing.assert_allclose(measured.effect[:, 0], actual[:, 0], rtol=0.02)

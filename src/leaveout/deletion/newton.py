@@ -110,10 +110,10 @@ class Newton:
 
 
 def cheaper(recipe: Recipe) -> bool:
-    """Whether the steps of a set and of a small share of it take fewer passes of examples than training without it."""
+    """Whether the steps of a set take fewer passes of examples than training without it."""
     n = len(recipe.examples)
     passes = 3 * min(n, REST) + 6 * 4 * min(n, SAMPLE)  # a gradient is three forward passes, a product four
-    return recipe.kind != "custom" and 2 * STEPS * passes < 3 * sum(map(len, recipe.batches()))
+    return recipe.kind != "custom" and STEPS * passes < 3 * sum(map(len, recipe.batches()))
 
 
 def _pulls(recipe: Recipe, steps: Steps) -> np.ndarray:

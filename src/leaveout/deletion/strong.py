@@ -2,7 +2,8 @@
 
 No prior over units foresees how far such a set bends an effect. Two things do: parts of the set that were retrained, which show
 all but how the parts act together, and Gauss-Newton steps from the trained model (`newton`), which show that and need no
-retraining. With both, the effect is the sum of the parts' own plus what the steps say of the whole less the parts.
+retraining. Where there are no parts, the steps' own effect is taken; where there are, the sum of the parts' effects plus what the
+steps say of the whole less the parts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ STRONG = 0.4
 """Share of a query's help that a set must remove to be called strong; below it actual effects are about as predicted
 (docs/evidence/deletion.md)."""
 DOUBT = 0.5
-"""Standard deviation of what is added by steps, as a part of it (found on names, seed 42)."""
+"""Standard deviation of what the steps say, as a part of it (found on names, seed 42)."""
 
 Pair = tuple[np.ndarray, np.ndarray]
 Effects = Callable[[np.ndarray], np.ndarray]
@@ -51,16 +52,10 @@ def mended(
     for column, parts in zip(columns, parts_of(x[columns], known), strict=True):
         row, asked = x[column : column + 1], strong[:, column]
         if parts is None:
-            # what of the steps' effect is not in proportion to the share removed: the posterior knows what is
-            more = (steps(row) - steps(SMALL * row) / SMALL)[:, 0]
-            whole = mean[:, column] + more
+            more = whole = steps(row)[:, 0]
         else:
             more = (steps(row) - steps(known.x[list(parts)]).sum(1, keepdims=True))[:, 0]
             whole = known.y[list(parts)].sum(0) + more
         mean[asked, column] = whole[asked]
         std[asked, column] = np.hypot(own[:, column], DOUBT * np.abs(more))[asked]
     return mean, std
-
-
-SMALL = 0.05
-"""Share at which an effect by steps is as good as linear."""

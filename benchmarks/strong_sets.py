@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", type=Path, required=True, help="a text file with one name a line")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--most", type=int, default=8, help="sets of documents with a letter, the largest first")
+    parser.add_argument("--most", type=int, default=3, help="sets of the second kind, the largest first")
     parser.add_argument("--n", type=int, default=1000, help="documents, and steps")
     parser.add_argument("--work", type=Path, help="where banks and steps are kept; default: a temporary directory")
     parser.add_argument("--json", type=Path, required=True)

@@ -34,6 +34,7 @@ SHORTEST = 1024  # a step takes at least this part of the run's length; it is ha
 SAMPLE = 200  # examples whose curvature counts
 REST = 1000  # examples that resist
 TOKENS = 4096  # of a batch
+FIRST = 32  # examples of the sample's batches: a product goes six more times through its first
 
 
 class Newton:
@@ -55,7 +56,7 @@ class Newton:
         drawn = np.flatnonzero(self._pull)
         chosen = [recipe.examples[i] for i in np.sort(chance.permutation(drawn)[:SAMPLE])]
         self._run = run_of(recipe, model, task, chosen, recipe.seed)
-        self._sample = batches_of(task, chosen, self._together)
+        self._sample = batches_of(task, chosen, min(self._together, FIRST))
         self._rest = np.sort(chance.permutation(drawn)[:REST])
 
     def moved(self, x: np.ndarray) -> Tensor:

@@ -220,7 +220,9 @@ def cut(pieces: Sequence[str], weights: np.ndarray) -> str:
     )
     if end - start == len(words):
         return f'<p class="text" dir="auto">{shown}</p>'
-    whole = f'<summary>The whole row, {len(words):,} words</summary><p class="text" dir="auto">{tinted(words, values)}</p>'
+    whole = (
+        f'<summary>The whole row, {len(words):,} words</summary><p class="text" dir="auto">{tinted(words, values)}</p>'
+    )
     return f'<p class="text" dir="auto">{shown}</p><details>{whole}</details>'
 
 

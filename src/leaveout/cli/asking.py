@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 CELL = 70
 """Characters of a row that a table shows."""
-SUMS = "Sums of scores of rows, with 95 % intervals over the rows: they compare groups of one question, and have no unit."
+SUMS = (
+    "Sums of scores of rows, with 95 % intervals over the rows: they compare groups of one question, and have no unit."
+)
 TEXTS = 4
 """Texts of a behaviour that `explain` shows."""
 

@@ -29,7 +29,7 @@ from leaveout.errors import StabilityError, UnsupportedError, choices
 from leaveout.models import find_device, free_memory
 from leaveout.quantities import amount
 from leaveout.training.loop import Checkpoint, RunOptions
-from leaveout.training.memory import COPIES, HEAVY, LiveBytes, kept_bytes, largest_part
+from leaveout.training.memory import COPIES, LiveBytes, kept_bytes, largest_part
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint, sgd_adjoint
@@ -42,12 +42,12 @@ GRAPH = 5
 """Bytes of a second pass over those that a first one keeps, about: what is worth a try."""
 
 
-BUSY = 2**28
-"""Bytes that a first pass keeps, above which smaller pieces are faster on a CPU: SmolLM2, rows of 128 tokens, a query took 1.25
-trainings one row at a time (210 MB) and 1.9 with four."""
+SHARED, BUSY, MANY = 2**21, 2**23, 4
+"""On a CPU: bytes that a first pass keeps, up to which queries go through a second one as one batch; and above which, for so
+many queries, a micro-batch goes in pieces (benchmarks/LOG.md)."""
 
 
-SMALL, LARGE = (4.6, 0.06), (3.0, 1.3)
+SMALL, LARGE = (4.6, 0.06), (3.0, 1.5)
 """Plain trainings of reverse mode, and those of each query: of models whose queries share passes, and of others."""
 
 
@@ -192,7 +192,7 @@ def metagradient(
 
 def reverse_trainings(recipe: Recipe, task: Task, queries: int) -> float:
     """Plain trainings that the exact first order of so many queries takes, about, on a CPU (benchmarks/LOG.md)."""
-    first, each = LARGE if kept_bytes(recipe, task) > HEAVY else SMALL
+    first, each = LARGE if kept_bytes(recipe, task) > SHARED else SMALL
     return first + each * queries
 
 
@@ -219,7 +219,7 @@ def plan_reverse(
         raise ValueError("states on disk need a directory: give one in the RunOptions")
     # Cotangents, b, the products, and two temporaries of clipping and of the optimizer.
     fixed = (COPIES[run.kind] + 3) * vector
-    second = plan_pass(run, limit - 3 * state - fixed, settings)
+    second = plan_pass(run, queries, limit - 3 * state - fixed, settings)
     per_query = fixed + second.each
     room = limit - second.graphs
     together = max(1, min(queries, room // 2 // per_query))
@@ -246,7 +246,7 @@ def _places_on_disk(run: FlatRun, state: int, directory: Path) -> int:
     return run.steps + 1 if fits > run.steps else min(fits, 2 * math.isqrt(run.steps) + 2)
 
 
-def plan_pass(run: FlatRun, limit: int, settings: ReverseSettings) -> PassPlan:
+def plan_pass(run: FlatRun, queries: int, limit: int, settings: ReverseSettings) -> PassPlan:
     """The first way of a second pass that fits: whole graphs of a whole micro-batch, of smaller ones, then by blocks.
 
     Where none does, the last. Raises: UnsupportedError for blocks that are asked for and are not there.
@@ -254,22 +254,17 @@ def plan_pass(run: FlatRun, limit: int, settings: ReverseSettings) -> PassPlan:
     own = max(len(part) for step in run.recipe.micro_batches() for part in step)
     kept = kept_bytes(run.recipe, run.task)
     most, sizes = min(own, settings.micro_batch or own), []
-    while (
-        settings.micro_batch is None
-        and run.device.type == "cpu"
-        and most > 1
-        and kept * most // own > BUSY
-        and run.divisible
-    ):
+    alone = settings.micro_batch is not None or own == 1 or not run.divisible
+    while run.device.type == "cpu" and not alone and queries >= MANY and most > 1 and kept * most // own > BUSY:
         most //= 2
     while most >= 1:
         sizes.append(most)
         most //= 2
-    sizes = sizes[:1] if settings.micro_batch is not None or own == 1 or not run.divisible else sizes
+    sizes = sizes[:1] if alone else sizes
     ways = [(size, by) for by in (False, True) for size in sizes if settings.blocks in (None, by)]
     found = None
     for number, (size, by) in enumerate(ways):
-        if not by and number + 1 < len(ways) and GRAPH * kept * size // own > limit and kept > HEAVY:
+        if not by and number + 1 < len(ways) and GRAPH * kept * size // own > limit and kept > SHARED:
             continue
         try:
             plan = _measured(run, size if size < own else None, by, own, kept)
@@ -289,7 +284,7 @@ def plan_pass(run: FlatRun, limit: int, settings: ReverseSettings) -> PassPlan:
 
 def _measured(run: FlatRun, micro_batch: int | None, by_blocks: bool, own: int, kept: int) -> PassPlan:
     """The bytes of the largest piece of the largest micro-batch, gone through for a few queries."""
-    vectorised = not by_blocks and (kept <= HEAVY or run.device.type != "cpu")
+    vectorised = not by_blocks and (kept * (micro_batch or own) // own <= SHARED or run.device.type != "cpu")
     run.go(micro_batch, by_blocks, None if vectorised else False)
     step, numbers = largest_part(run.recipe)
     pieces = [part for part in run.parts(step) if set(part.numbers) <= set(numbers)]

@@ -75,21 +75,22 @@ def case_of(case: str, args: Namespace) -> dict[str, Any]:
         parts.put("plain", took)
         if args.check:
             parts.put("distance", distance(recipe, found, weights))
-    done: list[float] = parts.own.setdefault("runs", [])
+    done: list[float] = parts.own.setdefault(f"runs {args.together}", [])
     if len(done) < args.runs:
         started, retrainer = seconds(lambda: Retrainer(recipe))
-        together = runs_together(recipe, retrainer.task, RUNS_TOGETHER)
+        absent = float(1 - weights.mean())
+        together = args.together or runs_together(recipe, retrainer.task, RUNS_TOGETHER, absent=absent)
         while len(done) < args.runs:
             some = weights[len(done) : len(done) + together]
             took, _ = seconds(lambda some=some: retrainer.train(some, RunOptions(), together))
             # A start is counted once, and what each process computes anew of the lower blocks each time.
             done += [(took + started) / len(some)] * len(some)
             started = 0.0
-            parts.put("runs", done)
+            parts.put(f"runs {args.together}", done)
             print(f"{len(done)} retrainings: {sum(done) / parts.own['plain']:.2f} trainings", flush=True)
     runs = done[: args.runs]
     return {
-        "rows": args.rows, "epochs": args.epochs, "retrainings": args.runs, "rows_left_out": float(1 - weights.mean()),
+        "together": args.together or "as measure does", "rows": args.rows, "epochs": args.epochs, "retrainings": args.runs, "rows_left_out": float(1 - weights.mean()),
         "plain_cpu_seconds": parts.own["plain"], "cost_in_trainings": sum(runs) / parts.own["plain"],
         "first_in_trainings": runs[0] / parts.own["plain"], "distance": parts.own.get("distance"),
     }  # fmt: skip
@@ -118,6 +119,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=32)
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--together", type=int, default=0, help="retrainings that share steps; 0: as measure does")
     parser.add_argument("--check", action="store_true", help="compare the first retraining with a plain one")
     args = parser.parse_args(given)
     torch.set_num_threads(1)

@@ -174,7 +174,7 @@ def test_a_plan_begins_with_two_retrainings_and_tries_within_a_tenth_of_its_budg
     assert tried == [] and costs.retraining == Cost(0.0, 1.0, costs.retraining.together)
     assert costs.gradient == 4.6 + 0.06 * len(asked) and "was not tried" in costs.notes[0]
     monkeypatch.setattr(plan_module, "metagradient", lambda *_: None)
-    plan_module.probe(run.recipe, asked, (1.0, 12 * share))
+    plan_module.probe(run.recipe, asked, (1.0, 8 * share))
     # At two lengths each; three times what will be bought.
     assert tried == [*[2] * 2, *[16] * 2, *[128] * 2, *[costs.retraining.together] * 6]
 

@@ -46,7 +46,7 @@ GROWTH = 8
 FIRST, PROBE_SHARE = 2, 0.1
 """Real retrainings that a plan begins with, and the part of the budget that all it does may take beside them."""
 LEAST_SLOPE = 0.5
-"""Of what one of many retrainings takes that share their steps, the least part that grows with their number."""
+"""Of what one of 128 retrainings takes that share their steps, the least part that grows with their number."""
 NO_JETS = "No jets: they win where retraining is noisy; give noise=, or jets=True in Python, to have them weighed."
 HELDOUT = 16
 """Retrainings kept for calibration, at most; at least five times as many are bought to be fitted."""
@@ -286,22 +286,23 @@ def probe(
         return _whole(recipe, lambda short: train_jets(short, psi, settings, options=options))
 
     together = 1 if alone else runs_together(recipe, task, many[RUNS_TOGETHER])
-    retraining = _retraining(retrain, first, together, (allowed / 2, tried))
-    found: dict[int, Cost] = {}
     gradient = None if ask is None else first * reverse_trainings(recipe, task, len(asked))
-    for degree in degrees:
-        try:
-            found[degree] = _line(lambda n, d=degree: measure(n, d), many[JETS_TOGETHER])
-        except LeaveoutError as error:
-            notes = (*notes, f"No jets of degree {degree}: {error}")
     if ask is not None and gradient is not None:
         try:
-            if gradient / first * tried <= allowed / 2:
+            if gradient / first * tried <= allowed / 4:
                 gradient = _whole(recipe, lambda short: metagradient(short, ask, options), 1)
             else:
                 notes = (*notes, "The exact first order was not tried: its cost is that of other models.")
         except LeaveoutError as error:
             gradient, notes = None, (*notes, f"No exact first order: {error}")
+    # A quarter is left for the run by itself.
+    retraining = _retraining(retrain, first, together, (0.75 * allowed + began - time.process_time(), tried))
+    found: dict[int, Cost] = {}
+    for degree in degrees:
+        try:
+            found[degree] = _line(lambda n, d=degree: measure(n, d), many[JETS_TOGETHER])
+        except LeaveoutError as error:
+            notes = (*notes, f"No jets of degree {degree}: {error}")
     shared, said = _shared(Steps(recipe, task))
     return Costs(retraining, found, gradient, time.process_time() - began, (*notes, *said), shared)
 
@@ -324,22 +325,19 @@ def _retraining(seconds: Callable[[int], float], first: float, together: int, al
     """
     (left, one), n, factor = allowed, FIRST, GROWTH**0.5
     found: dict[int, list[float]] = {}
-    guess = n * one
-    while together > 1 and guess <= left:
+    guess, last = n * one, 0.0
+    while together > 1 and guess <= left and len(found.get(together, ())) < PROBE_REPEATS:
         began = time.process_time()
         found.setdefault(n, []).append(seconds(n))
         left -= (spent := time.process_time() - began)
-        if n == together:
-            if len(found[n]) == PROBE_REPEATS:
-                break
-            guess = spent
-            continue
-        n, factor = min(together, GROWTH * n), max(factor, spent / guess * factor)
-        guess = spent * factor
+        if last:
+            factor = max(factor, spent / last)
+        guess, last = (spent, 0.0) if n == together else (spent * factor, spent)
+        n = min(together, GROWTH * n)
     if not found or (many := max(found)) == FIRST:
         return Cost(0.0, first, together)
     a, b = (float(np.median(found[n])) for n in (FIRST, many))
-    each = min(first, b / many, max((b - a) / (many - FIRST), 0.0 if many == together else LEAST_SLOPE * b / many))
+    each = min(first, b / many, max((b - a) / (many - FIRST), 0.0 if many == together else LEAST_SLOPE * b / PROBE_RUNS[1]))
     return Cost(b - many * each, each, together)
 
 

@@ -90,9 +90,10 @@ def case_of(case: str, args: Namespace) -> dict[str, Any]:
             print(f"{len(done)} retrainings: {sum(done) / parts.own['plain']:.2f} trainings", flush=True)
     runs = done[: args.runs]
     return {
-        "together": args.together or "as measure does", "rows": args.rows, "epochs": args.epochs, "retrainings": args.runs, "rows_left_out": float(1 - weights.mean()),
-        "plain_cpu_seconds": parts.own["plain"], "cost_in_trainings": sum(runs) / parts.own["plain"],
-        "first_in_trainings": runs[0] / parts.own["plain"], "distance": parts.own.get("distance"),
+        "together": args.together or "as measure does", "rows": args.rows, "epochs": args.epochs, "retrainings": args.runs,
+        "rows_left_out": float(1 - weights.mean()), "plain_cpu_seconds": parts.own["plain"],
+        "cost_in_trainings": sum(runs) / parts.own["plain"], "first_in_trainings": runs[0] / parts.own["plain"],
+        "distance": parts.own.get("distance"),
     }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def plan_memory(
     return MemoryPlan(state, kept, directions, -(-directions // rounds), limit)
 
 
-MANY_ABSENT, HEAVY, HUGE = 0.3, 16 * 2**20, 2**29
+MANY_ABSENT, HEAVY, HUGE = 0.3, 16 * 2**20, 2**27
 """Share of absent examples, and bytes kept for a backward pass, above which a run goes by itself; and bytes above which it
 does so on a CPU whatever is absent, as calls take next to nothing of a step (benchmarks/LOG.md)."""
 

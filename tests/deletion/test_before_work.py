@@ -34,7 +34,7 @@ def small(tmp_path):
 @pytest.fixture
 def idle(small, monkeypatch):
     """The same, and whatever trains or scores is an error."""
-    for name in ("train_batch", "train_jets", "metagradient", "unit_vectors", "check_stability"):
+    for name in ("Retrainer", "train_jets", "metagradient", "unit_vectors", "check_stability"):
         monkeypatch.setattr(run_module, name, lambda *_, **__: pytest.fail("work was begun"))
     monkeypatch.setattr(Method, "__call__", lambda *_: pytest.fail("work was begun"))
     monkeypatch.setattr("leaveout.evaluation.judge.second_order", lambda *_: pytest.fail("work was begun"))
@@ -179,6 +179,17 @@ def test_a_plan_begins_with_two_retrainings_and_tries_within_a_tenth_of_its_budg
     assert tried == [*[2] * 2, *[16] * 2, *[128] * 2, *[costs.retraining.together] * 6]
 
 
+def test_a_plan_says_what_the_run_tells_of_the_first_order(small, monkeypatch):
+    monkeypatch.setattr(plan_module, "probe", lambda *_: Costs(Cost(400.0, 1.0, 64), {}, 1.0, 0.0))
+    sets = [[small.recipe.ids[0]]]
+    untold = small.plan(QUERIES, sets, Budget(600, examples=True, repeats=0))
+    assert not any("as the run tells" in note for note in untold.notes)
+    monkeypatch.setattr(small.bank, "first_order_error", lambda x: np.full(len(x), 0.37))
+    told = small.plan(QUERIES, sets, Budget(300, examples=True, repeats=0))
+    assert [(c.name, c.error) for c in told.choices] == [("exact first order", 0.37)]
+    assert any("about 0.37 of these effects wrong" in note for note in told.notes)
+
+
 # What was made, and what was measured already.
 
 
@@ -234,7 +245,7 @@ def test_sets_that_were_measured_prove_nothing_and_are_counted_apart(role, small
     )
     again = small.verify(QUERIES, [sets[1]])  # a proof can be repeated: nothing was fitted to it
     assert again.new.all()
-    monkeypatch.setattr(run_module, "train_batch", lambda *_, **__: pytest.fail("it was retrained"))
+    monkeypatch.setattr(run_module, "Retrainer", lambda *_, **__: pytest.fail("it was retrained"))
     known = small.verify(QUERIES, [sets[0]]).summary()
     assert (known["sets"], known["already_measured"], known["coverage"]) == (0, 1, None)
     truth = small.verify(QUERIES, [sets[0]]).actual

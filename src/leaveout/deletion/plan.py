@@ -48,6 +48,7 @@ FIRST, PROBE_SHARE = 2, 0.1
 LEAST_SLOPE = 0.5
 """Of what one of 128 retrainings takes that share their steps, the least part that grows with their number."""
 NO_JETS = "No jets: they win where retraining is noisy; give noise=, or jets=True in Python, to have them weighed."
+ALONE = "exact first order"
 HELDOUT = 16
 """Retrainings kept for calibration, at most; at least five times as many are bought to be fitted."""
 RUNS_A_REPEAT, NOISE_SHARE = 3, 0.25
@@ -171,11 +172,13 @@ def make_plan(
     budget: Budget,
     known: tuple[float, float],
     device: str | torch.device = "cpu",
+    told: float | None = None,
 ) -> Plan:
     """The plan for predicting some queries without some deletion sets within a budget.
 
     features [units, k]: the units' update vectors; designs for more than FEW units need them
     known    CPU seconds of one of the first retrainings, and those that were spent before
+    told     what the exact first order alone gets wrong of these effects, where the run tells it
     Cost: at most a tenth of the budget; more with jets, which need a check of their series and probes of their own.
     Raises: UnsupportedError if not one choice fits the budget.
     """
@@ -202,6 +205,10 @@ def make_plan(
             f"Nothing useful fits into {budget.seconds:g} s (eight retrainings take {costs.retraining.of(8):.3g} CPU s here)"
             f"{' and the disk and memory allowed' if budget.disk or budget.memory else ''}: give a larger budget."
         )
+    if told is not None:
+        choices = [replace(c, error=told) if c.name == ALONE else c for c in choices]
+        if any(c.arguments.get("gradient") for c in choices):
+            notes = (*notes, f"The exact first order alone gets about {told:.2g} of these effects wrong, as the run tells.")
     # Errors within a tenth of each other are equal for what a plan knows; then the cheaper choice is the better one.
     choices.sort(key=lambda c: (round(10 * np.log(max(c.error, 1e-3))), c.seconds))
     return Plan(tuple(choices), costs, stability, budget.seconds, (*notes, *costs.notes, *why))
@@ -409,7 +416,7 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
     if rest >= 8:
         yield spend.make("exact first order, and retrainings", retrain=min(rest, 4 * units), gradient=True)
     else:
-        yield spend.make("exact first order", gradient=True, heldout=0)
+        yield spend.make(ALONE, gradient=True, heldout=0)
 
 
 def sizes_of(sets: DeletionSets) -> tuple[int, ...]:

@@ -463,7 +463,9 @@ class TrainingRun:
             self.measure_vectors()
         self.measure(retrain=FIRST, queries=asked, settings=MeasureSettings(sizes=sizes_of(sets)))
         known = self.bank.retraining_seconds(), time.process_time() - began
-        return make_plan(self.recipe, self.bank.features(), asked, sets, allowed, known, self.device)
+        told = self.bank.first_order_error(sets.x)
+        error = None if told is None else float(told.mean())
+        return make_plan(self.recipe, self.bank.features(), asked, sets, allowed, known, self.device, error)
 
     def predict(
         self,

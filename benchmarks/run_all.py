@@ -79,10 +79,8 @@ STEPS = {
     "selection, olmo": Step("selection", "--model OLMo-2 --picture docs/evidence/selection_olmo.png --work {work}"),
     "domains": Step("domains", "--work {work}"),
     **{
-        f"coverage, {case}": Step(
-            "coverage", f"--case {case} --json {RESULTS}/deletion_coverage_{case}.json --run {{work}}"
-        )
-        for case in ("names", "digits", "lm")
+        f"coverage, {case}": Step("coverage", f"--cases {case} --work {{work}}")
+        for case in ("names", "digits", "lora", "cnn", "prose", "smollm2")
     },
     "accuracy, letters": Step(
         "deletion_accuracy",

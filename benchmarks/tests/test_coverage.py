@@ -1,4 +1,4 @@
-"""The benchmark of coverage keeps its sets apart, and runs in its smoke form."""
+"""The benchmark of coverage counts what it says, and its cases run in their smoke form."""
 
 from __future__ import annotations
 
@@ -7,34 +7,31 @@ import json
 import numpy as np
 import pytest
 
+from leaveout.deletion.predict import Prediction
 
-def test_benchmark_reserves_sets_of_every_kind_and_tests_the_others(script):
+
+@pytest.mark.parametrize("case", ["digits", "cnn", "smollm2"])
+def test_benchmark_smoke(case, script, tmp_path, capsys):
+    if case != "smollm2":
+        pytest.importorskip("sklearn")
     coverage = script("coverage")
-    sets = {"a": [[str(i)] for i in range(30)], "b": [["x", str(i)] for i in range(10)], "again": [["3"], ["y"], ["z"]]}
-    reserved, test = coverage.reserve(sets, 8, seed=0)
-    tested = [frozenset(s) for found in test.values() for s in found]
-    kept = {frozenset(s) for s in reserved}
-    assert len(reserved) == 8 and not kept & set(tested)
-    assert len(tested) + 8 == len(set(tested)) + 8 == 30 + 10 + 2  # the set of two kinds counts once
-    assert any("x" in s for s in kept) and kept & {frozenset("y"), frozenset("z")}
+    given = ["--cases", case, "--out", str(tmp_path), "--smoke", "--work", str(tmp_path)]
+    assert coverage.main(given) == 0
+    result = json.loads((tmp_path / f"deletion_coverage_{case}.json").read_text())
+    assert result["smoke"] is True and {"one unit", "5 %", "20 %", "own top rows"} <= set(result["kinds"])
+    for kind in result["kinds"].values():
+        assert 0 <= kind["interval"][0] <= kind["inside"] <= kind["interval"][1] <= 1
+    assert result["mean_inside"] == pytest.approx(np.mean([k["inside"] for k in result["kinds"].values()]))
+    assert case in capsys.readouterr().out
 
 
-def test_benchmark_smoke(script, tmp_path, capsys):
-    pytest.importorskip("sklearn")
+def test_summary_counts_only_the_chosen_pairs(script):
+    """Two queries, three sets: errors of 1, reaches of 2 and of 0.5; the last column is judged on the first query."""
     coverage = script("coverage")
-    out = tmp_path / "digits.json"
-    assert coverage.main(["--case", "digits", "--json", str(out), "--smoke"]) == 0
-    result = json.loads(out.read_text())
-    assert result["smoke"] is True and result["reserved"] == 16
-    for found in result["measurements"].values():
-        pooled = sum(s["sets"] * s["coverage"] for s in found["kinds"].values()) / result["test_sets"]
-        assert found["all"]["coverage"] == pytest.approx(pooled)
-        assert 0.5 < found["all"]["coverage"] <= 1
-    assert "coverage" not in capsys.readouterr().err
-
-
-def test_coverage_by_own_half_of_equal_errors_is_the_level(script):
-    coverage = script("coverage")
-    z = np.abs(np.random.default_rng(0).standard_normal((10, 400)))
-    assert coverage.by_own_half(7 * z) == pytest.approx(0.95, abs=5 * (0.05 * 0.95 * 2 / 4000) ** 0.5)
-    assert coverage.by_own_half(z[:, :3]) is None
+    base, one = np.zeros((2, 3)), np.ones((2, 3))
+    std = np.array([[2.0, 0.5, 2.0], [2.0, 2.0, 0.5]]) / 1.959964
+    p = Prediction(("a", "b"), ("x", "y", "z"), base, base, std, "posterior", one * 4, np.zeros((2, 3), bool))
+    found = coverage.summary(p, one, np.array([[1, 1, 1], [1, 1, 0]], bool), 0)
+    assert (found["sets"], found["pairs"], found["inside"]) == (3, 5, 0.8)
+    assert found["width_over_constant"] == pytest.approx(2) and found["inside_not_calibrated"] == 0
+    assert found["interval"][0] < 0.8 < found["interval"][1] <= 1

@@ -63,19 +63,3 @@ def test_design_names_are_checked():
     with pytest.raises(ValueError, match="more than 64"):
         directions.design("along", 3, 10)
     assert len(directions.design("pairs", 99, 4)) == 6
-
-
-def test_held_out_sets_differ_from_the_fitted_and_from_each_other():
-    fitted = directions.mixture(30, 24)
-    for sizes in ((), (2, 3)):
-        found = directions.held_out(16, 24, 1000, sizes, fitted)
-        both = np.concatenate([np.unique(fitted, axis=0), found])
-        assert found.shape == (16, 24) and len(np.unique(both, axis=0)) == len(both)
-        assert not sizes or set(found.sum(1)) == {2.0, 3.0}
-        assert np.array_equal(directions.held_out(5, 24, 1000, sizes, fitted), found[:5])
-    plain = directions.random_sets(0, 6, 40, 1000, (5,))
-    assert np.array_equal(
-        directions.held_out(6, 40, 1000, (5,), plain[:0]), plain
-    )  # what is new anyway is taken as it is
-    assert directions.held_out(9, 4, 0, (1,), np.eye(4)).shape == (0, 4)
-    assert len(directions.held_out(99, 4, 0, (), np.eye(4))) == 10  # pairs and triples

@@ -157,7 +157,7 @@ def measure(
         bool, typer.Option("--halves", help="Two halves of each set that you name, instead of the set.")
     ] = False,
     heldout: Annotated[
-        str | None, typer.Option(help="Retrainings for calibration: a number of random sets, or a file of sets.")
+        str | None, typer.Option(help="Retrainings for calibration: a number of sets of all kinds, or a file of sets.")
     ] = None,
     gradient: Annotated[bool, typer.Option("--gradient", help="The exact first order of the queries.")] = False,
     repeats: Annotated[

@@ -343,7 +343,8 @@ class Bank:
     # --- what a segment says: query values, or trained parameters, whose values are computed once and kept beside it
 
     def _parts(self, asked: Sequence[Query]) -> Iterator[tuple[Any, ...]]:
-        """(role, x, y) of retrainings in the same batches, and ("jets", psi, c, real) of each segment that knows the queries."""
+        """Of each segment that knows the queries ("jets", psi, c, real), or (role, x, y, designs) of retrainings in the same
+        batches."""
         for records, x, values in self._known(asked):
             meta = records[0].meta
             if meta["kind"] == "jets":
@@ -353,7 +354,7 @@ class Bank:
                 roles = [r.meta["role"] for r in records]
                 for role in dict.fromkeys(roles):
                     rows = [i for i, r in enumerate(roles) if r == role]
-                    yield role, x[rows], values[rows]
+                    yield role, x[rows], values[rows], [str(records[i].meta["design"]) for i in rows]
 
     def _known(self, asked: Sequence[Query]) -> Iterator[tuple[list[Record], np.ndarray, np.ndarray]]:
         """Records, vectors and query values [rows, ...] of the runs of each segment that knows the queries."""

@@ -1,43 +1,106 @@
-"""How far off an estimator is on retrainings that were held out, and what that says of the intervals of other sets."""
+"""How far off an estimator is on retrainings that were held out, and what that says of the intervals of other sets.
+
+The error of a predicted effect is taken to have the scale
+
+    sqrt((a std)^2 + (b u effect)^2) * (size / mean size)^c * (coherence / mean coherence)^d
+
+with u the part of the effect that measurements leave open. The four numbers are those of highest likelihood (Student's
+distribution, so that one wild set does not rule), held near a prior by a few sets' worth. What is left is a
+quantile: that of the held-out errors over their scales, as if a few more sets had been drawn from the same
+distribution. Queries share their sets, and all of them err on a set together: sets are counted, never pairs.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from leaveout.deletion.measurements import Measurements
+from leaveout.errors import UnsupportedError
 
-LEVEL = 0.95
-LEAST_FACTOR = 1.0
-"""A few held-out sets are no reason to make intervals narrower than the prior says (docs/explanation/deletion.md)."""
+MISSES, MORE = 0.05, 8.0
+"""The part of errors that may be larger than the interval, where many sets were held out; it falls by n / (n + MORE)."""
+DEGREES, PRIOR_SETS = 4.0, 4.0
+"""Degrees of freedom of the errors over their scale, and for how many sets that distribution counts beside the held-out ones."""
+MIDDLE, WIDTH = (0.0, -1.2, 0.0, 0.0), (1.0, 1.0, 0.2, 0.2)
+"""What is believed of log a, log b, c and d before: middle and standard deviation."""
+GRIDS = (np.linspace(-3, 2, 41), np.linspace(-4, 1, 41), np.linspace(-0.8, 0.8, 17), np.linspace(-0.8, 0.8, 17))
+SWEEPS = 4
+NORMAL = 1.959964
+BEYOND = 1.2
+"""How much more alike the units of a set may be than those of all held-out sets, before it is outside of what was tested;
+the same of the share of a query's help."""
+TOGETHER = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is known of deletion sets before any query: shares removed [sets], and how alike their units are [sets].
+
+    A coherence of 1: the units have nothing in common; of n: n units are one and the same.
+    """
+
+    size: np.ndarray
+    coherence: np.ndarray
+
+    @classmethod
+    def of(cls, x: np.ndarray, features: np.ndarray | None) -> Shape:
+        """features [units, k] of unit length; None: nothing is known of likeness."""
+        removed = np.abs(x)
+        size = np.maximum(removed.sum(1), 1e-9)
+        if features is None:
+            return cls(size, np.ones(len(x)))
+        alike = ((removed @ features) ** 2).sum(1) / np.maximum((removed**2).sum(1), 1e-18)
+        return cls(size, np.maximum(alike, 1.0))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What held-out retrainings say of the standard deviations of one estimator.
+    """What held-out retrainings say of the standard deviations of one estimator; nothing where there are none.
 
-    sets    how many were held out, each with all queries
-    scale   what all standard deviations are multiplied by
+    kinds     of the held-out sets: how many there are of each
+    numbers   log a, log b, c and d of the module
+    quantile  of errors over their scales that the intervals reach to
     """
 
-    sets: int = 0
-    scale: float = 1.0
+    kinds: dict[str, int] = field(default_factory=dict)
+    numbers: tuple[float, ...] = MIDDLE
+    quantile: float = NORMAL
+    fitted: Any = None
+    features: np.ndarray | None = None
+    helps: np.ndarray | None = None
+    middle: tuple[float, float] = (0.0, 0.0)
+    largest: tuple[float, float, float] = (np.inf, np.inf, np.inf)
+
+    @property
+    def sets(self) -> int:
+        """How many sets were held out, each with all queries."""
+        return sum(self.kinds.values())
 
     def factor(self, x: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-        """What the standard deviations of predictions are multiplied by [queries, sets].
+        """What the standard deviations of predictions are multiplied by [queries, sets], so that 1.96 of them are 95 %.
 
         x [sets, units]: deletion vectors; mean, std [queries, sets]: the estimator's own predictions of them
         """
-        return np.full(mean.shape, self.scale)
+        if not self.sets:
+            return np.ones(mean.shape)
+        scale = np.exp(_log_scale(self.numbers, *_parts(self, x, mean, std)))
+        return self.quantile / NORMAL * np.where(std > 0, scale / np.where(std > 0, std, 1.0), 1.0)
 
     def outside(self, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """Whether a set is larger, more alike, or takes more of a query's help than all that were held out [queries, sets].
 
         Nowhere where nothing was held out.
         """
-        return np.zeros(mean.shape, bool)
+        shape = Shape.of(x, self.features)
+        size, coherence, share = self.largest
+        other = (shape.size > size * (1 + 1e-9)) | (shape.coherence > BEYOND * coherence)
+        if self.helps is None:
+            return np.broadcast_to(other, mean.shape).copy()
+        return other | (self.helps @ np.abs(x).T > BEYOND * share)
 
 
 def calibrate(data: Measurements, fitted: Any) -> Calibration:
@@ -45,10 +108,93 @@ def calibrate(data: Measurements, fitted: Any) -> Calibration:
 
     Nothing without held-out retrainings, or where a standard deviation is unknown.
     """
-    if not len(data.heldout):
+    held = data.heldout
+    if not len(held):
         return Calibration()
-    mean, std = fitted.predict(data.heldout.x)
+    mean, std = fitted.predict(held.x)
     if not np.isfinite(std).all():
         return Calibration()
-    z = np.abs(data.heldout.y.T - mean) / np.maximum(std, 1e-300)
-    return Calibration(len(data.heldout), max(LEAST_FACTOR, float(np.quantile(z, LEVEL) / 1.959964)))
+    kinds = dict(Counter(held.kinds or ("given",) * len(held)))
+    features, helps = _unit_length(data.features), _helps(fitted, data.units)
+    shape = Shape.of(held.x, features)
+    middle = (float(np.log(shape.size).mean()), float(np.log(shape.coherence).mean()))
+    found = Calibration(kinds, MIDDLE, NORMAL, fitted, features, helps, middle)
+    parts, error = _parts(found, held.x, mean, std), np.abs(held.y.T - mean)
+    numbers = _likeliest(error, parts)
+    ratio = error / np.exp(_log_scale(numbers, *parts))
+    share = float((helps @ np.abs(held.x).T).max()) if helps is not None else np.inf
+    largest = (float(shape.size.max()), float(shape.coherence.max()), share)
+    return Calibration(kinds, numbers, _quantile(ratio), fitted, features, helps, middle, largest)
+
+
+Parts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _parts(known: Calibration, x: np.ndarray, mean: np.ndarray, std: np.ndarray) -> Parts:
+    """Squares of the deviation and of the open part of the effect [queries, sets], logarithms of size and coherence [sets]."""
+    unknown = getattr(known.fitted, "unknown", None)
+    left = np.ones(len(x)) if unknown is None else unknown(x)
+    shape = Shape.of(x, known.features)
+    size, coherence = (np.log(part) - middle for part, middle in zip(vars(shape).values(), known.middle, strict=True))
+    return np.maximum(std, 1e-150) ** 2, (left * mean) ** 2, size, coherence
+
+
+def _log_scale(
+    numbers: tuple[float, ...], std2: np.ndarray, effect2: np.ndarray, size: np.ndarray, coherence: np.ndarray
+) -> np.ndarray:
+    a, b, c, d = numbers
+    return np.log(np.exp(2 * a) * std2 + np.exp(2 * b) * effect2) / 2 + c * size + d * coherence
+
+
+def _likeliest(error: np.ndarray, parts: Parts) -> tuple[float, ...]:
+    """The numbers of highest probability given errors [queries, sets], one after the other on grids."""
+    numbers = list(MIDDLE)
+
+    def probability(tried: list[float]) -> float:
+        log_scale = _log_scale(tuple(tried), *parts)
+        ratio2 = np.exp(2 * (np.log(np.maximum(error, 1e-150)) - log_scale))
+        each = -log_scale - (DEGREES + 1) / 2 * np.log1p(ratio2 / DEGREES)
+        before = sum(((t - m) / w) ** 2 for t, m, w in zip(tried, MIDDLE, WIDTH, strict=True)) / 2
+        return float(each.mean(0).sum() - before)
+
+    for _ in range(SWEEPS):
+        for i, grid in enumerate(GRIDS):
+            tried = [[*numbers[:i], value, *numbers[i + 1 :]] for value in grid]
+            numbers = max(tried, key=probability)
+    return tuple(float(n) for n in numbers)
+
+
+def _quantile(ratio: np.ndarray) -> float:
+    """Where so few errors over their scales [queries, sets] lie beyond that a new one does in at most MISSES of the cases."""
+    sets = ratio.shape[1]
+    sorted_ = np.sort(ratio.ravel())
+    tried = np.exp(np.linspace(-2, 6, 1601))
+    seen = np.searchsorted(sorted_, tried, side="right") / len(sorted_)
+    below = (sets * seen + PRIOR_SETS * _within(tried)) / (sets + PRIOR_SETS)
+    enough = below >= 1 - MISSES * sets / (sets + MORE)
+    return float(tried[enough.argmax()] if enough.any() else sorted_[-1])
+
+
+def _within(reach: np.ndarray) -> np.ndarray:
+    """Of Student's distribution with four degrees of freedom, the part within so many scales of its middle."""
+    u = reach / np.sqrt(1 + reach**2 / DEGREES)
+    return 0.75 * u * (1 - u**2 / 12)
+
+
+def _unit_length(features: np.ndarray | None) -> np.ndarray | None:
+    if features is None:
+        return None
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-30)
+
+
+def _helps(fitted: Any, units: int) -> np.ndarray | None:
+    """The part of a query's whole help that is each unit's [queries, units], by its predicted effect alone.
+
+    None where the estimator cannot say.
+    """
+    try:
+        effects = [fitted.predict(np.eye(units)[i : i + TOGETHER])[0] for i in range(0, units, TOGETHER)]
+    except UnsupportedError:
+        return None
+    found = np.maximum(np.concatenate(effects, 1), 0)
+    return found / np.maximum(found.sum(1, keepdims=True), 1e-300)

@@ -82,23 +82,6 @@ def halved(x: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.array(out).reshape(-1, x.shape[1])
 
 
-def held_out(n: int, units: int, seed: int, sizes: tuple[int, ...], fitted: np.ndarray) -> np.ndarray:
-    """The first n different random sets [rows, units] that are not among the fitted ones [any, units].
-
-    Of the given sizes; else of the usual ones, and of any size where these have no more. Fewer where there are no others.
-    """
-    known, found = {row.tobytes() for row in np.asarray(fitted, np.float64)}, []
-    for wanted in [sizes] if sizes else [(), tuple(range(1, units))]:
-        for j in range(DRAWS * n if len(found) < n else 0):
-            (row,) = random_sets(j, j + 1, units, seed, wanted)
-            if row.tobytes() not in known:
-                known.add(row.tobytes())
-                found.append(row)
-            if len(found) == n:
-                break
-    return np.array(found).reshape(-1, units)
-
-
 def subsets(first: int, last: int, units: int, seed: int = 0, share: float = 0.5) -> np.ndarray:
     """Deletion of a random share of all units [rows, units], as datamodels want it."""
     size = max(1, round(share * units))

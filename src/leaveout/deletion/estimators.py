@@ -8,7 +8,7 @@ means that the measurements do not say how wrong the mean may be.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -383,9 +383,20 @@ class EstimatorSettings:
 
 
 def fit(data: Measurements, settings: EstimatorSettings) -> tuple[Fitted, Calibration]:
-    """The estimator fitted to measurements, and what the held-out ones say of its standard deviations."""
-    fitted = ESTIMATORS[settings.name](data, **settings.given())
-    found = calibrate(data, fitted) if settings.calibrate else Calibration()
-    if settings.name == "posterior" and len(data.heldout):  # the factors stay those of the smaller, worse fit
-        fitted = Posterior(data.with_heldout(), **settings.given())
-    return fitted, found
+    """The estimator fitted to measurements, and what the held-out ones say of its standard deviations.
+
+    A set that is fitted as well says nothing: `posterior`, which learns from held-out sets later, leaves it out until
+    then; for others it is not held out any more.
+    """
+    if settings.name != "posterior":
+        data = replace(data, heldout=data.heldout.without(data.retrainings))
+        fitted = ESTIMATORS[settings.name](data, **settings.given())
+        return fitted, calibrate(data, fitted) if settings.calibrate else Calibration()
+    if not len(data.heldout):
+        return Posterior(data, **settings.given()), Calibration()
+    data = replace(data, retrainings=data.retrainings.without(data.heldout))
+    after = Posterior(data.with_heldout(), **settings.given())
+    if not settings.calibrate or not data.measured:
+        return after, Calibration()
+    found = calibrate(data, Posterior(data, **settings.given()))
+    return after, replace(found, fitted=after)  # the numbers stay those of the smaller, worse fit

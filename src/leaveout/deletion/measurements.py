@@ -70,16 +70,23 @@ class JetBlock:
 
 @dataclass(frozen=True)
 class Retrainings:
-    """Retrained models: deletion vectors x [n, units] and effects y [n, queries], value minus base."""
+    """Retrained models: deletion vectors x [n, units] and effects y [n, queries], value minus base; the design of each."""
 
     x: np.ndarray
     y: np.ndarray
+    kinds: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, rows: Any) -> Retrainings:
-        return Retrainings(self.x[rows], self.y[rows])
+        kinds = tuple(np.array(self.kinds)[rows].tolist()) if self.kinds else ()
+        return Retrainings(self.x[rows], self.y[rows], kinds)
+
+    def without(self, other: Retrainings) -> Retrainings:
+        """Those whose deletion vectors another has not."""
+        known = {row.tobytes() for row in np.ascontiguousarray(other.x)}
+        return self.take(np.array([row.tobytes() not in known for row in np.ascontiguousarray(self.x)], bool))
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,11 @@ class Measurements:
     def units(self) -> int:
         return len(self.sizes)
 
+    @property
+    def measured(self) -> bool:
+        """Whether there is anything that an estimator is fitted to."""
+        return bool(self.jets) or len(self.retrainings) > 0 or self.gradient is not None
+
     def with_heldout(self) -> Measurements:
         """The same with the held-out retrainings among those that are fitted."""
         both = [r for r in (self.retrainings, self.heldout) if len(r)]
@@ -137,7 +149,8 @@ def gathered(parts: list[tuple[Any, ...]], base: np.ndarray, trained: np.ndarray
     first.sort()
     if not trained.all():
         first = first[x[first].any(1)]
-    return Retrainings(x[first], y[first] - base)
+    kinds = sum((tuple(p[3]) for p in parts), ())
+    return Retrainings(x[first], y[first] - base, tuple(kinds[i] for i in first))
 
 
 def distinct(blocks: list[JetBlock]) -> tuple[JetBlock, ...]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from leaveout.deletion import directions
+from leaveout.deletion.heldout import HeldOut
 from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
 from leaveout.deletion.noise import LEAST_REPEATS
 from leaveout.deletion.posterior import LARGEST, NUGGET, default_kernel, expected_error
@@ -50,7 +51,7 @@ LEAST_SLOPE = 0.5
 NO_JETS = "No jets: they win where retraining is noisy; give noise=, or jets=True in Python, to have them weighed."
 ALONE = "exact first order"
 HELDOUT = 16
-"""Retrainings kept for calibration, at most; at least five times as many are bought to be fitted."""
+"""Retrainings kept for calibration, at most, and at most a quarter of all that a budget can buy."""
 RUNS_A_REPEAT, NOISE_SHARE = 3, 0.25
 """New runs for each with all data: two are of held-out sets; and the part of the budget that all of them may take."""
 DESIGN_LIMIT = 3000
@@ -416,7 +417,7 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
     if rest >= 8:
         yield spend.make("exact first order, and retrainings", retrain=min(rest, 4 * units), gradient=True)
     else:
-        yield spend.make(ALONE, gradient=True, heldout=0)
+        yield spend.make(ALONE, gradient=True, heldout=max(0, min(heldout, rest + heldout)))
 
 
 def sizes_of(sets: DeletionSets) -> tuple[int, ...]:
@@ -441,7 +442,7 @@ class _Spending:
 
     @functools.cached_property
     def heldout(self) -> int:
-        return min(HELDOUT, self.costs.retraining.affordable(self.budget.seconds * self.budget.workers) // 6)
+        return min(HELDOUT, self.costs.retraining.affordable(self.budget.seconds * self.budget.workers) // 4)
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -471,7 +472,8 @@ class _Spending:
         x = x[np.sort(np.unique(x, axis=0, return_index=True)[1])]
         retrain = len(x)  # with few units there are not as many different sets as could be paid for
         if heldout is None:
-            heldout = len(directions.held_out(self.heldout, self.units, settings.seed + 1000, settings.sizes, x))
+            drawer = HeldOut(self.units, settings.seed + 1000, settings.sizes, x, None, np.zeros((0, self.units)))
+            heldout = len(drawer.draw(["random"] * self.heldout, range(self.heldout)))
         psi = directions.complex_uniform(0, jets, self.units)
         room = DESIGN_LIMIT // max(1, degree)
         planned = [(psi[: room // 2], degree)] if jets else []

@@ -82,8 +82,8 @@ class Posterior:
         if data.noise is not None and len(data.retrainings) and (data.noise > 0).any():
             scale = np.median(data.noise**2 / np.maximum(self.tau, 1e-300))
             self._fit(max(NUGGET, float(scale)))
+        self._curved = replace(self.kernel, first=0.0) if isinstance(self.kernel, ManyUnits | FewUnits) else self.kernel
         if isinstance(self.kernel, ManyUnits):  # few units each hold a large share of every query's help
-            self._curved = replace(self.kernel, first=0.0)
             self._helps = np.maximum(self.predict(np.eye(data.units))[0], 0)
 
     def _fit(self, nugget: float) -> None:
@@ -111,8 +111,7 @@ class Posterior:
         if self._helps is None:
             return mean, np.sqrt(variance)
         # A set that removes most of what helps a query bends its effect more than any prior over units foresees.
-        unknown = np.sqrt(np.minimum(1, left / np.maximum(self._curved.diagonal(x), 1e-300)))
-        extra = CONCENTRATED * np.abs(self.share(x)) ** 3 * np.abs(mean) * unknown[None]
+        extra = CONCENTRATED * np.abs(self.share(x)) ** 3 * np.abs(mean) * self._open(x, left)[None]
         return mean, np.sqrt(variance + extra**2)
 
     def predict_unbent(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -134,6 +133,13 @@ class Posterior:
         if self._helps is None:
             return np.zeros((len(self._slope), len(x)))
         return (self._helps @ x.T) / np.maximum(self._helps.sum(1, keepdims=True), 1e-300)
+
+    def unknown(self, x: np.ndarray) -> np.ndarray:
+        """What is open of the effect of each set beyond its first order [sets]: 0 where it was measured, 1 at most."""
+        return self._open(x, self._gaussian(x)[2])
+
+    def _open(self, x: np.ndarray, left: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.minimum(1, left / np.maximum(self._curved.diagonal(x), 1e-300)))
 
 
 def _solved(triangle: np.ndarray, right: np.ndarray, upper: bool = False) -> np.ndarray:

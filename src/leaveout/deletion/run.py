@@ -28,6 +28,7 @@ from leaveout.deletion import directions
 from leaveout.deletion.bank import REPEAT, Bank, Measured, measurement_ids
 from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, halved, real_orthogonal
 from leaveout.deletion.estimators import EstimatorSettings
+from leaveout.deletion.heldout import HeldOut, kinds_of, sources_of
 from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
 from leaveout.deletion.newton import Newton, cheaper
 from leaveout.deletion.noise import LEAST_REPEATS
@@ -57,6 +58,8 @@ from leaveout.training.train import JetSettings, Retrainer, train_jets, train_pl
 
 PYTHON = ".".join(platform.python_version_tuple()[:2])
 """Whose bytecode the functions of a recipe are hashed by."""
+Part = tuple[np.ndarray, str, str]
+"""Deletion vectors [sets, units] to retrain, their design and their role."""
 OWN = ("examples", "bank", "work")
 """What the directory of a run holds."""
 ALONE = 8
@@ -184,7 +187,8 @@ class TrainingRun:
         directions, degree  jet runs along complex uniform directions, or real orthogonal ones (settings.real)
         retrain, design     retrainings by a design (see `directions.DESIGNS`); without: retrain these deletion sets as well
         halves              retrain two random halves of each set of `without` instead of the set: they say of its parts, too
-        heldout             deletion sets, or a number of random ones, retrained to calibrate standard deviations only
+        heldout             deletion sets, or a number of them of the kinds that may be asked about (see `deletion.heldout`),
+                            retrained to calibrate standard deviations
         gradient            the exact first order of the queries (which then must be given)
         repeats             new runs with all data, each in an order of its own, from which the noise of a run is known; and
                             twice as many of the held-out sets, one each, which say how far the same run is from a new one;
@@ -218,9 +222,13 @@ class TrainingRun:
             parts.append((self.design(design, retrain, settings), design, "fit"))
             more = "different sets of these sizes; give --sizes, or another --design"
             self._tell_fewer(parts[-1][0], retrain, f"of the design `{design}`", more)
-        if held is not None:
-            parts.append((self._heldout(held, [x for x, _, _ in parts], settings), "heldout", "heldout"))
-        self._retrain(parts, asked, settings)
+        if isinstance(held, DeletionSets):
+            self._tell_fitted(held.x, [x for x, _, _ in parts])
+            parts.append((held.x, "given", "heldout"))
+        if isinstance(held, int) and held:
+            self._hold_out(held, parts, asked, settings)
+        else:
+            self._retrain(parts, asked, settings)
         if repeats:
             self._measure_noise(repeats, asked, settings)
             if gradient and asked is not None:
@@ -331,17 +339,41 @@ class TrainingRun:
             vectors = unit_vectors(self.recipe, WIDTH, RunOptions(device=self.device))
             self.bank.put_vectors(vectors, time.process_time() - began)
 
-    def _heldout(self, held: DeletionSets | int, fitted: list[np.ndarray], settings: MeasureSettings) -> np.ndarray:
-        """Deletion vectors [sets, units] to hold out: those given, or so many random ones that are not fitted."""
-        if isinstance(held, DeletionSets):
-            self._tell_fitted(held.x, fitted)
-            return held.x
-        units = len(self.recipe.unit_names)
-        others = np.concatenate([np.zeros((0, units)), *fitted])
-        x = directions.held_out(held, units, settings.seed + 1000, settings.sizes, others)
-        more = "sets of these sizes that are not fitted; give --sizes" if settings.sizes else "sets that are not fitted"
-        self._tell_fewer(x, held, "held out", more)
-        return x
+    def _hold_out(self, n: int, parts: list[Part], asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
+        """Retrains parts and n sets that are held out; those of the kind `top` after what they are chosen by."""
+        units, known = len(self.recipe.unit_names), self._known_of_units()
+        sources = sources_of(self.recipe)
+        kinds = kinds_of(n, known is not None, len(sources) > 0, asked is not None)
+        fitted = np.concatenate([np.zeros((0, units)), *(x for x, _, _ in parts)])
+        drawer = HeldOut(units, settings.seed + 1000, settings.sizes, fitted, known, sources)
+        early, late = ([j for j in range(n) if (kinds[j] == "top") == top] for top in (False, True))
+        found = drawer.draw(kinds, early)
+        self._retrain([*parts, *_held_parts(found)], asked, settings)
+        if late and asked is not None:
+            effects = self._effects_of_units(asked)
+            more = drawer.draw(kinds if effects is not None else ["random"] * n, late, effects)
+            self._retrain(_held_parts(more), asked, settings)
+            found |= more
+        x = np.array([row for _, row in found.values()]).reshape(-1, units)
+        sizes = (
+            "sets of these sizes that are not fitted; give --sizes" if settings.sizes else "sets that are not fitted"
+        )
+        self._tell_fewer(x, n, "held out", sizes)
+
+    def _known_of_units(self) -> np.ndarray | None:
+        """What says which units are alike; None for few units, and where update vectors cannot be had, which is said."""
+        if self.bank.features() is None and len(self.recipe.unit_names) > FEW:
+            try:
+                self.measure_vectors()
+            except UnsupportedError as error:
+                self._tell(f"No blocks of like units are held out: {error}")
+        return self.bank.features()
+
+    def _effects_of_units(self, asked: Sequence[Query]) -> np.ndarray | None:
+        """What each unit alone does to each query, by what was fitted so far or by cheap scores [queries, units]."""
+        data = self.bank.measurements(asked)
+        data = replace(data, heldout=data.heldout.take(slice(0)))
+        return Posterior(data).predict(np.eye(data.units))[0] if data.measured else data.scores
 
     def _measure_gradient(self, asked: Sequence[Query], settings: MeasureSettings, orders: Sequence[int]) -> None:
         """The exact first order in the same run, or in the new runs with all data of these orders."""
@@ -388,9 +420,7 @@ class TrainingRun:
             self.bank.note(key, {"verdict": found.verdict, "growth": [repr(g) for g in found.growth]})
             found.require()
 
-    def _retrain(
-        self, parts: list[tuple[np.ndarray, str, str]], asked: Sequence[Query] | None, settings: MeasureSettings
-    ) -> None:
+    def _retrain(self, parts: list[Part], asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
         """Retrains deletion vectors, each part with its design and role; all of them share batches."""
         if not parts:
             return
@@ -696,6 +726,10 @@ def _saved_parameters(store: Store, recipe: Recipe, path: Path) -> Parameters:
     side = store.side("parameters")
     assert side is not None
     return {name: torch.from_numpy(np.array(side[f"p{i}"])) for i, name in enumerate(task_of(recipe).trained)}
+
+
+def _held_parts(found: dict[int, tuple[str, np.ndarray]]) -> list[Part]:
+    return [(row[None], kind, "heldout") for _, (kind, row) in sorted(found.items())]
 
 
 def _distinct(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,108 @@
+"""Which deletion sets are held out: of the kinds that are asked about later, so that intervals hold for them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from leaveout.corpus import Row
+from leaveout.deletion.directions import DRAWS, random_sets
+from leaveout.training.recipe import Recipe
+
+PATTERN = (
+    "single", "random", "block", "top", "random", "source", "top", "random",
+    "single", "block", "top", "random", "block", "source", "top", "random",
+)  # fmt: skip
+"""Kinds in the order in which they are held out, again from the start after the last: one unit; a random set; units that are
+alike; a whole source; the units that help a query most by what is known so far."""
+RANDOM, BLOCK, TOP, SOURCE = 1 / 3, 1 / 4, 1 / 8, 1 / 2
+"""The largest sets of each kind, as parts of all units; sizes are log-uniform below."""
+
+
+def kinds_of(n: int, features: bool, sources: bool, effects: bool) -> list[str]:
+    """The kinds of n held-out sets; random ones instead of those for which something is not known."""
+    there = {"block": features, "source": sources, "top": effects}
+    kinds = [PATTERN[j % len(PATTERN)] for j in range(n)]
+    return [kind if there.get(kind, True) else "random" for kind in kinds]
+
+
+class HeldOut:
+    """Draws different deletion vectors that are not among the fitted ones [any, units].
+
+    sizes     of random sets, in turn (default: log-uniform up to a third); features [units, k]: what says which units are
+              alike; sources [any, units]: whole sources
+    """
+
+    def __init__(
+        self, units: int, seed: int, sizes: tuple[int, ...], fitted: np.ndarray, features: np.ndarray | None,
+        sources: np.ndarray,
+    ) -> None:  # fmt: skip
+        self.units, self.seed, self.sizes, self.sources = units, seed, sizes, sources
+        self._taken = {row.tobytes() for row in np.asarray(fitted, np.float64)}
+        self._alike = (
+            None if features is None else features / np.maximum(np.linalg.norm(features, axis=1), 1e-30)[:, None]
+        )
+
+    def draw(self, kinds: Sequence[str], places: Sequence[int], effects: np.ndarray | None = None) -> dict[int, Any]:
+        """(kind, vector) by place, where there is another set; effects [queries, units]: what each unit does, for `top`."""
+        found: dict[int, Any] = {}
+        for j in places:
+            for kind in (kinds[j], "random", *(() if self.sizes else ("any size",))):
+                row = self._another(kind, j, effects)
+                if row is not None:
+                    found[j] = ("random" if kind == "any size" else kind, row)
+                    break
+        return found
+
+    def _another(self, kind: str, j: int, effects: np.ndarray | None) -> np.ndarray | None:
+        for attempt in range(DRAWS):
+            row = self._set(kind, np.random.default_rng([self.seed, 5, j, attempt]), j + attempt, effects)
+            if row.tobytes() not in self._taken:
+                self._taken.add(row.tobytes())
+                return row
+        return None
+
+    def _set(self, kind: str, rng: np.random.Generator, j: int, effects: np.ndarray | None) -> np.ndarray:
+        units, row = self.units, np.zeros(self.units)
+        if kind == "source":
+            return self.sources[rng.integers(len(self.sources))]
+        if kind == "block":
+            assert self._alike is not None
+            near = np.argsort(-(self._alike @ self._alike[rng.integers(units)]), kind="stable")
+            row[near[: _size(rng, 2, BLOCK * units)]] = 1
+        elif kind == "top":
+            assert effects is not None
+            best = np.argsort(-effects[rng.integers(len(effects))], kind="stable")
+            row[best[: _size(rng, 1, TOP * units)]] = 1
+        else:
+            wanted = {"single": (1,), "random": self.sizes, "any size": tuple(range(1, units))}[kind]
+            (row,) = random_sets(j, j + 1, units, self.seed, wanted, RANDOM)
+        return row
+
+
+def _size(rng: np.random.Generator, least: int, most: float) -> int:
+    return max(least, round(float(np.exp(rng.uniform(np.log(least), np.log(max(most, least)))))))
+
+
+def sources_of(recipe: Recipe) -> np.ndarray:
+    """Whole sources [sources, units]: the units whose examples all have one value of a field, or are of one class.
+
+    Sources of two units, up to half of all; of fields that name at least two units each, on average.
+    """
+    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for example, unit in zip(recipe.examples, recipe.unit_of.tolist(), strict=True):
+        classified = {"label": example[1]} if recipe.kind == "classifier" else {}
+        for name, value in (example.meta if isinstance(example, Row) else classified).items():
+            found[name][unit].add(str(value))
+    units, out = len(recipe.unit_names), []
+    for values in found.values():
+        members = defaultdict(list)
+        for unit, own in values.items():
+            if len(own) == 1:
+                members[min(own)].append(unit)
+        if 2 * len(members) <= units:
+            out += [np.isin(np.arange(units), m) for m in members.values() if 2 <= len(m) <= SOURCE * units]
+    return np.unique(np.array(out, np.float64).reshape(-1, units), axis=0)

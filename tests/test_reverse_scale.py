@@ -32,7 +32,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def llama(layers=3, hidden=8):
+def llama(layers=2, hidden=8):
     import transformers
 
     config = transformers.LlamaConfig(
@@ -46,14 +46,14 @@ def gpt2(dropout=0.0):
     import transformers
 
     config = transformers.GPT2Config(
-        vocab_size=32, n_positions=32, n_embd=8, n_layer=3, n_head=2, initializer_range=0.3, resid_pdrop=dropout,
+        vocab_size=32, n_positions=32, n_embd=8, n_layer=2, n_head=2, initializer_range=0.3, resid_pdrop=dropout,
         embd_pdrop=dropout, attn_pdrop=dropout,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config), letters()
 
 
 def recipe_of(model, **changes):
-    chosen = {"batch_size": 3, "steps": 5, "optimizer": OPTIMIZERS["adamw"], "dtype": "float64", "clip_norm": 1.0}
+    chosen = {"batch_size": 3, "steps": 3, "optimizer": OPTIMIZERS["adamw"], "dtype": "float64", "clip_norm": 1.0}
     return Recipe("causal-lm", tuple(Corpus.open(ROWS, units="unit")), model=model, **{**chosen, **changes})
 
 
@@ -64,14 +64,16 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("settings", [(None, True), (1, False), (2, True)], ids=["blocks", "single", "both"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("llama", (None, True)), ("lora", (1, False)), ("lora", (2, True)), ("gpt2", (None, True)), ("gpt2", (1, False))],
+)
 def test_blocks_and_pieces_change_no_number(name, settings):
     """Also where parameters stand in and outside of blocks (tied embeddings), and with the masks of whole micro-batches."""
     recipe = RECIPES[name]()
-    whole = metagradient(recipe, QUERIES, settings=ReverseSettings(blocks=False))
+    whole = metagradient(recipe, QUERIES[:2], settings=ReverseSettings(blocks=False))
     size, blocks = settings
-    found = metagradient(recipe, QUERIES, settings=ReverseSettings(size, blocks))
+    found = metagradient(recipe, QUERIES[:2], settings=ReverseSettings(size, blocks))
     assert found.memory.second_pass.blocks == blocks and found.memory.second_pass.micro_batch == (
         size or 3 - (name == "gpt2")
     )
@@ -179,7 +181,7 @@ def test_live_bytes_are_those_of_living_tensors():
 @pytest.mark.parametrize("settings", [(None, False), (1, False), (None, True)], ids=["whole", "single", "blocks"])
 def test_memory_is_what_was_planned(settings):
     """The most that tensors take in the whole walk, over the plan's figure; its limit is kept."""
-    recipe = recipe_of(lambda: llama(4, 32), trained=LORA, dtype="float32", steps=3, batch_size=4)
+    recipe = recipe_of(lambda: llama(3, 32), trained=LORA, dtype="float32", steps=2, batch_size=4)
     with passes(recipe, torch.device("cpu")):
         plan = plan_reverse(FlatRun(recipe), 3, None, ReverseSettings(*settings))
         run = FlatRun(recipe)
@@ -193,7 +195,7 @@ def test_memory_is_what_was_planned(settings):
 
 
 def test_blocks_take_less_memory_and_are_taken_where_whole_graphs_do_not_fit():
-    run = FlatRun(recipe_of(lambda: llama(6, 32), trained=LORA, dtype="float32", batch_size=4))
+    run = FlatRun(recipe_of(lambda: llama(5, 32), trained=LORA, dtype="float32", batch_size=4))
     whole, blocked = (plan_reverse(run, 3, None, ReverseSettings(4, by)).second_pass for by in (False, True))
     assert blocked.graphs + 3 * blocked.each < 0.5 * (whole.graphs + 3 * whole.each)
     taken = plan_reverse(run, 1, blocked.graphs + blocked.each + 2 * 10**5, ReverseSettings(4)).second_pass

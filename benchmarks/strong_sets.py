@@ -142,8 +142,8 @@ def case(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
     for label, more in (("posterior", nothing), ("posterior, halves", halves)):
         fitted, known = posterior_with(data, more)
-        found[label] = fitted.predict(x)
-        mending = mended(found[label], fitted.predict_unbent(x), x, np.ones_like(strong), known, steps)
+        found[label] = predicted = fitted.predict(x)
+        mending = mended(predicted, fitted.predict_unbent(x), x, np.ones_like(strong), known, steps)
         found[f"{label}, and steps"] = mending
     found["sum of halves"] = (np.stack([halves.y[2 * i : 2 * i + 2].sum(0) for i in range(len(x))], 1), None)
     return {

@@ -121,7 +121,7 @@ def test_strong_sets_are_mended_by_their_measured_parts_and_by_steps():
     found, error = mended((mean, 9 * std), (mean, std), x, np.array([[True, True, False]]), known, steps)
     # parts: 1 + 2, and by steps 9 of the whole less 4 + 1; the other: 4 by steps
     np.testing.assert_allclose(found, [[3 + 9 - 5, 4, 7]])
-    np.testing.assert_allclose(error, [[np.hypot(1, DOUBT * 4), np.hypot(1, DOUBT * 4), 9]])
+    np.testing.assert_allclose(error, [[np.hypot(9, DOUBT * 4), np.hypot(1, DOUBT * 4), 9]])
 
 
 def test_a_model_without_logits_takes_no_steps():

@@ -47,15 +47,16 @@ def mended(
     Shapes: x [sets, units], strong [queries, sets].
     """
     mean, std = predicted[0].copy(), predicted[1].copy()
-    own = unbent[1]
     columns = np.flatnonzero(strong.any(0))
     for column, parts in zip(columns, parts_of(x[columns], known), strict=True):
         row, asked = x[column : column + 1], strong[:, column]
         if parts is None:
             more = whole = steps(row)[:, 0]
+            own = unbent[1][:, column]
         else:
             more = (steps(row) - steps(known.x[list(parts)]).sum(1, keepdims=True))[:, 0]
             whole = known.y[list(parts)].sum(0) + more
+            own = predicted[1][:, column]  # parts make it narrower; the steps' doubt alone was too narrow on names
         mean[asked, column] = whole[asked]
-        std[asked, column] = np.hypot(own[:, column], DOUBT * np.abs(more))[asked]
+        std[asked, column] = np.hypot(own, DOUBT * np.abs(more))[asked]
     return mean, std

@@ -134,6 +134,22 @@ def own_loss(model, batch):
     return model(batch[0]).square().mean(1)
 
 
+def test_the_command_takes_steps(run, monkeypatch, capsys):
+    run.measure(retrain=3, design="singles", settings=FAST)
+    asked = ("predict", run.path, "--query", "anri", "--without", run.recipe.ids[0])
+    monkeypatch.setattr(TrainingRun, "open", lambda *_, **__: run)
+    seen = []
+    predict = TrainingRun.predict
+    monkeypatch.setattr(
+        TrainingRun, "predict", lambda s, a, w, e, **k: seen.append(e.steps) or predict(s, a, w, e, **k)
+    )
+    for more in ((), ("--steps",), ("--no-steps",)):
+        assert run_command(monkeypatch, capsys, *asked, *more)[0] == 0
+    assert seen == [None, True, False]
+    told = run_command(monkeypatch, capsys, *asked, "--steps", "--estimator", "leave_one_out")[2]
+    assert "steps go with posterior" in told
+
+
 def test_steps_mend_predictions_of_strong_sets_where_asked_for_and_of_others_not(tmp_path):
     recipe, points, _ = classes(80)
     run = TrainingRun.train(recipe, tmp_path / "run")

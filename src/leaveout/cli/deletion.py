@@ -67,6 +67,13 @@ Meaning = Annotated[
         "`measure --repeats` was made."
     ),
 ]
+StepsWanted = Annotated[
+    bool | None,
+    typer.Option(
+        "--steps/--no-steps",
+        help="Gauss-Newton steps for sets that take most of what helps a query (default: where they take less than a training).",
+    ),
+]
 Html = Annotated[Path | None, typer.Option(help="Also write a page with a picture of the intervals.")]
 AllPairs = Annotated[
     bool,
@@ -281,6 +288,7 @@ def predict(
     without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     estimator: Estimator = "posterior",
     degree: Degree = None,
+    steps: StepsWanted = None,
     meaning: Meaning = None,
     curve: Annotated[Path | None, typer.Option(help="Also draw predictions as the share removed grows (.png).")] = None,
     html: Html = None,
@@ -296,10 +304,10 @@ def predict(
     Example: leaveout predict run --query thames --without rivers --without herbs,dogs
     """
     if is_index(run):
-        _require_no_bank(curve, html, degree, estimator, meaning)
+        _require_no_bank(curve, html, degree, estimator, meaning, steps)
         _sum_up(run, device, (query, prompt, queries, form, columns), without, without_where, sets, json_)
         return
-    chosen = _estimator(estimator, degree)
+    chosen = _estimator(estimator, degree, steps)
     _require_outputs(html, curve)
     opened = open_run(run, device)
     asked = read_queries(opened, query, prompt, queries, form, columns, behaviour)
@@ -319,11 +327,12 @@ NOT_CALIBRATED = (
 
 
 def _require_no_bank(
-    curve: Path | None, html: Path | None, degree: int | None, estimator: str, meaning: str | None
+    curve: Path | None, html: Path | None, degree: int | None, estimator: str, meaning: str | None, steps: bool | None
 ) -> None:
     """Refuses what only measurements of a run can answer."""
     other = None if estimator == "posterior" else estimator
     asked = {"--curve": curve, "--html": html, "--degree": degree, "--estimator": other, "--meaning": meaning}
+    asked |= {"--steps": steps}
     if name := next((name for name, value in asked.items() if value is not None), None):
         raise typer.BadParameter(f"{name} needs a training run, and this is an index")
 
@@ -364,6 +373,7 @@ def verify(
     without: Without = None, without_where: WithoutWhere = None, sets: SetsFile = None,
     estimator: Estimator = "posterior",
     degree: Degree = None,
+    steps: StepsWanted = None,
     meaning: Meaning = None,
     new_run: Annotated[bool, typer.Option("--new-run", help="Short for --meaning new-run.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="New runs of each set, of which the mean is compared.")] = 1,
@@ -383,7 +393,7 @@ def verify(
     """
     if new_run and meaning not in (None, "new-run"):
         raise typer.BadParameter(f"--new-run and --meaning {meaning} are two answers: give one")
-    chosen = _estimator(estimator, degree)
+    chosen = _estimator(estimator, degree, steps)
     _require_outputs(html)
     settings = _settings(workers, backend, memory)
     opened = open_run(run, device)
@@ -427,12 +437,12 @@ def _settings(
         raise typer.BadParameter(str(error)) from None
 
 
-def _estimator(name: str, degree: int | None) -> EstimatorSettings:
+def _estimator(name: str, degree: int | None, steps: bool | None) -> EstimatorSettings:
     from leaveout.deletion.estimators import EstimatorSettings
 
     chosen = EstimatorSettings(name)
     try:
-        return replace(chosen, degree=degree)
+        return replace(chosen, degree=degree, steps=steps)
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from None
 

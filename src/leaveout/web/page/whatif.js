@@ -28,14 +28,19 @@ function sentence(line, all) {
   return several ? [el("bdi", { cls: "quoted" }, shorten(line.query, 60)), ": ", line.sentence] : [line.sentence];
 }
 
+// The effects first, as in the terminal and in the pages of --html.
 export function predictionTable(lines) {
   const checked = lines.some((line) => line.actual !== undefined);
-  const headers = ["query", "without", "all data", "predicted", "95 % interval"];
-  const band = (line) => line.low === null ? "unknown" : `${number(line.low)} to ${number(line.high)}`;
+  const units = new Set(lines.map((line) => line.unit));
+  const one = units.size === 1 ? [...units][0] : "";
+  const unit = (line) => one || !line.unit ? "" : ` ${line.unit}`;
+  const signed = (value) => `${value > 0 ? "+" : ""}${number(value)}`;
+  const band = (line) => line.low === null ? " (error unknown)" : ` [${signed(line.low - line.base)}, ${signed(line.high - line.base)}]`;
   const rows = lines.map((line) => [
-    shorten(line.query, 60), line.without, line.base, line.predicted, band(line),
-    ...(checked ? [line.actual, inside(line)] : [])]);
-  return table("Loss in nats, or the measure that the query asks for", checked ? [...headers, "retrained", "inside?"] : headers, rows);
+    shorten(line.query, 60), line.without, `${signed(line.effect)}${band(line)}${unit(line)}`,
+    ...(checked ? [`${signed(line.actual - line.base)}${unit(line)}`, inside(line)] : []), line.base, line.predicted]);
+  return table("Effects of leaving out, with their 95 % intervals", ["query", "left out", one ? `effect (${one})` : "effect",
+    ...(checked ? ["retrained", "inside?"] : []), "all data", "without it"], rows);
 }
 
 const inside = (line) => line.already_measured ? "measured before" : line.inside === null ? "unknown" : line.inside ? "yes" : "no";

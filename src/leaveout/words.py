@@ -204,7 +204,7 @@ def run_sentences(facts: Mapping[str, Any]) -> list[str]:
         f"({facts['kind']}).",
     ]
     if facts["measurements"]:
-        measured = ", ".join(f"{count:,} x {name}" for name, count in facts["measurements"].items())
+        measured = "; ".join(f"{count:,} x {name}" for name, count in facts["measurements"].items())
         found.append(f"Measured in {facts['cpu_seconds']:,.0f} CPU seconds: {measured}.")
     else:
         found.append("Nothing is measured yet (`leaveout measure`), so nothing can be predicted.")

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_smoke_shares_the_frozen_model(script, tmp_path, monkeypatch):
     benchmark = script("adapter_retrainings")
     given = ["--case", "last", "--out", str(tmp_path), "--smoke", "--rows", "8", "--epochs", "1"]

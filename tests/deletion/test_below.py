@@ -20,6 +20,9 @@ from leaveout.training.tasks import task_of
 from leaveout.training.train import Retrainer, train_plain
 from readout.tiny import TEXTS, make_model, make_tokenizer
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning:transformers", "ignore::FutureWarning:peft", "ignore::UserWarning:peft"
+)
 UPPER = ["layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"]
 LORA = {"lora": {"r": 2, "alpha": 4, "targets": UPPER, "dropout": 0.2}}
 WEIGHTS = torch.tensor([[1.0, 0, 1, 1, 1, 1], [1, 1, 0.5, 1, 1, 0], [1, 1, 1, 0, 0, 1]], dtype=torch.float64)
@@ -50,7 +53,6 @@ def assert_equal(found, recipe, weights=WEIGHTS):
             )  # norms and softmax of this family are in float32
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("changes", [
     {}, {"dropout": 3}, {"trained": ("*layers.1.*", "model.norm.weight", "lm_head*")},
     {"optimizer": OptimizerSettings("sgd", 0.1)},

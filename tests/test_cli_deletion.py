@@ -82,7 +82,7 @@ def test_train_measure_and_info_count_what_is_there(leaveout, tmp_path):
     )
     code, out, err = leaveout(*command, "--workers", 2, "--dtype", "complex128", "--memory", "1GB", "--json")
     assert code == 0 and "jets of degree 2" in err
-    counts = {"jets of degree 2": 3, "retraining, auto, fit": 5, "retraining, heldout": 2}
+    counts = {"jets of degree 2": 3, "retraining, auto, fit": 5, "retraining, random, heldout": 2}
     facts = json.loads(out)
     assert facts["added"] == sum(counts.values())
     for name, n in counts.items():

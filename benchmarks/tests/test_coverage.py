@@ -10,6 +10,7 @@ import pytest
 from leaveout.deletion.predict import Prediction
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft with transformers 5
 @pytest.mark.parametrize("case", ["digits", "smollm2"])
 def test_benchmark_smoke(case, script, tmp_path, capsys):
     if case != "smollm2":

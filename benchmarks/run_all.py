@@ -97,6 +97,7 @@ STEPS = {
     "controls": Step("controls", "--work {work}"),
     "codes, recall": Step("codes", "--part recall"),
     "retrieval": Step("retrieval"),
+    "usual": Step("usual", "--work {work}"),
     "planted fact": Step("planted_fact"),
     "figure 2": Step("figure2", f"--data {NAMES} --json {RESULTS}/jets_figure2.json --picture docs/evidence/figure2.png"),
 }  # fmt: skip

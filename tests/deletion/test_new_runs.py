@@ -141,6 +141,24 @@ def test_without_noise_measured_the_same_run_is_meant(recipe, tmp_path):
         run.verify(QUERIES, ["u0"], runs=2)
 
 
+def test_new_runs_train_on_what_one_run_never_drew(recipe, tmp_path):
+    """Of 24 rows four batches of four have 16, and other orders have other ones: no effect is known to be 0."""
+    few = recipe.with_(epochs=1, steps=4)
+    run = TrainingRun.train(few, tmp_path / "run")
+    run.measure(retrain=12, heldout=2, repeats=3, queries=QUERIES)
+    never = few.untrained_units()[0]
+    sets = [[never], ["u0"], ["u0", never]]
+    new, same = (run.predict(QUERIES, sets, meaning=name) for name in ("new-run", "same-run"))
+    assert np.isinf(new.std).tolist() == [[True, False, True]] * 3 and not any(new.never)
+    assert np.isfinite(same.std).all() and same.never == (True, False, False)
+    x = np.zeros(UNITS)
+    x[few.unit_names.index(never)] = 1
+    seeds = range(20)
+    apart = [plain(few, x, seed) - plain(few, np.zeros(UNITS), seed + 100) for seed in seeds]
+    assert np.abs(np.mean(apart, 0)).max() > 0.02
+    assert run.predict(QUERIES[:1], [[never]]).table().title.endswith("with an unknown error.")
+
+
 # --- from the same run to new ones ---------------------------------------------------------------------------------
 
 
@@ -184,7 +202,11 @@ def test_what_held_out_new_runs_say_is_found(by_share, anyway):
     x[:, 0] = 1
     effect = 3 * chance.standard_normal((queries, sets))
     apart = np.sqrt(by_share * x.mean(1) + anyway)
-    y = (1 - anyway / 9) * effect + apart * chance.standard_normal((queries, sets)) + chance.standard_normal((queries, sets))
+    y = (
+        (1 - anyway / 9) * effect
+        + apart * chance.standard_normal((queries, sets))
+        + chance.standard_normal((queries, sets))
+    )
     held = NewRuns(x, (y + noise.mean[:, None]).T, np.arange(sets))
     found = fit_shift(prior, held, x, x, effect, np.zeros((queries, sets)))
     assert found.by_share * 0.2 + found.anyway == pytest.approx(by_share * 0.2 + anyway, rel=0.4)

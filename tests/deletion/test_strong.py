@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from command import run_command
+from leaveout.corpus import Corpus
 from leaveout.deletion import newton
 from leaveout.deletion.directions import halved
 from leaveout.deletion.estimators import EstimatorSettings
@@ -14,10 +15,12 @@ from leaveout.deletion.newton import Newton, cheaper
 from leaveout.deletion.run import TrainingRun
 from leaveout.deletion.strong import DOUBT, mended, parts_of
 from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError
+from leaveout.training.loop import Steps
 from leaveout.training.queries import as_queries, query_function
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.tasks import task_of
 from leaveout.training.train import train_plain
+from test_reverse_scale import llama, recipe_of
 
 from .conftest import FAST, QUERIES
 
@@ -54,6 +57,37 @@ def classes(n=40):
         "classifier", examples, model={"hidden": []}, optimizer=sgd, batch_size=4, epochs=6, dtype="float64"
     )
     return recipe, torch.tensor(points), torch.tensor(labels)
+
+
+def letters_of(rows, **changes):
+    model = recipe_of(llama).model
+    return Recipe("causal-lm", tuple(Corpus.open(rows, units="id")), model=model, batch_size=2, epochs=2, **changes)
+
+
+def test_weights_of_rows_pull_as_they_do_in_training():
+    texts = ("the red fox", "a blue jar", "rain", "two and two is")
+    rows = [
+        {"id": str(i), "text": text, "weight": w} for i, (text, w) in enumerate(zip(texts, (1, 3, 0.5, 2), strict=True))
+    ]
+    recipe = letters_of(rows, optimizer=OptimizerSettings("sgd", 0.1), dtype="float64", loss_per="token")
+    steps = Newton(recipe, train_plain(recipe))
+    found = steps._gradient(steps._model.theta, range(4), steps._pull)
+    task = steps._task
+    whole = Steps(recipe, task)
+    with torch.no_grad():
+        for p, own in zip(task.parameters().values(), steps._model.named(steps._model.theta).values(), strict=True):
+            p.copy_(own)
+    loss = sum(whole.loss(part) for step in range(len(whole)) for part in whole.parts(step)) / len(whole)
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(task.parameters().values()))])
+    assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_preference_rows_have_no_steps():
+    rows = [{"id": str(i), "prompt": "the ", "chosen": "red", "rejected": "fox"} for i in range(4)]
+    recipe = letters_of(rows, loss={"kind": "dpo", "beta": 0.5}, steps=5000)
+    assert not cheaper(recipe)
+    with pytest.raises(UnsupportedError, match="need a model that gives logits"):
+        Newton(recipe, dict(task_of(recipe).parameters()))
 
 
 def test_newton_steps_follow_the_descent_that_a_plain_loop_of_small_steps_follows(monkeypatch):

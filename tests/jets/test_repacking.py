@@ -106,5 +106,8 @@ def test_what_cannot_be_packed_is_refused():
     x = without(shuffled())
     with pytest.raises(UnsupportedError, match="cannot be packed anew: ask for the same run"):
         new_run(recorded([[[0, 1, 2], [3], [4, 5]]]), x, 0)
+    for often in ([[0], [1], [0], [2], [0]], [[0, 1], [2, 0], [3, 0], [4, 5], [1, 1]]):  # drawn with replacement
+        with pytest.raises(UnsupportedError, match="no epochs of equal batches with each row once"):
+            new_run(shuffled(order=[tuple(batch) for batch in often]), x, 0)
     with pytest.raises(UnsupportedError, match="says nothing of other batches"):
         new_run(shuffled(order=((0, 1), (2, 3)), loss_per=(2.0, 3.0)), x, 0)

@@ -47,7 +47,7 @@ class Newton:
     def __init__(self, recipe: Recipe, parameters: Parameters, device: str | torch.device = "cpu") -> None:
         self._recipe, self._device = recipe, device
         self._task = task = task_of(recipe, device)
-        if task.outputs is None:
+        if task.outputs is None or recipe.loss is not None:
             raise UnsupportedError("Gauss-Newton steps need a model that gives logits: retrain the sets instead.")
         self._model = model = whole_model(task, {n: p.to(task.device) for n, p in parameters.items()})
         self._pull = _pulls(recipe, Steps(recipe, task))
@@ -114,7 +114,7 @@ def cheaper(recipe: Recipe) -> bool:
     """Whether the steps of a set take fewer passes of examples than training without it."""
     n = len(recipe.examples)
     passes = 3 * min(n, REST) + 6 * 4 * min(n, SAMPLE)  # a gradient is three forward passes, a product four
-    return recipe.kind != "custom" and STEPS * passes < 3 * sum(map(len, recipe.batches()))
+    return recipe.kind != "custom" and recipe.loss is None and STEPS * passes < 3 * sum(map(len, recipe.batches()))
 
 
 def _pulls(recipe: Recipe, steps: Steps) -> np.ndarray:

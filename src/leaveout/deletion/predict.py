@@ -43,7 +43,8 @@ class Prediction(Tabular):
     std      its standard deviation [query, set], times `factor`
     factor   what held-out retrainings say that it is multiplied by [query, set]
     outside  whether a set is larger, more alike, or takes more of a query's help than all that were held out [query, set]
-    untrained   the units of each set that are in no step: nothing changes without them
+    untrained   the units of each set that are in no step: nothing changes without them in the same run; where new runs draw
+                other rows the error is unknown
     never    whether a set holds nothing but such units
     meaning  SAME_RUN or NEW_RUN: what "without" means
     run_std  standard deviation of one run's value between orders [query, set], 0 for the same run; known with `freedom`

@@ -535,7 +535,9 @@ class TrainingRun:
             effect, std = mended((effect, std), fitted.predict_unbent(point), removed, strong, known, steps)
         factor, outside = calibration.factor(removed, effect, std), calibration.outside(removed, effect)
         untrained = [np.flatnonzero(row) for row in (sets.x != 0) & ~trained]
-        never = (sets.x != 0).any(1) & ~(removed != 0).any(1)
+        # New runs in other orders train on what this one left out, of which nothing is known.
+        unknown = (sets.x != removed).any(1) & (meant == NEW_RUN and isinstance(self.recipe.order, str))
+        never = (sets.x != 0).any(1) & ~(removed != 0).any(1) & ~unknown
         effect, std = np.where(never, 0.0, effect), np.where(never, 0.0, std)
         std = std * factor
         if meant == SAME_RUN or noise is None:
@@ -549,6 +551,7 @@ class TrainingRun:
             base, more = noise.mean, {"run_std": run_std, "freedom": noise.freedom}
         base = np.repeat(base[:, None], len(sets), 1)
         std = np.hypot(std, ROUNDING * (1 + np.abs(base)) * (sets.x != 0).any(1))
+        std = np.where(unknown, np.inf, std)
         return Prediction(
             tuple(q.name for q in asked), sets.labels, base, effect, std, settings.name, factor,
             untrained=tuple(tuple(names[i] for i in places) for places in untrained), never=tuple(never.tolist()),

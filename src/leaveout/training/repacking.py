@@ -123,10 +123,13 @@ def _packing_of(recipe: Recipe) -> _Packing:
         len(first) < len(rows), len({str(epoch) for epoch in epochs}) == len(epochs), len(epochs),
         None if whole else len(steps),
     )  # fmt: skip
+    taken = [[i for step in epoch for part in step for i in part] for epoch in epochs]
+    once = all(len(set(own)) == len(own) <= len(first) for own in taken) and len(rows) - len(first) < packing.size
     again = [_nested(step) for step in packing.drawn(list(rows), random.Random(0))]
-    if [[len(part) for part in step] for step in again] != [[len(part) for part in step] for step in steps]:
+    same = [[len(part) for part in step] for step in again] == [[len(part) for part in step] for step in steps]
+    if not (once and same and all(len(own) == len(first) for own in taken[:-1])):
         raise UnsupportedError(
-            "The recorded batches have sizes that no epochs of equal batches give, so that they cannot be packed anew: "
+            "The recorded batches are no epochs of equal batches with each row once, so that they cannot be packed anew: "
             f"{SAME_RUN}."
         )
     return packing

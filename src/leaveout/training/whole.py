@@ -30,7 +30,7 @@ class _Outputs(nn.Module):
 
 
 def whole_model(task: Task, parameters: Parameters) -> WholeModel:
-    """The trained parameters of a task; the loss of a row is the mean over its learned tokens."""
+    """The trained parameters of a task; the loss of a row is the mean over its learned tokens, times the row's weight."""
     outputs = _Outputs(task)
 
     def predictions(named: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Predictions:
@@ -40,7 +40,10 @@ def whole_model(task: Task, parameters: Parameters) -> WholeModel:
         learned = targets != IGNORED
         counts = learned.view(len(learned), -1).sum(1)
         row = torch.arange(len(targets), device=targets.device).repeat_interleave(counts)
-        return Predictions(logits[learned], targets[learned], row, 1 / counts[row].double())
+        weights = 1 / counts[row].double()
+        if task.weighted and len(inputs) > inputs[0].dim():  # queries are asked without
+            weights = weights * inputs[-1][row]
+        return Predictions(logits[learned], targets[learned], row, weights)
 
     return WholeModel({name: parameters[name] for name in task.trained}, predictions)
 

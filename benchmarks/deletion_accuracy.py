@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from leaveout.deletion.directions import FEW
 from leaveout.deletion.estimators import EstimatorSettings, fit
 from leaveout.deletion.measurements import JetBlock, Measurements, MeasureSettings
 from leaveout.deletion.plan import Budget
@@ -316,6 +317,8 @@ def budget_arms(s: Setting, scores: Scores, budget: int) -> dict[str, Any]:
         if left > 0:
             run.measure(retrain=left, heldout=reserved, queries=s.queries, settings=settings)
             scores.add(f"posterior with metagradient, {budget}", run, "posterior", spent(run))
+            if units > FEW:  # few units' kernel knows their sets; what the steps take is in `predicting_cpu_seconds`
+                scores.add(f"posterior with metagradient and steps, {budget}", run, "posterior", spent(run), steps=True)
     return planned
 
 

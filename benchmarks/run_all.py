@@ -87,6 +87,7 @@ STEPS = {
         f"--names {NAMES} --units letters --json {RESULTS}/deletion_accuracy_letters.json --work {{work}}",
     ),
     "choices": Step("prior_choices", f"--names {NAMES} --json {RESULTS}/deletion_prior_choices.json --work {{work}}"),
+    "strong sets": Step("strong_sets", f"--names {NAMES} --json {RESULTS}/strong_sets.json --work {{work}}"),
     "bank truths": Step("bank_truths", "--work {work}", place="banks"),
     "codes, lds": Step("codes", "--part lds --work {work}", place="banks"),
     "lengths": Step("lengths", "--work {work}", place="banks"),

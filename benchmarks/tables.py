@@ -216,6 +216,27 @@ def choices(result: dict[str, Any]) -> str:
     return table(head, lines)
 
 
+def strong(result: dict[str, Any]) -> str:
+    """Actual over predicted of strong sets: the median, where 80 % of pairs lie, and how often intervals held."""
+    words = {"8": "random sets of 8"}
+    columns = [
+        (case, kind) for case in result["cases"] for kind in case["ways"][0] if isinstance(case["ways"][0][kind], dict)
+    ]
+    head = [
+        "actual over predicted",
+        *(f"{case['case']}: {words.get(kind, kind)}, {case['ways'][0][kind]['pairs']} pairs" for case, kind in columns),
+    ]
+    lines = []
+    for number, first in enumerate(result["cases"][0]["ways"]):
+        line = [first["way"]]
+        for case, kind in columns:
+            found = case["ways"][number][kind]
+            held = "" if found["inside"] is None else f", held {found['inside']:.0%}"
+            line.append(f"{found['actual_over_predicted']:.2f} ({found['low']:.2f} to {found['high']:.2f}){held}")
+        lines.append(line)
+    return table(head, lines)
+
+
 def noise(result: dict[str, Any]) -> str:
     found, names = result["noise"], result["names"]
     head = ["Spearman at a noise of, in effects of a document", *(f"{level:g}" for level in found["levels"])]
@@ -335,6 +356,7 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "noise": (DELETION, "deletion_regimes.json", noise),
     "shares": (DELETION, "deletion_regimes.json", shares),
     "choices": (DELETION, "deletion_prior_choices.json", choices),
+    "strong": (DELETION, "strong_sets.json", strong),
     "damping": (DELETION, "deletion_prior_choices.json", damping),
     "influence": (EVALUATION, BANKS, by_method),
     "influence_shares": (EVALUATION, BANKS, shares_reached),

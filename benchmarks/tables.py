@@ -195,6 +195,21 @@ def coverage(result: dict[str, Any]) -> str:
     )
 
 
+def new_run(result: dict[str, Any]) -> str:
+    """By case and kind of set: agreement with the mean of new runs beside what its noise allows, and intervals of one run."""
+    head = ["case, sets", "a run's deviation", "effect", "Spearman", "ceiling", "no more than a seed", "runs inside 95 %"]
+    lines = [
+        [
+            f"{case}, {found['sets']} {kind}", f"{found['run_std']:.2g}", f"{found['rms_effect']:.2g}",
+            f"{found['spearman']:.2f}", f"{found['ceiling']:.2f}", f"{found['not_distinguishable']:.0%}",
+            f"{found['coverage']:.1%}",
+        ]
+        for case, facts in sorted(result["cases"].items())
+        for kind, found in facts["kinds"].items()
+    ]  # fmt: skip
+    return table(head, lines)
+
+
 def choices(result: dict[str, Any]) -> str:
     head = [
         "share of a query's help removed",
@@ -353,6 +368,7 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "coverage_names": (DELETION, "deletion_coverage_names.json", coverage),
     "coverage_digits": (DELETION, "deletion_coverage_digits.json", coverage),
     "coverage_lm": (DELETION, "deletion_coverage_lm.json", coverage),
+    "new_run": (DELETION, "new_run.json", new_run),
     "noise": (DELETION, "deletion_regimes.json", noise),
     "shares": (DELETION, "deletion_regimes.json", shares),
     "choices": (DELETION, "deletion_prior_choices.json", choices),

@@ -197,12 +197,13 @@ def coverage(result: dict[str, Any]) -> str:
 
 def new_run(result: dict[str, Any]) -> str:
     """By case and kind of set: agreement with the mean of new runs beside what its noise allows, and intervals of one run."""
-    head = ["case, sets", "a run's deviation", "effect", "Spearman", "ceiling", "no more than a seed", "runs inside 95 %"]
+    head = ["case: kind (sets)", "a run's deviation", "effect", "Spearman", "ceiling", "no more than a seed", "runs inside 95 %",
+            "width of it"]  # fmt: skip
     lines = [
         [
-            f"{case}, {found['sets']} {kind}", f"{found['run_std']:.2g}", f"{found['rms_effect']:.2g}",
+            f"{case}: {kind} ({found['sets']})", f"{found['run_std']:.2g}", f"{found['rms_effect']:.2g}",
             f"{found['spearman']:.2f}", f"{found['ceiling']:.2f}", f"{found['not_distinguishable']:.0%}",
-            f"{found['coverage']:.1%}",
+            f"{found['coverage']:.1%}", f"{found['width']:.2g}",
         ]
         for case, facts in sorted(result["cases"].items())
         for kind, found in facts["kinds"].items()

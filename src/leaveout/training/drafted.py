@@ -61,7 +61,8 @@ def draft_recipe(index: str | Path, out: str | Path, **said: Any) -> Path:
         if "signature" not in facts:
             raise FormatError(f"{index} is not an index: draft a recipe from the directory of one.")
         records = list(store.iter_rows())
-    whole = facts["signature"]["targets"] == "all"
+    # Of the two texts of a preference row the prompt cancels: learned whole or not, their difference is the same.
+    whole = facts["signature"]["targets"] == "all" and not _paired(records)
     rows = [_row(record, whole) for record in records]
     template = None if whole else _template(facts["signature"]["template"])
     fields = [*_known(facts, records, said), *_told({"loss_per": "example", **said} if _paired(records) else said)]

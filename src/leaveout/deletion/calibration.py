@@ -21,7 +21,7 @@ import numpy as np
 from leaveout.deletion.measurements import Measurements
 from leaveout.errors import UnsupportedError
 
-MISSES, MORE = 0.05, 8.0
+MISSES, MORE = 0.05, 4.0
 """The part of errors that may be larger than the interval, where many sets were held out; it falls by n / (n + MORE)."""
 DEGREES, PRIOR_SETS = 4.0, 4.0
 """Degrees of freedom of the errors over their scale, and for how many sets that distribution counts beside the held-out ones."""

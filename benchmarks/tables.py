@@ -170,29 +170,20 @@ def letters(result: dict[str, Any]) -> str:
     return table(head, lines)
 
 
-def coverage(result: dict[str, Any]) -> str:
-    names = {
-        "retrainings": f"{result['retrainings']} retrainings",
-        "retrainings and gradient": "and the exact first order",
-    }
-    head = [
-        f"{result['case']}: {result['test_sets']} sets, {result['queries']} queries",
-        "inside 95 %",
-        "Spearman",
-        "relative error",
-    ]
-    return table(
-        head,
-        [
-            [
-                names.get(name, name),
-                f"{f['all']['coverage']:.1%}",
-                f"{f['all']['spearman']:.2f}",
-                f"{f['all']['relative_error']:.2f}",
-            ]
-            for name, f in result["measurements"].items()
-        ],
-    )
+def coverage(*results: dict[str, Any]) -> str:
+    """Inside 95 % with an interval over sets, and the width over the best constant one, by kind and run."""
+    kinds = list(dict.fromkeys(kind for result in results for kind in result["kinds"]))
+    head = ["inside 95 % (over sets), width", *(result["case"] for result in results)]
+
+    def cell(result: dict[str, Any], kind: str) -> str:
+        if (found := result["kinds"].get(kind)) is None:
+            return ""
+        low, high = found["interval"]
+        return f"{found['inside']:.0%} ({low:.0%} to {high:.0%}), {found['width_over_constant']:.2g}"
+
+    lines = [[kind, *(cell(result, kind) for result in results)] for kind in kinds]
+    lines.append(["mean over kinds", *(f"{result['mean_inside']:.1%}" for result in results)])
+    return table(head, lines)
 
 
 def new_run(result: dict[str, Any]) -> str:
@@ -353,6 +344,7 @@ README, RESULTS = "README.md", "docs/evidence/results.md"
 JETS, READOUT = "docs/evidence/jets.md", "docs/evidence/readout.md"
 DELETION, EVALUATION = "docs/evidence/deletion.md", "docs/evidence/evaluation.md"
 BANKS = tuple(f"readout_influence_{name}.json" for name in ("stories", "neox", "qwen", "gemma", "olmo"))
+COVERED = ("names", "digits", "lora", "cnn", "prose", "smollm2")
 TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     "numbers": (
         README,
@@ -366,10 +358,8 @@ TABLES: dict[str, tuple[str, str | tuple[str, ...], Callable[..., str]]] = {
     **{name: (READOUT, file, made) for name, (file, made) in TABLES_OF_CODES.items()},
     "deletion": (DELETION, "deletion_accuracy_documents.json", deletion),
     "letters": (DELETION, "deletion_accuracy_letters.json", letters),
-    "coverage_names": (DELETION, "deletion_coverage_names.json", coverage),
-    "coverage_digits": (DELETION, "deletion_coverage_digits.json", coverage),
-    "coverage_lm": (DELETION, "deletion_coverage_lm.json", coverage),
     "new_run": (DELETION, "new_run.json", new_run),
+    "coverage": (DELETION, tuple(f"deletion_coverage_{case}.json" for case in COVERED), coverage),
     "noise": (DELETION, "deletion_regimes.json", noise),
     "shares": (DELETION, "deletion_regimes.json", shares),
     "choices": (DELETION, "deletion_prior_choices.json", choices),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leaveout.deletion.estimators import EstimatorSettings
-from leaveout.deletion.measurements import NewRuns
+from leaveout.deletion.measurements import MeasureSettings, NewRuns
 from leaveout.deletion.noise import quantile, run_noise
 from leaveout.deletion.plan import Budget
 from leaveout.deletion.predict import Prediction
@@ -191,6 +191,28 @@ def test_first_orders_of_other_orders_are_their_metagradients(recipe, tmp_path):
     effect, std = shift.shifted(x, x, wanted[0] @ x.T, np.zeros((3, 2)))
     assert np.allclose(effect, np.mean(wanted, 0) @ x.T)
     assert (std**2 >= np.var([g @ x.T for g in wanted], axis=0, ddof=1) / 4).all()
+
+
+def test_strong_sets_keep_what_they_bend_and_what_the_rest_weighs_more(tmp_path, monkeypatch):
+    """However wide their intervals are: parts and steps say how far such a set bends an effect, in whatever order."""
+    orders = np.array([[[1.0, 0.5]], [[2.0, 0.5]]])
+    shift = Shift(run_noise(np.random.default_rng(0).standard_normal((5, 1))), np.full(2, 0.5), orders, 1.0)
+    x, effect, std = np.eye(2), np.array([[4.0, 3.0]]), np.full((1, 2), 1e3)
+    found, _ = shift.shifted(x, x, effect, std, np.array([[True, False]]))
+    assert np.allclose(found, [[4.5, 0.5]], atol=1e-4)
+    many = Recipe("classifier", points(70), batch_size=8, order="shuffled", optimizer=OptimizerSettings("sgd", 0.3))
+    run = TrainingRun.train(many, tmp_path / "run")
+    run.measure(retrain=6, repeats=3, queries=QUERIES, settings=MeasureSettings(sizes=(30,)))
+    monkeypatch.setattr(TrainingRun, "_strong", lambda self, *given: np.ones((3, 1), bool))
+    monkeypatch.setattr("leaveout.deletion.run.mended", lambda predicted, *others: (0 * predicted[0], predicted[1]))
+    removed = np.zeros((1, 70))
+    removed[0, :9] = 1
+    fitted, _ = run.bank.fit(p_queries(), EstimatorSettings())
+    places = run.bank.at_new_runs(removed, EstimatorSettings())
+    wanted = fitted.predict(places)[0] - fitted.predict(removed)[0]
+    assert np.abs(wanted).max() > 1e-3
+    assert np.allclose(run.predict(QUERIES, [list(many.ids[:9])]).effect, wanted)
+    assert (run.predict(QUERIES, [list(many.ids[:9])], meaning="same-run").effect == 0).all()
 
 
 @pytest.mark.parametrize(("by_share", "anyway"), [(1.0, 0.0), (10.0, 0.0), (1.0, 1.0)])

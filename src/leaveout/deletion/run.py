@@ -532,7 +532,9 @@ class TrainingRun:
             steps = functools.partial(
                 self._newton.effects, ask=query_function(task_of(self.recipe, self.device), asked)
             )
+            heavier = effect - fitted.predict(removed)[0]  # what rows that are left weigh more in a new run
             effect, std = mended((effect, std), fitted.predict_unbent(point), removed, strong, known, steps)
+            effect = effect + strong * heavier
         factor, outside = calibration.factor(removed, effect, std), calibration.outside(removed, effect)
         untrained = [np.flatnonzero(row) for row in (sets.x != 0) & ~trained]
         # New runs in other orders train on what this one left out, of which nothing is known.
@@ -544,7 +546,7 @@ class TrainingRun:
             base, more = self.bank.base(asked), {}
         else:
             shift = self.bank.shift(asked, settings, noise)
-            effect, std = shift.shifted(removed, point, effect, std)
+            effect, std = shift.shifted(removed, point, effect, std, strong)
             noise = shift.noise
             std = np.hypot(std, noise.std[:, None] / np.sqrt(noise.runs))  # the error of the mean with all data
             run_std = np.repeat(noise.std[:, None], len(sets), 1)

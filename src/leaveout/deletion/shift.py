@@ -48,18 +48,19 @@ class Shift:
     anyway: float = 0.0
 
     def shifted(
-        self, x: np.ndarray, asked: np.ndarray, effect: np.ndarray, std: np.ndarray
+        self, x: np.ndarray, asked: np.ndarray, effect: np.ndarray, std: np.ndarray, strong: np.ndarray | bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean effect over orders and its standard deviation, both [queries, sets].
 
-        x: what is removed [sets, units]; asked: the weights 1 - asked at which effect and std were predicted
+        x: what is removed [sets, units]; asked: the weights 1 - asked at which effect and std were predicted; strong: where
+        the set takes so much that its effect bends in every order, by as much as its parts or steps say [queries, sets]
         """
         own = np.square(self.noise.std)[:, None]
         variance = np.square(std) + own * (self.by_share * (x @ self.rows) + self.anyway) * x.any(1)
         if len(self.orders) > 1:
             each = self.orders @ asked.T
             bent = effect - each[0]
-            effect = each.mean(0) + bent * _sure(bent, std)
+            effect = each.mean(0) + bent * np.where(strong, 1.0, _sure(bent, std))
             variance = variance + each.var(0, ddof=1) / len(each)
         if self.anyway:
             size = np.median(np.square(effect) / np.maximum(own, 1e-300), 0) / MEDIAN

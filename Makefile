@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 PEERS  := .venv-peers
 BERGSON_NEEDS := simple-parsing jaxtyping ml-dtypes natsort petname torchopt
 
-.PHONY: demo test lint docs bench bench-check page-check peers-check ray-check clean
+.PHONY: demo test lint docs outputs bench bench-check page-check peers-check ray-check clean
 
 demo: $(READY)
 	$(BIN)/leaveout demo --out demo
@@ -25,7 +25,13 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/pip install --quiet -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python docs/outputs.py --check docs/notebooks/*.ipynb
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_docs.py
+
+# What commands and notebooks print, written anew into the pages: ten minutes. The README asks what `make demo` made.
+outputs: $(READY) demo
+	$(BIN)/pip install --quiet -e ".[docs]"
+	$(BIN)/python docs/outputs.py
 
 # Every table and picture of the docs: hours on two cores; a killed call goes on. Needs the corpora: benchmarks/corpora.py.
 bench: $(READY)

@@ -1,4 +1,5 @@
-"""What mkdocs does not do by itself: notebooks become pages, and links that leave the site become names of files."""
+"""What mkdocs does not do by itself: notebooks become pages, links that leave the site become names of files, and a list may
+follow a line of text at once, as on GitHub."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from typing import Any
 
 from mkdocs.structure.files import File
 
+CODE = re.compile(r"^(```.*?^```)$", re.MULTILINE | re.DOTALL)
+LIST = re.compile(r"^(?![*\s|#]|\d+\. )(.+)\n(?=\* |1\. )", re.MULTILINE)
 LINK = re.compile(r"\[([^\]]*)\]\(((?:\.\./)*)([^)#:\s]+)(#[^)\s]*)?\)")
 
 
@@ -51,4 +54,5 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
             return words if words.strip("`") == path else f"{words} (`{path}`)"
         return match[0]
 
-    return LINK.sub(told, markdown)
+    parts = CODE.split(LINK.sub(told, markdown))
+    return "".join(part if place % 2 else LIST.sub(r"\1\n\n", part) for place, part in enumerate(parts))

@@ -61,7 +61,7 @@ def test_commands_of_the_first_hour_run(tmp_path, monkeypatch, capsys):
     """With a tiny model in the place of SmolLM2, whose answers mean nothing."""
     page = (ROOT / "docs" / "tutorial" / "first-hour.md").read_text(encoding="utf-8")
     page = page.replace("smollm2.gguf", "tiny").replace("layers.29", "layers.1")
-    page = page.replace("--retrain 30 --heldout 10", "--retrain 4 --heldout 2")
+    page = page.replace("--retrain 30 --heldout 8", "--retrain 4 --heldout 2")
     make_model("llama", spread=0.1).float().save_pretrained(tmp_path / "tiny")
     make_tokenizer().save_pretrained(tmp_path / "tiny")
     monkeypatch.chdir(tmp_path)

@@ -33,8 +33,8 @@ PAGES = {
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"```python\n(?:(?!```).)*?^```\n\n?```text", re.MULTILINE | re.DOTALL)
 """Only where a page shows what its Python prints is that run here."""
-PROGRESS = re.compile(r"\d+%\||\[\d\d:\d\d, ")
-"""What only a bar of progress has."""
+NOISE = re.compile(r"\d+%\||\[\d\d:\d\d, |FutureWarning|^  warnings\.warn\(")
+"""What only bars of progress and warnings of other packages have."""
 WIDTH = 104
 
 
@@ -98,7 +98,8 @@ def shell(command: str, place: Path) -> str:
     done = subprocess.run(["bash", "-c", command], cwd=place, env=around, text=True, check=False, **into)
     if done.returncode:
         raise RuntimeError(f"`{command}` failed:\n{done.stdout}")
-    return "".join(line + "\n" for line in done.stdout.splitlines() if not PROGRESS.search(line))
+    told = re.sub(r"/\S*/site-packages/", "…/site-packages/", done.stdout.replace(str(place), "/home/you/library"))
+    return "".join(line + "\n" for line in told.splitlines() if not NOISE.search(line))
 
 
 def form(page: str) -> str:

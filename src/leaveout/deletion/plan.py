@@ -345,7 +345,9 @@ def _retraining(seconds: Callable[[int], float], first: float, together: int, al
     if not found or (many := max(found)) == FIRST:
         return Cost(0.0, first, together)
     a, b = (float(np.median(found[n])) for n in (FIRST, many))
-    each = min(first, b / many, max((b - a) / (many - FIRST), 0.0 if many == together else LEAST_SLOPE * b / PROBE_RUNS[1]))
+    # Of fewer than 128 the part is smaller, and of how much is not known: half way there.
+    floor = LEAST_SLOPE * b / (many * PROBE_RUNS[1]) ** 0.5
+    each = min(first, b / many, max((b - a) / (many - FIRST), 0.0 if many == together else floor))
     return Cost(b - many * each, each, together)
 
 

@@ -45,6 +45,7 @@ def run(tmp_path_factory):
         (lambda i: i.select("one two", n=2), TypeError, "give a list of queries"),
         (lambda i: i.select(["one two"], n="2"), ValueError, "n is '2': give a whole number of at least 1"),
         (lambda i: i.explain("one two", "r-0"), ValueError, "no row has the id 'r-0': did you mean 'r0'"),
+        (lambda i: i.explain("one two", ["r0"]), TypeError, r"an id is \['r0'\]: give the text that names one row"),
         (lambda i: i.delete("r0"), TypeError, "ids is 'r0': give a list of ids"),
         (lambda i: i.delete(None), TypeError, "ids is None: give a list of ids"),
         (lambda i: i.append(["one two"], worker=2), TypeError, "unexpected keyword argument 'worker'"),

@@ -253,6 +253,7 @@ def test_plan_lists_choices_whose_commands_run(leaveout, trained, tmp_path):
             "there is no design 'clever': give one of auto",
         ),
         (["measure", "RUN", "--gradient"], 1, "pass queries"),
+        (["measure", "RUN", "--retrain", "5", "--prompt", "a"], 2, "give either --query or --queries"),
         (["measure", "RUN"], 2, "say what to measure"),
         (["measure", "RUN", "--retrain", "5", "--sizes", "4;5"], 2, "--sizes must be positive numbers"),
         (["measure", "RUN", "--directions", "5", "--dtype", "int8"], 2, "complex64 or complex128"),

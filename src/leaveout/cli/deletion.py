@@ -209,7 +209,7 @@ def measure(
         if not (merge / "bank").is_dir():
             raise FormatError(f"{merge} is not a training run: name the directory of one with the same recipe.")
         opened.bank.merge(merge / "bank")
-    unasked = query is None and queries is None and behaviour is None
+    unasked = all(given is None for given in (query, prompt, form, queries, columns, behaviour))
     opened.measure(
         directions, degree, retrain=retrain, design=design, gradient=gradient, repeats=repeats, halves=halves,
         settings=settings,

@@ -1,5 +1,7 @@
 """Sets that remove most of what helps a query: their halves, and steps from the trained model instead of retraining."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -156,6 +158,33 @@ def test_strong_sets_are_mended_by_their_measured_parts_and_by_steps():
     # parts: 1 + 2, and by steps 9 of the whole less 4 + 1; the other: 4 by steps
     np.testing.assert_allclose(found, [[3 + 9 - 5, 4, 7]])
     np.testing.assert_allclose(error, [[np.hypot(9, DOUBT * 4), np.hypot(1, DOUBT * 4), 9]])
+
+
+def test_steps_that_do_not_settle_are_told_and_left_out_where_nobody_asked_for_them(tmp_path, monkeypatch, capsys):
+    recipe, points, _ = classes(80)
+    run = TrainingRun.train(recipe, tmp_path / "run")
+    asked, sets = [(points[0], 0)], [[str(i) for i in range(0, 80, 3)]]
+    run.measure(gradient=True, queries=asked, settings=FAST)
+    wanted = run.predict(asked, sets, EstimatorSettings(steps=False))
+
+    def never(*_):
+        raise StabilityError("do not settle")
+
+    monkeypatch.setattr(Newton, "moved", never)
+    monkeypatch.setattr("leaveout.deletion.run.cheaper", lambda _: True)
+    found = run.predict(asked, sets)
+    assert "do not settle and are left out" in capsys.readouterr().err
+    np.testing.assert_array_equal(found.effect, wanted.effect)
+    np.testing.assert_array_equal(found.std, wanted.std)
+    with pytest.raises(StabilityError):
+        run.predict(asked, sets, EstimatorSettings(steps=True))
+
+
+def test_label_smoothing_has_no_steps():
+    recipe = replace(classes()[0], label_smoothing=0.1)
+    assert not cheaper(recipe)
+    with pytest.raises(UnsupportedError, match="know no label smoothing"):
+        Newton(recipe, train_plain(recipe))
 
 
 def test_a_model_without_logits_takes_no_steps():

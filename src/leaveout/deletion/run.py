@@ -38,7 +38,7 @@ from leaveout.deletion.predict import NEW_RUN, SAME_RUN, Curve, Prediction, Veri
 from leaveout.deletion.progress import progress
 from leaveout.deletion.sets import DeletionSets, Without, deletion_sets
 from leaveout.deletion.strong import STRONG, mended
-from leaveout.errors import FormatError, MismatchError, UnsupportedError, choices, require_whole
+from leaveout.errors import FormatError, MismatchError, StabilityError, UnsupportedError, choices, require_whole
 from leaveout.executor import run_tasks
 from leaveout.models import find_device
 from leaveout.store import Record, Store
@@ -529,9 +529,7 @@ class TrainingRun:
         strong = self._strong(fitted, removed, settings, asked)
         if strong.any() and isinstance(fitted, Posterior):
             known = self.bank.measurements(asked).retrainings
-            steps = functools.partial(
-                self._newton.effects, ask=query_function(task_of(self.recipe, self.device), asked)
-            )
+            steps = functools.partial(self._stepped, asked=asked, required=bool(settings.steps))
             heavier = effect - fitted.predict(removed)[0]  # what rows that are left weigh more in a new run
             effect, std = mended((effect, std), fitted.predict_unbent(point), removed, strong, known, steps)
             effect = effect + strong * heavier
@@ -569,6 +567,16 @@ class TrainingRun:
             return np.zeros((len(asked), len(removed)), bool)
         measured = np.array([row is not None for row in self.bank.measured_values(asked, removed)])
         return (fitted.share(removed) >= STRONG) & ~measured
+
+    def _stepped(self, x: np.ndarray, asked: Sequence[Query], required: bool) -> np.ndarray:
+        """Effects [queries, sets] by Gauss-Newton steps; NaN where they do not settle and were not asked for, which is told."""
+        try:
+            return self._newton.effects(x, query_function(task_of(self.recipe, self.device), asked))
+        except StabilityError:
+            if required:
+                raise
+            self._tell("Gauss-Newton steps without a set that takes most of what helps do not settle and are left out.")
+            return np.full((len(asked), len(x)), np.nan)
 
     @functools.cached_property
     def _newton(self) -> Newton:

@@ -43,7 +43,8 @@ def mended(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation [queries, sets] of the posterior, mended where a set is strong.
 
-    unbent  the same without what the posterior adds to intervals for such sets; steps: effects by Gauss-Newton steps
+    unbent  the same without what the posterior adds to intervals for such sets; steps: effects by Gauss-Newton steps, NaN
+            where they are not known
     Shapes: x [sets, units], strong [queries, sets].
     """
     mean, std = predicted[0].copy(), predicted[1].copy()
@@ -57,6 +58,8 @@ def mended(
             more = (steps(row) - steps(known.x[list(parts)]).sum(1, keepdims=True))[:, 0]
             whole = known.y[list(parts)].sum(0) + more
             own = predicted[1][:, column]  # parts make it narrower; the steps' doubt alone was too narrow on names
+        if not np.isfinite(whole).all():  # steps that do not settle: the posterior's own answer stays
+            continue
         mean[asked, column] = whole[asked]
         std[asked, column] = np.hypot(own, DOUBT * np.abs(more))[asked]
     return mean, std

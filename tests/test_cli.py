@@ -298,7 +298,12 @@ def test_every_command_has_one_whole_line_of_help(run, monkeypatch):
 def test_the_shell_completes_commands(tmp_path):
     def leaveout(*arguments, **environment):
         program = "import sys; sys.argv[0] = 'leaveout'; from leaveout.cli import main; main()"
-        given = {**os.environ, "HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", **environment}
+        given = {
+            **os.environ,
+            "HOME": str(tmp_path),
+            "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+            **environment,
+        }
         command = [sys.executable, "-c", program, *arguments]
         return subprocess.run(command, env=given, check=False, capture_output=True, text=True)
 
@@ -311,7 +316,9 @@ def test_the_shell_completes_commands(tmp_path):
 
 def test_info_is_sentences_and_json_is_everything(run, idx):
     code, out, _ = run("info", idx)
-    assert code == 0 and "4 rows, from rows.jsonl" in out and "Fields to filter and group by: " in out and "{" not in out
+    assert (
+        code == 0 and "4 rows, from rows.jsonl" in out and "Fields to filter and group by: " in out and "{" not in out
+    )
     assert "Made by: leaveout index" in out and "--json" in out.splitlines()[-1]
 
 

@@ -357,7 +357,9 @@ def test_interval_chart_puts_values_on_one_axis():
         "already_measured": False,
     }
     shown = report.interval_chart([line])
-    assert 'cx="200.0"' in shown and 'cx="386.0"' in shown and "M14.0" in shown  # an effect of 1, 2 when retrained, and 0
+    assert (
+        'cx="200.0"' in shown and 'cx="386.0"' in shown and "M14.0" in shown
+    )  # an effect of 1, 2 when retrained, and 0
     assert "H546.0" not in shown and "<q>" not in shown and "change in nats" in shown
     assert report.interval_chart([{**line, "std": 0.1, "reach": 0.2}]).count('class="bar"') == 2  # one is the key's
     assert "7 more are not drawn" in report.interval_chart([line] * (report.CHART_ROWS + 7))
@@ -429,7 +431,9 @@ def test_suspects_of_a_search_are_predicted_and_verified(leaveout, trained, tmp_
     assert {line["without"] for line in lines} == {", ".join(u for u in recipe.unit_names if u in ids) for ids in best}
     shown = leaveout("predict", place, *asking(*QUERIES), "--sets", sets)[1]
     every = leaveout("predict", place, *asking(*QUERIES), "--sets", sets, "--all-pairs")[1]
-    assert "of 2 effects can be told" in " ".join(shown.split()) and "of 4 effects can be told" in " ".join(every.split())
+    assert "of 2 effects can be told" in " ".join(shown.split()) and "of 4 effects can be told" in " ".join(
+        every.split()
+    )
     for line, (query, ids) in zip(lines, itertools.product(QUERIES, best), strict=True):
         kept = torch.tensor([float(name not in ids) for name in recipe.unit_names])
         actual = query_losses(recipe, train_plain(recipe, kept), [query]).item()

@@ -63,7 +63,9 @@ def test_preference_rows_stay_pairs_whatever_was_learned_of_them(base, tmp_path)
     rows = [{"id": w, "prompt": f"say {w}: ", "chosen": w, "rejected": "no"} for w in WORDS[:3]]
     for targets in ("response", "all"):
         Index.build(str(base), rows, tmp_path / targets, "similarity", targets=targets)
-        written = draft_recipe(tmp_path / targets, tmp_path / f"of {targets}" / "recipe.yaml", model=str(base), epochs=1)
+        written = draft_recipe(
+            tmp_path / targets, tmp_path / f"of {targets}" / "recipe.yaml", model=str(base), epochs=1
+        )
         recipe = Recipe.from_yaml(written)
         assert recipe.loss["kind"] == "dpo" and [e.raw["rejected"] for e in recipe.examples] == ["no"] * 3
 

@@ -149,7 +149,7 @@ def gathered(parts: list[tuple[Any, ...]], base: np.ndarray, trained: np.ndarray
     first.sort()
     if not trained.all():
         first = first[x[first].any(1)]
-    kinds = sum((tuple(p[3]) for p in parts), ())
+    kinds: list[str] = [kind for p in parts for kind in p[3]]
     return Retrainings(x[first], y[first] - base, tuple(kinds[i] for i in first))
 
 

@@ -209,7 +209,10 @@ def make_plan(
     if told is not None:
         choices = [replace(c, error=told) if c.name == ALONE else c for c in choices]
         if any(c.arguments.get("gradient") for c in choices):
-            notes = (*notes, f"The exact first order alone gets about {told:.2g} of these effects wrong, as the run tells.")
+            notes = (
+                *notes,
+                f"The exact first order alone gets about {told:.2g} of these effects wrong, as the run tells.",
+            )
     # Errors within a tenth of each other are equal for what a plan knows; then the cheaper choice is the better one.
     choices.sort(key=lambda c: (round(10 * np.log(max(c.error, 1e-3))), c.seconds))
     return Plan(tuple(choices), costs, stability, budget.seconds, (*notes, *costs.notes, *why))

@@ -99,9 +99,22 @@ def _measured(out: Path, name: str, place: int, scale: Scale, workers: int) -> T
     run = TrainingRun.train(out / f"{name}.yaml", out / name, progress=True)
     settings = _settings(workers, (2, 3) if place == 0 else ())
     run.measure(scale.directions[place], settings=settings)
-    design = "random" if place == 0 else "auto"
-    run.measure(retrain=scale.retrainings[place], design=design, heldout=scale.heldout[place], settings=settings)
+    n, held = scale.retrainings[place], scale.heldout[place]
+    if place == 0:
+        run.measure(retrain=n, design="random", heldout=_other_sets(run, n, held, settings), settings=settings)
+    else:
+        run.measure(retrain=n, heldout=held, settings=settings)
     return run
+
+
+def _other_sets(run: TrainingRun, fitted: int, n: int, settings: MeasureSettings) -> list[list[str]]:
+    """The next n sets of the random design that are not among those that are fitted."""
+    rows = run.design("random", 20 * (fitted + n), settings)
+    known = {row.tobytes() for row in rows[:fitted]}
+    new = dict.fromkeys(row.tobytes() for row in rows if row.tobytes() not in known)
+    found = [np.frombuffer(row) for row in new][:n]
+    names = np.array(run.recipe.unit_names)
+    return [names[row > 0].tolist() for row in found]
 
 
 def _verify_words(
@@ -110,7 +123,8 @@ def _verify_words(
     """Sets of all words of a source, then sets of one word each."""
     ids = {id.split(":")[1]: id for id in run.recipe.ids}
     whole = [[ids[word] for word in found] for found in words.values()]
-    chosen = np.random.default_rng(0).choice(sorted(ids.values()), scale.checked, replace=False)
+    alone = {run.recipe.unit_names[int(row.argmax())] for row in run.bank.vectors_of("heldout") if row.sum() == 1}
+    chosen = np.random.default_rng(0).choice(sorted(set(ids.values()) - alone), scale.checked, replace=False)
     found = run.verify(queries, [*whole, *([str(id)] for id in chosen)], settings=_settings(workers))
     return _part(found, slice(0, len(whole))), _part(found, slice(len(whole), None))
 

@@ -191,7 +191,8 @@ class Store:
 
     def numbers(self, ids: Collection[str]) -> np.ndarray:
         """Row numbers [ids] of live rows; ValueError names an id that has none, TypeError what is no text."""
-        for wrong in (id for id in ids if not isinstance(id, str)):
+        given: Collection[Any] = ids
+        for wrong in (id for id in given if not isinstance(id, str)):
             raise TypeError(f"an id is {wrong!r}: give the text that names one row")
         found = dict(self._snapshot.lookup(ids))
         for missing in (id for id in ids if id not in found):

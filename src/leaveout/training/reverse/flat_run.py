@@ -42,6 +42,15 @@ def passes(recipe: Recipe, device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def refused() -> Iterator[None]:
+    """Tells what torch says of a second pass that it cannot make. Raises: UnsupportedError."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        raise UnsupportedError(NO_REVERSE.format(" ".join(str(error).split())[:200])) from error
+
+
 class FlatRun:
     """A training run whose whole state is one tensor `state` [1 + moments, parameters].
 
@@ -107,7 +116,7 @@ class FlatRun:
         Raises: UnsupportedError, with what torch says, where reverse mode would fail or be wrong.
         """
         part = self.parts(0)[0]
-        try:
+        with refused():
             gradient, back = self.second_pass(part, 0)
             draw = torch.Generator().manual_seed(0)
             along = torch.randn(len(gradient), generator=draw, dtype=gradient.dtype).to(self.device)
@@ -117,8 +126,6 @@ class FlatRun:
             changes = [self._change(part, along, 10.0**-k) for k in (2, 3, 4, 5)]
             ways = [change / change.norm().clamp_min(torch.finfo(gradient.dtype).tiny) for change in changes]
             products, _ = back(torch.stack(ways))
-        except (RuntimeError, NotImplementedError) as error:
-            raise UnsupportedError(NO_REVERSE.format(" ".join(str(error).split())[:200])) from error
         wrong = [
             abs(float(product @ along - change.norm())) > NEAR * float(change.norm()) + ROUGH * float(gradient.norm())
             for product, change, other in zip(products, changes, changes[1:], strict=False)

@@ -33,7 +33,7 @@ from leaveout.training.memory import COPIES, LiveBytes, kept_bytes, largest_part
 from leaveout.training.queries import Queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint, sgd_adjoint
-from leaveout.training.reverse.flat_run import FlatRun, passes
+from leaveout.training.reverse.flat_run import FlatRun, passes, refused
 from leaveout.training.reverse.states import Kept, walk_back
 from leaveout.training.tasks import Task, text_length
 
@@ -291,7 +291,7 @@ def _measured(run: FlatRun, micro_batch: int | None, by_blocks: bool, own: int, 
     part = max(pieces, key=lambda part: sum(text_length(run.recipe.examples[i]) for i in part.numbers))
     peaks, counts = [], (3, 5) if vectorised else (2, 3)  # one alone would free the graph while it goes through it
     for n in counts:
-        with LiveBytes() as live:
+        with refused(), LiveBytes() as live:
             _, back = run.second_pass(part, step)
             back(run.state.new_ones(n, sum(run.sizes)))
             del back

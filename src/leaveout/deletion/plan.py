@@ -47,7 +47,7 @@ GROWTH = 8
 FIRST, PROBE_SHARE = 2, 0.1
 """Real retrainings that a plan begins with, and the part of the budget that all it does may take beside them."""
 LEAST_PROBE = 1.0
-"""CPU seconds that trying may take in any case: a tenth of a few seconds tells nothing of runs that share their steps."""
+"""CPU seconds that trying may take, up to a quarter of the budget: a tenth of a few seconds tells nothing of shared steps."""
 LEAST_SLOPE = 0.5
 """Of what one of 128 retrainings takes that share their steps, the least part that grows with their number."""
 NO_JETS = "No jets: they win where retraining is noisy; give noise=, or jets=True in Python, to have them weighed."
@@ -182,13 +182,13 @@ def make_plan(
     features [units, k]: the units' update vectors; designs for more than FEW units need them
     known    CPU seconds of one of the first retrainings, and those that were spent before
     told     what the exact first order alone gets wrong of these effects, where the run tells it
-    Cost: at most a tenth of the budget or a second; more with jets, which need a check of their series and probes of their own.
+    Cost: at most a tenth of the budget, of a few seconds a quarter; more with jets, which need a check of their series and probes of their own.
     Raises: UnsupportedError if not one choice fits the budget.
     """
     options = RunOptions(device=find_device(device))
     wanted = budget.jets or budget.noise > 0
     stability, degrees, notes = _stability(recipe, options) if wanted else (None, (), (NO_JETS,))
-    (first, spent), allowed = known, max(PROBE_SHARE * budget.seconds, LEAST_PROBE)
+    (first, spent), allowed = known, max(PROBE_SHARE * budget.seconds, min(LEAST_PROBE, budget.seconds / 4))
     costs = probe(recipe, asked, (first, allowed), degrees, options)
     began = time.process_time()
     alone = _alone(recipe, first, allowed, options)

@@ -182,7 +182,8 @@ def make_plan(
     features [units, k]: the units' update vectors; designs for more than FEW units need them
     known    CPU seconds of one of the first retrainings, and those that were spent before
     told     what the exact first order alone gets wrong of these effects, where the run tells it
-    Cost: at most a tenth of the budget, of a few seconds a quarter; more with jets, which need a check of their series and probes of their own.
+    Cost: at most a tenth of the budget, of a few seconds a quarter; more with jets, which need a check of their series and
+        probes of their own.
     Raises: UnsupportedError if not one choice fits the budget.
     """
     options = RunOptions(device=find_device(device))

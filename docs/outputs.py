@@ -99,7 +99,8 @@ def shell(command: str, place: Path) -> str:
     if done.returncode:
         raise RuntimeError(f"`{command}` failed:\n{done.stdout}")
     told = re.sub(r"/\S*/site-packages/", "…/site-packages/", done.stdout.replace(str(place), "/home/you/library"))
-    return "".join(line + "\n" for line in told.splitlines() if not NOISE.search(line))
+    lines = (line for line in told.splitlines() if not NOISE.search(line))
+    return re.sub(r"\n{3,}", "\n\n", "".join(line + "\n" for line in lines).lstrip("\n"))  # bars leave empty lines
 
 
 def form(page: str) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from leaveout.files import TEMPORARY, sync
 from leaveout.models import free_memory
+from leaveout.models.streaming import standing_in
 from leaveout.training.batching import agree, near_runs, some_examples, tried, with_gradients
 from leaveout.training.dropout import dropped
 from leaveout.training.loop import Part, Steps
@@ -147,29 +148,18 @@ class Below:
     def passing(self, part: Part) -> Iterator[None]:
         """While forward passes of a part are made: the lower blocks hand on what is kept of it."""
         given = self.of(part)
-        before = [block.__dict__.get("forward") for block in self.lower]
 
-        def hand_on(number: int) -> Callable[..., Any]:
-            def forward(*args: Any, **named: Any) -> Any:
-                states = args[0] if args else named["hidden_states"]
-                if number + 1 == len(self.lower):
-                    states = given.states
-                    if given.noise is not None:
-                        torch.set_rng_state(given.noise)
-                width = self.widths[number]
-                return (states, *(None for _ in range(1, width))) if width else states
+        def hand_on(number: int, _: Callable[..., Any], *args: Any, **named: Any) -> Any:
+            states = args[0] if args else named["hidden_states"]
+            if number + 1 == len(self.lower):
+                states = given.states
+                if given.noise is not None:
+                    torch.set_rng_state(given.noise)
+            width = self.widths[number]
+            return (states, *(None for _ in range(1, width))) if width else states
 
-            return forward
-
-        for number, block in enumerate(self.lower):
-            block.forward = hand_on(number)
-        try:
+        with standing_in(self.lower, hand_on):
             yield
-        finally:
-            for block, own in zip(self.lower, before, strict=True):
-                del block.forward
-                if own is not None:
-                    block.forward = own
 
     def total(self) -> int:
         """Bytes of all states, by those of one example and the numbers that a batch has of each.

@@ -8,9 +8,8 @@ up is forward over reverse (arXiv 2505.00793), in operations that every model wi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
-from leaveout.models.streaming import blocks_of
+from leaveout.models.streaming import blocks_of, standing_in
 
 Grads = tuple[Tensor, ...]
 
@@ -47,20 +46,6 @@ class Blocks:
         places = {id(p): i for i, p in enumerate(params)}
         self.own = [[places[id(p)] for p in block.parameters() if id(p) in places] for block in self.blocks]
 
-    @contextmanager
-    def handing_on(self, call: Callable[..., Any]) -> Iterator[None]:
-        """While call(number, forward, ...) stands in for the forward of each block."""
-        before = [block.__dict__.get("forward") for block in self.blocks]
-        for number, block in enumerate(self.blocks):
-            block.forward = functools.partial(call, number, block.forward)
-        try:
-            yield
-        finally:
-            for block, own in zip(self.blocks, before, strict=True):
-                del block.forward
-                if own is not None:
-                    block.forward = own
-
 
 class BlockedPass:
     """The first pass of a part of a step: its gradient; and `back`, which goes back through that.
@@ -82,7 +67,7 @@ class BlockedPass:
         self.blocks, self.weights, self.again, self.drops = blocks, weights, again, drops
         self.calls: list[_Call] = []
         self.last: Tensor = weights
-        with blocks.handing_on(self._hand_on):
+        with standing_in(blocks.blocks, self._hand_on):
             value = loss(weights)
         if len(self.calls) != len(blocks.blocks):
             self._refuse()

@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct as it is, nothing is trained. Two indexes of 300 rows: med
 its abstract (PubMedQA), and everyday instructions, each answered by the first half of its answer (Dolly). Asked are 40 rows of
 each in other words (the question with the study's own conclusion; the instruction with the second half of its answer), and 40
 texts each of the other corpus, of annual reports (TAT-QA) and of Wikipedia (WikiText-2). For each the best row's score in times
-of the usual (`usual_best`); and of questions about rows, whether the row itself is the best.
+of the usual (`usual_best`), and what share is above a limit; and of questions about rows, whether the row itself is the best.
 
     python benchmarks/usual.py [--smoke] [--seed 0] [--work DIRECTORY]
 """
@@ -28,6 +28,7 @@ from leaveout.words import NOISE
 from measuring import arguments, made_rows, smollm2, tiny, write_result
 
 ROWS, ASKED, WORDS = 300, 40, 45  # rows of an index, questions of a kind, words of a passage
+LIMITS = (1.0, 1.5, NOISE, 3.0)  # in times of the usual: NOISE is what `verdict` goes by
 
 Pairs = list[tuple[dict[str, str], dict[str, str]]]  # a row, and a question about it
 
@@ -76,7 +77,7 @@ def judged(index: Index, asked: Sequence[dict[str, str]], ids: Sequence[str] | N
     found = find(index, encoded, 1)
     times = np.array([hits[0].score / each for hits, each in zip(found, usual, strict=True)])
     facts = {
-        "questions": len(asked), "above_the_limit": float((times > NOISE).mean()),
+        "questions": len(asked), "above": {str(limit): float((times > limit).mean()) for limit in LIMITS},
         "quartiles": np.quantile(times, [0.05, 0.25, 0.5, 0.75, 0.95]).round(3).tolist(),
     }  # fmt: skip
     if ids is None:
@@ -86,6 +87,7 @@ def judged(index: Index, asked: Sequence[dict[str, str]], ids: Sequence[str] | N
         **facts,
         "row_is_best": float(right.mean()),
         "above_the_limit_and_best": float((right & (times > NOISE)).mean()),
+        "above_the_limit_of_those_that_are_best": float((times > NOISE)[right].mean()) if right.any() else None,
     }
 
 

@@ -92,7 +92,7 @@ def test_pieces_of_a_micro_batch_have_its_masks():
     assert [len(piece.numbers) for piece in pieces] == [3, 1]
     parts = [steps.loss(part) for part in (whole, *pieces)]
     assert relative(float(sum(parts[1:]).detach()), float(parts[0].detach())) < EXACT
-    other = sum(steps.loss(replace(piece, whole=(), first=0)) for piece in pieces)
+    other = sum(steps.loss(replace(piece, whole=(), places=())) for piece in pieces)
     assert relative(float(other.detach()), float(parts[0].detach())) > 1e-4
 
 

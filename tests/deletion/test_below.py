@@ -14,9 +14,10 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.training import below as below_module
 from leaveout.training.below import below_of, lower_blocks
 from leaveout.training.loop import RunOptions, Steps
+from leaveout.training.queries import Query, query_function, query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.repacking import new_run
-from leaveout.training.tasks import task_of
+from leaveout.training.tasks import rows_are_separate, task_of
 from leaveout.training.train import Retrainer, train_plain
 from readout.tiny import TEXTS, make_model, make_tokenizer
 
@@ -156,3 +157,55 @@ def test_new_runs_begin_there_too(dropout):
     found = shared.train(torch.from_numpy(np.where(x == 1, 1.0, 1 - x))[None])
     assert_equal(found, other, torch.from_numpy(1 - x)[None])
     assert retrainer.recipe is recipe and retrainer.steps.recipe is recipe
+
+
+@pytest.mark.parametrize(("family", "alone"), [("llama", False), ("llama", True), ("gpt2", False)])
+def test_rows_of_weight_0_are_left_out_with_dropout(family, alone):
+    trained = LORA if family == "llama" else ("*h.1.*",)
+    recipe = recipe_of(family, trained=trained, dropout=3, accumulate=1)
+    weights = WEIGHTS.clone()
+    weights[:, 1::2] = 0
+    retrainer, seen = Retrainer(recipe), []
+    assert retrainer.separate and retrainer.below is not None and retrainer.batched
+    task = retrainer.task
+    task.learned = lambda model, batch, own=task.learned: seen.append(len(batch[0])) or own(model, batch)
+    found = retrainer.train(weights, together=1 if alone else 3)
+    assert_equal(found, recipe, weights)
+    below = 12 if retrainer.below.draws else 6  # the masks of each step, or the examples
+    assert 0 < sum(seen) - below <= 7 * (3 if alone else 1)  # three of six examples, twice, or one where there is none
+
+
+def test_masks_of_another_axis_are_not_left_out_of():
+    class Turned(nn.Sequential):
+        def forward(self, x):
+            return self[1](nn.functional.dropout(self[0](x).T, 0.5, self.training).T)
+
+    examples = tuple((torch.ones(3) * i, i % 2) for i in range(6))
+    recipe = Recipe(
+        "classifier", examples, model=lambda: Turned(nn.Linear(3, 4), nn.Linear(4, 2)), batch_size=3, dropout=1,
+        optimizer=OptimizerSettings("sgd", 0.1), dtype="float64",
+    )  # fmt: skip
+    task = task_of(recipe)
+    task.separate = True
+    assert not rows_are_separate(recipe, task) and rows_are_separate(recipe.with_(dropout=None), task)
+
+
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_queries_share_what_is_below(family, together):
+    trained = LORA if family == "llama" else ("*h.1.*",)
+    recipe = recipe_of(family, trained=trained, dropout=3)
+    retrainer = Retrainer(recipe)
+    runs = retrainer.train(WEIGHTS, together=together)
+    total = lambda model: sum(p.sum() for p in model.parameters())  # noqa: E731
+    queries = [Query("The ferry left"), Query("It was", measure="margin"), Query(total)]
+    below, calls = retrainer.below, []
+    assert below is not None
+    shared, alone = (query_function(retrainer.task, queries, asking) for asking in (below.asking, None))
+    state = torch.get_rng_state()
+    wanted = query_losses(recipe, runs, alone, task=retrainer.task)
+    block = below.lower[0]
+    block.forward = lambda *given, own=block.forward, **named: calls.append(1) or own(*given, **named)
+    for _ in range(2):
+        assert torch.equal(query_losses(recipe, runs, shared, task=retrainer.task), wanted)
+    assert len(calls) == 1 and torch.equal(torch.get_rng_state(), state)

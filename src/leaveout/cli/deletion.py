@@ -163,6 +163,12 @@ def measure(
     halves: Annotated[
         bool, typer.Option("--halves", help="Two halves of each set that you name, instead of the set.")
     ] = False,
+    most: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of the sets that you name and their halves, the so many that say most of all of them."
+        ),
+    ] = None,
     heldout: Annotated[
         str | None, typer.Option(help="Retrainings for calibration: a number of sets of all kinds, or a file of sets.")
     ] = None,
@@ -202,6 +208,10 @@ def measure(
         )
     if halves and not named:
         raise typer.BadParameter("--halves are those of sets that you name: --without, --without-where or --sets")
+    if most is not None and (halves or not named):
+        raise typer.BadParameter(
+            "--most is of sets that you name and their halves: --without, --without-where or --sets"
+        )
     settings = _settings(workers, backend, memory, seed, sizes, dtype, real)
     opened = open_run(run, device)
     before = len(opened.bank)
@@ -211,7 +221,7 @@ def measure(
         opened.bank.merge(merge / "bank")
     unasked = all(given is None for given in (query, prompt, form, queries, columns, behaviour))
     opened.measure(
-        directions, degree, retrain=retrain, design=design, gradient=gradient, repeats=repeats, halves=halves,
+        directions, degree, retrain=retrain, design=design, gradient=gradient, repeats=repeats, halves=halves, most=most,
         settings=settings,
         without=read_sets(opened, without, without_where, sets) if named else None,
         heldout=None if heldout is None else _heldout(heldout),
@@ -485,7 +495,7 @@ def _measure_command(run: Path, choice: Choice, asked: str, named: str, crew: st
     if arguments.get("without") is not None:
         parts.append(named)
     sizes = ",".join(map(str, settings.sizes)) if settings else ""
-    counts = {name: arguments.get(name) or None for name in ("heldout", "repeats")}
+    counts = {name: arguments.get(name) or None for name in ("most", "heldout", "repeats")}
     parts += [_options(**counts, sizes=sizes or None), asked]
     parts.append(crew)
     return " ".join(["leaveout measure", shlex.quote(str(run)), *filter(None, parts)])

@@ -19,9 +19,10 @@ import torch
 
 from leaveout.deletion import directions
 from leaveout.deletion.heldout import HeldOut
+from leaveout.deletion.kernels import Kernel
 from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
 from leaveout.deletion.noise import LEAST_REPEATS
-from leaveout.deletion.posterior import LARGEST, NUGGET, default_kernel, expected_error
+from leaveout.deletion.posterior import LARGEST, MOST_SETS, NUGGET, default_kernel, expected_error, telling
 from leaveout.deletion.sets import DeletionSets
 from leaveout.errors import LeaveoutError, UnsupportedError
 from leaveout.models import find_device
@@ -389,11 +390,15 @@ class _Prior:
     def __init__(self, sizes: np.ndarray, features: np.ndarray | None) -> None:
         self.full, self.curved = default_kernel(sizes, features), default_kernel(sizes, features, exact=True)
 
+    def of(self, exact: bool) -> Kernel:
+        """The kernel; `exact`: the first order is known."""
+        return self.curved if exact else self.full
+
     def error(
         self, sets: DeletionSets, x: np.ndarray, jets: list[tuple[np.ndarray, int]], exact: bool, noise: float
     ) -> float:
         """Expected relative error, mean over sets; `exact`: the first order is known."""
-        kernel = self.curved if exact else self.full
+        kernel = self.of(exact)
         share = np.sqrt(kernel.diagonal(sets.x) / self.full.diagonal(sets.x))
         left = expected_error(kernel, jets, x, sets.x, max(NUGGET, noise**2))
         return float((left * share).mean())
@@ -405,6 +410,9 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
     if costs.retraining.of(len(sets)) <= cpu and not budget.noise and not budget.examples:
         yield spend.named()
     runs = costs.retraining.affordable(cpu) - heldout
+    some = 0 if budget.examples or len(sets) > MOST_SETS else runs
+    if some > 0:
+        yield spend.some(some)
     if runs >= 8:
         yield spend.make("retrainings", retrain=min(runs, 4 * units))
     if units <= directions.FEW and runs >= units * (units + 1) // 2:
@@ -422,6 +430,8 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
     if costs.gradient is None or costs.gradient > cpu:
         return
     rest = costs.retraining.affordable(cpu - costs.gradient) - heldout
+    if 0 < min(some, rest) < len(sets):  # of sets that are retrained, the first order is known
+        yield spend.some(rest, gradient=True)
     if rest >= 8:
         yield spend.make("exact first order, and retrainings", retrain=min(rest, 4 * units), gradient=True)
     else:
@@ -465,6 +475,14 @@ class _Spending:
         arguments = {"without": self.sets, "queries": self.asked}
         return Choice("retraining the sets themselves", arguments, seconds, *self._bytes(len(self.sets), 0, 0), 0.0)
 
+    def some(self, runs: int, gradient: bool = False) -> Choice:
+        """The sets, and halves of them, that say most of all of them."""
+        x = telling(self.sets.x, runs, self.prior.of(gradient))
+        whole = int((x[:, None] == self.sets.x[None]).all(2).any(1).sum())
+        sets = "the sets themselves" if whole == len(np.unique(self.sets.x, axis=0)) else f"{whole} of the sets"
+        name = f"retraining {sets}{f', and {len(x) - whole} halves of them' if len(x) > whole else ''}"
+        return self.make(f"exact first order, and {name}" if gradient else name, gradient=gradient, chosen=x)
+
     def make(
         self,
         name: str,
@@ -474,10 +492,13 @@ class _Spending:
         gradient: bool = False,
         pairs: bool = False,
         heldout: int | None = None,
+        chosen: np.ndarray | None = None,
     ) -> Choice:
         settings, design = MeasureSettings(sizes=self.sizes), "all pairs" if pairs else "auto"
-        x = directions.design(design, retrain, self.units, settings.seed, settings.sizes, self.features)
-        x = x[np.sort(np.unique(x, axis=0, return_index=True)[1])]
+        x = chosen
+        if x is None:
+            x = directions.design(design, retrain, self.units, settings.seed, settings.sizes, self.features)
+            x = x[np.sort(np.unique(x, axis=0, return_index=True)[1])]
         retrain = len(x)  # with few units there are not as many different sets as could be paid for
         if heldout is None:
             drawer = HeldOut(self.units, settings.seed + 1000, settings.sizes, x, None, np.zeros((0, self.units)))
@@ -489,7 +510,9 @@ class _Spending:
         cpu = self.costs.retraining.of(len(x) + heldout) + (self.costs.jets[degree].of(jets) if jets else 0.0)
         cpu += (self.costs.gradient or 0.0) if gradient else 0.0
         arguments: dict[str, Any] = {"heldout": heldout, "settings": settings, "queries": self.asked}
-        if retrain:
+        if chosen is not None:
+            arguments |= {"without": self.sets, "most": retrain}
+        elif retrain:
             arguments |= {"retrain": retrain} | ({"design": design} if pairs else {})
         if jets:
             arguments |= {"directions": jets, "degree": degree}

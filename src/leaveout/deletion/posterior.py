@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaveout.deletion.directions import FEW
+from leaveout.deletion.directions import FEW, halved
 from leaveout.deletion.kernels import ORDERS, FewUnits, Kernel, ManyUnits, similar_units
 from leaveout.deletion.measurements import JetBlock, Measurements
 from leaveout.errors import UnsupportedError
@@ -27,6 +27,8 @@ KNOWN = 1e-3
 CONCENTRATED = 16.0
 """Relative error that is added for a set which removes all that helps a query, falling with the cube of that share
 (found on names, see docs/evidence/deletion.md)."""
+WITH_HALVES, MOST_SETS = 300, 1500
+"""Deletion sets among which the most telling ones are looked for, with halves and without, at most."""
 LARGEST = 12_000
 """Measurements in one Gram matrix: 1.2 GB in float64."""
 
@@ -166,6 +168,33 @@ def expected_error(
     cross = np.concatenate([_covariance(kernel, r, _Rows(sets, 0)) for r in rows])
     known = (cross * np.linalg.solve(gram, cross)).sum(0)
     return np.sqrt(np.clip(1 - known / prior, 0, 1))
+
+
+def telling(x: np.ndarray, n: int, kernel: Kernel, seed: int = 0) -> np.ndarray:
+    """Of sets x [sets, units], and of halves of them, the n whose retraining says most about all of x: [at most n, units].
+
+    They are chosen one after the other, each where the mean deviation that is left, relative to that of the effect itself,
+    falls most; that takes no measured value. Of more than WITH_HALVES sets no halves are tried.
+    Raises: ValueError for more than MOST_SETS.
+    """
+    if len(x := _unique(x)) > MOST_SETS:
+        raise ValueError(
+            f"there are {len(x):,} sets to choose from, and at most {MOST_SETS:,} can be compared: name fewer"
+        )
+    tried = _unique(np.concatenate([x, halved(x, seed) if len(x) <= WITH_HALVES else x[:0]]))  # which begins with x
+    left, prior = _covariance(kernel, _Rows(tried, 0), _Rows(tried, 0)), kernel.diagonal(x)
+    chosen: list[int] = []
+    while len(chosen) < min(n, len(tried)):
+        own, cross = np.diag(left) + NUGGET, left[:, : len(x)]
+        after = np.sqrt(np.maximum(np.diag(left)[: len(x)] - cross**2 / own[:, None], 0) / prior).mean(1)
+        after[chosen] = np.inf
+        chosen.append(best := int(after.argmin()))
+        left -= np.outer(left[best], left[best]) / own[best]
+    return tried[chosen]
+
+
+def _unique(x: np.ndarray) -> np.ndarray:
+    return x[np.sort(np.unique(x, axis=0, return_index=True)[1])]
 
 
 def _own_error(rows: list[_Rows], gram: np.ndarray, nugget: float) -> np.ndarray:

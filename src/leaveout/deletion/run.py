@@ -33,7 +33,7 @@ from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, Measure
 from leaveout.deletion.newton import Newton, cheaper
 from leaveout.deletion.noise import LEAST_REPEATS
 from leaveout.deletion.plan import FIRST, RUNS_A_REPEAT, Budget, Plan, make_plan, sizes_of
-from leaveout.deletion.posterior import Posterior
+from leaveout.deletion.posterior import Posterior, default_kernel, telling
 from leaveout.deletion.predict import NEW_RUN, SAME_RUN, Curve, Prediction, Verification, meaning_of
 from leaveout.deletion.progress import progress
 from leaveout.deletion.sets import DeletionSets, Without, deletion_sets
@@ -176,6 +176,7 @@ class TrainingRun:
         design: str = "auto",
         without: Without | None = None,
         halves: bool = False,
+        most: int | None = None,
         heldout: Without | int | None = None,
         gradient: bool = False,
         repeats: int = 0,
@@ -187,6 +188,8 @@ class TrainingRun:
         directions, degree  jet runs along complex uniform directions, or real orthogonal ones (settings.real)
         retrain, design     retrainings by a design (see `directions.DESIGNS`); without: retrain these deletion sets as well
         halves              retrain two random halves of each set of `without` instead of the set: they say of its parts, too
+        most                of the sets of `without`, and of two halves of each, retrain the so many that say most about all of
+                            those sets (`posterior.telling`)
         heldout             deletion sets, or a number of them of the kinds that may be asked about (see `deletion.heldout`),
                             retrained to calibrate standard deviations
         gradient            the exact first order of the queries (which then must be given)
@@ -204,6 +207,12 @@ class TrainingRun:
             raise ValueError(f"repeats is {repeats}: a deviation takes at least {LEAST_REPEATS} runs, 0 measures none")
         if halves and without is None:
             raise ValueError("halves are those of sets that you name: give them with without=")
+        if most is not None:
+            require_whole("most", most, 1)
+            if without is None or halves:
+                raise ValueError(
+                    "most is of sets that you name and their halves: give it with without=, and no halves="
+                )
         given = None if without is None else deletion_sets(self.recipe, without)
         held = heldout if heldout is None or isinstance(heldout, int) else deletion_sets(self.recipe, heldout)
         asked = None if queries is None else as_queries(queries)
@@ -218,6 +227,8 @@ class TrainingRun:
         parts = [] if given is None else [(given.x, "given", "fit")]
         if given is not None and halves:
             parts = [(halved(given.x, settings.seed), "halves", "fit")]
+        if given is not None and most is not None:
+            parts = [(self._telling(given.x, most, gradient, settings.seed), "telling", "fit")]
         if retrain:
             parts.append((self.design(design, retrain, settings), design, "fit"))
             more = "different sets of these sizes; give --sizes, or another --design"
@@ -359,6 +370,10 @@ class TrainingRun:
             "sets of these sizes that are not fitted; give --sizes" if settings.sizes else "sets that are not fitted"
         )
         self._tell_fewer(x, n, "held out", sizes)
+
+    def _telling(self, x: np.ndarray, n: int, exact: bool, seed: int) -> np.ndarray:
+        """Of sets x [sets, units] and their halves, the n that say most about x where the first order is known, or is not."""
+        return telling(x, n, default_kernel(self.bank.sizes, self._known_of_units(), exact), seed)
 
     def _known_of_units(self) -> np.ndarray | None:
         """What says which units are alike; None for few units, and where update vectors cannot be had, which is said."""
@@ -771,7 +786,6 @@ class _Task:
 @dataclass
 class _Worker:
     recipe: Recipe
-    ask: Any
     memory: int | None
     work: Path
     device: torch.device
@@ -783,6 +797,19 @@ class _Worker:
         """Made with the first retraining."""
         return Retrainer(self.recipe, RunOptions(self.work, memory=self.memory, device=self.device))
 
+    @functools.cached_property
+    def ask(self) -> Any:
+        """What is asked of the model in jets; None where parameters are kept."""
+        return None if self.queries is None else query_function(task_of(self.recipe, self.device), self.queries)
+
+    @functools.cached_property
+    def values(self) -> Any:
+        """What is asked of retrained models, which share what is below the lowest trained block; None as for `ask`."""
+        if self.queries is None:
+            return None
+        below = self.retrainer.below
+        return query_function(self.retrainer.task, self.queries, None if below is None else below.asking)
+
 
 def _start(
     recipe: Recipe,
@@ -792,9 +819,7 @@ def _start(
     device: str | torch.device,
     progress: bool,
 ) -> _Worker:
-    place = find_device(device)  # of several GPUs that of this worker
-    ask = None if asked is None else query_function(task_of(recipe, place), asked)
-    return _Worker(recipe, ask, memory, work, place, asked, progress)
+    return _Worker(recipe, memory, work, find_device(device), asked, progress)  # of several GPUs that of this worker
 
 
 def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
@@ -849,8 +874,8 @@ def _new_runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np
 
 def _asked(worker: _Worker, params: Parameters) -> dict[str, np.ndarray]:
     """What the bank keeps of trained parameters [runs, ...]."""
-    if worker.ask is not None:
-        values = query_losses(worker.recipe, params, worker.ask, worker.device, worker.retrainer.task)
+    if worker.values is not None:
+        values = query_losses(worker.recipe, params, worker.values, worker.device, worker.retrainer.task)
         return {"values": values.double().numpy()}
     return {"parameters": torch.cat([p.flatten(1) for p in params.values()], 1).numpy()}
 

@@ -9,12 +9,13 @@ run with lower blocks that only hand it on, so that masks, positions and all els
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from leaveout.models.streaming import standing_in
 from leaveout.training.batching import agree, near_runs, some_examples, tried, with_gradients
 from leaveout.training.dropout import dropped
 from leaveout.training.loop import Part, Steps
-from leaveout.training.tasks import losses_on
+from leaveout.training.tasks import Batch, losses_on
 
 SHARE = 8
 """What is kept in memory is at most this part of it: of the memory that is given, or of what is free."""
@@ -84,15 +85,15 @@ class Below:
 
     def of(self, part: Part) -> _Kept:
         """The states of a micro-batch [examples, ...], padded as the model's batch is."""
+        whole, some = part.whole or part.numbers, list(part.places)
         if self.draws:
-            return self._found(f"{part.seed}", lambda: self._computed(part, part.seed))
-        rows = [
-            self._found(f"{n}", lambda n=n: self._computed(Part((n,), None, 1.0), None)).states for n in part.numbers
-        ]
+            kept = self._found(f"{part.seed}", lambda: self._computed(Part(whole, None, 1.0), part.seed))
+            return replace(kept, states=kept.states[some]) if some else kept
+        rows = [self._found(f"{n}", lambda n=n: self._computed(Part((n,), None, 1.0), None)).states for n in whole]
         if rows[0].dim() > 2:  # [texts of the example, tokens, ...]
             longest = max(row.shape[1] for row in rows)
             rows = [F.pad(row, (0, 0) * (row.dim() - 2) + (0, longest - row.shape[1])) for row in rows]
-        return _Kept(torch.cat(rows))
+        return _Kept(torch.cat([rows[i] for i in some] or rows))
 
     def _found(self, name: str, make: Callable[[], _Kept]) -> _Kept:
         if name in self.kept:
@@ -114,26 +115,30 @@ class Below:
             os.replace(temporary, file)
         return made
 
-    @torch.no_grad()
     def _computed(self, part: Part, seed: int | None) -> _Kept:
-        """What the lower blocks make of a micro-batch; what each of them gives is looked at."""
-        steps, found, widths = self.steps, list[_Kept](), dict[int, int]()
+        """What the lower blocks make of a micro-batch."""
+        batch, _ = self.steps.fed(part)
+        with self.steps.passing(Part(part.numbers, None, 1.0, seed)):
+            return self._seen(lambda model: self.steps.task.learned(model, batch), self.draws)
+
+    @torch.no_grad()
+    def _seen(self, go: Callable[[nn.Module], Any], draws: bool = False) -> _Kept:
+        """What the lower blocks make of what the model is given there; what each of them gives is looked at."""
+        found, widths = list[_Kept](), dict[int, int]()
 
         def look(number: int) -> Callable[..., None]:
             def hook(_: nn.Module, __: Any, given: Any) -> None:
                 widths[number] = len(given) if isinstance(given, tuple) else 0
                 if number + 1 == len(self.lower):
                     states = given[0] if isinstance(given, tuple) else given
-                    found.append(_Kept(states.detach().clone(), torch.get_rng_state() if self.draws else None))
+                    found.append(_Kept(states.detach().clone(), torch.get_rng_state() if draws else None))
                     raise _Reached
 
             return hook
 
         hooks = [block.register_forward_hook(look(number)) for number, block in enumerate(self.lower)]
-        batch, _ = steps.fed(part)
         try:
-            with steps.passing(Part(part.numbers, None, 1.0, seed)):
-                steps.task.learned(steps.task.model, batch)
+            go(self.steps.task.model)
         except _Reached:
             self.widths = [widths[number] for number in range(len(self.lower))]
             return found[0]
@@ -144,11 +149,17 @@ class Below:
 
     # --- using ---------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def passing(self, part: Part) -> Iterator[None]:
+    def passing(self, part: Part) -> AbstractContextManager[None]:
         """While forward passes of a part are made: the lower blocks hand on what is kept of it."""
-        given = self.of(part)
+        return self._handing(self.of(part))
 
+    def asking(self, batch: Batch, go: Callable[[nn.Module], Any]) -> AbstractContextManager[None]:
+        """The same of a batch of queries, which a model is given by `go`."""
+        name = hashlib.sha256(b"".join(f"{t.shape}".encode() + t.cpu().numpy().tobytes() for t in batch)).hexdigest()
+        return self._handing(self._found(f"asked-{name[:32]}", lambda: self._seen(go)))
+
+    @contextmanager
+    def _handing(self, given: _Kept) -> Iterator[None]:
         def hand_on(number: int, _: Callable[..., Any], *args: Any, **named: Any) -> Any:
             states = args[0] if args else named["hidden_states"]
             if number + 1 == len(self.lower):

@@ -44,7 +44,7 @@ class Part:
     sizes    what the loss of each counts [examples], None where all count alike
     seed     of its dropout masks, None where nothing is dropped
     divisor  of its sum: that of the whole step, or of this part where the recipe wants it; whatever the weights are
-    whole    where masks are drawn for a larger micro-batch, the examples of that; first: the place of the first one here
+    whole    where masks are drawn for a larger micro-batch, the examples of that; places: of the examples here in it
     """
 
     numbers: tuple[int, ...]
@@ -52,7 +52,7 @@ class Part:
     divisor: float
     seed: int | None = None
     whole: tuple[int, ...] = ()
-    first: int = 0
+    places: tuple[int, ...] = ()
 
     def loss(self, losses: Any, weights: Any = None) -> Any:
         """What this part adds to the loss of its step. Shapes: losses and weights [..., examples]."""
@@ -61,33 +61,36 @@ class Part:
 
     def only(self, kept: Sequence[int]) -> Part:
         """The same without some of its examples, for where the weights of these are 0."""
-        places = [i for i, number in enumerate(self.numbers) if number in set(kept)]
-        sizes = None if self.sizes is None else self.sizes[places]
-        return Part(tuple(self.numbers[i] for i in places), sizes, self.divisor, self.seed)
+        chosen = set(kept)
+        return self._some([i for i, number in enumerate(self.numbers) if number in chosen])
 
     def pieces(self, size: int) -> list[Part]:
         """The same in parts of at most so many examples, with the masks that they have in the whole."""
         if len(self.numbers) <= size:
             return [self]
-        whole = () if self.seed is None else self.numbers
-        return [
-            Part(
-                self.numbers[i : i + size], None if self.sizes is None else self.sizes[i : i + size], self.divisor,
-                self.seed, whole, i,
-            )
-            for i in range(0, len(self.numbers), size)
-        ]  # fmt: skip
+        n = len(self.numbers)
+        return [self._some(range(i, min(n, i + size))) for i in range(0, n, size)]
+
+    def _some(self, chosen: Sequence[int]) -> Part:
+        """The same with the examples at these places of it, which keep their masks."""
+        numbers = tuple(self.numbers[i] for i in chosen)
+        sizes = None if self.sizes is None else self.sizes[list(chosen)]
+        if self.seed is None or len(chosen) == len(self.numbers):
+            return replace(self, numbers=numbers, sizes=sizes)
+        places = self.places or range(len(self.numbers))
+        return replace(
+            self,
+            numbers=numbers,
+            sizes=sizes,
+            whole=self.whole or self.numbers,
+            places=tuple(places[i] for i in chosen),
+        )
 
     @property
     def weights(self) -> Tensor:
         """What part of a step's loss each example has [examples]; 1 where it has none, and so no gradient."""
         sizes = torch.ones(len(self.numbers), dtype=torch.float64) if self.sizes is None else self.sizes.double()
         return torch.where(sizes > 0, sizes / self.divisor, 1.0)
-
-    @property
-    def places(self) -> range:
-        """Of its examples in `whole`."""
-        return range(self.first, self.first + len(self.numbers))
 
 
 KEPT = 2**28
@@ -133,14 +136,16 @@ class Steps:
 
     def fed(self, part: Part) -> tuple[Batch, Tensor]:
         """The batch of a part, and the numbers of its examples [examples], where the model is."""
-        if not part.whole and (kept := self._kept.get(part.numbers)) is not None:
-            return kept
-        batch = self.task.batch([self.recipe.examples[i] for i in part.whole or part.numbers])
         if part.whole:
-            batch = tuple(t[part.first : part.first + len(part.numbers)] for t in batch)
+            batch, numbers = self.fed(Part(part.whole, None, 1.0))
+            some = sent(torch.tensor(part.places), self.task.device)
+            return tuple(t[some] for t in batch), numbers[some]
+        if (kept := self._kept.get(part.numbers)) is not None:
+            return kept
+        batch = self.task.batch([self.recipe.examples[i] for i in part.numbers])
         places = sent(torch.tensor(part.numbers), self.task.device)
         size = sum(t.nbytes for t in (*batch, places))
-        if size <= self._room and not part.whole:
+        if size <= self._room:
             self._room -= size
             self._kept[part.numbers] = batch, places
         return batch, places

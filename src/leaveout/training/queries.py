@@ -6,6 +6,7 @@ The same function runs on an ordinary model, on a stack of retrained ones, in je
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from leaveout.training.digest import digest_of
 from leaveout.training.examples import IGNORED, as_row
 from leaveout.training.memory import plain_formulas
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Bound, Parameters, Task, task_of, token_losses
+from leaveout.training.tasks import Batch, Bound, Parameters, Task, task_of, token_losses
 
 TOGETHER = 8
 """Queries that share one forward pass."""
@@ -153,8 +154,15 @@ def in_sides(queries: Sequence[Query]) -> list[Query]:
     return [replace(q, row=text) for q in queries for text in texts_of([q.row])]
 
 
-def query_function(task: Task, queries: Sequence[Query]) -> Callable[[nn.Module], Tensor]:
-    """The function model -> values [queries] of a task's model; rows are encoded once."""
+Asking = Callable[[Batch, Callable[[nn.Module], Any]], AbstractContextManager[None]]
+"""What is around a forward pass of a batch, which a model is given by a function."""
+
+
+def query_function(task: Task, queries: Sequence[Query], asking: Asking | None = None) -> Callable[[nn.Module], Tensor]:
+    """The function model -> values [queries] of a task's model; rows are encoded once.
+
+    asking: what is around the passes of rows (`Below.asking`); functions of the model do as they do
+    """
     groups: list[tuple[list[Query], Any]] = []
     for q in in_sides(queries):
         if callable(q.row):
@@ -166,7 +174,7 @@ def query_function(task: Task, queries: Sequence[Query]) -> Callable[[nn.Module]
     encoded = [(group, None if kind is None else _encoded(task, group)) for group, kind in groups]
 
     def values(model: nn.Module) -> Tensor:
-        found = torch.cat([_values(task, model, group, batch) for group, batch in encoded])
+        found = torch.cat([_values(task, model, group, batch, asking) for group, batch in encoded])
         if not any(isinstance(q.row, Behaviour) for q in queries):
             return found
         return torch.stack(summed([q.row for q in queries], (found[i] for i in range(len(found)))))
@@ -186,14 +194,16 @@ def _encoded(task: Task, group: Sequence[Query]) -> Any:
         raise FormatError(f"{group[0].source}: {text}" if group[0].source else str(error)) from None
 
 
-def _values(task: Task, model: nn.Module, group: Sequence[Query], batch: Any) -> Tensor:
+def _values(task: Task, model: nn.Module, group: Sequence[Query], batch: Any, asking: Asking | None = None) -> Tensor:
     if batch is None:
         return torch.stack([q.row(model).reshape(()) for q in group])
     if task.outputs is None:
         if any(q.measure != "loss" for q in group):
             raise UnsupportedError("A custom recipe has no logits: ask for the loss, or give a function of the model.")
         return task.loss(model, batch)
-    logits, targets = task.outputs(model, batch)
+    outputs = task.outputs
+    with nullcontext() if asking is None else asking(batch, lambda m: outputs(m, batch)):
+        logits, targets = outputs(model, batch)
     # Each query's own mean, also where the recipe's loss is a mean over the tokens of a batch.
     losses = token_losses(logits, targets) if any(q.measure == "loss" for q in group) else None
     if losses is not None and all(q.measure == "loss" for q in group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from leaveout.models import (
 )
 from leaveout.models.identity import hash_tokenizer
 from leaveout.training import microgpt
+from leaveout.training.dropout import dropped
 from leaveout.training.examples import IGNORED, Asked, RowEncoder, as_row, asked, check_pair, too_long, unmarked
 from leaveout.training.recipe import Recipe
 from leaveout.training.start import made_by, module_of, pair_of, refuse_another_start, tried_numbers, try_loss
@@ -219,15 +221,32 @@ def rows_are_separate(recipe: Recipe, task: Task) -> bool:
     """Whether examples can be left out of a batch without changing the losses of the others.
 
     Tried, where the task means it so, with the shortest and the longest example, together and alone: an attention that
-    sees padding, or positions that are scaled by the longest example, are found out.
+    sees padding, or positions that are scaled by the longest example, are found out. With dropout also with the masks that
+    they have together.
     """
-    if not task.separate or recipe.dropout is not None:  # the masks are those of the whole batch
+    if not task.separate or task.packed is not None:
         return False
     pair = [pick(recipe.examples, key=text_length) for pick in (min, max)]
+    near = functools.partial(torch.allclose, rtol=1e-7 if recipe.dtype == "float64" else 3e-5, atol=0.0)
     with torch.no_grad():
-        together = task.loss(task.model, task.batch(pair))
+        together = task.loss(task.model, batch := task.batch(pair))
         alone = torch.cat([task.loss(task.model, task.batch([one])) for one in pair])
-    return torch.allclose(together, alone, rtol=1e-7 if recipe.dtype == "float64" else 3e-5, atol=0.0)
+        return near(together, alone) and (recipe.dropout is None or _masks_are_separate(task, batch, near))
+
+
+def _masks_are_separate(task: Task, pair: Batch, near: Callable[[Tensor, Tensor], bool]) -> bool:
+    """Whether each of two examples alone can have the masks that it has in the batch of both."""
+    with dropped(task.model, 0):
+        together = task.learned(task.model, pair)
+    try:
+        for place in range(2):
+            with dropped(task.model, 0, [place], 2):
+                alone = task.learned(task.model, tuple(t[place : place + 1] for t in pair))
+            if not near(together[place : place + 1], alone):
+                return False
+    except UnsupportedError:  # a tensor whose first axis is not that of the examples
+        return False
+    return True
 
 
 def text_length(example: object) -> int:

@@ -407,7 +407,7 @@ class _Prior:
 def _choices(spend: _Spending) -> Iterator[Choice]:
     units, sets, costs, budget = spend.units, spend.sets, spend.costs, spend.budget
     cpu, heldout = budget.seconds * budget.workers, spend.heldout
-    if costs.retraining.of(len(sets)) <= cpu and not budget.noise and not budget.examples:
+    if costs.retraining.of(spend.different) <= cpu and not budget.noise and not budget.examples:
         yield spend.named()
     runs = costs.retraining.affordable(cpu) - heldout
     some = 0 if budget.examples or len(sets) > MOST_SETS else runs
@@ -430,7 +430,7 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
     if costs.gradient is None or costs.gradient > cpu:
         return
     rest = costs.retraining.affordable(cpu - costs.gradient) - heldout
-    if 0 < min(some, rest) < len(sets):  # of sets that are retrained, the first order is known
+    if 0 < min(some, rest) < spend.different:  # of sets that are retrained, the first order is known
         yield spend.some(rest, gradient=True)
     if rest >= 8:
         yield spend.make("exact first order, and retrainings", retrain=min(rest, 4 * units), gradient=True)
@@ -470,17 +470,23 @@ class _Spending:
     def prior(self) -> _Prior:
         return _Prior(np.bincount(self.recipe.unit_of.numpy()).astype(np.float64), self.features)
 
+    @functools.cached_property
+    def different(self) -> int:
+        """How many of the sets are, as equal ones are retrained once."""
+        return len(np.unique(self.sets.x, axis=0))
+
     def named(self) -> Choice:
-        seconds = self.costs.retraining.of(len(self.sets)) / self.budget.workers
+        seconds = self.costs.retraining.of(self.different) / self.budget.workers
         arguments = {"without": self.sets, "queries": self.asked}
-        return Choice("retraining the sets themselves", arguments, seconds, *self._bytes(len(self.sets), 0, 0), 0.0)
+        return Choice("retraining the sets themselves", arguments, seconds, *self._bytes(self.different, 0, 0), 0.0)
 
     def some(self, runs: int, gradient: bool = False) -> Choice:
         """The sets, and halves of them, that say most of all of them."""
         x = telling(self.sets.x, runs, self.prior.of(gradient))
         whole = int((x[:, None] == self.sets.x[None]).all(2).any(1).sum())
-        sets = "the sets themselves" if whole == len(np.unique(self.sets.x, axis=0)) else f"{whole} of the sets"
-        name = f"retraining {sets}{f', and {len(x) - whole} halves of them' if len(x) > whole else ''}"
+        name = "retraining " + ("the sets themselves" if whole == self.different else f"{whole} of the sets")
+        if halves := len(x) - whole:
+            name += f", and {'one half' if halves == 1 else f'{halves} halves'} of them"
         return self.make(f"exact first order, and {name}" if gradient else name, gradient=gradient, chosen=x)
 
     def make(

@@ -100,6 +100,24 @@ def test_every_command_that_takes_rows_takes_tables_and_columns(run, model, tmp_
     assert code == 2 and "--columns must be our name=its name, with commas, got 'prompt'" in " ".join(err.split())
 
 
+def test_a_search_says_what_was_asked_and_what_a_filter_lets_through(run, idx, tmp_path):
+    asked = ("search", idx, "--prompt", TEXTS[5], "--query", TEXTS[1])
+    for form in ("messages", "prompt"):
+        assert run(*asked, "--form", form)[1].startswith(f"Asked: {TEXTS[5]} {TEXTS[1]}\n")
+    none = """No row satisfies "source = 'nowhere'": source has 'web', none, 'book'."""
+    filtered = ("--where", "source = 'nowhere'")
+    code, out, _ = run(*asked, *filtered, "--html", tmp_path / "page.html")
+    assert code == 0 and " ".join(out.split()).endswith(none) and "rank" not in out
+    assert "source has" in (tmp_path / "page.html").read_text()
+    assert json.loads(run(*asked, *filtered, "--json")[1])["note"] == none
+    wanted = ("--wanted", tmp_path / "rows.jsonl", "--out", tmp_path / "best.jsonl")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": TEXTS[1]}))
+    for command in (("groups", idx, "--query", TEXTS[1]), ("select", idx, *wanted)):
+        code, _, err = run(*command, *filtered)
+        assert code == 1 and none in err
+    assert not (tmp_path / "best.jsonl").exists()
+
+
 def test_index_run_again_reopens_the_finished_index(run, idx, model, rows):
     code, out, _ = run("index", model, rows, "--out", idx, "--json")
     assert code == 0

@@ -161,7 +161,13 @@ def test_verify_compares_with_plain_retraining(leaveout, trained, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert page.count('class="ring"') == page.count('class="dot"') == 6 + 1  # and in the key
     code, out, _ = leaveout("verify", trained / "run", *ask)
-    assert code == 0 and "inside" in out and "coverage" in out
+    assert code == 0 and "1 more set had been measured before, and is not counted." in " ".join(out.split())
+    shutil.copytree(trained / "run", tmp_path / "run")
+    code, out, _ = leaveout("verify", tmp_path / "run", *asking(*QUERIES), "--without", "c,d")
+    said = " ".join(out.split())
+    assert (
+        "Of 2 retrained values" in said and "Half of the 2 predictions miss the retrained effect by less than" in said
+    )
 
 
 def test_new_runs_are_measured_predicted_and_verified(leaveout, trained, tmp_path):
@@ -228,7 +234,7 @@ def test_plan_lists_choices_whose_commands_run(leaveout, trained, tmp_path):
             1,
             "no unit and no example with the id 'nobody'",
         ),
-        (["predict", "RUN", "--query", "nina", "--without-where", "unit = 'z'"], 1, "nothing would be left out"),
+        (["predict", "RUN", "--query", "nina", "--without-where", "unit = 'z'"], 1, "No example satisfies"),
         (["predict", "RUN", "--query", "nina", "--without-where", "nosuch = 1"], 1, "nosuch"),
         (
             ["predict", "RUN", "--query", "nina", "--without", "a", "--estimator", "oracle"],

@@ -135,3 +135,11 @@ def test_the_command_says_what_was_not_said(indexes, base, tmp_path, monkeypatch
     assert recipe.trained == {"lora": {"r": 2, "alpha": 16, "targets": ["c_attn", "c_proj"]}}
     code, _, told = run_command(monkeypatch, capsys, *asked)
     assert code == 1 and "is there already" in told
+
+
+def test_rows_that_are_longer_than_the_model_reads_are_cut_where_it_ends(base, tmp_path):
+    rows = [*ROWS, {"id": "long", "prompt": "say all: ", "completion": " ".join(WORDS) * 2}]
+    Index.build(str(base), rows, tmp_path / "idx", "similarity")
+    written = draft_recipe(tmp_path / "idx", tmp_path / "recipe.yaml", epochs=1)
+    assert "max_tokens: 32  # not said: what the model reads; 1 row is longer, and is cut" in written.read_text()
+    TrainingRun.train(written, tmp_path / "run")

@@ -12,7 +12,7 @@ from command import run_command
 from leaveout import Index, Recipe
 from leaveout.corpus import Corpus, render
 from leaveout.corpus.chat import chosen_template
-from leaveout.corpus.rows import asked_row
+from leaveout.corpus.rows import asked_row, in_words
 from leaveout.errors import FormatError, MismatchError
 from leaveout.readout.opened import row_of
 from leaveout.training.queries import Query
@@ -132,10 +132,10 @@ def test_predictions_ask_in_the_commonest_form(run, saved, tmp_path):
     assert code == 0 and "asked as an instruction row" in err
     (tmp_path / "asked.jsonl").write_text(json.dumps(ASKED))
     _, same, _ = run("predict", tmp_path / "run", "--queries", tmp_path / "asked.jsonl", "--without", "chat", "--json")
-    found, same = ({**json.loads(text), "query": ""} for text in (out, same))
-    assert found == same
+    found, same = map(json.loads, (out, same))
+    assert found == same and found["query"] == "What conducts heat? Copper does."
     _, other, err = run("predict", tmp_path / "run", *words, "--form", "prompt")
-    assert "asked as" not in err and {**json.loads(other), "query": ""} != found
+    assert "asked as" not in err and json.loads(other) != found
 
 
 # Templates
@@ -346,3 +346,19 @@ def test_merged_indexes_keep_the_rows(index, model, tmp_path):
     merged = Index.merge([index.path, other.path], tmp_path / "merged")
     assert merged.records(["more"])[0].row == more[0] and merged.forms["instruction"] == 4
     assert Path(merged.path).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"prompt": "Capital of Norway?", "response": "Oslo"}, "Capital of Norway? Oslo"),
+        ({"prompt": "Capital of Norway?", "response": " Oslo"}, "Capital of Norway? Oslo"),
+        ({"text": "Bergen", "prompt_text": "Ber"}, "Bergen"),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Add. 1 2 3"),
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}, "Hi Hello."),
+        ({"prompt": "Who?", "chosen": " Ann", "rejected": " Bob"}, "Who? Ann rather than Bob"),
+    ],
+)
+def test_a_row_in_words_is_what_a_person_would_quote(raw, words):
+    (row,) = Corpus.open([raw])
+    assert in_words(row) == words and Query(raw).name == words

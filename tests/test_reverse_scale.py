@@ -158,6 +158,27 @@ def test_a_killed_walk_goes_on(states, tmp_path, monkeypatch):
     assert relative(found.effects, whole.effects) < EXACT and relative(found.base, whole.base) < EXACT
 
 
+def test_other_queries_of_equal_values_do_not_go_on_with_a_killed_walk(tmp_path, monkeypatch):
+    recipe = classifier(epochs=2)
+
+    def asked(times):  # zero wherever it is asked, with a slope
+        return lambda model: torch.stack([times * sum((p - p.detach()).sum() for p in model.parameters())])
+
+    options = RunOptions(tmp_path, save_every=0.0)
+    save = reverse.Checkpoint.save
+
+    def killed(self, step, tensors):
+        save(self, step, tensors)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reverse.Checkpoint, "save", killed)
+        with pytest.raises(Killed):
+            metagradient(recipe, asked(1.0), options)
+    found = metagradient(recipe, asked(2.0), options)
+    assert relative(found.effects, metagradient(recipe, asked(2.0)).effects) < EXACT
+
+
 def test_files_of_another_run_are_refused(tmp_path):
     (tmp_path / "reverse").mkdir()
     run = FlatRun(classifier())

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from leaveout.words import passage, shared_words, standing_out, strongest, verdict, words_of
+from leaveout.words import (
+    agreement_told,
+    passage,
+    retrained_told,
+    shared_words,
+    standing_out,
+    strongest,
+    verdict,
+    words_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +26,10 @@ from leaveout.words import passage, shared_words, standing_out, strongest, verdi
         (["na", "ï", "", "ve"], ["naïve"]),
         (["", "a"], ["a"]),
         (["3", ".", "5", "kg"], ["3", ".", "5kg"]),
+        (
+            ["Who?", "\n\n### Chosen:\n Me", "\n\n### Rejected:\nYou"],
+            ["Who?", "\n\n### Chosen:\n", " Me", "\n\n### Rejected:\n", "You"],
+        ),
     ],
 )
 def test_words_are_whole_and_keep_the_text(pieces, words):
@@ -89,3 +102,31 @@ def test_shared_words_are_in_all_texts_and_in_few_others():
     assert shared_words(texts, others) == ["Marie Curie"]  # `prize` is in one of ten others
     assert shared_words([*texts, "Marie, not Curie"], others) == ["Marie", "Curie"]
     assert shared_words(texts[:1], others) == [] and shared_words(["a b", "c d"], others) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([(True, False)], "Retrained: it lies inside the interval."),
+        ([(False, False), (True, True)], "Retrained: it lies outside the interval."),
+        ([(True, False), (False, False), (None, False)], "Of 2 retrained values 1 lie inside their intervals."),
+        ([(True, True)], "This set had been measured before, so that it proves nothing."),
+        ([(None, False)], "Retrained; the errors of the predictions are unknown, so that nothing says how far off they may be."),
+    ],
+)  # fmt: skip
+def test_retrained_values_are_counted_where_they_prove_something(values, sentence):
+    assert retrained_told([{"inside": inside, "already_measured": old} for inside, old in values]) == sentence
+
+
+def test_agreement_is_told_in_sentences():
+    facts = {"pearson": 0.934, "spearman": 0.9, "relative_error": 0.123, "coverage": 1.0, "queries": 2, "sets": 6}
+    assert agreement_told({**facts, "already_measured": 1}) == [
+        "Half of the 12 predictions miss the retrained effect by less than 12 % of its size.",
+        "Over 6 sets predicted and retrained effects correlate by 0.93 (ranks: 0.9), in the mean of 2 queries.",
+        "1 more set had been measured before, and is not counted.",
+    ]
+    one = {**facts, "pearson": None, "spearman": None, "queries": 1, "sets": 1, "already_measured": 0}
+    assert agreement_told({**one, "relative_error": 1.5}) == [
+        "The prediction misses the retrained effect by 1.5 times its size."
+    ]
+    assert agreement_told({**one, "relative_error": None, "sets": 0, "already_measured": 2}) == []

@@ -20,7 +20,7 @@ from leaveout.readout.index import Index
 from leaveout.readout.search import Hit, Hits, SearchOptions, usual_best, usual_scores
 from leaveout.readout.search import told as told_hits
 from leaveout.tables import Table, shorten
-from leaveout.words import USUAL, pairs_of_words, pairs_told, passage, times, words_of
+from leaveout.words import USUAL, agreement_told, pairs_of_words, pairs_told, passage, times, words_of
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b2230; --soft: #566074; --line: #d8dee8; --paper: #ffffff; --tint: #f4f6fa;
@@ -139,10 +139,7 @@ def prediction_page(found: Prediction, all_pairs: bool = False) -> str:
     lines = list(found.lines()) if all_pairs else found.own_lines()
     sections = [verdict(told(lines)), note(said), interval_chart(lines), prediction_table(lines).plain().html()]
     if isinstance(found, Verification):
-        facts = [
-            (name.replace("_", " "), "unknown" if value is None else value) for name, value in found.summary().items()
-        ]
-        sections += [heading("Against retraining"), Table(["", ""], facts).html()]
+        sections += map(note, agreement_told(found.summary()))
     return page("The model without some of its data", sections)
 
 

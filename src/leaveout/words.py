@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 PASSAGE = 40  # words that are shown of a row
 PAIRS = 2_000  # of words of an answer and a row, the strongest, that are sent to the page
+LABEL = re.compile(r"\n\n### \w+:\n")  # with which the first piece of a preference row's answer begins
 GAP = 0.6
 """Rows above a gap stand out: the next scores less than this part of the one before."""
 NOISE = 2
@@ -22,11 +24,14 @@ def words_of(pieces: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Words of a text and the word of each token [tokens], given the pieces of the text behind the tokens.
 
     A token goes on with the word before it where both meet in letters or digits, and spaces go with what follows them;
-    scripts without spaces stay as tokens.
+    scripts without spaces stay as tokens. The label above an answer of a preference row is a word, of no token.
     """
     words: list[str] = []
     place = np.empty(len(pieces), np.int64)
     for at, piece in enumerate(pieces):
+        if label := LABEL.match(piece):
+            words.append(label[0] if words else label[0].lstrip())
+            piece = piece[label.end() :]
         if words and _goes_on(words[-1], piece):
             words[-1] += piece
         else:
@@ -176,6 +181,45 @@ def shared_words(texts: Sequence[str], others: Sequence[str], most: int = 3) -> 
             names.append(word)
         last = at
     return names[:most]
+
+
+def retrained_told(lines: Sequence[Mapping[str, Any]]) -> str:
+    """How many retrained values lie where they were predicted (`Verification.lines`), of those that prove something."""
+    fresh = [line for line in lines if not line["already_measured"]]
+    known = [line for line in fresh if line["inside"] is not None]
+    if not fresh:
+        return (
+            f"{'This set' if len(lines) == 1 else 'All of this'} had been measured before, so that it proves nothing."
+        )
+    if not known:
+        return "Retrained; the errors of the predictions are unknown, so that nothing says how far off they may be."
+    good = sum(line["inside"] for line in known)
+    if len(known) == 1:
+        return f"Retrained: it lies {'inside' if good else 'outside'} the interval."
+    return f"Of {len(known)} retrained values {good} lie inside their intervals."
+
+
+def agreement_told(facts: Mapping[str, Any]) -> list[str]:
+    """How near predicted effects are to retrained ones (`Verification.summary`), in sentences; none where nothing was proved."""
+    found, sets, queries = [], facts["sets"], facts["queries"]
+    if (error := facts["relative_error"]) is not None:
+        much = f"{100 * error:.2g} % of" if error < 1 else f"{error:.3g} times"
+        one = sets * queries == 1
+        found.append(
+            f"The prediction misses the retrained effect by {much} its size."
+            if one
+            else f"Half of the {sets * queries} predictions miss the retrained effect by less than {much} its size."
+        )
+    if facts["pearson"] is not None:
+        ranks = "" if facts["spearman"] is None else f" (ranks: {facts['spearman']:.2g})"
+        mean = f", in the mean of {queries} queries" if queries > 1 else ""
+        found.append(
+            f"Over {sets} sets predicted and retrained effects correlate by {facts['pearson']:.2g}{ranks}{mean}."
+        )
+    if sets and (old := facts["already_measured"]):
+        more = "set had been measured before, and is" if old == 1 else "sets had been measured before, and are"
+        found.append(f"{old} more {more} not counted.")
+    return found
 
 
 def index_sentences(facts: Mapping[str, Any]) -> list[str]:

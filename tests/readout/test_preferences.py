@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from leaveout import Index, MismatchError, Refinement, UnsupportedError
 from leaveout.readout.settings import Channel, SignatureSettings
+from leaveout.words import words_of
 
 from .conftest import assert_close
 from .test_index import IN_FULL, TRIPLES
@@ -182,3 +183,21 @@ def test_unit_lengths_keep_the_sign(lm, tokenizer, tmp_path):
     index = built(lm, [PAIRS[0], turned, PAIRS[0] | {"weight": -3}], tmp_path / "index", "similarity", tokenizer)
     (scores,) = index.score([TEXTS[1]])
     np.testing.assert_allclose(scores, scores[0] * np.array([1, -1, -1]), atol=1e-2 * abs(scores[0]))
+
+
+@pytest.mark.parametrize("targets", ["response", "all"])
+def test_shown_answers_have_labels_and_the_prompt_is_there_once(targets, lm, tokenizer, tmp_path):
+    same = {"id": "same", "prompt": "Who came? ", "chosen": "Ann came.", "rejected": "Nobody."}
+    chat = {"id": "chat", "prompt": [ASK], "chosen": [SAY], "rejected": [DENY]}
+    index = built(
+        lm, [same, chat, {"id": "text", "text": TEXTS[7]}], tmp_path / "idx", tokenizer=tokenizer, targets=targets
+    )
+    wanted = "Who came? \n\n### Chosen:\nAnn came.\n\n### Rejected:\nNobody."
+    shown = {hit.id: hit.text for hit in index.search([TEXTS[1]], 3)[0]}
+    assert shown["same"] == wanted and shown["text"] == TEXTS[7]
+    for id in shown:
+        why = index.explain(TEXTS[1], id)
+        words, place = words_of(why.row_tokens)
+        assert len(place) == len(why.row_tokens) == why.pairs.shape[1]
+        assert "".join(words).split() == shown[id].split()  # a tokenizer may keep no spaces
+    assert shown["chat"].count(TEXTS[5]) == 1 and shown["chat"].index("Chosen") < shown["chat"].index(TEXTS[6])

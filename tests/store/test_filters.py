@@ -153,3 +153,11 @@ def test_select_stops_an_endless_condition(filled: Store, monkeypatch: pytest.Mo
     filled.put([record(f"n{n}") for n in range(500)], {"x": np.zeros(500, np.int8)})
     with pytest.raises(ValueError, match="took more than 0 s; use a simpler"):
         filled.numbers_where(many)
+
+
+def test_unmatched_names_what_the_fields_have(library: Store) -> None:
+    said = library.unmatched("SOURCE = 'year' AND flag = 2", "example")
+    assert said == (
+        """No example satisfies "SOURCE = 'year' AND flag = 2": source has none, 'books', 'web'; flag has '0', none, '1'."""
+    )
+    assert library.unmatched("id = 'x'") == """No row satisfies "id = 'x'"."""

@@ -198,7 +198,10 @@ def test_verify_retrains_in_the_background_while_questions_are_answered(client):
     new, measured = job["lines"]
     assert not new["already_measured"] and measured["already_measured"]
     assert measured["actual"] == pytest.approx(measured["predicted"], abs=0.05)
-    assert job["summary"]["of"] == 1
+    where = "inside" if new["inside"] else "outside"
+    assert job["outcome"] == f"Retrained: it lies {where} the interval." and job["means"].startswith(
+        "Without means the same run"
+    )
     assert get(client, "/api/jobs")[0]["id"] == job["id"]
     assert post(client, "/api/stop?id=" + job["id"], {})["state"] == "done"  # it is over
     assert "no job" in get(client, "/api/job", 404, id="../1")["error"]

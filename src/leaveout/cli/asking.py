@@ -31,6 +31,7 @@ from leaveout.cli.program import (
     to_line,
 )
 from leaveout.cli.readout import IndexPath, ModelAt, open_index
+from leaveout.errors import FormatError
 from leaveout.tables import Table, shorten, terminal_width, wrapped
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def search(
         for text, hits in zip(encoded.texts, found, strict=True):
             more: dict[str, Any] = {} if hits.controls is None else {"controls": hits.controls.facts()}
             more |= {} if hits.step_error is None else {"step_error": hits.step_error}
+            more |= {} if hits.unmatched is None else {"note": hits.unmatched}
             print(to_line({"query": text, "hits": [_hit(hit) for hit in hits], **more}))
         return
     usual = usual_scores(opened, encoded, usual_best(opened, options), options.length)
@@ -205,6 +207,8 @@ def _print_hits(
 
     print(f"Asked: {shorten(text, 200)}")
     print(*wrapped(told(opened, deeper, usual=usual), terminal_width()), sep="\n")
+    if not hits:
+        return
     shown = _passages(opened, row, hits, options)
     score = "× usual" if usual else "score"
     by = (lambda score: float(f"{score / usual:.3g}")) if usual else float
@@ -253,6 +257,8 @@ def groups(
     opened = open_index(idx, model, device, offload, max_memory, device_map)
     encoded = opened.encode(list(query_rows(query, prompt, queries, form, opened, against, behaviour, columns)))
     found = opened.group_scores(encoded, by, where, together=together)
+    if where is not None and not any(found):
+        raise FormatError(opened.store.unmatched(where))
     print_groups(encoded.texts, found, by, together, json_, [] if json_ else [SUMS])
 
 
@@ -404,6 +410,8 @@ def select(
     hits = opened.select(
         list(open_rows(wanted, columns)), n, avoided, how, where, length=counted, prompt_weight=prompt_weight
     )
+    if where is not None and not hits:
+        raise FormatError(opened.store.unmatched(where))
     rows = hits.rows()
     write_rows(out, rows)
     if rows and "leaveout_score" in rows[0]:

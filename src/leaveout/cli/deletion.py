@@ -367,7 +367,7 @@ def _sum_up(
     if where is not None:
         named[where] = opened.ids_where(where)
         if not named[where]:
-            raise FormatError(f"No row satisfies {where!r}: nothing would be left out.")
+            raise FormatError(opened.store.unmatched(where))
     if not named:
         raise typer.BadParameter("say what is left out: --without, --without-where or --sets")
     query, prompt, queries, form, columns = asked

@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 import leaveout.quantities as quantities
-from leaveout.errors import FormatError, LeaveoutError
+from leaveout.errors import LeaveoutError
 
 if TYPE_CHECKING:
     from leaveout.corpus import Corpus
@@ -336,10 +336,7 @@ def read_queries(
         from leaveout.training.examples import read_arrays
 
         return [Query(row, source=f"{file}, example {i}") for i, row in enumerate(read_arrays(Path(file))[0])]
-    rows = query_rows(query, prompt, file, form, run.recipe, behaviour=behaviour, columns=columns)
-    if behaviour is not None:
-        return as_queries(rows)
-    return [Query(row, name=f"{prompt or ''}{text}") for row, text in zip(rows, query or [], strict=True)]
+    return as_queries(query_rows(query, prompt, file, form, run.recipe, behaviour=behaviour, columns=columns))
 
 
 def read_sets(run: TrainingRun, without: list[str] | None, where: str | None, file: Path | None) -> DeletionSets:
@@ -354,8 +351,6 @@ def read_sets(run: TrainingRun, without: list[str] | None, where: str | None, fi
         found.append(deletion_sets(run.recipe, entries))
     if where is not None:
         ids = run.ids_where(where)
-        if not ids:
-            raise FormatError(f"No example satisfies {where!r}: nothing would be left out.")
         found.append(DeletionSets(deletion_sets(run.recipe, ids).x, (where,)))
     if file is not None:
         found.append(deletion_sets(run.recipe, file))

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from leaveout.corpus.rows import Row
+from leaveout.corpus.rows import Row, shared_length
 from leaveout.errors import FormatError, require_list
 
 Numbers = TypeVar("Numbers")
@@ -174,6 +174,12 @@ class Contrast(Behaviour):
     def _refuse_nothing(self) -> None:
         if _asked(self.rows[0]) == _asked(self.rows[1]):
             raise ValueError("Both answers of a contrast are the same, so that nothing tells them apart: give two.")
+
+    def called(self, texts: Sequence[str]) -> str:
+        """Both answers; words that both begin with are said once."""
+        one, other = texts
+        seam = max(one.rfind(sign, 0, shared_length(one, other)) for sign in " \n") + 1
+        return f"{one} rather than {other[seam:].strip() or other}"
 
     @property
     def swapped(self) -> Contrast:

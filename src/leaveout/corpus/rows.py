@@ -53,8 +53,8 @@ _SPEAKERS = (
     | {"system": "system"}
 )
 _ACCEPTED = "`text`, `prompt` and `completion`, `instruction` and `output`, `messages`, or `chosen` and `rejected`"
-SEAM = "\n\n### Rejected:\n"
-"""Between the chosen and the rejected side of a preference row, where it is shown as one text."""
+CHOSEN, SEAM = "\n\n### Chosen:\n", "\n\n### Rejected:\n"
+"""Above the answers of a preference row where it is shown. The second stands between both sides, where these are one text."""
 TEXTS = frozenset({"id", *(name for form, more in _FORMS.items() for name in (*form, *more))}).union(
     *(names.values() for names in _ALIASES), ("context", "chosen", "rejected")
 )
@@ -366,6 +366,45 @@ def asked_row(answer: str, prompt: str | None = None, form: str | None = None) -
         return {"instruction": before.strip(), "output": answer.strip()}
     asked = [] if prompt is None else [{"role": "user", "content": before.strip()}]
     return {"messages": [*asked, {"role": "assistant", "content": answer.strip()}]}
+
+
+def answer_places(text: str, responses: Spans, chosen: int) -> tuple[int, range]:
+    """Where the chosen answer begins in the text of a preference row, whose first side has `chosen` characters; and the
+    characters of the second side up to its answer which repeat the prompt, none where that is another one."""
+    behind = chosen + len(SEAM)
+    first, second = responses[0][0], next((start for start, _ in responses if start >= behind), behind)
+    return first, range(behind, second if text[behind:second] == text[:first] else behind)
+
+
+def with_labels(text: str, responses: Spans, chosen: int) -> str:
+    """The text of a preference row (see `answer_places`) as people read it: the prompt once, and both answers with labels."""
+    first, repeated = answer_places(text, responses, chosen)
+    return text[:first] + CHOSEN[0 if first else 2 :] + text[first:chosen] + SEAM + text[repeated.stop :]
+
+
+def in_words(row: Row) -> str:
+    """What a row says, as one would quote it: prompt and answer with white space between them, of a chat what each turn says
+    without the marks of a template, of a preference row both answers. A text is as it is."""
+    if row.pair is not None:
+        return f"{in_words(row.pair[0])} rather than {answer_of(row.pair[1]).strip()}"
+    if row.messages is not None:
+        return _joined([said(message) for message in row.messages])
+    if row.form == "instruction" and row.raw:
+        given, _ = fields_of(row.raw)
+        return _joined([given[name] for name in ("instruction", "input", "output") if given.get(name)])
+    if row.form != "prompt" or row.rendered:
+        return row.text
+    seam = row.responses[0][0]
+    return _joined([row.text[:seam], row.text[seam:]])
+
+
+def _joined(parts: Sequence[str]) -> str:
+    """Texts behind each other, with a space where no white space is."""
+    text = ""
+    for part in parts:
+        apart = not text or not part or text[-1].isspace() or part[0].isspace()
+        text += part if apart else f" {part}"
+    return text
 
 
 def answer_of(row: Row) -> str:

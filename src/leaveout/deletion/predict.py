@@ -14,7 +14,8 @@ import numpy as np
 from leaveout.deletion.noise import quantile
 from leaveout.errors import choices, needs
 from leaveout.metrics import pearson, spearman
-from leaveout.tables import Table, Tabular, number, shorten
+from leaveout.tables import Table, Tabular, shorten
+from leaveout.words import agreement_told, retrained_told
 
 SAME_RUN, NEW_RUN = "same run", "new run"
 MEANS = {
@@ -199,9 +200,8 @@ class Verification(Prediction):
         }
 
     def table(self, all_pairs: bool = False) -> Table:
-        notes = [f"{name}: {'unknown' if value is None else number(value)}" for name, value in self.summary().items()]
         found = super().table(all_pairs)
-        return replace(found, notes=[*found.notes, *notes])
+        return replace(found, notes=[*found.notes, *agreement_told(self.summary())])
 
 
 def agreement(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float | None]:
@@ -239,12 +239,17 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
         else:
             rows.append((*row, line["base"], line["predicted"], verdict))
     more = ["retrained", "all data"] if proven else ["all data", "without it"]
-    notes = [MEANS[meaning] for meaning in dict.fromkeys(line["meaning"] for line in lines)]
+    notes = meanings_told(lines)
     deviations = ["sd of the mean", "sd of runs"] if of_runs else []
     headers, said = ["query", "left out", effect, *deviations, *more, "verdict"], told(lines)
     if len({line["query"] for line in lines}) == 1:  # named once
         headers, rows, said = headers[1:], [row[1:] for row in rows], f"{shorten(lines[0]['query'], 60)}: {said}"
     return Table(headers, rows, said, notes)
+
+
+def meanings_told(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What "without" means in lines of a prediction, in a sentence each."""
+    return [MEANS[meaning] for meaning in dict.fromkeys(line["meaning"] for line in lines)]
 
 
 def _effect(line: Mapping[str, Any]) -> str:
@@ -266,13 +271,7 @@ def told(lines: Sequence[Mapping[str, Any]]) -> str:
         if clear:
             largest = max(clear, key=lambda line: (line["unit"] == clear[0]["unit"], abs(line["effect"])))
             first += f" The largest, of “{shorten(largest['query'], 40)}”: {sentence(largest, brief=True)}"
-    fresh = [line for line in lines if line.get("inside") is not None and not line["already_measured"]]
-    if not fresh:
-        return first
-    good = sum(line["inside"] for line in fresh)
-    if len(fresh) == 1:
-        return f"{first} Retrained: it lies {'inside' if good else 'outside'} the interval."
-    return f"{first} Of {len(fresh)} retrained values {good} lie inside their intervals."
+    return f"{first} {retrained_told(lines)}" if "actual" in lines[0] else first
 
 
 def sentence(line: Mapping[str, Any], brief: bool = False) -> str:

@@ -161,9 +161,15 @@ class TrainingRun:
         return list(Store.open(self.path / "examples").state("notes") or [])
 
     def ids_where(self, where: str) -> list[str]:
-        """Ids of the examples that satisfy an SQL condition over id, unit, text and fields."""
+        """Ids of the examples that satisfy an SQL condition over id, unit, text and fields.
+
+        Raises: FormatError where none does.
+        """
         store = Store.open(self.path / "examples")
-        return [record.id for record in store.rows(store.numbers_where(where))]
+        numbers = store.numbers_where(where)
+        if not len(numbers):
+            raise FormatError(store.unmatched(where, "example"))
+        return [record.id for record in store.rows(numbers)]
 
     # --- measuring -----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,14 @@ from leaveout.models.checks import ROUNDING, evaluating, length_limit, refuse_ho
 from leaveout.models.devices import Fetched, find_device, free_memory, full_precision, sent
 from leaveout.models.identity import adapter_places, difference, is_adapted, plain_module, settled_module
 from leaveout.models.language_model import LanguageModel, load_model
-from leaveout.models.places import ModelOptions, Offload, load_tokenizer, quiet_transformers, source_digest
+from leaveout.models.places import (
+    ModelOptions,
+    Offload,
+    load_context,
+    load_tokenizer,
+    quiet_transformers,
+    source_digest,
+)
 
 __all__ = [
     "ROUNDING",
@@ -23,6 +30,7 @@ __all__ = [
     "full_precision",
     "is_adapted",
     "length_limit",
+    "load_context",
     "load_model",
     "load_tokenizer",
     "plain_module",

@@ -32,7 +32,7 @@ from leaveout.models.identity import (
     plain_module,
     state_of,
 )
-from leaveout.models.places import ModelOptions, load_place, load_stream
+from leaveout.models.places import ModelOptions, context_of, load_place, load_stream
 from leaveout.models.streaming import LayerStream
 
 
@@ -73,15 +73,7 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """Longest input in tokens, from the model's config; 2**20 when it states none."""
-        config = self.lm.config.get_text_config()  # type: ignore[union-attr,operator]
-        for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-            try:
-                length = getattr(config, name, None)
-            except NotImplementedError:  # XLNet has a name for what it lacks
-                length = None
-            if isinstance(length, int) and length > 0:
-                return length
-        return 2**20
+        return context_of(self.lm.config)
 
     @property
     def embedded(self) -> int:

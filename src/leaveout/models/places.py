@@ -191,6 +191,31 @@ def _load_tokenizer(name: str, place: str, options: dict[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(place, **options)
 
 
+def load_context(name: str, options: ModelOptions | None = None) -> int:
+    """The longest input in tokens of the model at a place, which is not loaded: see `context_of`."""
+    from transformers import AutoConfig
+
+    options = options or ModelOptions()
+    place, own = _place(name, options)
+    if "gguf_file" not in own and (adapter := _adapter(place, options)) is not None:
+        return load_context(base_of(place, adapter), options)
+    with _explained(name):
+        return context_of(AutoConfig.from_pretrained(place, **own))
+
+
+def context_of(config: Any) -> int:
+    """Longest input in tokens of a model, from its config; 2**20 when it states none."""
+    config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        try:
+            length = getattr(config, name, None)
+        except NotImplementedError:  # XLNet has a name for what it lacks
+            length = None
+        if isinstance(length, int) and length > 0:
+            return length
+    return 2**20
+
+
 def load_tokenizer(name: str, options: ModelOptions | None = None) -> Any:
     """The tokenizer that `load_model` finds at a place, without the model."""
     options = options or ModelOptions()

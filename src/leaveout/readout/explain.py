@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from leaveout.corpus.behaviour import measures_of, terms_of, texts_of
+from leaveout.corpus.rows import CHOSEN, SEAM, answer_places
 from leaveout.readout.forms import pairs
 from leaveout.readout.opened import OpenIndex, QueryRow, row_of
 from leaveout.readout.scan import Length, check_length, counted
@@ -162,10 +163,21 @@ def token_pairs(query: TextFactors | None, row: TextFactors | None, n_query: int
 
 
 def token_pieces(tokens: TokenisedRow) -> list[str]:
-    """The piece of text behind each token; characters that several tokens share go to the first of them."""
+    """The piece of text behind each token; characters that several tokens share go to the first of them.
+
+    Of a preference row the first piece of each answer begins with its label, and a prompt that both have is there once.
+    """
+    labels: list[tuple[int, str]] = []
+    repeated = range(0)
+    if tokens.chosen is not None:
+        first, repeated = answer_places(tokens.text, tokens.responses, tokens.chosen)
+        labels = [(first, CHOSEN), (repeated.stop, SEAM)]
     pieces, reached = [], 0
     for start, end in tokens.offsets:
         start = max(start, reached)
-        pieces.append(tokens.text[start:end] if end > start else "")
+        piece = "" if start >= end or (start in repeated and end <= repeated.stop) else tokens.text[start:end]
+        if piece and labels and end > labels[0][0]:
+            piece = labels.pop(0)[1] + piece
+        pieces.append(piece)
         reached = max(reached, end)
     return pieces

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from leaveout.corpus import Behaviour, Corpus, Row
 from leaveout.corpus.behaviour import Measure, called, measures_of, summed, terms_of, texts_of
-from leaveout.corpus.rows import SEAM
+from leaveout.corpus.rows import SEAM, in_words, with_labels
 from leaveout.corpus.tokens import NoTargetError
 from leaveout.errors import FormatError, MismatchError, UnsupportedError, require_list
 from leaveout.models import ModelOptions, difference
@@ -233,7 +233,7 @@ class OpenIndex:
             vectors = torch.cat([self._measured(*both) for both in zip(tokens, measures, strict=True)])
         if not bool(torch.isfinite(vectors).all()):
             raise FormatError("A query has a signature that is not finite: run `leaveout doctor` on the model.")
-        names = called(queries, [row.text for row in tokens])
+        names = called(queries, [in_words(query_row(row, n)) for n, row in enumerate(texts_of(queries))])
         vectors, rest = weighted(self.form, vectors.float().cpu(), queries), iter(tokens)
         for query, vector in zip(queries, vectors.chunk(self.settings.sides, 1)[-1], strict=True):
             total: dict[str, float] = defaultdict(float)
@@ -506,6 +506,12 @@ def row_of(record: Record) -> Row:
         rendered=extra["rendered"], kept=extra.get("kept"), weight=extra.get("weight", 1.0),
         pair=_pair_of(record), reference=extra.get("reference"),
     )  # fmt: skip
+
+
+def shown_text(record: Record) -> str:
+    """The text of a catalogue entry as people read it: both answers of a preference row have labels."""
+    chosen = record.extra.get("chosen")
+    return record.text if chosen is None else with_labels(record.text, record.extra["responses"], chosen)
 
 
 def _pair_of(record: Record) -> tuple[Row, Row] | None:

@@ -19,7 +19,7 @@ from leaveout.errors import FormatError, UnsupportedError, choices, needs, requi
 from leaveout.executor import Crew
 from leaveout.readout.controls import BEST, Controls, controls_of, other_answers
 from leaveout.readout.forms import Form
-from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow
+from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow, shown_text
 from leaveout.readout.rerank import RERANKED, Refinement, Reranking
 from leaveout.readout.scan import Best, BestGroups, Length, Scanners, check_length
 from leaveout.readout.shortlist import LEAST as SMALL
@@ -47,11 +47,13 @@ class Hits(list[Hit]):
     controls: Controls | None = None
     step_error: float | None = None
     """Of scores through the whole model: how much they change, relative to their size, when their step doubles."""
+    unmatched: str | None = None
+    """Where no row satisfies `where`: that, and which values there are."""
 
     def best(self, k: int) -> Hits:
         """The first k, with what is known of all."""
         kept = Hits(self[:k])
-        kept.controls, kept.step_error = self.controls, self.step_error
+        kept.controls, kept.step_error, kept.unmatched = self.controls, self.step_error, self.unmatched
         return kept
 
     def records(self) -> list[dict[str, Any]]:
@@ -179,6 +181,10 @@ def find(
 ) -> list[Hits]:
     """The k best rows of each query, best first: see `Index.search`."""
     wanted = refuse(index, k, where, options)
+    if where is not None and wanted is not None and not len(wanted):
+        none = Hits()
+        none.unmatched = index.store.unmatched(where)
+        return [none for _ in index.encode(queries).texts]
     if controls is False:
         return _found(index, queries, k, wanted, options)
     if isinstance(controls, str):
@@ -238,7 +244,7 @@ CANDIDATES = 20
 
 
 def usual_best(index: OpenIndex, options: SearchOptions = SearchOptions()) -> float | None:  # frozen
-    """What the best row scores for other texts, were they queries of length one: a list of nothing scores about that.
+    """What the best row scores for other rows, were they queries of length one: texts about something else mostly score less.
 
     Rows of the index, evenly apart, are asked; of the scores of each one's best other row the median counts. None for an index
     of less than 50 rows, for scores through the whole model, which have another unit, and where a model whose layers are
@@ -279,8 +285,11 @@ def usual_scores(index: OpenIndex, queries: EncodedQueries, usual: float | None,
     return [usual * float(size) for size in index.form.lengths(queries.vectors)]
 
 
-def told(index: OpenIndex, found: Sequence[Hit], opposite: float = 0.0, usual: float = 0.0) -> str:
-    """One sentence about the best rows of a query, best first: how many stand out, and which words they share (see `verdict`)."""
+def told(index: OpenIndex, found: Hits, opposite: float = 0.0, usual: float = 0.0) -> str:
+    """One sentence about the best rows of a query, best first: how many stand out, and which words they share (see `verdict`);
+    or that a filter lets none through."""
+    if found.unmatched is not None:
+        return found.unmatched
     scores = [hit.score for hit in found]
     count = standing_out(scores, usual or opposite)
     best = {hit.id for hit in found[:count]}
@@ -293,7 +302,7 @@ def hits(index: OpenIndex, numbers: np.ndarray, scores: np.ndarray, step_error: 
     records = index.store.rows(numbers)
     columns = index.store.settings.get("columns", {})
     found = Hits(
-        Hit(rank, record.id, float(score), record.text, record.meta, _as_it_came(record.row, columns))
+        Hit(rank, record.id, float(score), shown_text(record), record.meta, _as_it_came(record.row, columns))
         for rank, (record, score) in enumerate(zip(records, scores, strict=True), start=1)
     )
     found.step_error = step_error

@@ -74,6 +74,13 @@ def among(field: str, values: Sequence[str], fields: list[str]) -> str:
     return f"coalesce(CAST({_name(column)} AS TEXT), '') IN ({', '.join(map(_text, values))})"
 
 
+def named_in(where: str, fields: list[str]) -> list[str]:
+    """The fields, and `unit`, that a condition names."""
+    bare = re.sub(r"'(?:[^']|'')*'", "", where)
+    names = {_folded(one) for one in (*re.findall(r"[\w.]+", bare), *re.findall(r'"([^"]*)"', bare))}
+    return [field or column for column, field in _columns(fields).items() if _folded(column) in names - {"id", "text"}]
+
+
 def _refuse_filter(where: str, columns: list[str]) -> None:
     """Refuses what is not one plain condition, by compiling it where there is nothing but an empty table."""
     if not where.strip() or len(where) > _FILTER_CHARACTERS:

@@ -221,6 +221,12 @@ class Store:
         with self._snapshot.reading() as db:
             return self._snapshot.numbers(filters.matching(db, where, self._snapshot.fields, self.version))
 
+    def unmatched(self, where: str, called: str = "row") -> str:
+        """That nothing satisfies a condition, as a sentence that also says which values the fields have that it names."""
+        named = filters.named_in(where, self._snapshot.fields)
+        has = "; ".join(f"{field} has {_values(self.tally(field))}" for field in named)
+        return f"No {called} satisfies {where!r}{has and ': '}{has}."
+
     def count(self, name: str) -> dict[str, int]:
         """How many live rows have each value of a field of `extra`, most first; rows without it are left out."""
         values = "json_extract(contents.extra, ?)"
@@ -479,3 +485,9 @@ class Store:
         if left and not proof["problem"]:
             self._remove([left.path])
         return proof
+
+
+def _values(counts: Mapping[str, int], most: int = 6) -> str:
+    """The commonest values of a field, those of `Store.tally`."""
+    shown = [repr(f"{value[:39]}…" if len(value) > 40 else value) if value else "none" for value in list(counts)[:most]]
+    return ", ".join(shown) + (f" and {len(counts) - most:,} more" if len(counts) > most else "")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from leaveout.errors import FormatError, UnsupportedError, refuse_other_names
+from leaveout.models import load_context
 from leaveout.store import Record, Store
 from leaveout.training.recipe import Recipe
 
@@ -122,9 +123,11 @@ def _known(facts: Mapping[str, Any], records: list[Record], said: Mapping[str, A
     source = facts["source"]
     adapter = _adapter(source)
     if "model" in said:
-        yield Field("model", _place(said["model"]))
+        name = _place(said["model"])
+        yield Field("model", name)
     elif adapter:
-        yield Field("model", _place(adapter["model"]), "under the index's adapter")
+        name = _place(adapter["model"])
+        yield Field("model", name, "under the index's adapter")
     elif source is None:
         raise UnsupportedError(
             "The index was built with a model in memory: say which model the fine-tuning began with."
@@ -140,14 +143,25 @@ def _known(facts: Mapping[str, Any], records: list[Record], said: Mapping[str, A
         yield Field("trained", {"lora": adapter["lora"]}, "as the index's adapter; its numbers are drawn anew")
     else:
         yield Field("trained", "full", UNSAID + "all parameters")
-    longest = max((int(record.extra["tokens"]) for record in records), default=2)
-    note = "" if "max_tokens" in said else UNSAID + "the longest row of the index"
-    yield Field("max_tokens", said.get("max_tokens", max(2, longest)), note)
+    if "max_tokens" in said:
+        yield Field("max_tokens", said["max_tokens"])
+    else:
+        yield _longest([int(record.extra["tokens"]) for record in records], name)
     if _paired(records):
         beta = (facts.get("preferences") or {}).get("beta", 0.1)
         yield Field(
             "loss", {"kind": "dpo", "beta": beta}, "of preference rows, against the model that training starts from"
         )
+
+
+def _longest(lengths: list[int], model: str) -> Field:
+    """The longest row in tokens, or what the model reads where that is less."""
+    longest, read = max(lengths, default=2), load_context(model)
+    if longest <= read:
+        return Field("max_tokens", max(2, longest), UNSAID + "the longest row of the index")
+    cut = sum(length > read for length in lengths)
+    more = "1 row is longer, and is cut" if cut == 1 else f"{cut} rows are longer, and are cut"
+    return Field("max_tokens", read, f"{UNSAID}what the model reads; {more}")
 
 
 def _told(said: Mapping[str, Any]) -> Iterator[Field]:

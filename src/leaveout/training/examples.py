@@ -17,8 +17,10 @@ from torch import Tensor
 
 from leaveout.corpus import Corpus, Row
 from leaveout.corpus.chat import Template
+from leaveout.corpus.rows import in_words
 from leaveout.corpus.tokens import RowTokens, pair_tokens
 from leaveout.errors import FormatError
+from leaveout.tables import shorten
 
 IGNORED = -100
 TEXTS = {"text", "prompt_text", "prompt", "completion", "response", "instruction", "input", "output", "messages"}
@@ -76,7 +78,7 @@ class RowEncoder:
         for side in found:
             if (length := len(side.ids)) > self.context:
                 if limit is None:
-                    raise too_long(side.row, f"{length} tokens", self.context)
+                    raise too_long(one, f"{length} tokens", self.context)
                 raise FormatError(
                     f"Row {side.row.id} has {length} tokens within max_tokens = {limit}, but the model reads at most "
                     f"{self.context}: set max_tokens to {self.context} or less."
@@ -134,8 +136,9 @@ def row_of_tokens(
 
 def too_long(query: Row, length: str, most: int) -> FormatError:
     """The refusal of a query that would have to be cut; with both numbers."""
-    name = query.text if len(query.text) <= 40 else f"{query.text[:37]}..."
-    return FormatError(f"The query {name!r} has {length}, but the model reads at most {most}: ask a shorter one.")
+    return FormatError(
+        f"The query {shorten(in_words(query), 40)!r} has {length}, but the model reads at most {most}: ask a shorter one."
+    )
 
 
 # --- labelled examples ------------------------------------------------------------------------------------------------

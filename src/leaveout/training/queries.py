@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from leaveout.corpus import Behaviour, Corpus, Probe, Row
 from leaveout.corpus.behaviour import called, summed, texts_of
+from leaveout.corpus.rows import in_words
 from leaveout.errors import FormatError, UnsupportedError, choices
 from leaveout.jets import Jet, Series, Space, install, restore
 from leaveout.models import full_precision
@@ -67,7 +68,7 @@ class Query:
              model that gives a scalar
     measure  "loss" (mean over the learned tokens, nats), "probability" of the answer, "logit" or "margin" of its tokens
              (means), or a function of logits [positions, classes] and targets [positions] that gives a scalar
-    name     what it is called in tables and files of scores; default: the row's own `id` if it has one, else its text
+    name     what it is called in tables and files of scores; default: the row's own `id` if it has one, else what it says
     version  stands for what of a function cannot be hashed: change it whenever that changes
     source   where it was read, for messages
     """
@@ -123,7 +124,7 @@ def _name(row: Any) -> str:
         return called([row], [_name(text) for text in row.rows])[0]
     if isinstance(row, (dict, Row)):
         row = as_row(row)
-        return row.text if row.id == row.content_hash[:16] else row.id
+        return in_words(row) if row.id == row.content_hash[:16] else row.id
     if isinstance(row, tuple) and len(row) == 2:
         return f"{digest_of(torch.as_tensor(row[0]), 'The query')[:8]} as {row[1]}"
     return getattr(row, "__name__", type(row).__name__)

@@ -129,8 +129,9 @@ def _explain(bench: Workbench, asked: Explain) -> dict[str, Any]:
 
 
 def _what_if(bench: Workbench, asked: WhatIf) -> dict[str, Any]:
-    lines = bench.what_if(asked)["lines"]
-    return {"sentences": [line["sentence"] for line in lines], "lines": lines}
+    found = bench.what_if(asked)
+    lines = found["lines"]
+    return {"sentences": [*(line["sentence"] for line in lines), found["means"]], "lines": lines}
 
 
 def _sources(bench: Workbench, field: str) -> dict[str, Any]:

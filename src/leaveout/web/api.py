@@ -126,7 +126,7 @@ async def _what_if(desk: Desk, asked: WhatIf) -> Any:
 async def _verify(desk: Desk, asked: WhatIf) -> Any:
     jobs = desk.running()
     await desk.lane.run(desk.bench.what_if, asked)  # what cannot be predicted is refused here, not in the job
-    return jobs.add(desk.bench.asked_of_run(asked), asked.sets).facts()
+    return jobs.add(desk.bench.asked_of_run(asked), asked.sets, asked.meaning).facts()
 
 
 async def _jobs(desk: Desk) -> Any:

@@ -19,11 +19,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from leaveout.deletion.predict import Verification
+from leaveout.deletion.predict import Verification, meanings_told
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import LeaveoutError, MismatchError
 from leaveout.training.queries import Query
 from leaveout.web.workbench import predicted
+from leaveout.words import retrained_told
 
 Answer = TypeVar("Answer")
 
@@ -68,10 +69,10 @@ class Job:
     id: str
     queries: Sequence[Query]
     sets: list[list[str]]
+    meaning: str | None = None  # of "without", as it was asked
     state: str = "waiting"  # waiting, running, done, failed, stopped
     done: int = 0
     lines: list[dict[str, Any]] = field(default_factory=list)
-    summary: dict[str, Any] | None = None
     problem: str | None = None
     began: float | None = None
     ended: float | None = None
@@ -84,7 +85,8 @@ class Job:
             "id": self.id, "state": self.state, "done": self.done, "total": len(self.sets),
             "seconds": None if self.began is None else round(until - self.began, 1),
             "queries": [query.name for query in self.queries], "sets": self.sets,
-            "lines": self.lines, "summary": self.summary, "problem": self.problem,
+            "lines": self.lines, "outcome": retrained_told(self.lines) if self.lines else None,
+            "means": " ".join(meanings_told(self.lines)), "problem": self.problem,
         }  # fmt: skip
 
 
@@ -101,12 +103,12 @@ class Jobs:
         self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
         self._thread.start()
 
-    def add(self, queries: Sequence[Query], sets: list[list[str]]) -> Job:
+    def add(self, queries: Sequence[Query], sets: list[list[str]], meaning: str | None = None) -> Job:
         """A new job. Raises: Busy if too many wait."""
         with self._changed:
             if len(self._queue) >= JOBS:
                 raise Busy(f"{len(self._queue)} retrainings wait already: stop one of them, or wait.")
-            job = Job(str(next(self._numbers)), queries, sets)
+            job = Job(str(next(self._numbers)), queries, sets, meaning)
             self._jobs[job.id] = job
             finished = [old for old in self._jobs.values() if old.ended is not None]
             for old in finished[: max(0, len(finished) - KEPT)]:
@@ -155,7 +157,9 @@ class Jobs:
                 here, there = multiprocessing.get_context("spawn").Pipe(duplex=False)
                 job.state, job.began = "running", time.monotonic()
                 job.process = multiprocessing.get_context("spawn").Process(
-                    target=_retrain, args=(there, self._path, job.queries, job.sets, self._device), daemon=True
+                    target=_retrain,
+                    args=(there, self._path, job.queries, job.sets, job.meaning, self._device),
+                    daemon=True,
                 )
                 job.process.start()
                 there.close()
@@ -177,34 +181,32 @@ class Jobs:
                     job.lines += told
                     continue
                 job.state, job.ended = kind, time.monotonic()
-                job.summary, job.problem = (told, None) if kind == "done" else (None, told)
+                job.problem = told
         here.close()
         job.process.join()
 
 
-def _retrain(there: Connection, path: Path, queries: Sequence[Query], sets: list[list[str]], device: str) -> None:
+def _retrain(
+    there: Connection, path: Path, queries: Sequence[Query], sets: list[list[str]], meaning: str | None, device: str
+) -> None:
     """Retrains a run without each set and tells what came out, in a process of its own."""
     import torch
 
     torch.set_num_threads(1)
     try:
         run = TrainingRun.open(path, device=device)
-        inside = []
         for one in sets:
-            found = _verified(run, queries, one)
-            lines = [*map(predicted, found.lines())]
-            inside += [line["inside"] for line in lines if line["inside"] is not None and not line["already_measured"]]
-            there.send(("set", lines))
-        there.send(("done", {"inside": sum(inside), "of": len(inside)}))
+            there.send(("set", [*map(predicted, _verified(run, queries, one, meaning).lines())]))
+        there.send(("done", None))
     except EXPECTED as error:
         there.send(("failed", " ".join(str(error).split())))
 
 
-def _verified(run: TrainingRun, queries: Sequence[Query], one: list[str]) -> Verification:
+def _verified(run: TrainingRun, queries: Sequence[Query], one: list[str], meaning: str | None) -> Verification:
     """Retrains without a set; while somebody else writes the bank, such as a prediction of the page, it waits."""
     for _ in range(TRIES - 1):
         try:
-            return run.verify(queries, [one])
+            return run.verify(queries, [one], meaning=meaning)
         except MismatchError:
             time.sleep(1)
-    return run.verify(queries, [one])
+    return run.verify(queries, [one], meaning=meaning)

@@ -18,11 +18,12 @@ import numpy as np
 
 from leaveout.corpus import Contrast, Row
 from leaveout.corpus.rows import asked_row, commonest
-from leaveout.deletion.predict import reach, sentence
+from leaveout.deletion.predict import meanings_told, reach, sentence
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import FormatError, UnsupportedError, choices
 from leaveout.readout.explain import explain_rows, text_starts
 from leaveout.readout.index import Index
+from leaveout.readout.opened import shown_text
 from leaveout.readout.search import LOOKED_AT, Hit, told, usual_best, usual_scores
 from leaveout.store import Record, Store
 from leaveout.training.examples import as_row
@@ -151,7 +152,7 @@ class Workbench:
     def row(self, id: str) -> dict[str, Any]:
         """A row in full: its text, its fields as they came, and the unit of the run that holds it."""
         record = self.index.records([id])[0]
-        return {**self._record(record), "text": record.text, "row": record.row}
+        return {**self._record(record), "text": shown_text(record), "row": record.row}
 
     # ---------------------------------------------------------------- asking the index
 
@@ -238,7 +239,7 @@ class Workbench:
         return [
             {
                 **self._record(record), "rank": hit.rank, "score": sign * hit.score, "share": sign * hit.score / best,
-                "text": record.text[:SHOWN], "cut": len(record.text) > SHOWN,
+                "text": hit.text[:SHOWN], "cut": len(hit.text) > SHOWN,
             }
             for hit, record in zip(hits, records, strict=True)
         ]  # fmt: skip
@@ -267,7 +268,7 @@ class Workbench:
             found.append(self.queries[name])
         if asked.answer is not None:
             sides = [run.recipe.ask(asked.prompt, text) for text in (asked.answer, asked.against) if text is not None]
-            found.append(Query(sides[0] if len(sides) == 1 else Contrast(*sides), name=_named(asked)))
+            found.append(Query(sides[0] if len(sides) == 1 else Contrast(*sides)))
         if not found:
             raise FormatError("There is no query: give an answer, or names of the run's queries.")
         return found
@@ -287,7 +288,8 @@ class Workbench:
                         "predicted": curve.prediction.mean[row].tolist(),
                         "low": _finite(low[row]), "high": _finite(high[row]),
                     })  # fmt: skip
-        return {"lines": lines, "curves": curves, "estimator": found.estimator}
+        means = " ".join(meanings_told(lines))
+        return {"lines": lines, "curves": curves, "estimator": found.estimator, "means": means}
 
 
 def predicted(line: dict[str, Any]) -> dict[str, Any]:
@@ -297,11 +299,6 @@ def predicted(line: dict[str, Any]) -> dict[str, Any]:
         "low": line["predicted"] - half, "high": line["predicted"] + half
     }  # fmt: skip
     return {**line, **ends, "sentence": sentence(line)}
-
-
-def _named(asked: WhatIf) -> str:
-    whole = f"{asked.prompt or ''}{asked.answer}"
-    return whole if asked.against is None else f"{whole} rather than {asked.against}"
 
 
 def _sides(given: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from tqdm import tqdm
 from leaveout.errors import StabilityError, UnsupportedError, choices
 from leaveout.models import find_device, free_memory
 from leaveout.quantities import amount
+from leaveout.training.digest import digest_of
 from leaveout.training.loop import Checkpoint, RunOptions
 from leaveout.training.memory import COPIES, LiveBytes, kept_bytes, largest_part
-from leaveout.training.queries import Queries
+from leaveout.training.queries import Queries, Query
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint, sgd_adjoint
 from leaveout.training.reverse.flat_run import FlatRun, passes, refused
@@ -163,8 +165,7 @@ def metagradient(
     began, place = time.process_time(), find_device(options.device)
     with passes(recipe, place):
         run = FlatRun(recipe, place)
-        values = run.values(queries)  # at the start: they name the queries
-        n_queries = len(values)
+        n_queries = len(run.values(queries))
         limit = memory if memory is not None else options.memory
         plan = plan_reverse(run, n_queries, limit, settings, options.directory)
         run.require_second_pass()
@@ -173,12 +174,13 @@ def metagradient(
         effects = run.state.new_zeros(n_queries, len(recipe.unit_names), dtype=torch.float64)
         base = run.state.new_zeros(n_queries, dtype=torch.float64)
         work = None if options.directory is None else Path(options.directory) / "reverse"
+        named = "" if work is None else _name_of(queries)
         kept = Kept(plan.checkpoints, work if plan.on_disk else None, recipe.hash())
         total, hidden = plan.rounds * run.steps, not options.progress
         with tqdm(total=total, desc="metagradient", unit="step", disable=hidden, file=sys.stderr) as bar:
             for first in range(0, n_queries, plan.together):
                 part = slice(first, first + plan.together)
-                key = hashlib.sha256(f"{recipe.hash()} {values.tolist()} {part}".encode()).hexdigest()
+                key = hashlib.sha256(f"{recipe.hash()} {named} {part}".encode()).hexdigest()
                 file = None if work is None else work / f"cotangents-{key[:16]}.safetensors"
                 saved = None if file is None else Checkpoint(file, key, options.save_every)
                 reverse = Reverse(run, queries, part, effects[part], base[part], bar, saved)
@@ -188,6 +190,16 @@ def metagradient(
     if not bool(effects.isfinite().all()):
         raise StabilityError("The metagradient overflowed: the run is not stable; use a lower lr or a larger eps.")
     return Effects(effects.cpu().numpy(), base.cpu().numpy(), time.process_time() - began, plan.checkpoints, plan)
+
+
+def _name_of(queries: Queries) -> str:
+    """Names the content of queries; a function that cannot be read has another name each time, so that it is begun anew."""
+    if not callable(queries):
+        return " ".join((query if isinstance(query, Query) else Query(query)).digest for query in queries)
+    try:
+        return digest_of(queries, "The queries")
+    except UnsupportedError:
+        return uuid.uuid4().hex
 
 
 def reverse_trainings(recipe: Recipe, task: Task, queries: int) -> float:

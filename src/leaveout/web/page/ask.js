@@ -123,7 +123,7 @@ async function ask(results, form, run) {
 class Results {
   constructor(into, asked, found, run) {
     Object.assign(this, { asked, found, run, cards: new Map(), why: new Map(), left: new Map(), word: null });
-    this.answer = el("p", { cls: "passage answer" }, el("bdi", {}, `${asked.prompt ?? ""}${asked.answer}`));
+    this.answer = el("p", { cls: "passage answer" }, el("bdi", {}, found.asked));
     this.hint = el("p", { cls: "soft" }, "Colours follow …");
     this.shares = el("div");
     this.controls = el("div");

@@ -13,6 +13,7 @@ export async function showPrediction(into, question, sets) {
     const found = await post("/api/what-if", body);
     into.replaceChildren(
       el("ul", { cls: "sentences" }, found.lines.slice(0, 12).map((line) => el("li", {}, sentence(line, found.lines)))),
+      el("p", { cls: "soft" }, found.means),
       ...charts(found.curves),
       el("details", {}, el("summary", {}, "As a table"), predictionTable(found.lines)),
       checkButton(body));
@@ -86,16 +87,8 @@ export function jobBlock(job) {
       el("button", { type: "button", onclick: () => post(`/api/stop?id=${job.id}`) }, "Stop"));
   }
   if (job.problem) told.push(problem(new Error(job.problem)));
-  if (job.lines.length) told.push(el("p", { cls: "verdict" }, outcome(job)), predictionTable(job.lines));
+  if (job.lines.length) told.push(el("p", { cls: "verdict" }, job.outcome), predictionTable(job.lines), el("p", { cls: "soft" }, job.means));
   return told;
-}
-
-function outcome(job) {
-  const fresh = job.lines.filter((line) => !line.already_measured && line.inside !== null);
-  if (!fresh.length) return "These sets had been measured before, so that they prove nothing.";
-  const good = fresh.filter((line) => line.inside).length;
-  if (fresh.length === 1) return good ? "Retrained: it lies inside the predicted interval." : "Retrained: it lies outside the predicted interval.";
-  return `${good} of ${fresh.length} retrained values lie inside their predicted intervals.`;
 }
 
 // ---------------------------------------------------------------- curves

@@ -48,6 +48,7 @@ STEPS = {
     "store": Step("store_speed", alone=True),
     "scale": Step("scale_speed", alone=True),
     "search": Step("search_speed", alone=True),
+    "search, what is usual": Step("search_speed", "--part usual --work {work}", alone=True),
     "search, a million rows": Step("search_speed", "--part million --repeats 3 --work {work}", alone=True),
     "index cost": Step("index_cost", "--repeats 1", alone=True),
     "index cost by length": Step("index_cost", "--lengths 20 50 100 200 400 1000 2000 4000 --repeats 1", alone=True),

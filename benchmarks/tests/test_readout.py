@@ -82,6 +82,12 @@ def test_a_store_of_many_rows_is_searched(script, tmp_path):
     assert "600 rows" in script("tables_codes").million(result)
 
 
+def test_what_is_usual_is_found_once(script, tmp_path):
+    assert script("search_speed").main(["--part", "usual", "--smoke", "--out", str(tmp_path)]) == 0
+    seconds = json.loads((tmp_path / "readout_search_usual.json").read_text())["cpu_seconds"]
+    assert seconds["usual, kept"]["median"] < 0.1 * seconds["usual, found"]["median"]
+
+
 def test_other_speeds_are_measured(script, tmp_path):
     """Indexes that must be the same bit for bit are compared inside."""
     assert script("scale_speed").main(["--smoke", "--out", str(tmp_path)]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from leaveout.readout.build import Pace
 from leaveout.readout.codec import Filled, Planes, Whole
 from leaveout.readout.index import Index
 from leaveout.readout.scan import Scanner
-from leaveout.readout.search import usual_best
+from leaveout.readout.search import SearchOptions, usual_best
 from leaveout.readout.shortlist import LEAST, Recall, recall_of, worst
 from leaveout.store import Store
 
@@ -451,8 +452,28 @@ def test_what_is_usual_is_found_by_a_short_list(form, build, lm, tokenizer, tmp_
     exact = usual_best(index)
     monkeypatch.setattr("leaveout.readout.search.SMALL", 10)
     assert usual_best(index) == pytest.approx(exact, rel=0.1)
+    (index.path / "usual.json").unlink()
     monkeypatch.setattr("leaveout.readout.search.CANDIDATES", 1)  # of one row and two groups each: still another row
     assert 0 < usual_best(index) <= exact * 1.0001
     if form == "triples":
         alone = built(lm, MANY, tmp_path / "none", GH, tokenizer, long="none", short_bytes=128)
         assert usual_best(alone) == pytest.approx(exact, rel=0.5)  # from short forms, which are rough
+
+
+def test_what_is_usual_is_kept_until_rows_come_or_go(build, tmp_path, monkeypatch):
+    index = Index.open(shutil.copytree(build("triples").path, tmp_path / "idx"), build("triples").readout)
+    monkeypatch.setattr("leaveout.readout.search.SMALL", 10)
+    found, by_product = usual_best(index), usual_best(index, SearchOptions("product"))
+    assert found != by_product
+    with monkeypatch.context() as patch:
+        patch.setattr("leaveout.readout.search._usual_best", None)
+        assert (usual_best(index), usual_best(index, SearchOptions("product"))) == (found, by_product)
+        index.delete([index.search([TEXTS[0]], 1)[0][0].id])
+        with pytest.raises(TypeError):
+            usual_best(index)
+    (index.path / "usual.json").write_text("[]")
+    assert usual_best(index) > 0 and index.check() == []
+    monkeypatch.setattr("leaveout.readout.search.replacing", open)  # as a directory that may not be written: no error
+    (index.path / "usual.json").unlink()
+    (index.path / "usual.json").mkdir()
+    assert usual_best(index) > 0

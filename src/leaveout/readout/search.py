@@ -7,6 +7,8 @@ best row needs that of k groups only, whatever the corpus.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -17,6 +19,7 @@ from torch import Tensor
 from leaveout.corpus.writers import arrow_table
 from leaveout.errors import FormatError, UnsupportedError, choices, needs, require_whole
 from leaveout.executor import Crew
+from leaveout.files import replacing
 from leaveout.readout.controls import BEST, Controls, controls_of, other_answers
 from leaveout.readout.forms import Form
 from leaveout.readout.opened import EncodedQueries, OpenIndex, QueryRow, shown_text
@@ -241,6 +244,7 @@ USUAL = 24  # rows of an index that are asked themselves, to say what the best r
 LEAST = 50  # rows of an index: among fewer, the best other row says little
 SEARCHED = 50_000  # rows that are searched for them at most, and for each so many that are scored exactly:
 CANDIDATES = 20
+KEPT = "usual.json"  # beside the rows of an index
 
 
 def usual_best(index: OpenIndex, options: SearchOptions = SearchOptions()) -> float | None:  # frozen
@@ -249,11 +253,28 @@ def usual_best(index: OpenIndex, options: SearchOptions = SearchOptions()) -> fl
     Rows of the index, evenly apart, are asked; of the scores of each one's best other row the median counts. None for an index
     of less than 50 rows, for scores through the whole model, which have another unit, and where a model whose layers are
     streamed would have to encode rows anew.
-    Cost: a scan of the short forms of at most 50,000 rows, evenly apart, for 24 queries, and 20 exact scores each; without long
-    forms the short ones decide, which finds a little more. Of a larger index the usual is that of those rows, a little less.
+    Cost: a scan of the short forms of at most 50,000 rows, evenly apart, for 24 queries, and 20 exact scores each, about 4 CPU
+    seconds, once: of an index that is searched by lists it is kept in a file beside the rows until rows come or go. Without
+    long forms the short ones decide, which finds a little more. Of a larger index the usual is that of those rows, a little
+    less.
     """
     if len(index) < LEAST or options.rerank or (index.long is None and index.readout.stream is not None):
         return None
+    if len(index) <= SMALL:
+        return _usual_best(index, options)
+    file, asked = index.path / KEPT, f"{options.length}, prompts {options.prompt_weight}"
+    rows = {"version": index.store.version, "rows": len(index), "fingerprint": index.fingerprint}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or of another form
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        rows = kept if {name: kept[name] for name in rows} == rows else rows
+    if asked not in rows:
+        rows[asked] = _usual_best(index, options)
+        with contextlib.suppress(OSError), replacing(file) as temporary:  # an index may be read only
+            temporary.write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    return rows[asked]
+
+
+def _usual_best(index: OpenIndex, options: SearchOptions) -> float | None:
     length, weight = options.length, options.prompt_weight
     crew: tuple[int, Scanners] = (options.workers, options.backend)
     numbers, groups = index.spread_rows(USUAL), _groups(index, SearchOptions(unique=True))

@@ -270,7 +270,9 @@ def told(lines: Sequence[Mapping[str, Any]]) -> str:
         first = f"{len(clear)} of {len(lines)} effects can be told from zero."
         if clear:
             largest = max(clear, key=lambda line: (line["unit"] == clear[0]["unit"], abs(line["effect"])))
-            first += f" The largest, of “{shorten(largest['query'], 40)}”: {sentence(largest, brief=True)}"
+            several = len({line["query"] for line in lines}) > 1
+            of = f", of “{shorten(largest['query'], 40)}”" if several else ""
+            first += f" The largest{of}: {sentence(largest, brief=True)}"
     return f"{first} {retrained_told(lines)}" if "actual" in lines[0] else first
 
 

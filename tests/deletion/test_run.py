@@ -339,6 +339,7 @@ def test_recipe_files_and_their_data_are_watched(tmp_path):
         ([[]], "is empty"),
         (["nobody"], "no unit and no example with the id 'nobody'"),
         ([{"0:duna": 2.0}], "between 0 and 1"),
+        ([{"0:dutu": 0.0}], "removes nothing: give a share above 0"),
         (None, "removes everything"),
     ],
 )

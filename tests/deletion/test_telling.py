@@ -12,6 +12,7 @@ from leaveout.deletion.kernels import FewUnits
 from leaveout.deletion.plan import Budget, Cost, Costs
 from leaveout.deletion.posterior import MOST_SETS, NUGGET, telling
 from leaveout.deletion.run import TrainingRun
+from leaveout.deletion.sets import DeletionSets
 
 from .conftest import FAST, QUERIES
 
@@ -88,3 +89,12 @@ def test_most_is_of_sets_that_are_named(run, monkeypatch, capsys):
         run.measure(most=3, without=[run.recipe.ids[0]], halves=True, settings=FAST)
     code, _, told = run_command(monkeypatch, capsys, "measure", run.path, "--most", "3", "--retrain", "2")
     assert code == 2 and "--most is of sets that you name" in told
+
+
+def test_a_vector_of_nothing_says_nothing(run):
+    nothing = DeletionSets(np.zeros((1, 24)), ("0 %",))
+    run.measure(without=nothing, halves=True, queries=QUERIES, settings=FAST)
+    assert not len(run.bank.measurements(QUERIES).retrainings)
+    run.measure(retrain=5, design="random", queries=QUERIES, settings=FAST)
+    assert np.isfinite(run.predict(QUERIES, [run.recipe.ids[:2]], "datamodels").effect).all()
+    assert len(telling(np.concatenate([nothing.x, np.eye(24)[:2]]), 9, FewUnits(np.ones(24)))) == 2

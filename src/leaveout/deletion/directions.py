@@ -71,13 +71,13 @@ def random_sets(
 def halved(x: np.ndarray, seed: int = 0) -> np.ndarray:
     """Two halves of each deletion vector [sets, units], its units dealt at random: [vectors, units].
 
-    A vector of one unit has none, and stays whole.
+    A vector of one unit, or none, has no halves, and stays whole.
     """
     out = []
     for row in x:
         members = np.flatnonzero(row)
         dealt = _rng(seed, 5, *members.tolist()).permutation(members)
-        for part in np.array_split(dealt, min(2, len(dealt))):
+        for part in np.array_split(dealt, max(1, min(2, len(dealt)))):
             out.append(np.where(np.isin(np.arange(len(row)), part), row, 0.0))
     return np.array(out).reshape(-1, x.shape[1])
 

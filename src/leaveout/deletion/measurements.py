@@ -147,8 +147,7 @@ def gathered(parts: list[tuple[Any, ...]], base: np.ndarray, trained: np.ndarray
     x, y = np.concatenate([p[1] for p in parts]) * trained, np.concatenate([p[2] for p in parts])
     _, first = np.unique(x, axis=0, return_index=True)
     first.sort()
-    if not trained.all():
-        first = first[x[first].any(1)]
+    first = first[x[first].any(1)]
     kinds: list[str] = [kind for p in parts for kind in p[3]]
     return Retrainings(x[first], y[first] - base, tuple(kinds[i] for i in first))
 

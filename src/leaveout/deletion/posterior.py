@@ -177,7 +177,7 @@ def telling(x: np.ndarray, n: int, kernel: Kernel, seed: int = 0) -> np.ndarray:
     falls most; that takes no measured value. Of more than WITH_HALVES sets no halves are tried.
     Raises: ValueError for more than MOST_SETS.
     """
-    if len(x := _unique(x)) > MOST_SETS:
+    if len(x := _unique(x[x.any(1)])) > MOST_SETS:  # of a set of nothing all is known
         raise ValueError(
             f"there are {len(x):,} sets to choose from, and at most {MOST_SETS:,} can be compared: name fewer"
         )

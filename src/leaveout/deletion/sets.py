@@ -124,6 +124,8 @@ def _vector(
                 f"{sorted(found)[0]!r} belongs to the unit {names[g]!r} together with {missing!r}: name the whole unit, "
                 "or give the recipe smaller units."
             )
+    if not x.any():
+        raise FormatError("A deletion set removes nothing: give a share above 0.")
     if bool((x == 1).all()):
         raise FormatError("A deletion set removes everything: leave something to train on.")
     return x

@@ -170,6 +170,20 @@ def test_verify_compares_with_plain_retraining(leaveout, trained, tmp_path):
     )
 
 
+def test_a_table_says_that_nothing_tested_its_intervals(leaveout, tmp_path):
+    run = TrainingRun.train(write_recipe(tmp_path), tmp_path / "run")
+    run.measure(retrain=3, design="singles")
+    ask = [*asking("nina"), "--without", "a,b"]
+    untested = "No held-out retraining has tested these intervals, which may be too narrow: `leaveout measure RUN --heldout"
+    shown = " ".join(leaveout("predict", run.path, *ask)[1].split())
+    assert untested in shown and "Without means the same run" in shown
+    run.measure(without=[["a", "b"]])  # measured itself
+    assert untested not in " ".join(leaveout("predict", run.path, *ask)[1].split())
+    run.measure(heldout=2)
+    line = json.loads(leaveout("predict", run.path, *asking("nina"), "--without", "c,d", "--json")[1])
+    assert line["heldout"] == 2
+
+
 def test_new_runs_are_measured_predicted_and_verified(leaveout, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained / "run", run)

@@ -331,8 +331,9 @@ def predict(
 
 
 NOT_CALIBRATED = (
-    "Not calibrated: scores of an index summed up, above 0 where training on the set lowers the loss. They rank sets; how many "
-    "nats one is worth takes the recipe of the run (`leaveout recipe` drafts it, `train` and `measure` follow)."
+    "Not calibrated: scores of an index summed up, above 0 where training on the set lowers the loss; `together`: without other "
+    "rows to stand in for these. The 95 % intervals are over the rows of a set, not over runs. They rank sets; how many nats one "
+    "is worth takes the recipe of the run (`leaveout recipe` drafts it, `train` and `measure` follow)."
 )
 
 

@@ -51,7 +51,11 @@ LEAST_PROBE = 1.0
 """CPU seconds that trying may take, up to a quarter of the budget: a tenth of a few seconds tells nothing of shared steps."""
 LEAST_SLOPE = 0.5
 """Of what one of 128 retrainings takes that share their steps, the least part that grows with their number."""
-NO_JETS = "No jets: they win where retraining is noisy; give noise=, or jets=True in Python, to have them weighed."
+NO_JETS = "No jets: they win where retraining is noisy; `--jets` (in Python jets=True, or noise=) has them weighed."
+ERRORS = (
+    "Expected errors are of effects in the same run, over their size: 0 is exact, at 1 nothing is known. Choices that differ by "
+    "less than a tenth go by their time."
+)
 ALONE = "exact first order"
 HELDOUT = 16
 """Retrainings kept for calibration, at most, and at most a quarter of all that a budget can buy."""
@@ -219,7 +223,7 @@ def make_plan(
             )
     # Errors within a tenth of each other are equal for what a plan knows; then the cheaper choice is the better one.
     choices.sort(key=lambda c: (round(10 * np.log(max(c.error, 1e-3))), c.seconds))
-    return Plan(tuple(choices), costs, stability, budget.seconds, (*notes, *costs.notes, *why))
+    return Plan(tuple(choices), costs, stability, budget.seconds, (*notes, *costs.notes, *why, ERRORS))
 
 
 def _alone(recipe: Recipe, first: float, allowed: float, options: RunOptions) -> float:

@@ -27,6 +27,9 @@ MEANS = {
 UNCERTAIN = "cannot tell from zero"
 A_SEED = "not distinguishable from a new seed"
 NEVER = "never trained on"
+UNTESTED = "No held-out retraining has tested these intervals, which may be too narrow: `leaveout measure RUN --heldout 16` does."
+KNOWN = 1e-4
+"""Of one and a value, the standard deviation up to which a value was measured itself, so that nothing need test it."""
 OUTSIDE = "outside of what was tested"
 UNITS = {"loss": "nats", "logit": "logits", "margin": "logits"}
 """The unit of what a query measures, where it has one."""
@@ -52,6 +55,7 @@ class Prediction(Tabular):
              degrees of freedom. Intervals of a new run hold both: they are those of one run without the set.
     measures what each query measures: `loss`, `probability`, `logit`, `margin`, or the name of a function
     chosen   the query that each set was chosen for, by name; "" where it was for none
+    heldout  how many held-out retrainings the intervals were tested by; None where that is unknown
     """
 
     queries: tuple[str, ...]
@@ -69,6 +73,7 @@ class Prediction(Tabular):
     freedom: float = math.inf
     measures: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
+    heldout: int | None = None
 
     @property
     def mean(self) -> np.ndarray:
@@ -124,6 +129,8 @@ class Prediction(Tabular):
                     "verdict": NEVER if never else A_SEED if drowned[i, j] else UNCERTAIN if self.uncertain[i, j]
                     else "rises" if self.effect[i, j] > 0 else "falls",
                 }  # fmt: skip
+                if self.heldout is not None:
+                    line["heldout"] = self.heldout
                 if self.meaning == NEW_RUN:
                     line["run_std"] = float(run_std[i, j])
                 if line["verdict"] == A_SEED and np.isfinite(seeds[i, j]):
@@ -240,11 +247,19 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             rows.append((*row, line["base"], line["predicted"], verdict))
     more = ["retrained", "all data"] if proven else ["all data", "without it"]
     notes = meanings_told(lines)
+    if any(line.get("heldout") == 0 and (line["std"] or 0) > KNOWN * (1 + abs(line["base"])) for line in lines):
+        notes.append(UNTESTED)
     deviations = ["sd of the mean", "sd of runs"] if of_runs else []
     headers, said = ["query", "left out", effect, *deviations, *more, "verdict"], told(lines)
     if len({line["query"] for line in lines}) == 1:  # named once
-        headers, rows, said = headers[1:], [row[1:] for row in rows], f"{shorten(lines[0]['query'], 60)}: {said}"
+        headers, rows, said = headers[1:], [row[1:] for row in rows], f"{_named(lines[0]['query'])}: {said}"
     return Table(headers, rows, said, notes)
+
+
+def _named(query: str) -> str:
+    """A query at the head of a sentence: in quotation marks, unless it is one word."""
+    name = shorten(query, 60)
+    return name if name.isalnum() else f"“{name}”"
 
 
 def meanings_told(lines: Sequence[Mapping[str, Any]]) -> list[str]:

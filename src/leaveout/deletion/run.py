@@ -576,7 +576,8 @@ class TrainingRun:
         return Prediction(
             tuple(q.name for q in asked), sets.labels, base, effect, std, settings.name, factor,
             untrained=tuple(tuple(names[i] for i in places) for places in untrained), never=tuple(never.tolist()),
-            outside=outside & ~never, measures=tuple(q.called for q in asked), chosen=sets.chosen, meaning=meant, **more,
+            outside=outside & ~never, measures=tuple(q.called for q in asked), chosen=sets.chosen, meaning=meant,
+            heldout=calibration.sets, **more,
         )  # fmt: skip
 
     def _strong(

@@ -28,8 +28,6 @@ UNCERTAIN = "cannot tell from zero"
 A_SEED = "not distinguishable from a new seed"
 NEVER = "never trained on"
 UNTESTED = "No held-out retraining has tested these intervals, which may be too narrow: `leaveout measure RUN --heldout 16` does."
-KNOWN = 1e-4
-"""Of one and a value, the standard deviation up to which a value was measured itself, so that nothing need test it."""
 OUTSIDE = "outside of what was tested"
 UNITS = {"loss": "nats", "logit": "logits", "margin": "logits"}
 """The unit of what a query measures, where it has one."""
@@ -55,7 +53,7 @@ class Prediction(Tabular):
              degrees of freedom. Intervals of a new run hold both: they are those of one run without the set.
     measures what each query measures: `loss`, `probability`, `logit`, `margin`, or the name of a function
     chosen   the query that each set was chosen for, by name; "" where it was for none
-    heldout  how many held-out retrainings the intervals were tested by; None where that is unknown
+    heldout  how many held-out retrainings the intervals were tested by; None where all sets were measured themselves
     """
 
     queries: tuple[str, ...]
@@ -247,7 +245,7 @@ def prediction_table(lines: Sequence[Mapping[str, Any]]) -> Table:
             rows.append((*row, line["base"], line["predicted"], verdict))
     more = ["retrained", "all data"] if proven else ["all data", "without it"]
     notes = meanings_told(lines)
-    if any(line.get("heldout") == 0 and (line["std"] or 0) > KNOWN * (1 + abs(line["base"])) for line in lines):
+    if any(line.get("heldout") == 0 and line["std"] for line in lines):
         notes.append(UNTESTED)
     deviations = ["sd of the mean", "sd of runs"] if of_runs else []
     headers, said = ["query", "left out", effect, *deviations, *more, "verdict"], told(lines)

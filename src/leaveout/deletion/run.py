@@ -570,6 +570,7 @@ class TrainingRun:
             std = np.hypot(std, noise.std[:, None] / np.sqrt(noise.runs))  # the error of the mean with all data
             run_std = np.repeat(noise.std[:, None], len(sets), 1)
             base, more = noise.mean, {"run_std": run_std, "freedom": noise.freedom}
+        measured = meant == SAME_RUN and all(row is not None for row in self.bank.measured_values(asked, removed))
         base = np.repeat(base[:, None], len(sets), 1)
         std = np.hypot(std, ROUNDING * (1 + np.abs(base)) * (sets.x != 0).any(1))
         std = np.where(unknown, np.inf, std)
@@ -577,7 +578,7 @@ class TrainingRun:
             tuple(q.name for q in asked), sets.labels, base, effect, std, settings.name, factor,
             untrained=tuple(tuple(names[i] for i in places) for places in untrained), never=tuple(never.tolist()),
             outside=outside & ~never, measures=tuple(q.called for q in asked), chosen=sets.chosen, meaning=meant,
-            heldout=calibration.sets, **more,
+            heldout=None if measured else calibration.sets, **more,
         )  # fmt: skip
 
     def _strong(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leaveout.training.formulas import plain_attention
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Parameters, Task, losses_on, text_length
 
@@ -33,7 +34,10 @@ def one_by_one(one: OneRun, runs: Parameters) -> Tensor:
 
 def of_runs(one: OneRun, runs: Parameters) -> Tensor:
     """The same as one batch; a single run goes by itself. Random numbers (of dropout) are the same for all."""
-    return one_by_one(one, runs) if run_count(runs) == 1 else torch.vmap(one, randomness="same")(runs)
+    if run_count(runs) == 1:
+        return one_by_one(one, runs)
+    with plain_attention():
+        return torch.vmap(one, randomness="same")(runs)
 
 
 def checked_of_runs(one: OneRun, runs: Parameters) -> tuple[Tensor, bool]:

@@ -38,19 +38,39 @@ class _Masks(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
         if func is not F.dropout:
             return func(*args, **kwargs)
         x, p, training, _ = _arguments(*args, **kwargs)
-        if not training or p == 0.0:
-            return x
+        return x * self._mask(x.shape, p, x) if training and p > 0.0 else x
+
+    def _mask(self, shape: Sequence[int], p: float, like: Any) -> Any:
+        """Zeros, and 1 / (1 - p) elsewhere."""
         if not self.of:
-            return x * F.dropout(torch.ones(x.shape, dtype=x.dtype, device=x.device), p, True)
-        if x.shape[0] != len(self.rows):
+            return F.dropout(torch.ones(shape, dtype=like.dtype, device=like.device), p, True)
+        if shape[0] != len(self.rows):
             raise UnsupportedError(
                 "The model drops from tensors whose first axis is not that of the examples, so that a part of a micro-batch "
                 "has no masks of its own: go back through whole micro-batches (allow more memory)."
             )
-        return x * F.dropout(torch.ones(self.of, *x.shape[1:], dtype=x.dtype, device=x.device), p, True)[self.rows]
+        return F.dropout(torch.ones(self.of, *shape[1:], dtype=like.dtype, device=like.device), p, True)[self.rows]
+
+    def _attention(
+        self, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
+    ) -> Any:  # fmt: skip
+        """As torch.nn.functional.scaled_dot_product_attention, whose fused kernels would draw masks of their own."""
+        how: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        if dropout_p == 0.0:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, **how)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
+        by_parts = torch.ops.aten._scaled_dot_product_attention_math
+        weights = by_parts(query, key, value, attn_mask, **how)[1]
+        if enable_gqa:
+            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+        return (weights * self._mask(weights.shape, dropout_p, weights)) @ value
 
 
 def _arguments(

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from leaveout.errors import UnsupportedError
 from leaveout.models import free_memory
 from leaveout.training.dropout import dropped
+from leaveout.training.formulas import plain_attention
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Task, rows_are_separate, text_length
 
@@ -124,7 +124,8 @@ def kept_bytes(recipe: Recipe, task: Task) -> int:
         return t
 
     seed = None if recipe.dropout is None else 0
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), dropped(task.model, seed):
+    kept = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with kept, dropped(task.model, seed), plain_attention():
         loss = task.loss(task.model, task.batch([recipe.examples[i] for i in largest]))
     del loss
     return sum(seen.values())
@@ -184,22 +185,6 @@ def kept_memory(device: torch.device, largest: int = 2**30) -> Iterator[None]:
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _GLIBC_DEFAULT = -1, -3, 128 * 1024
-
-
-@contextmanager
-def plain_formulas(device: torch.device) -> Iterator[None]:
-    """On a GPU, attention and batch norm by operations that have rules for jets, not by fused kernels or cuDNN."""
-    if device.type == "cpu":
-        yield
-        return
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.enabled
-    cudnn.enabled = False
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        cudnn.enabled = before
 
 
 @contextmanager

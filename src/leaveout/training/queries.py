@@ -24,7 +24,7 @@ from leaveout.models import full_precision
 from leaveout.training.batching import checked_of_runs, of_runs, one_by_one, run_count
 from leaveout.training.digest import digest_of
 from leaveout.training.examples import IGNORED, as_row
-from leaveout.training.memory import plain_formulas
+from leaveout.training.formulas import plain_formulas, slow_path
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Batch, Bound, Parameters, Task, task_of, token_losses
 
@@ -241,7 +241,7 @@ def query_losses(
     own = task.parameters()
     stacked = all(params[name].dim() == p.dim() + 1 for name, p in own.items())
     runs = params if stacked else {name: p.unsqueeze(0) for name, p in params.items()}
-    with torch.no_grad(), full_precision():
+    with torch.no_grad(), full_precision(), slow_path():
         out = _values_of_runs(Bound(task, _function(task, queries, 1)), runs, task.device).cpu()
     return out if stacked else out[0]
 

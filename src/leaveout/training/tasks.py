@@ -39,6 +39,8 @@ from leaveout.training.start import made_by, module_of, pair_of, refuse_another_
 Batch = tuple[Tensor, ...]
 Parameters = dict[str, Tensor]
 Outputs = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+WITH_FORMULAS = {"eager", "sdpa", None}
+"""Forms of attention in transformers that are made of elementary operations, or have a backend that is; not flash or flex."""
 
 
 @dataclass
@@ -455,7 +457,8 @@ def _language_model(source: Any, dtype: str) -> LanguageModel:
             "or a pair (model, tokenizer)."
         )
     loaded = load_model(source, options=ModelOptions(dtype))
-    loaded.lm.set_attn_implementation("eager")  # type: ignore[operator]
+    if {getattr(getattr(m, "config", None), "_attn_implementation", None) for m in loaded.lm.modules()} - WITH_FORMULAS:
+        loaded.lm.set_attn_implementation("eager")  # type: ignore[operator]
     if dtype == "float64" and getattr(loaded.lm.config, "_experts_implementation", None):
         loaded.lm.set_experts_implementation("eager")  # type: ignore[operator]  # their grouped product has no float64
     _uncompile(loaded.lm)

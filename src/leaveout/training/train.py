@@ -23,8 +23,9 @@ from leaveout.jets import Jet, Series, Space, install, restore
 from leaveout.models import full_precision
 from leaveout.training.batching import batching_problem, of_runs
 from leaveout.training.below import Below, below_of
+from leaveout.training.formulas import plain_formulas
 from leaveout.training.loop import Loop, Part, RunOptions, Steps, clip_each
-from leaveout.training.memory import MemoryPlan, flushed_denormals, kept_memory, plain_formulas, plan_memory
+from leaveout.training.memory import MemoryPlan, flushed_denormals, kept_memory, plan_memory
 from leaveout.training.queries import Queries, query_series
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Parameters, losses_on, rows_are_separate, task_of

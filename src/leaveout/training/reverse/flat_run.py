@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leaveout.errors import UnsupportedError
 from leaveout.jets import install
 from leaveout.models import full_precision, sent
 from leaveout.training.batching import agree, tried
+from leaveout.training.formulas import plain_attention
 from leaveout.training.loop import Part, Steps, make_optimizer, spared_by_decay
 from leaveout.training.memory import flushed_denormals, kept_memory
 from leaveout.training.queries import Queries, Query, query_function
@@ -38,7 +38,7 @@ def passes(recipe: Recipe, device: torch.device) -> Iterator[None]:
     Of a language model large blocks are given back, as what is kept of them is half as much again as what is used.
     """
     kept = kept_memory(device, 2**17 if recipe.kind == "causal-lm" else 2**30)
-    with sdpa_kernel(SDPBackend.MATH), full_precision(), kept, flushed_denormals(device):
+    with plain_attention(), full_precision(), kept, flushed_denormals(device):
         yield
 
 

@@ -761,7 +761,7 @@ def _saved_parameters(store: Store, recipe: Recipe, path: Path) -> Parameters:
         )
     side = store.side("parameters")
     assert side is not None
-    return {name: torch.from_numpy(np.array(side[f"p{i}"])) for i, name in enumerate(task_of(recipe).trained)}
+    return {name: torch.from_numpy(np.array(side[f"p{i}"])) for i, name in enumerate(task_of(recipe).parameters())}
 
 
 def _held_parts(found: dict[int, tuple[str, np.ndarray]]) -> list[Part]:

@@ -96,12 +96,12 @@ def _stretches(x: Tensor) -> Iterator[slice]:
 def checked(task: Task, parameters: Parameters) -> Parameters:
     """The parameters that the task trains. Raises: MismatchError if they are not of this task."""
     own = dict(task.model.named_parameters())
-    for name in task.trained:
+    for name in task.parameters():
         if name not in parameters or parameters[name].shape != own[name].shape:
             raise MismatchError(
                 f"The parameters have no {name} of shape {tuple(own[name].shape)}: give this task's own."
             )
-    return {name: parameters[name].detach() for name in task.trained}
+    return {name: parameters[name].detach() for name in task.parameters()}
 
 
 def _parts(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leaveout.training.formulas import plain_attention
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Parameters, Task, losses_on, text_length
+from leaveout.training.tasks import Parameters, Task, text_length, weighted_losses
 
 OneRun = Callable[[Parameters], Any]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -66,11 +66,13 @@ def batching_problem(recipe: Recipe, task: Task) -> str | None:
     Tried on two runs, one at the start and one near it, with the losses and gradients of a few examples.
     Cost: as a few steps of two runs.
     """
-    bound = losses_on(task, task.batch([recipe.examples[i] for i in some_examples(recipe)]))
-    runs = near_runs(task)
-    wanted = with_gradients(lambda given: one_by_one(bound.under, given), runs)
+    batch = task.batch([recipe.examples[i] for i in some_examples(recipe)])
+    weights = torch.ones(2, len(batch[0]), dtype=recipe.real_dtype, device=task.device)
+    weights[1, 0] = 0
+    losses, runs = weighted_losses(task, batch, near_runs(task), weights)
+    wanted = with_gradients(lambda given: one_by_one(losses, given), runs)
     problem: list[str] = []
-    found = tried(lambda: with_gradients(lambda given: of_runs(bound.under, given), runs), problem)
+    found = tried(lambda: with_gradients(lambda given: of_runs(losses, given), runs), problem)
     if found is None:
         return problem[0]
     return None if agree(found, wanted) else "two runs as one batch give other numbers than each alone"

@@ -92,7 +92,7 @@ def dropped(model: nn.Module, seed: int | None, rows: Sequence[int] = (), of: in
     device = next(model.parameters()).device
     model.train()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
+        if isinstance(module, nn.modules.batchnorm._NormBase):  # but those that `norms.by_batches` puts there
             module.eval()
     try:
         with (

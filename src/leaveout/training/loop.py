@@ -30,6 +30,7 @@ from leaveout.jets import Jet, Series
 from leaveout.jets.rules_optim import AdamStep, adam_step_, gradient_of
 from leaveout.models import full_precision, sent
 from leaveout.training.dropout import dropped, seed_of
+from leaveout.training.norms import by_batches
 from leaveout.training.recipe import Recipe, in_parts
 from leaveout.training.tasks import Batch, Task
 
@@ -156,16 +157,18 @@ class Steps:
         weigh  gives the weights [..., examples] of examples with these numbers
         """
         batch, places = self.fed(part)
-        with self.passing(part):
+        weights = None if weigh is None else weigh(places)
+        with self.passing(part, weights):
             losses = self.task.learned(self.task.model, batch)
-        return part.loss(losses, None if weigh is None else weigh(places))
+        return part.loss(losses, weights)
 
     @contextmanager
-    def passing(self, part: Part) -> Iterator[None]:
-        """While forward passes of a part are made: its dropout, and the recipe's autocast."""
+    def passing(self, part: Part, weights: Any = None) -> Iterator[None]:
+        """While forward passes of a part are made: its dropout, norms by its weights, and the recipe's autocast."""
         kind = self.task.device.type
         mixed = torch.autocast(kind, torch.bfloat16, cache_enabled=False) if self._autocast else nullcontext()
-        with dropped(self.task.model, part.seed, part.places, len(part.whole)), mixed:
+        norms = by_batches(self.task.model, weights) if self.task.running else nullcontext()
+        with dropped(self.task.model, part.seed, part.places, len(part.whole)), norms, mixed:
             yield
 
     def _size(self, number: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from leaveout.training.formulas import slow_path
 from leaveout.training.recipe import Recipe
 from leaveout.training.start import tried_numbers
 from leaveout.training.tasks import Task
@@ -21,7 +22,7 @@ SKIPS = ("DropPath", "StochasticDepth")
 def notes_on(recipe: Recipe, task: Task) -> list[str]:
     """Sentences on how the model was loaded, what of it is off or frozen, and what is never trained on; none if nothing is."""
     off = [] if recipe.dropout is not None else dropout_of(task.model)
-    off += _frozen_norms(task.model)
+    off += _norms(task)
     if recipe.autocast is not None:
         off.append(
             f"Plain runs and retrainings compute in {recipe.autocast}; jets and the exact first order are derivatives of the "
@@ -64,12 +65,18 @@ def _rate(module: nn.Module) -> float:
     return 0.0
 
 
-def _frozen_norms(model: nn.Module) -> list[str]:
+def _norms(task: Task) -> list[str]:
     names = [
         name or "model"
-        for name, module in model.named_modules()
+        for name, module in task.model.named_modules()
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
     ]
+    by_batches = [name.removesuffix(".running_mean") for name in task.running if name.endswith("running_mean")]
+    if by_batches:
+        return [
+            "Batch norm is in training form: the statistics are those of the rows of a micro-batch that have weight, in "
+            f"{_listed(by_batches)}."
+        ]
     if not names:
         return []
     return [f"Batch norm is frozen: its stored means and variances are used and not updated, in {_listed(names)}."]
@@ -79,7 +86,7 @@ def _acts_otherwise_in_training(recipe: Recipe, task: Task) -> bool:
     """Whether losses change when a copy of the model is put in training form."""
     rows = [recipe.examples[i] for i in tried_numbers(recipe.batches(), len(recipe.examples))[:2]]
     model = copy.deepcopy(task.model)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), slow_path(), torch.random.fork_rng(devices=[]):
         try:
             plain = [task.loss(model, task.encode([row])) for row in rows]
             model.train()

@@ -119,6 +119,8 @@ class Recipe:
     dropout  the seed of the masks, by which every micro-batch has one; None: no dropout
     packed   causal-lm: whether the rows of a micro-batch stand in one sequence, each with its own positions; it changes
              nothing but dropout masks
+    batch_statistics   classifier and custom: batch norm in training form, by the mean and variance of each micro-batch, whose
+             rows of weight 0 are as if they were not there; queries are asked with the running ones. False: by the stored ones
     autocast "bfloat16": plain runs and retrainings compute forward passes in it, as torch.autocast does; derivatives (jets
              and reverse mode) are those of the run in `dtype`
     version  stands for what of `model` and `loss` cannot be hashed: change it whenever that changes
@@ -149,6 +151,7 @@ class Recipe:
     dtype: str = "float32"
     dropout: int | None = None
     packed: bool = False
+    batch_statistics: bool = False
     autocast: str | None = None
     version: str = ""
 
@@ -177,6 +180,8 @@ class Recipe:
             )
         _check_given_steps(self)
         object.__setattr__(self, "template", read_template(self.template))
+        if self.batch_statistics and self.kind not in ("classifier", "custom"):
+            raise ValueError(f"a {self.kind} recipe has no batch_statistics: leave batch_statistics out")
         for name in ("template", "packed"):
             if getattr(self, name) and self.kind != "causal-lm":
                 raise ValueError(f"only a causal-lm recipe has {name}, not a {self.kind} recipe: leave {name} out")
@@ -276,6 +281,8 @@ class Recipe:
         Raises: UnsupportedError for functions and objects whose content cannot be read, unless there is a `version`.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if not self.batch_statistics:  # a recipe without them has the hash that it had before there were any
+            del values["batch_statistics"]
         if self.kind == "causal-lm":
             values["model"] = _model_facts(self.model)
             if self.loss is not None and self.loss.get("reference") is not None:
@@ -519,7 +526,7 @@ def _check_fields(recipe: Recipe) -> None:
     _check_number("label_smoothing", recipe.label_smoothing, (int, float), 0)
     if recipe.label_smoothing >= 1:
         raise ValueError(f"label_smoothing must be from 0 to below 1, got {recipe.label_smoothing!r}")
-    for name in ("drop_last", "warmup_from_zero", "packed"):
+    for name in ("drop_last", "warmup_from_zero", "packed", "batch_statistics"):
         if not isinstance(value := getattr(recipe, name), bool):
             raise ValueError(f"{name} must be true or false, got {value!r}")
     if recipe.dropout is not None:

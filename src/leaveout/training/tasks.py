@@ -33,6 +33,8 @@ from leaveout.models.identity import hash_tokenizer
 from leaveout.training import microgpt
 from leaveout.training.dropout import dropped
 from leaveout.training.examples import IGNORED, Asked, RowEncoder, as_row, asked, check_pair, too_long, unmarked
+from leaveout.training.formulas import slow_path
+from leaveout.training.norms import by_batches, fewest_values, follow_statistics
 from leaveout.training.recipe import Recipe
 from leaveout.training.start import made_by, module_of, pair_of, refuse_another_start, tried_numbers, try_loss
 
@@ -62,6 +64,7 @@ class Task:
     sizes    batch -> learned tokens of each example [examples], where the loss of a step is per token; else None
     notes    what a user should know of the model, one sentence each
     given    whether module or loss are the user's own, which nobody has tried
+    running  names of running statistics of norms (`norms`), which steps change as well; they are parameters too
     """
 
     model: nn.Module
@@ -78,11 +81,12 @@ class Task:
     notes: tuple[str, ...] = ()
     given: bool = False
     cut: Callable[[Any], int] | None = None
+    running: tuple[str, ...] = ()
 
     def parameters(self) -> dict[str, Any]:
-        """The trained parameters by name, in the order of `trained`."""
+        """The trained parameters by name, in the order of `trained`, and after them the running statistics."""
         own = dict(self.model.named_parameters())
-        return {name: own[name] for name in self.trained}
+        return {name: own[name] for name in (*self.trained, *self.running)}
 
     def learned(self, model: nn.Module, batch: Batch) -> Tensor:
         """The losses [examples] that training lowers."""
@@ -127,6 +131,29 @@ def losses_on(task: Task, batch: Batch) -> Bound:
     return Bound(task, lambda model: task.learned(model, batch))
 
 
+WEIGHTS = "weights of a batch's examples"
+"""Their name among the parameters of a run, where norms need them."""
+
+
+def weighted_losses(
+    task: Task, batch: Batch, runs: Parameters, weights: Tensor
+) -> tuple[Callable[[Parameters], Tensor], Parameters]:
+    """The losses [examples] of a batch that training lowers, as a function of a run's parameters, and those of runs [runs, ...].
+
+    weights: [runs, examples], by which norms of batches have their statistics
+    """
+    bound = losses_on(task, batch)
+    if not task.running:
+        return bound.under, runs
+
+    def losses(given: Parameters) -> Tensor:
+        own = dict(given)
+        with by_batches(task.model, own.pop(WEIGHTS)):
+            return bound.under(own)
+
+    return losses, {**runs, WEIGHTS: weights}
+
+
 def example_loss(task: Task, loss: Callable[[nn.Module, Batch], Tensor] | None = None) -> Bound:
     """The loss of one example, the task's own or another, which is given as tensors without their batch axis."""
     asked = loss or task.loss
@@ -140,13 +167,15 @@ def task_of(recipe: Recipe, device: str | torch.device = "cpu") -> Task:
     What the user made is tried once a recipe (see `start`). Raises: UnsupportedError if it fails.
     """
     place = find_device(device)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), slow_path():
         task = _made(recipe)
         if not _was_tried(recipe):
             if callable(recipe.model) and not isinstance(recipe.model, nn.Module):
                 refuse_another_start(task.model, _made(recipe).model)
             if task.given:
                 try_loss(task, recipe.examples, tried_numbers(recipe.batches(), len(recipe.examples)))
+            if task.running:
+                _try_statistics(recipe, task)
             object.__setattr__(recipe, "_tried", True)
         if place.type != "cpu":
             task.model.to(place)
@@ -154,6 +183,19 @@ def task_of(recipe: Recipe, device: str | torch.device = "cpu") -> Task:
         if task.refer is not None and not hasattr(recipe, "_references"):
             object.__setattr__(recipe, "_references", task.refer())
     return task
+
+
+def _try_statistics(recipe: Recipe, task: Task) -> None:
+    """Refuses what batch norm cannot make statistics of, in training or in retrainings; running ones stay as they are."""
+    smallest = min((part for step in recipe.micro_batches() for part in step), key=len)
+    ones = torch.ones(len(smallest), dtype=recipe.real_dtype)
+    with torch.no_grad(), by_batches(task.model, ones, follows=False), fewest_values(task.model) as seen:
+        task.loss(task.model, task.encode([recipe.examples[i] for i in smallest]))
+    if alone := [name for name, values in seen.items() if values < 2]:
+        raise UnsupportedError(
+            f"A micro-batch has {len(smallest)} examples, and so one value a channel in the batch norm {alone[0]!r}, which has "
+            "no variance: set drop_last, or another batch_size."
+        )
 
 
 def references_of(recipe: Recipe) -> dict[str, float]:
@@ -194,6 +236,8 @@ def _made(recipe: Recipe) -> Task:
         task = _weighted(task, recipe.real_dtype)
     task.model.to(recipe.real_dtype).eval()
     task.smoothing = recipe.label_smoothing
+    if recipe.batch_statistics:
+        task.running = follow_statistics(task.model, recipe.real_dtype)
     if not task.trained:
         raise UnsupportedError(f"No parameter matches `trained: {recipe.trained}`.")
     for name, p in task.model.named_parameters():
@@ -226,7 +270,7 @@ def rows_are_separate(recipe: Recipe, task: Task) -> bool:
     sees padding, or positions that are scaled by the longest example, are found out. With dropout also with the masks that
     they have together.
     """
-    if not task.separate or task.packed is not None:
+    if not task.separate or task.packed is not None or task.running:  # the batch is one sequence, has one mean
         return False
     pair = [pick(recipe.examples, key=text_length) for pick in (min, max)]
     near = functools.partial(torch.allclose, rtol=1e-7 if recipe.dtype == "float64" else 3e-5, atol=0.0)

@@ -28,7 +28,7 @@ from leaveout.training.loop import Loop, Part, RunOptions, Steps, clip_each
 from leaveout.training.memory import MemoryPlan, flushed_denormals, kept_memory, plan_memory
 from leaveout.training.queries import Queries, query_series
 from leaveout.training.recipe import Recipe
-from leaveout.training.tasks import Parameters, losses_on, rows_are_separate, task_of
+from leaveout.training.tasks import Parameters, rows_are_separate, task_of, weighted_losses
 
 CHECK_EVERY = 20
 """Steps between two looks at whether all coefficients are finite."""
@@ -117,7 +117,7 @@ class Retrainer:
                 together = together if (self.batched if options.batched is None else options.batched) else 1
             parts = weights.split(together)
             rounds = [self._stack(part, replace(options, round=(i, len(parts))), i) for i, part in enumerate(parts)]
-        return {name: torch.cat([r[name] for r in rounds]) for name in task.trained}
+        return {name: torch.cat([r[name] for r in rounds]) for name in rounds[0]}
 
     def _stack(self, weights: Tensor, options: RunOptions, number: int) -> Parameters:
         runs, steps, recipe, task = weights.shape[0], self.steps, self.recipe, self.task
@@ -131,9 +131,10 @@ class Retrainer:
             if leave_out:  # one is always kept, so that every parameter has a gradient, if only 0
                 part = part.only([i for i in part.numbers if used[i]] or part.numbers[:1])
             batch, places = steps.fed(part)
+            weights = by_example[:, places]
             with nullcontext() if self.below is None else self.below.passing(part), steps.passing(part):
-                losses = of_runs(losses_on(task, batch).under, params)  # type: ignore[arg-type]
-            part.loss(losses, by_example[:, places]).backward()
+                losses = of_runs(*weighted_losses(task, batch, params, weights))
+            part.loss(losses, weights).backward()
 
         loop = Loop(steps, params, backward, fused=True, clip=clip_each)
         loop.run(options.checkpoint(f"batch-{number}", recipe.hash(), weights), f"{runs} runs", options)

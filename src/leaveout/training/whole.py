@@ -31,11 +31,11 @@ class _Outputs(nn.Module):
 
 def whole_model(task: Task, parameters: Parameters) -> WholeModel:
     """The trained parameters of a task; the loss of a row is the mean over its learned tokens, times the row's weight."""
-    outputs = _Outputs(task)
+    outputs, running = _Outputs(task), {name: parameters[name] for name in task.running}
 
     def predictions(named: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Predictions:
         logits, targets = torch.func.functional_call(
-            outputs, {f"model.{name}": value for name, value in named.items()}, inputs
+            outputs, {f"model.{name}": value for name, value in {**running, **named}.items()}, inputs
         )
         learned = targets != IGNORED
         counts = learned.view(len(learned), -1).sum(1)

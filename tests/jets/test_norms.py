@@ -12,6 +12,9 @@ from leaveout.training.norms import WeightedNorm
 from leaveout.training.notes import notes_on
 from leaveout.training.queries import jet_values, query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
+from leaveout.training.reverse.adamw_influence import adamw_influence
+from leaveout.training.reverse.metagradient import ReverseSettings, metagradient
+from leaveout.training.reverse.updates import unit_vectors
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
 from oracles.agreement import assert_close
@@ -153,6 +156,27 @@ def test_rows_of_weight_0_are_not_in_the_batch(name, optimizer):
     assert not torch.allclose(losses[1], query_losses(recipe, train_plain(recipe_of(name)), rows(2, 5)), atol=1e-3)
 
 
+STEPS = {
+    "plain": {"optimizer": OptimizerSettings("sgd", 0.1, momentum=0.5)},
+    "in parts": {"optimizer": OptimizerSettings("sgd", 0.1), "batch_size": 9, "accumulate": 3, "clip_norm": 0.1},
+    "dropped": {"optimizer": OPTIMIZERS["adamw"], "dropout": 3},
+}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("name", ["flat", "images", "cumulative"])
+def test_reverse_mode_goes_through_the_statistics(name, steps, tmp_path):
+    recipe, queries = recipe_of(name, **STEPS[steps]), rows(4, 5)
+    wanted = train_jets(recipe, EYE, JetSettings(1, torch.float64), queries).losses
+    found = metagradient(recipe, queries, RunOptions(tmp_path, save_every=0.0), settings=ReverseSettings(states="disk"))
+    assert_close(torch.from_numpy(found.effects), wanted.h[0].T, "exact")
+    assert_close(torch.from_numpy(found.base), wanted.c, "exact")
+    plain = train_plain(recipe)
+    vectors = unit_vectors(recipe, width=10**6)
+    for key, p in vectors.params.items():
+        assert_close(p, plain[key], "exact")
+
+
 @pytest.mark.parametrize("name", ["flat", "images", "cumulative"])
 def test_series_follow_the_statistics(name):
     recipe, queries, h = recipe_of(name, optimizer=OptimizerSettings("sgd", 0.1)), rows(2, 5), 1e-4
@@ -281,5 +305,7 @@ def test_a_norm_alone_with_a_row_is_refused_and_others_are_said():
     task = task_of(recipe)
     assert isinstance(task.model[1], WeightedNorm) and task.running == ("1.running_mean", "1.running_var")
     assert torch.equal(task.model[1].running_mean, torch.zeros(5, dtype=torch.float64))
+    with pytest.raises(UnsupportedError, match="Stored gradients of rows know nothing of batch norm"):
+        adamw_influence(recipe, rows(1, 5))
     with pytest.raises(ValueError, match="a microgpt recipe has no batch_statistics"):
         Recipe.microgpt(["anna", "bob"], batch_statistics=True)

@@ -49,6 +49,10 @@ class Newton:
         self._task = task = task_of(recipe, device)
         if task.outputs is None or recipe.loss is not None:
             raise UnsupportedError("Gauss-Newton steps need a model that gives logits: retrain the sets instead.")
+        if recipe.batch_statistics:
+            raise UnsupportedError(
+                "Gauss-Newton steps do not know batch norm in training form: retrain the sets instead."
+            )
         if recipe.label_smoothing:
             raise UnsupportedError("Gauss-Newton steps know no label smoothing: retrain the sets instead.")
         self._model = model = whole_model(task, {n: p.to(task.device) for n, p in parameters.items()})
@@ -116,7 +120,7 @@ def cheaper(recipe: Recipe) -> bool:
     """Whether the steps of a set take fewer passes of examples than training without it."""
     n = len(recipe.examples)
     passes = 3 * min(n, REST) + 6 * 4 * min(n, SAMPLE)  # a gradient is three forward passes, a product four
-    plain = recipe.kind != "custom" and recipe.loss is None and not recipe.label_smoothing
+    plain = recipe.kind != "custom" and recipe.loss is None and not (recipe.label_smoothing or recipe.batch_statistics)
     return plain and STEPS * passes < 3 * sum(map(len, recipe.batches()))
 
 

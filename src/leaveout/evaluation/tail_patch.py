@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from leaveout.deletion.run import TrainingRun
+from leaveout.errors import UnsupportedError
 from leaveout.evaluation.truth import answer_loss, of_answers
 from leaveout.methods.registry import Scored
 from leaveout.metrics import tail_patch, top_rows
@@ -56,6 +57,10 @@ def patched_losses(
     Memory: parameters, gradients and optimizer state twice, the activations of one row, 16 bytes for each pair.
     """
     recipe, task = run.recipe, task_of(run.recipe, run.device)
+    if task.running:
+        raise UnsupportedError(
+            "A tail patch is a step on one unit, and batch norm in training form needs a batch: judge by retraining alone."
+        )
     asks = [query_function(task, [query]) for query in of_answers(recipe, queries, answer_loss)]
     step = _last_step(recipe, task, progress)
     unit_of, after = recipe.unit_of.numpy(), np.full(wanted.shape, np.nan)

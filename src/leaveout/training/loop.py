@@ -101,11 +101,11 @@ KEPT = 2**28
 class Steps:
     """The steps of a recipe. Sizes are counted when they are first needed, each example once.
 
-    mixed: whether forward passes are in the recipe's `autocast`
+    mixed: whether forward passes are in the recipe's `autocast`; follows: whether they move running statistics
     """
 
     def __init__(self, recipe: Recipe, task: Task, mixed: bool = True) -> None:
-        self._autocast = mixed and recipe.autocast is not None
+        self._autocast, self.follows = mixed and recipe.autocast is not None, True
         self.recipe, self.task, self.batches = recipe, task, recipe.batches()
         self._micro_batches = recipe.micro_batches()
         self._sizes: dict[int, int] = {}
@@ -151,14 +151,14 @@ class Steps:
             self._kept[part.numbers] = batch, places
         return batch, places
 
-    def loss(self, part: Part, weigh: Callable[[Tensor], Any] | None = None) -> Any:
+    def loss(self, part: Part, weigh: Callable[[Tensor], Any] | None = None, share: bool = False) -> Any:
         """What a part adds to the loss of its step, under the model's present parameters.
 
-        weigh  gives the weights [..., examples] of examples with these numbers
+        weigh  gives the weights [..., examples] of examples with these numbers; share: norms of batches do not see them
         """
         batch, places = self.fed(part)
         weights = None if weigh is None else weigh(places)
-        with self.passing(part, weights):
+        with self.passing(part, None if share else weights):
             losses = self.task.learned(self.task.model, batch)
         return part.loss(losses, weights)
 
@@ -167,7 +167,7 @@ class Steps:
         """While forward passes of a part are made: its dropout, norms by its weights, and the recipe's autocast."""
         kind = self.task.device.type
         mixed = torch.autocast(kind, torch.bfloat16, cache_enabled=False) if self._autocast else nullcontext()
-        norms = by_batches(self.task.model, weights) if self.task.running else nullcontext()
+        norms = by_batches(self.task.model, weights, self.follows) if self.task.running else nullcontext()
         with dropped(self.task.model, part.seed, part.places, len(part.whole)), norms, mixed:
             yield
 

@@ -24,18 +24,21 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 class WeightedNorm(nn.modules.batchnorm._BatchNorm):
     """What a batch norm becomes by `follow_statistics`.
 
-    weights  of the rows of a micro-batch [rows], None: all are one;  follows: whether running statistics are updated
+    weights  of the rows of a micro-batch [rows], None: all are one
+    follows  whether running statistics are updated; where not, what they would move to is in `made`: mean and variance of each
+             pass, with their graph
     """
 
     weights: Any = None
     follows: bool = True
+    made: list[tuple[Tensor, Tensor]]
 
     def forward(self, input: Tensor) -> Tensor:
         """By the statistics of the batch in training form, else by the running ones."""
         values = input[0].numel() // self.num_features * len(input)
         if not self.training:
             return self._normed(input, self.running_mean, self.running_var)
-        if self.weights is None and self.follows and values > 1 and not isinstance(self.running_mean, Jet):
+        if self.weights is None and values > 1 and not isinstance(self.running_mean, Jet):
             return self._native(input)
         weights = input.new_ones(len(input)) if self.weights is None else self.weights
         if weights.shape[0] != len(input):
@@ -47,6 +50,8 @@ class WeightedNorm(nn.modules.batchnorm._BatchNorm):
 
     def _native(self, x: Tensor) -> Tensor:
         """As torch has it, bit for bit."""
+        if not self.follows:
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         mean, var = self.running_mean.detach(), self.running_var.detach()  # type: ignore[union-attr]
         return F.batch_norm(x, mean, var, self.weight, self.bias, True, float(self._part(1.0)), self.eps)
 
@@ -70,6 +75,8 @@ class WeightedNorm(nn.modules.batchnorm._BatchNorm):
         if self.follows:
             with torch.no_grad():
                 self._follow(mean.detach(), var.detach(), total.detach() * each)
+        elif each * len(x) > 1:
+            self.made.append((mean, var * (total * each / (total * each - 1))))
         return self._normed(x, mean, var)
 
     def _follow(self, mean: Any, var: Any, count: Any) -> None:
@@ -125,13 +132,18 @@ def follow_statistics(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(found)
 
 
+def norms_of(model: nn.Module) -> list[WeightedNorm]:
+    """The norms of a model whose statistics are followed."""
+    return [module for module in model.modules() if isinstance(module, WeightedNorm)]
+
+
 @contextmanager
 def by_batches(model: nn.Module, weights: Any = None, follows: bool = True) -> Iterator[None]:
     """The norms of a model in training form, while forward passes of rows with these weights are made."""
-    norms = [module for module in model.modules() if isinstance(module, WeightedNorm)]
+    norms = norms_of(model)
     for norm in norms:
         norm.train()
-        norm.weights, norm.follows = weights, follows
+        norm.weights, norm.follows, norm.made = weights, follows, []
     try:
         yield
     finally:

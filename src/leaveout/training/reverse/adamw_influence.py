@@ -79,6 +79,11 @@ def adamw_influence(
     began, place = time.process_time(), find_device(options.device)
     with passes(recipe, place):
         run = FlatRun(recipe, place)
+        if run.running:
+            raise UnsupportedError(
+                "Stored gradients of rows know nothing of batch norm in training form, where a row moves the others: ask for "
+                "the exact first order (`--gradient`), or leave batch_statistics out."
+            )
         n_queries = run.count(queries)
         work = None if options.directory is None else Path(options.directory) / "adamw-influence"
         plan = plan_stored(run, n_queries, options.memory, work)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leaveout.errors import UnsupportedError
@@ -17,6 +19,7 @@ from leaveout.training.batching import agree, tried
 from leaveout.training.formulas import plain_attention
 from leaveout.training.loop import Part, Steps, make_optimizer, spared_by_decay
 from leaveout.training.memory import flushed_denormals, kept_memory
+from leaveout.training.norms import norms_of
 from leaveout.training.queries import Queries, Query, query_function
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import clip_adjoint
@@ -52,7 +55,7 @@ def refused() -> Iterator[None]:
 
 
 class FlatRun:
-    """A training run whose whole state is one tensor `state` [1 + moments, parameters].
+    """A training run whose whole state is one tensor `state` [1 + moments, parameters], and behind them running statistics.
 
     Its first row holds the parameters, and the model's own parameters are views of it. Parameters that the loss does
     not use get no gradient, and PyTorch's optimizers then leave them alone: they are constants here.
@@ -68,7 +71,9 @@ class FlatRun:
         # How the second pass goes: examples at a time (None: as they are trained on), and through which blocks.
         self.micro_batch: int | None = None
         self.blocks: Blocks | None = None
-        own: Parameters = self.task.parameters()
+        self.running: Parameters = {n: p for n, p in self.task.parameters().items() if n in self.task.running}
+        own = {name: p for name, p in self.task.parameters().items() if name not in self.running}
+        self.trained_on.follows = False
         unused = self._unused(own)
         self.idle = [own[name] for name in unused]
         spared = spared_by_decay(recipe, self.task)
@@ -78,18 +83,23 @@ class FlatRun:
         name = recipe.optimizer.name
         self.kind = name if name != "sgd" else "momentum" if recipe.optimizer.momentum else "sgd"
         moments = MOMENTS["adam" if "adam" in name else self.kind]
-        self.state = self.params[0].new_zeros(1 + len(moments), sum(self.sizes))
-        self.state[0] = self.flat([p.detach() for p in self.params])
+        aside = sum(p.numel() for p in self.running.values())
+        self.state = self.params[0].new_zeros(1 + len(moments), sum(self.sizes) + aside)
+        self.core[0] = self.flat([p.detach() for p in self.params])
         # As `data`, so that autograd does not take a step of the optimizer for a change of what it still needs.
-        views = zip(self.names, self.shaped(self.state[0].data), strict=True)
-        install(self.task.model, {name: view.data for name, view in views})
+        views = dict(zip(self.names, self.shaped(self.core[0].data), strict=True))
+        for name, row in zip(self.running, self.aside(self.state[0, sum(self.sizes) :]), strict=True):
+            row.copy_(self.running[name].detach())
+            views[name] = row
+        install(self.task.model, {name: view.data for name, view in views.items()})
         self.params = [self.task.parameters()[name] for name in self.names]
+        self.running = {name: self.task.parameters()[name] for name in self.running}
         # Weight decay leaves the last ones alone, which are a parameter of their own for the optimizer.
         sizes = [sum(p.numel() for n, p in own.items() if n in self.names and (n in spared) == last) for last in (0, 1)]
-        parts = [[nn.Parameter(row)] if len(row) else [] for row in self.state[0].split(sizes)]
+        parts = [[nn.Parameter(row)] if len(row) else [] for row in self.core[0].split(sizes)]
         self.thetas = [theta for part in parts for theta in part]
         self.optimizer = make_optimizer(recipe, parts[0], spared=parts[1])
-        rows = [row for row in self.state.split(sizes, 1) if row.shape[1]]
+        rows = [row for row in self.core.split(sizes, 1) if row.shape[1]]
         for theta, row in zip(self.thetas, rows, strict=True):
             self.optimizer.state[theta].update(zip(moments, row[1:], strict=True))
         self.group = dict(self.optimizer.param_groups[0])
@@ -98,9 +108,21 @@ class FlatRun:
                 torch.full((n,), g["weight_decay"]) for n, g in zip(sizes, self.optimizer.param_groups, strict=True)
             )
             self.group["weight_decay"] = torch.cat(list(decays)).to(self.state)
+        self.left: list[float] = []  # of each running statistic, after the part that was gone through last
         # Whether several cotangents, and several examples, give right numbers as one batch: None before it was tried.
         self.cotangents_together: bool | None = None
         self.separate_examples: bool | None = None
+
+    @property
+    def core(self) -> Tensor:
+        """The state without running statistics [1 + moments, parameters]."""
+        return self.state[:, : sum(self.sizes)]
+
+    def aside(self, ends: Tensor) -> list[Tensor]:
+        """The running statistics, or their cotangents, of the ends of rows of the state [..., statistics], in their shapes."""
+        sizes = [p.numel() for p in self.running.values()]
+        parts = ends.split(sizes, -1) if sizes else ()
+        return [v.view((*ends.shape[:-1], *p.shape)) for v, p in zip(parts, self.running.values(), strict=True)]
 
     def go(self, micro_batch: int | None, by_blocks: bool, together: bool | None) -> None:
         """Says how the second pass goes. Raises: UnsupportedError where the model has no blocks that it could go by."""
@@ -120,12 +142,12 @@ class FlatRun:
             gradient, back = self.second_pass(part, 0)
             draw = torch.Generator().manual_seed(0)
             along = torch.randn(len(gradient), generator=draw, dtype=gradient.dtype).to(self.device)
-            along = along * self.state[0].abs().mean()
+            along = along * self.core[0].abs().mean()
             if not bool(gradient.isfinite().all()) or not self._linear_in_weights(part, along, gradient):
                 raise UnsupportedError(NO_REVERSE.format("its gradient is not linear in the weights of examples"))
             changes = [self._change(part, along, 10.0**-k) for k in (2, 3, 4, 5)]
             ways = [change / change.norm().clamp_min(torch.finfo(gradient.dtype).tiny) for change in changes]
-            products, _ = back(torch.stack(ways))
+            products, _ = back(F.pad(torch.stack(ways), (0, self.state.shape[1] - len(gradient))))
         wrong = [
             abs(float(product @ along - change.norm())) > NEAR * float(change.norm()) + ROUGH * float(gradient.norm())
             for product, change, other in zip(products, changes, changes[1:], strict=False)
@@ -148,11 +170,11 @@ class FlatRun:
 
     def _change(self, part: Part, along: Tensor, step: float) -> Tensor:
         """Slope of a part's gradient along a line, from two gradients."""
-        start, found = self.state[0].clone(), []
+        start, found = self.core[0].clone(), []
         for sign in (1.0, -1.0):
-            self.state[0] = start + sign * step * along
+            self.core[0] = start + sign * step * along
             found.append(self.part_gradient(part, 0))
-        self.state[0] = start
+        self.core[0] = start
         return (found[0] - found[1]) / (2 * step)
 
     def _unused(self, own: Parameters) -> list[str]:
@@ -213,7 +235,7 @@ class FlatRun:
         """What one example of a part adds to the gradient of its step [parameters]."""
         only = self.state.new_zeros(len(part.numbers))
         only[place] = 1.0
-        return self.flat(self._gradients(self._loss(part, only), 0))
+        return self.flat(self._gradients(self.trained_on.loss(part, lambda places: only, share=True), 0))
 
     def _gradients(self, loss: Tensor, step: int, create_graph: bool = False) -> list[Tensor]:
         inputs = [*self.params, *self.idle]
@@ -241,27 +263,71 @@ class FlatRun:
                 self.optimizer.state[theta]["step"] = count
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(step, self.steps)
+        if self.running:
+            self._follow(step)
         self.optimizer.step()
 
-    def second_pass(self, part: Part, step: int) -> tuple[Tensor, SecondPass]:
-        """The gradient of a part of a batch, and the function that goes back through it (once)."""
+    def _follow(self, step: int) -> None:
+        """Takes the running statistics a step forward."""
+        self.trained_on.follows = True
+        with torch.no_grad():
+            for part in self.parts(step):
+                self._loss(part)
+        self.trained_on.follows = False
+
+    def moved(self, number: int) -> tuple[list[Tensor], list[float]]:
+        """What the norms' last pass adds to the running statistics, with its graph, and what is left of these before it.
+
+        number: of the part of a step that was passed, whose earlier parts have moved them already; taken once
+        """
+        added, left = [], []
+        names = iter(self.running.values())
+        for norm in norms_of(self.task.model):
+            passes, rates = norm.made, [norm.momentum] * len(norm.made)
+            if norm.momentum is None:
+                before = float(norm.num_batches_tracked) + number * len(passes)  # type: ignore[arg-type]
+                rates = [1 / (before + k + 1) for k in range(len(passes))]
+            shares = [rate * math.prod(1 - later for later in rates[k + 1 :]) for k, rate in enumerate(rates)]
+            for place, _ in zip((0, 1), names, strict=False):
+                zero = next(self.task.model.parameters()).new_zeros(norm.num_features)
+                added.append(sum((one[place] * share for one, share in zip(passes, shares, strict=True)), zero))
+                left.append(math.prod(1 - rate for rate in rates))
+            if norm.momentum is None:  # the count of batches, which no weight changes
+                next(names)
+                added.append(norm.num_batches_tracked.detach())  # type: ignore[union-attr]
+                left.append(1.0)
+            norm.made = []
+        return added, left
+
+    def second_pass(self, part: Part, step: int, number: int = 0) -> tuple[Tensor, SecondPass]:
+        """The gradient of a part of a batch, and the function that goes back through it (once).
+
+        Where there are running statistics, cotangents are as rows of the state; number: of the part in its step
+        """
         if self.blocks is not None:
             return self._blocked_pass(part, step, self.blocks)
-        alone = len(part.numbers) == 1  # then its weight scales the whole gradient, and needs no graph of its own
+        # The weight of an example alone scales the whole gradient, and needs no graph of its own.
+        alone = len(part.numbers) == 1 and not self.running
         weights = self._ones(part)
         grads = self._gradients(self._loss(part, None if alone else weights), step, create_graph=True)
         inputs, gradient = [*self.params] if alone else [*self.params, weights], self.flat([g.detach() for g in grads])
+        added, self.left = self.moved(number)
+        followed = [i for i, value in enumerate(added) if value.requires_grad]
+        outs = [*grads, *(added[i] for i in followed)]
 
         def one(cotangent: Tensor, again: bool) -> tuple[Tensor, Tensor]:
+            cotangent, ends = cotangent[: sum(self.sizes)], cotangent[sum(self.sizes) :]
+            aside = self.aside(ends)
             found = torch.autograd.grad(
-                grads, inputs, self.shaped(cotangent), retain_graph=again, allow_unused=True, materialize_grads=True
-            )
+                outs, inputs, [*self.shaped(cotangent), *(aside[i] for i in followed)], retain_graph=again,
+                allow_unused=True, materialize_grads=True,
+            )  # fmt: skip
             slopes = (cotangent @ gradient)[None] if alone else found[-1]
             return self.flat(found[: len(self.params)]), slopes
 
         def each(cotangents: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
             last = len(cotangents) - 1
-            products, slopes = torch.empty_like(cotangents), []
+            products, slopes = torch.empty_like(cotangents[:, : sum(self.sizes)]), []
             for i, c in enumerate(cotangents):
                 products[i], slope = one(c, again or i < last)
                 slopes.append(slope)
@@ -313,17 +379,21 @@ class FlatRun:
             raise ValueError(f"wanted a query function that gives a vector, got the shape {tuple(values.shape)}")
         return values
 
-    def query_gradients(self, queries: Queries, part: slice) -> tuple[Tensor, Tensor]:
-        """Losses [queries] of some of the queries at the present parameters, and gradients [queries, parameters]."""
+    def query_gradients(self, queries: Queries, part: slice, aside: bool = False) -> tuple[Tensor, Tensor]:
+        """Losses [queries] of some of the queries at the present parameters, and gradients [queries, parameters].
+
+        aside: those of the running statistics stand behind them
+        """
+        inputs = [*self.params, *(p.requires_grad_() for p in self.running.values())] if aside else self.params
         many = callable(queries)  # which makes one graph for all; others hold one at a time
         values = list(self._values(queries)[part]) if many else (self._value(q) for q in queries[part])
         rows, losses = [], []
         for value in values:
-            grads = torch.autograd.grad(
-                value, self.params, retain_graph=many, allow_unused=True, materialize_grads=True
-            )
+            grads = torch.autograd.grad(value, inputs, retain_graph=many, allow_unused=True, materialize_grads=True)
             rows.append(self.flat(grads))
             losses.append(value.detach().double())
+        for p in self.running.values():
+            p.requires_grad_(False)
         if not rows:
             return self.state.new_zeros(0, dtype=torch.float64), self.state.new_zeros(0, sum(self.sizes))
         return torch.stack(losses), torch.stack(rows)

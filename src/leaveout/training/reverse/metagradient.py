@@ -226,7 +226,7 @@ def plan_reverse(
     settings = settings or ReverseSettings()
     limit = limit if limit is not None else free_memory(run.device) // 2
     vector = sum(run.sizes) * run.recipe.real_dtype.itemsize
-    state = len(run.state) * vector
+    state = run.state.nbytes
     if settings.states == "disk" and directory is None:
         raise ValueError("states on disk need a directory: give one in the RunOptions")
     # Cotangents, b, the products, and two temporaries of clipping and of the optimizer.
@@ -305,7 +305,7 @@ def _measured(run: FlatRun, micro_batch: int | None, by_blocks: bool, own: int, 
     for n in counts:
         with refused(), LiveBytes() as live:
             _, back = run.second_pass(part, step)
-            back(run.state.new_ones(n, sum(run.sizes)))
+            back(run.state.new_ones(n, run.state.shape[1]))
             del back
         peaks.append(live.peak)
     each = max(0, (peaks[1] - peaks[0]) // (counts[1] - counts[0]))
@@ -327,6 +327,7 @@ class Reverse:
     bar: Any
     saved: Checkpoint | None = None
     cotangents: list[Tensor] = field(default_factory=list)
+    aside: Any = None  # the cotangents of running statistics [queries, statistics]
 
     def resume(self) -> int | None:
         """Takes what a killed call has saved; gives the next step to go back through, None for the end of the run."""
@@ -337,13 +338,16 @@ class Reverse:
         self.effects.copy_(tensors["effects"])
         self.base.copy_(tensors["base"])
         self.cotangents = [tensors[f"cotangents/{i}"] for i in range(len(self.run.state))]
+        self.aside = tensors["aside"]
         self.bar.update(self.run.steps - found[0])
         return found[0] - 1
 
     def visit(self, step: int) -> None:
         """Takes the cotangents from after a step to before it; at the end of the run it makes them."""
         if step == self.run.steps:
-            self.base[:], gradients = self.run.query_gradients(self.queries, self.part)
+            self.base[:], gradients = self.run.query_gradients(self.queries, self.part, aside=True)
+            size = sum(self.run.sizes)
+            gradients, self.aside = gradients[:, :size], gradients[:, size:]
             # One cotangent [queries, parameters] for each row of the state.
             self.cotangents = [gradients, *(torch.zeros_like(gradients) for _ in self.run.state[1:])]
             return
@@ -351,7 +355,8 @@ class Reverse:
         self.bar.update()
         if self.saved is not None and (self.saved.due or step == 0):
             cotangents = {f"cotangents/{i}": t for i, t in enumerate(self.cotangents)}
-            self.saved.save(step, {**cotangents, "effects": self.effects, "base": self.base})
+            own = {"aside": self.aside, "effects": self.effects, "base": self.base}
+            self.saved.save(step, {**cotangents, **own})
 
     def _back(self, step: int) -> None:
         run, recipe = self.run, self.run.recipe
@@ -361,10 +366,13 @@ class Reverse:
         gradient = passes[0][0] if passes else run.gradient(step)
         clipped, unclip = clip_adjoint(gradient, recipe.clip_norm)
         b = unclip(self._update_adjoint(step, clipped))
-        for i, part in enumerate(parts):
-            _, back = passes[i] if passes else run.second_pass(part, step)
-            products, slopes = back(b)
+        for i in reversed(range(len(parts))) if run.running else range(len(parts)):
+            part = parts[i]
+            _, back = passes[i] if passes else run.second_pass(part, step, i)
+            products, slopes = back(torch.cat([b, self.aside], 1) if run.running else b)
             self.cotangents[0] += products
+            for cotangent, left in zip(run.aside(self.aside), run.left, strict=True):
+                cotangent *= left
             self.effects.index_add_(1, run.units_of(part.numbers), slopes.double(), alpha=-1)
 
     def _update_adjoint(self, step: int, gradient: Tensor) -> Tensor:
@@ -374,4 +382,4 @@ class Reverse:
         if self.run.kind in ("sgd", "momentum"):
             return sgd_adjoint(self.cotangents, rate, group)
         form = AdamForm(self.run.kind, rate, step, group)
-        return form.adjoint(self.cotangents, gradient, self.run.state)
+        return form.adjoint(self.cotangents, gradient, self.run.core)

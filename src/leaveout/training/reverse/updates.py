@@ -178,7 +178,7 @@ def example_gradients(run: FlatRun, numbers: Sequence[int], together: int) -> It
 
 def example_shares(run: FlatRun, part: Part, together: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """Groups of a part's examples, with what each adds to the gradient of the step [examples, parameters]."""
-    if part.seed is not None:  # the masks are those of the whole batch
+    if part.seed is not None or run.running:  # masks, statistics are those of the whole batch
         if run.divisible:
             yield from ((piece.numbers, run.part_gradient(piece, 0)[None]) for piece in part.pieces(1))
             return
@@ -241,7 +241,7 @@ def _update_scale(run: FlatRun, step: int, gradient: Tensor) -> tuple[Tensor, Te
     if run.kind in ("sgd", "momentum"):
         return torch.as_tensor(factor, device=run.device, dtype=gradient.dtype), None
     form = AdamForm(run.kind, rate, step, run.group)
-    _, _, square = form.moments(clipped, run.state)
+    _, _, square = form.moments(clipped, run.core)
     whole = square / (1 - run.group["betas"][1]) / (factor / rate) ** 2
     return factor / form.root(square)[0], torch.where(whole > 0, whole, torch.inf)
 

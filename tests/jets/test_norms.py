@@ -287,6 +287,38 @@ REFUSED = {
 }  # fmt: skip
 
 
+class Spectral(nn.Module):
+    """Has vectors of its own that go on in training form."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(16, 5))
+        self.drop, self.out = nn.Dropout(0.2), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.out(self.drop(self.inner(x)))
+
+
+def test_states_of_other_modules_are_constants():
+    recipe, queries, h = recipe_of(Spectral, batch_statistics=False), rows(2, 5), 1e-4
+    losses = train_jets(recipe, EYE, JetSettings(1, torch.float64), queries).losses
+    low, high = (query_losses(recipe, train_batch(recipe, 1 + s * h * EYE), queries) for s in (1, -1))
+    assert (losses.h[0] - (high - low) / (2 * h)).abs().max() < 1e-6 * losses.h.abs().max()
+    with pytest.raises(UnsupportedError, match=r"changes its buffer inner\.\S+_u in training form"):
+        task_of(recipe.with_(dropout=1))
+
+
+def test_autocast_keeps_statistics_in_single_precision():
+    recipe = recipe_of("images", dtype="float32", autocast="bfloat16", optimizer=OptimizerSettings("sgd", 0.01))
+    weights = torch.ones(2, UNITS)
+    weights[1, 4] = 0
+    both, plain = train_batch(recipe, weights), train_plain(recipe)
+    for i, w in enumerate(weights):
+        for name, p in train_plain(recipe, w).items():
+            assert (both[name][i] - p).abs().max() < 0.01 * (1 + p.abs().max()), name
+    assert all((both[name][0] - p).abs().max() < 0.01 * (1 + p.abs().max()) for name, p in plain.items())
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_followed_is_refused_by_name(name):
     make, message = REFUSED[name]

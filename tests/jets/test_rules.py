@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from leaveout.errors import UnsupportedError
 from leaveout.jets import Jet, Space, tensor
+from leaveout.training.formulas import plain_attention
 from oracles.agreement import assert_close, taylor_by_fit
 
 DEGREE = 3
@@ -26,6 +27,15 @@ def fixed(*shape):
 
 LABELS = torch.tensor([1, -100, 0, 2])
 MASK = torch.rand(3, 4) > 0.5
+
+
+def attended(q, k, v):
+    """By groups, with a query that may look at nothing."""
+    seen = torch.tensor([[True, True, False], [False] * 3, [False, True, True]])
+    with plain_attention():
+        return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+
+
 CASES = {
     # moving
     "view": (lambda x: x.view(2, 6).reshape(3, 4).flatten() * 1, P(3, 4)),
@@ -61,6 +71,8 @@ CASES = {
     "bmm_wide": (lambda x, y: x @ y, P(3, 9, 8), P(3, 8, 7)),
     "baddbmm": (lambda x, y, b: torch.baddbmm(b, x, y, beta=0.5, alpha=2.0), P(2, 3, 4), P(2, 4, 3), P(2, 3, 3)),
     "addmm": (lambda x, w, b: torch.addmm(b, x, w) + F.linear(x, w.t(), b), P(3, 4), P(4, 2), P(2)),
+    "vdot": (lambda x, v: torch.vdot(x, v) * x, P(4), P(4)),
+    "attention": (attended, P(2, 4, 3, 5), P(2, 2, 3, 5), P(2, 2, 3, 5)),
     "mv_dot": (lambda x, v: (x @ v) * v.dot(v), P(3, 4), P(4)),
     "sum_mean": (lambda x: x.sum() * x.mean(-1) + x.sum((0, 1)) + x.mean(0, keepdim=True).sum(-1), P(3, 4)),
     "addcmul": (lambda x, y: torch.addcmul(x, x, y, value=0.3) + torch.addcdiv(x, x, y, value=0.2),
@@ -207,7 +219,7 @@ UNTESTED = {
     "_reshape_alias", "reshape", "lift_fresh", "narrow", "chunk", "true_divide.Tensor", "cudnn_batch_norm",
     # Only GPUs have it: see test_the_rms_norm_of_gpus_is_that_of_its_parts.
     "_fused_rms_norm", "_fused_rms_norm_backward",
-    "_safe_softmax", "sgn", "new_empty", "new_empty_strided", "empty_strided", "new_ones", "new_full", "rsub.Tensor",
+    "sgn", "new_empty", "new_empty_strided", "empty_strided", "new_ones", "new_full", "rsub.Tensor",
     "maximum.out", "alias", "mean", "sub.Scalar", "where.ScalarSelf", "where.ScalarOther", "masked_fill.Tensor",
     "clamp_min",
 }  # fmt: skip

@@ -394,7 +394,7 @@ def _mv(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(matmul(a, b).map(lambda t: t.squeeze(-1)), space_of(args))
 
 
-@rule(aten.dot.default)
+@rule(aten.dot.default, aten.vdot.default)
 def _dot(func: Any, args: Any, kwargs: dict) -> Jet:
     return wrap(S.multiply(operand(args[0]), operand(args[1])).map(lambda t: t.sum(-1)), space_of(args))
 

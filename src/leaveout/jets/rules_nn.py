@@ -47,11 +47,13 @@ def _sum_along(a: Series, dim: int) -> Series:
     return a.map(lambda t: t.sum(dim, keepdim=True))
 
 
-def softmax(x: Series, dim: int) -> Series:
-    """exp(x - max x_0) over its sum; -inf in the constant term gives exact zeros."""
-    shifted = Series(x.c - x.c.amax(dim, keepdim=True), x.h)
-    e = S.exp(shifted)
-    return S.divide(e, _sum_along(e, dim))
+def softmax(x: Series, dim: int, safe: bool = False) -> Series:
+    """exp(x - max x_0) over its sum; -inf in the constant term gives exact zeros. safe: also where all are -inf, else NaN."""
+    top = x.c.amax(dim, keepdim=True)
+    none = top == -math.inf
+    e = S.exp(Series(x.c - (top.masked_fill(none, 0.0) if safe else top), x.h))
+    total = _sum_along(e, dim)
+    return S.divide(e, Series(total.c + none, total.h) if safe else total)
 
 
 def log_softmax(x: Series, dim: int) -> Series:
@@ -63,7 +65,7 @@ def log_softmax(x: Series, dim: int) -> Series:
 @rule(aten._softmax.default, aten._safe_softmax.default)
 def _softmax(func: Any, args: Any, kwargs: dict) -> Jet:
     x, dim = args[:2]
-    return wrap(softmax(x.series, from_end(dim, x.c.dim())), x.space)
+    return wrap(softmax(x.series, from_end(dim, x.c.dim()), func is aten._safe_softmax.default), x.space)
 
 
 @rule(aten._log_softmax.default)

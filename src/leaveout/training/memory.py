@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from leaveout.errors import UnsupportedError
@@ -118,6 +118,10 @@ def kept_bytes(recipe: Recipe, task: Task) -> int:
     own = {p.untyped_storage().data_ptr() for p in task.model.parameters()}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
+        if is_traceable_wrapper_subclass(t):  # nested tensors
+            for name in t.__tensor_flatten__()[0]:
+                pack(getattr(t, name))
+            return t
         storage = t.untyped_storage()
         if storage.data_ptr() not in own and t.is_floating_point():
             seen[storage.data_ptr()] = storage.nbytes()

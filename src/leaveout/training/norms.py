@@ -37,10 +37,11 @@ class WeightedNorm(nn.modules.batchnorm._BatchNorm):
         """By the statistics of the batch in training form, else by the running ones."""
         values = input[0].numel() // self.num_features * len(input)
         if not self.training:
-            return self._normed(input, self.running_mean, self.running_var)
+            return self._normed(input, self.running_mean, self.running_var).to(input.dtype)
         if self.weights is None and values > 1 and not isinstance(self.running_mean, Jet):
             return self._native(input)
-        weights = input.new_ones(len(input)) if self.weights is None else self.weights
+        own: Any = self.running_mean
+        weights = own.detach().new_ones(len(input)) if self.weights is None else self.weights
         if weights.shape[0] != len(input):
             raise UnsupportedError(
                 f"Batch norm sees {len(input)} rows of {weights.shape[0]} examples, so that it is not known whose they are: "
@@ -69,7 +70,8 @@ class WeightedNorm(nn.modules.batchnorm._BatchNorm):
         total = weights.sum()
         if not isinstance(weights, Jet):  # where all is left out, numbers that stay finite are multiplied with 0
             weights = torch.where(total > 0, weights, 1.0)
-        share = (weights / (weights.sum() * each)).view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        given, x = x, x.to(weights.dtype)  # of autocast
+        share = (weights / (weights.sum() * each)).view(-1, *[1] * (x.dim() - 1))
         mean = (x * share).sum(axes)
         var = ((x - self._shaped(mean, x)).square() * share).sum(axes)
         if self.follows:
@@ -77,7 +79,7 @@ class WeightedNorm(nn.modules.batchnorm._BatchNorm):
                 self._follow(mean.detach(), var.detach(), total.detach() * each)
         elif each * len(x) > 1:
             self.made.append((mean, var * (total * each / (total * each - 1))))
-        return self._normed(x, mean, var)
+        return self._normed(x, mean, var).to(given.dtype)
 
     def _follow(self, mean: Any, var: Any, count: Any) -> None:
         """Moves the running statistics to those of so many values a channel; one alone has no variance, and moves nothing."""

@@ -176,6 +176,8 @@ def task_of(recipe: Recipe, device: str | torch.device = "cpu") -> Task:
                 try_loss(task, recipe.examples, tried_numbers(recipe.batches(), len(recipe.examples)))
             if task.running:
                 _try_statistics(recipe, task)
+            if task.given and recipe.dropout is not None:
+                _try_training_form(recipe, task)
             object.__setattr__(recipe, "_tried", True)
         if place.type != "cpu":
             task.model.to(place)
@@ -196,6 +198,19 @@ def _try_statistics(recipe: Recipe, task: Task) -> None:
             f"A micro-batch has {len(smallest)} examples, and so one value a channel in the batch norm {alone[0]!r}, which has "
             "no variance: set drop_last, or another batch_size."
         )
+
+
+def _try_training_form(recipe: Recipe, task: Task) -> None:
+    """Refuses modules that keep a state of their own where dropout puts the model in training form."""
+    before = {name: b.detach().clone() for name, b in task.model.named_buffers()}
+    with torch.no_grad(), dropped(task.model, 0):
+        task.loss(task.model, task.encode([recipe.examples[i] for i in recipe.micro_batches()[0][0]]))
+    for name, buffer in task.model.named_buffers():
+        if not torch.equal(buffer, before[name]):
+            raise UnsupportedError(
+                f"The model changes its buffer {name} in training form, in which dropout puts it (spectral norm, moving "
+                "averages): buffers are constants here, so keep that module in evaluation form, or leave dropout out."
+            )
 
 
 def references_of(recipe: Recipe) -> dict[str, float]:

@@ -23,7 +23,7 @@ from leaveout.training.train import JetSettings, train_batch, train_jets, train_
 from measuring import arguments, made_rows, tiny, write_result
 
 NAME = "attention_forms.json"
-ROWS, RUNS, DIRECTIONS, REPEATS = 8, 8, 4, 7
+ROWS, RUNS, DIRECTIONS, REPEATS = 8, 8, 4, 3
 
 
 def engines(recipe: lo.Recipe) -> dict[str, Callable[[], Any]]:
@@ -83,10 +83,10 @@ def measured(tokens: int, small: bool) -> dict[str, Any]:
 
 
 def main(given: list[str] | None = None) -> int:
-    """Measures at two lengths."""
+    """Measures, at each length."""
     args = arguments(__doc__).parse_args(given)
     torch.set_num_threads(1)
-    lengths = {str(tokens): measured(tokens, args.smoke) for tokens in ((16,) if args.smoke else (64, 256))}
+    lengths = {str(tokens): measured(tokens, args.smoke) for tokens in ((16,) if args.smoke else (128,))}
     write_result(args.out, NAME, {"tokens": lengths}, args)
     return 0
 

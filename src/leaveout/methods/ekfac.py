@@ -82,7 +82,7 @@ class EkFac:
         model = copy.deepcopy(self.task.model)
         own = dict(model.named_parameters())
         with torch.no_grad():
-            for name in self.task.trained:
+            for name in self.task.parameters():
                 own[name].copy_(self.parameters[name])
         return model
 

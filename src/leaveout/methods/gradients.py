@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from leaveout.errors import MismatchError
+from leaveout.training.formulas import plain_attention
 from leaveout.training.tasks import Parameters, Task, example_loss
 
 TOGETHER = 32
@@ -48,7 +49,8 @@ def example_gradients(
         torch.func.grad(example_loss(task).under), in_dims=(None,) + (0,) * len(task.encode(rows[:1]))
     )
     for part in _parts(rows, min(TOGETHER, rows_within(memory // 8, values))):
-        found = gradients(values, *task.encode(part))
+        with plain_attention():
+            found = gradients(values, *task.encode(part))
         yield torch.cat([found[name].detach().flatten(1) for name in task.trained], 1)
 
 

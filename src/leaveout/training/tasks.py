@@ -415,8 +415,9 @@ def _causal_lm(recipe: Recipe) -> Task:
     rows = RowEncoder(tokenizer, template, recipe.max_tokens, loaded.context)
 
     def logits(m: nn.Module, ids: Tensor) -> Tensor:
-        # Padding stands at the end, where no token with a label can attend to it.
-        return m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        # Padding stands at the end, where no token with a label can attend to it. The mask is looked at, which one that is
+        # made of the ids could not be where these are a batch of torch.vmap.
+        return m(input_ids=ids, attention_mask=torch.ones(ids.shape, dtype=ids.dtype, device=ids.device)).logits
 
     def outputs(m: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         if batch[0].dim() == 3:

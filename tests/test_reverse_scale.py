@@ -216,13 +216,15 @@ def test_memory_is_what_was_planned(settings):
 
 
 def test_blocks_take_less_memory_and_are_taken_where_whole_graphs_do_not_fit():
-    run = FlatRun(recipe_of(lambda: llama(5, 32), trained=LORA, dtype="float32", batch_size=4))
-    whole, blocked = (plan_reverse(run, 3, None, ReverseSettings(4, by)).second_pass for by in (False, True))
-    assert blocked.graphs + 3 * blocked.each < 0.5 * (whole.graphs + 3 * whole.each)
-    taken = plan_reverse(run, 1, blocked.graphs + blocked.each + 2 * 10**5, ReverseSettings(4)).second_pass
-    assert taken.blocks and run.blocks is not None
-    with pytest.raises(UnsupportedError, match="Going back needs"):
-        plan_reverse(run, 1, blocked.graphs // 8, ReverseSettings(4))
+    recipe = recipe_of(lambda: llama(5, 32), trained=LORA, dtype="float32", batch_size=4)
+    with passes(recipe, torch.device("cpu")):
+        run = FlatRun(recipe)
+        whole, blocked = (plan_reverse(run, 3, None, ReverseSettings(4, by)).second_pass for by in (False, True))
+        assert blocked.graphs + 3 * blocked.each < 0.5 * (whole.graphs + 3 * whole.each)
+        taken = plan_reverse(run, 1, blocked.graphs + blocked.each + 2 * 10**5, ReverseSettings(4)).second_pass
+        assert taken.blocks and run.blocks is not None
+        with pytest.raises(UnsupportedError, match="Going back needs"):
+            plan_reverse(run, 1, blocked.graphs // 8, ReverseSettings(4))
 
 
 def test_a_run_spreads_its_queries_over_workers(tmp_path):

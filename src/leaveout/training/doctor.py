@@ -25,7 +25,7 @@ from leaveout.tables import Check, Diagnosis
 from leaveout.training.batching import batching_problem
 from leaveout.training.loop import RunOptions
 from leaveout.training.recipe import Recipe
-from leaveout.training.reverse.flat_run import FlatRun
+from leaveout.training.reverse.flat_run import FlatRun, passes
 from leaveout.training.tasks import task_of
 from leaveout.training.train import JetSettings, train_jets, train_plain
 
@@ -66,7 +66,8 @@ def _jets(recipe: Recipe, options: RunOptions) -> Check:
 
 def _reverse(recipe: Recipe, device: torch.device) -> Check:
     try:
-        FlatRun(recipe.first_steps(1), device).require_second_pass()
+        with passes(recipe, device):
+            FlatRun(recipe.first_steps(1), device).require_second_pass()
     except LeaveoutError as error:
         return Check("exact first order", None, str(error))
     return Check("exact first order", True, "reverse mode agrees with differences of gradients")

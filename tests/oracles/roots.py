@@ -405,6 +405,8 @@ def train_recipe(recipe: Recipe, psi: Tensor, circle: Circle, queries: Sequence[
     `coefficients` turns both into series. The independent engine: slower at low degrees, the way to high ones.
     """
     task, s = task_of(recipe), recipe.optimizer
+    if recipe.kind == "causal-lm":  # whose fused attention has no complex form
+        task.model.set_attn_implementation("eager")
     gradient = Gradient(task.model, task.loss, task.trained)
     chosen: dict[str, Any] = {k: v for k, v in (("betas", s.betas), ("eps", s.eps)) if v is not None}
     optimizer: Sgd | Adam

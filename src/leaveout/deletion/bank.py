@@ -295,11 +295,15 @@ class Bank:
         return run_noise(values) if len(values) >= LEAST_REPEATS else None
 
     def at_new_runs(self, x: np.ndarray, settings: EstimatorSettings) -> np.ndarray:
-        """Where an estimator of the same run is asked for new runs without x [sets, units]: see `shift`."""
+        """1 less what units weigh in new runs without x [sets, units], over what they weigh in the same run: see `shift`."""
         if settings.name in ("leave_one_out", "pairwise"):  # which know whole deletions alone
             return x
         more = weights_left(self.recipe, x)[:, None]
         return np.where(x == 1, x, 1 - more * (1 - x)) * self.trained
+
+    def asked_at(self, x: np.ndarray, settings: EstimatorSettings, asked: Sequence[Query]) -> np.ndarray:
+        """Where an estimator of the same run is asked for new runs without x [sets, units]: see `shift`."""
+        return x if len(self._first_orders(asked)) else self.at_new_runs(x, settings)
 
     def shift(self, asked: Sequence[Query], settings: EstimatorSettings, noise: RunNoise) -> Shift:
         """What the first orders of other orders and the new runs of held-out sets say of the way to new runs."""
@@ -307,11 +311,9 @@ class Bank:
         held = self.new_runs(asked, "heldout")
         x = held.x * self.trained
         places = self.at_new_runs(x, settings)
-        effect, std = fitted.predict(places)
+        effect, std = fitted.predict(self.asked_at(x, settings, asked))
         std = std * calibration.factor(x, effect, std)
-        own = self._gradient(asked)
-        others = [found for seed in self._orders() if (found := self._gradient(asked, seed)) is not None]
-        orders = np.stack([own, *others]) if own is not None and others else np.zeros((0, 0, 0))
+        orders = self._first_orders(asked)
         prior = Shift(noise, self.sizes / self.sizes.sum(), orders, BY_SHARE[len(orders) > 1])
         return fit_shift(prior, held, x, places, effect, std)
 
@@ -414,6 +416,12 @@ class Bank:
         if any(q.digest not in found for q in asked):
             return None
         return np.stack([found[q.digest] for q in asked])
+
+    def _first_orders(self, asked: Sequence[Query]) -> np.ndarray:
+        """Exact first-order effects [orders, queries, units], those in the same run first; none unless known in several."""
+        own = self._gradient(asked)
+        others = [found for seed in self._orders() if (found := self._gradient(asked, seed)) is not None]
+        return np.stack([own, *others]) if own is not None and others else np.zeros((0, 0, 0))
 
     def _orders(self) -> list[int]:
         """The orders of new runs whose exact first order was measured for any query."""

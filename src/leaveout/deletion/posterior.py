@@ -7,6 +7,7 @@ Gram matrix of all measurements serves all queries; queries differ by their scal
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,12 +58,16 @@ class Posterior:
     """Mean and standard deviation of effects given all measurements; see the module.
 
     kernel: default `default_kernel`; degree: highest order of jets that is used, default all that the kernel knows.
+    misfit: what the kernel does not know of a retraining, over the prior variance of one unit's first order; the larger,
+    the less is told from one set to others, while a set that was retrained itself is as it was.
     The scores of the data are a prior mean beta * x . scores, with beta found from the data; an exact first order is
     the mean itself, and may be all that is known.
     Memory: 16 bytes times the square of the number of real measurements, at most LARGEST of them.
     """
 
-    def __init__(self, data: Measurements, kernel: Kernel | None = None, degree: int | None = None) -> None:
+    def __init__(
+        self, data: Measurements, kernel: Kernel | None = None, degree: int | None = None, misfit: float = 0.0
+    ) -> None:
         if degree is not None:
             data = replace(data, jets=tuple(JetBlock(b.psi, b.c[:degree], b.real) for b in data.jets))
         self.kernel = kernel or default_kernel(data.sizes, data.features, data.gradient is not None)
@@ -79,18 +84,31 @@ class Posterior:
         self._gradient = data.gradient
         slope = data.gradient if data.gradient is not None else data.scores
         self._slope = np.zeros((len(data.base), data.units)) if slope is None else np.asarray(slope, np.float64)
-        self._helps: np.ndarray | None = None
-        self._fit(NUGGET)
-        if data.noise is not None and len(data.retrainings) and (data.noise > 0).any():
-            scale = np.median(data.noise**2 / np.maximum(self.tau, 1e-300))
-            self._fit(max(NUGGET, float(scale)))
+        self._helps: np.ndarray | None
+        self._noise = None if data.noise is None or not len(data.retrainings) else data.noise
+        rows = np.ascontiguousarray(data.retrainings.x, np.float64)
+        self._places = {row.tobytes(): count - len(rows) + i for i, row in enumerate(rows)}
         self._curved = replace(self.kernel, first=0.0) if isinstance(self.kernel, ManyUnits | FewUnits) else self.kernel
+        self._settle(misfit)
+
+    def with_misfit(self, misfit: float) -> Posterior:
+        """The same with another misfit."""
+        other = copy.copy(self)
+        other._settle(misfit)
+        return other
+
+    def _settle(self, misfit: float) -> None:
+        self.misfit, self._helps = misfit, None
+        self._fit(NUGGET)
+        if self._noise is not None and (self._noise > 0).any():
+            scale = np.median(self._noise**2 / np.maximum(self.tau, 1e-300))
+            self._fit(max(NUGGET, float(scale)))
         if isinstance(self.kernel, ManyUnits):  # few units each hold a large share of every query's help
-            self._helps = np.maximum(self.predict(np.eye(data.units))[0], 0)
+            self._helps = np.maximum(self.predict(np.eye(self._slope.shape[1]))[0], 0)
 
     def _fit(self, nugget: float) -> None:
         matrix = self._gram.copy()
-        matrix[np.diag_indices_from(matrix)] += _own_error(self._rows, self._gram, nugget)
+        matrix[np.diag_indices_from(matrix)] += _own_error(self._rows, self._gram, nugget + self.misfit)
         try:
             self._lower = np.linalg.cholesky(matrix)
         except np.linalg.LinAlgError:
@@ -125,9 +143,15 @@ class Posterior:
         """Mean and variance [queries, sets], and the part [sets] of the prior variance that is left."""
         sets = _Rows(x, 0)
         cross = np.concatenate([_covariance(self.kernel, rows, sets) for rows in self._rows])
+        prior = self.kernel.diagonal(x)
+        if self.misfit:  # which is a set's own: known where it was retrained, and nowhere else
+            for column, row in enumerate(np.ascontiguousarray(x, np.float64)):
+                if (place := self._places.get(row.tobytes())) is not None:
+                    cross[place, column] += self.misfit
+                    prior[column] += self.misfit
         mean = self.beta * (self._slope @ x.T) + self._dual.T @ cross
         known = (_solved(self._lower, cross) ** 2).sum(0)
-        left = np.clip(self.kernel.diagonal(x) - known, 0, None)
+        left = np.clip(prior - known, 0, None)
         return mean, self.tau[:, None] * left[None], left
 
     def share(self, x: np.ndarray) -> np.ndarray:

@@ -545,7 +545,7 @@ class TrainingRun:
         meant = meaning_of(meaning, noise is not None)
         if meant == NEW_RUN and noise is None:
             raise UnsupportedError(NO_NOISE)
-        point = removed if meant == SAME_RUN else self.bank.at_new_runs(removed, settings)
+        point = removed if meant == SAME_RUN else self.bank.asked_at(removed, settings, asked)
         effect, std = fitted.predict(point)
         strong = self._strong(fitted, removed, settings, asked)
         if strong.any() and isinstance(fitted, Posterior):
@@ -565,7 +565,7 @@ class TrainingRun:
             base, more = self.bank.base(asked), {}
         else:
             shift = self.bank.shift(asked, settings, noise)
-            effect, std = shift.shifted(removed, point, effect, std, strong)
+            effect, std = shift.shifted(removed, self.bank.at_new_runs(removed, settings), effect, std, strong)
             noise = shift.noise
             std = np.hypot(std, noise.std[:, None] / np.sqrt(noise.runs))  # the error of the mean with all data
             run_std = np.repeat(noise.std[:, None], len(sets), 1)

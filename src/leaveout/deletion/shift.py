@@ -2,8 +2,8 @@
 
 A new run on fewer rows gives each row that is left more weight than the same run does, or less, as its batches are full
 again and their number is another (`training.repacking.weights_left`): the estimator is asked at those weights. The first
-order is another in each order: where it was measured in several, their mean takes its place, their spread is known, and
-of the rest of an effect less is kept, the less the estimator is sure of it.
+order is another in each order: where it was measured in several, their mean at those weights takes its place, their spread is
+known, and of what the same run has beside its own first order less is kept, the less the estimator is sure of it.
 
 What is left was held against new runs of held-out sets: its variance is that of a run times `by_share` x the share of
 rows that is removed, plus `anyway`, which is 0 where small sets change little. Where runs are so unstable that it is not,
@@ -52,14 +52,14 @@ class Shift:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean effect over orders and its standard deviation, both [queries, sets].
 
-        x: what is removed [sets, units]; asked: the weights 1 - asked at which effect and std were predicted; strong: where
-        the set takes so much that its effect bends in every order, by as much as its parts or steps say [queries, sets]
+        x: what is removed [sets, units], without which effect and std were predicted where the first order is known in several
+        orders; asked: 1 less what rows weigh in new runs, where they were predicted else; strong: where the set takes so much
+        that its effect bends in every order, by as much as its parts or steps say [queries, sets]
         """
         own = np.square(self.noise.std)[:, None]
         variance = np.square(std) + own * (self.by_share * (x @ self.rows) + self.anyway) * x.any(1)
         if len(self.orders) > 1:
-            each = self.orders @ asked.T
-            bent = effect - each[0]
+            each, bent = self.orders @ asked.T, effect - self.orders[0] @ x.T
             effect = each.mean(0) + bent * np.where(strong, 1.0, _sure(bent, std))
             variance = variance + each.var(0, ddof=1) / len(each)
         if self.anyway:

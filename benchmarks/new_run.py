@@ -1,12 +1,13 @@
 """Does a prediction foretell the run that people would do: rows gone, batches packed anew, another order?
 
-    python benchmarks/new_run.py --case digits|names [--run DIR] [--smoke]
+    python benchmarks/new_run.py --case digits|names [--named] [--run DIR] [--smoke]
 
-What is measured is what `plan` buys for a budget of 60 trainings. The truth is the mean of three new runs of each set.
+What is measured is what `plan` buys for a budget of 60 trainings: with some of the sets as examples of what is asked, or with
+--named all of them as those that are asked. The truth is the mean of three new runs of each set.
 
-Ceiling: were the mean effect over orders known exactly, its correlation with the mean of three runs would be
-r = sqrt(1 - v / (3 V)), with v the variance of a run between orders (within sets, over their three runs) and V the variance
-over sets of the means of three; for ranks of normal numbers that is 6 / pi asin(r / 2). Taken query by query, then averaged.
+Ceiling: how well the exact mean over orders would rank the means of three runs. Two runs agree by r, the mean of their
+Spearman correlations over pairs of runs and queries; a mean of three has the reliability 3 r / (1 + 2 r) (Spearman and
+Brown), and the exact mean agrees with it by the root of that.
 "Fitted in": as many retrainings of the design `auto` as the budget has trainings, in the same run, or each in an order of
 its own with its noise known; both without the exact first order, and predicted at what rows weigh in a new run.
 
@@ -87,9 +88,10 @@ def names(smoke: bool) -> tuple[lo.Recipe, list[Any], list[str]]:
 
 def ceiling(values: np.ndarray) -> float:
     """Spearman that the exact mean effect would have with the mean of runs [runs, queries, sets], mean over queries."""
-    noise = values.var(0, ddof=1).mean(1) / len(values)
-    kept = np.clip(1 - noise / values.mean(0).var(1, ddof=1), 0, 1)
-    return float((6 / np.pi * np.arcsin(np.sqrt(kept) / 2)).mean())
+    runs = len(values)
+    pairs = [np.nanmean(spearman(values[i], values[j])) for i in range(runs) for j in range(i)]
+    r = max(0.0, float(np.mean(pairs)))
+    return float(np.sqrt(runs * r / (1 + (runs - 1) * r)))
 
 
 def judged(p: Prediction, values: np.ndarray, columns: list[int]) -> dict[str, Any]:
@@ -111,25 +113,17 @@ def judged(p: Prediction, values: np.ndarray, columns: list[int]) -> dict[str, A
     }  # fmt: skip
 
 
-FIRST_ORDER = {"gradient": True, "retrain": 12, "heldout": 6, "repeats": 4}
-"""60 trainings by count on digits: first orders of 24 queries in five orders 30, new runs 12, retrainings 18."""
-
-
-def measured(recipe: lo.Recipe, asked: list[Any], sets: Sets, place: Path, budget: float | None) -> dict[str, Any]:
-    """Plans (or takes FIRST_ORDER without a budget), buys, predicts, and trains the new runs that are the truth."""
+def measured(recipe: lo.Recipe, asked: list[Any], sets: Sets, place: Path, budget: float, named: bool) -> dict[str, Any]:
+    """Plans, buys, predicts, and trains the new runs that are the truth; named: `plan` is told all sets."""
     run = lo.TrainingRun.train(recipe, place / "run")
     listed = [ids for found in sets.values() for ids in found]
     path = place / "bought.json"
     one = min(cpu_seconds(lambda: train_plain(recipe)) for _ in range(3))
     if not path.exists():
-        bought, name = FIRST_ORDER | {"queries": asked}, "first order in five orders, 12 retrainings"
-        if budget is None:
-            run.measure_vectors()
-        else:
-            choice = run.plan(asked, listed[::7], lo.Budget(budget * one, examples=True)).best
-            bought, name = choice.arguments, choice.name
-        run.measure(**bought)
-        path.write_text(json.dumps({"name": name, "repeats": bought.get("repeats", 0)}))
+        choice = run.plan(asked, listed if named else listed[::7], lo.Budget(budget * one, examples=not named)).best
+        run.measure(**choice.arguments)
+        numbers = {key: choice.arguments.get(key, 0) for key in ("retrain", "heldout", "repeats")}
+        path.write_text(json.dumps({"name": choice.name} | numbers))
     p = run.predict(asked, listed)
     values = []
     for number in range(RUNS):  # a seed each, so that runs are told apart
@@ -173,7 +167,7 @@ def main(given: list[str] | None = None) -> int:
     """Runs one case, and adds it to the result file."""
     parser = arguments(__doc__)
     parser.add_argument("--case", choices=("digits", "names"), required=True)
-    parser.add_argument("--first-order", action="store_true", help="buy FIRST_ORDER instead of what a plan says")
+    parser.add_argument("--named", action="store_true", help="the sets themselves are named to `plan`")
     parser.add_argument("--run", type=Path, help="keep runs here: a repeated call trains nothing twice")
     args = parser.parse_args(given)
     torch.set_num_threads(1)
@@ -181,11 +175,11 @@ def main(given: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         few = 4 if args.smoke else {"digits": 20, "names": 10}[args.case]
         sets, place = sets_of(recipe, groups, few, args.seed), args.run or Path(scratch)
-        budget = None if args.first_order else 4 * BUDGET if args.smoke else BUDGET  # a start is no part of a run
-        found = measured(recipe, asked, sets, place, budget)
+        budget = 4 * BUDGET if args.smoke else BUDGET  # a start is no part of a run
+        found = measured(recipe, asked, sets, place, budget, args.named)
     path = args.out / NAME
     cases = json.loads(path.read_text())["cases"] if path.exists() else {}
-    cases[f"{args.case}, first order" if args.first_order else args.case] = found
+    cases[f"{args.case}, sets named" if args.named else args.case] = found
     for kind, one in found["kinds"].items():
         print(kind, {key: round(value, 3) if isinstance(value, float) else value for key, value in one.items()})
     write_result(args.out, NAME, {"budget_in_trainings": BUDGET, "runs": RUNS, "cases": cases}, args)

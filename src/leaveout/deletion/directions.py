@@ -104,20 +104,23 @@ def extremes(first: int, last: int, vectors: np.ndarray, share: float = 0.1) -> 
 
 
 def mixture(
-    n: int, units: int, seed: int = 0, sizes: tuple[int, ...] = (), vectors: np.ndarray | None = None
-) -> np.ndarray:
+    n: int, units: int, seed: int = 0, sizes: tuple[int, ...] = (), vectors: np.ndarray | None = None,
+    exact: bool = False,
+) -> np.ndarray:  # fmt: skip
     """A mixture for many units: n deletion vectors [n, units] for predicting any set.
 
     Few units: each alone, then random sets of the sizes asked. Many: 70 % weightings along the strongest of the vectors
     [k, units] in which similar units act together, 15 % extremes of them, 15 % random sets; each alone first where n is
-    near the number of units.
+    near the number of units. exact: the first order is known, which weightings tell, and random sets take their place.
     """
     single = singles(0, n, units)
     if units <= FEW or vectors is None:
         return np.concatenate([single, random_sets(0, n - len(single), units, seed, sizes)])
     parts, rest = ([single], n - len(single)) if n >= 0.7 * units else ([], n)
     extreme = int(0.15 * rest)
-    parts += [along(0, rest - 2 * extreme, vectors), extremes(0, extreme, vectors)]
+    if not exact:
+        parts.append(along(0, rest - 2 * extreme, vectors))
+    parts.append(extremes(0, extreme, vectors))
     found = sum(len(p) for p in parts)
     return np.concatenate([*parts, random_sets(0, n - found, units, seed, sizes)])
 
@@ -128,12 +131,14 @@ DESIGNS = ("auto", "singles", "pairs", "all pairs", "random", "subsets", "along"
 
 
 def design(
-    name: str, n: int, units: int, seed: int = 0, sizes: tuple[int, ...] = (), features: np.ndarray | None = None
-) -> np.ndarray:
+    name: str, n: int, units: int, seed: int = 0, sizes: tuple[int, ...] = (), features: np.ndarray | None = None,
+    exact: bool = False,
+) -> np.ndarray:  # fmt: skip
     """The first n deletion vectors [n, units] of a design by name; fewer where it ends. `auto` is the mixture;
 
     "all pairs" is each unit, each pair of units, then random sets of the sizes asked.
     features [units, k]: what says which units are alike, for `auto`, `along` and `extremes` of more than FEW units
+    exact: the first order is known, see `mixture`
     """
     vectors = None if features is None or units <= FEW else similar_units(features, units)[0].T
     if name in ("along", "extremes"):
@@ -146,7 +151,7 @@ def design(
         both = np.concatenate([singles(0, n, units), pairs(0, max(0, n - units), units)])
         return np.concatenate([both, random_sets(0, n - len(both), units, seed, sizes)])
     if name == "auto":
-        return mixture(n, units, seed, sizes, vectors)
+        return mixture(n, units, seed, sizes, vectors, exact)
     return subsets(0, n, units, seed) if name == "subsets" else random_sets(0, n, units, seed, sizes)
 
 

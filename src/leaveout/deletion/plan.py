@@ -57,6 +57,9 @@ ERRORS = (
     "less than a tenth go by their time."
 )
 ALONE = "exact first order"
+ONE_ORDER = 0.5
+"""What an effect in one order gets wrong of its mean over orders, as a part of it; less in several, by their root (the median
+over kinds of sets on digits and names, see benchmarks/LOG.md)."""
 HELDOUT = 16
 """Retrainings kept for calibration, at most, and at most a quarter of all that a budget can buy."""
 RUNS_A_REPEAT, NOISE_SHARE = 3, 0.25
@@ -205,7 +208,7 @@ def make_plan(
     choices: list[Choice] = []
     if (left := budget.seconds - spent - noise) > 0:
         orders = costs if costs.gradient is None else replace(costs, gradient=costs.gradient * (1 + repeats))
-        spend = _Spending(recipe, features, asked, sets, orders, replace(budget, seconds=left))
+        spend = _Spending(recipe, features, asked, sets, orders, replace(budget, seconds=left, repeats=repeats))
         choices = [c for c in _choices(spend) if _fits(c, spend.budget)]
     if repeats:
         choices = [replace(c, arguments=c.arguments | {"repeats": repeats}, seconds=c.seconds + noise) for c in choices]
@@ -221,9 +224,16 @@ def make_plan(
                 *notes,
                 f"The exact first order alone gets about {told:.2g} of these effects wrong, as the run tells.",
             )
+    if repeats:
+        choices = [replace(c, error=float(np.hypot(c.error, _of_orders(c, repeats)))) for c in choices]
     # Errors within a tenth of each other are equal for what a plan knows; then the cheaper choice is the better one.
     choices.sort(key=lambda c: (round(10 * np.log(max(c.error, 1e-3))), c.seconds))
     return Plan(tuple(choices), costs, stability, budget.seconds, (*notes, *costs.notes, *why, ERRORS))
+
+
+def _of_orders(choice: Choice, repeats: int) -> float:
+    """What the effects of a choice get wrong of those of new runs, as the orders that they are measured in are few."""
+    return ONE_ORDER / (1 + repeats if choice.arguments.get("gradient") else 1) ** 0.5
 
 
 def _alone(recipe: Recipe, first: float, allowed: float, options: RunOptions) -> float:
@@ -413,6 +423,8 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
     cpu, heldout = budget.seconds * budget.workers, spend.heldout
     if costs.retraining.of(spend.different) <= cpu and not budget.noise and not budget.examples:
         yield spend.named()
+        if budget.repeats and costs.gradient is not None:
+            yield spend.named(gradient=True)
     runs = costs.retraining.affordable(cpu) - heldout
     some = 0 if budget.examples or len(sets) > MOST_SETS else runs
     if some > 0:
@@ -479,10 +491,16 @@ class _Spending:
         """How many of the sets are, as equal ones are retrained once."""
         return len(np.unique(self.sets.x, axis=0))
 
-    def named(self) -> Choice:
-        seconds = self.costs.retraining.of(self.different) / self.budget.workers
-        arguments = {"without": self.sets, "queries": self.asked}
-        return Choice("retraining the sets themselves", arguments, seconds, *self._bytes(self.different, 0, 0), 0.0)
+    def named(self, gradient: bool = False) -> Choice:
+        """All the sets, which then are known in one order; with the exact first order in each order of new runs, and held-out
+        sets that tell how far these are."""
+        runs, arguments = self.different, {"without": self.sets, "queries": self.asked}
+        seconds, name = 0.0, "retraining the sets themselves"
+        if gradient:
+            runs, seconds = runs + self.heldout, self.costs.gradient or 0.0
+            arguments, name = arguments | {"gradient": True, "heldout": self.heldout}, f"exact first order, and {name}"
+        seconds = (seconds + self.costs.retraining.of(runs)) / self.budget.workers
+        return Choice(name, arguments, seconds, *self._bytes(runs, 0, 0), 0.0)
 
     def some(self, runs: int, gradient: bool = False) -> Choice:
         """The sets, and halves of them, that say most of all of them."""
@@ -507,7 +525,7 @@ class _Spending:
         settings, design = MeasureSettings(sizes=self.sizes), "all pairs" if pairs else "auto"
         x = chosen
         if x is None:
-            x = directions.design(design, retrain, self.units, settings.seed, settings.sizes, self.features)
+            x = directions.design(design, retrain, self.units, settings.seed, settings.sizes, self.features, gradient)
             x = x[np.sort(np.unique(x, axis=0, return_index=True)[1])]
         retrain = len(x)  # with few units there are not as many different sets as could be paid for
         if heldout is None:

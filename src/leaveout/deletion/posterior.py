@@ -25,6 +25,9 @@ NUGGET = 1e-4
 """Variance of a retraining's own error, relative to the prior variance of one unit's first order, at least."""
 KNOWN = 1e-3
 """Prior variance of the first order when it is known exactly, instead of 1: its own error in single precision."""
+SECOND, SQUARES = 5e-3, 2e-3
+"""Of the kernel of many units where the first order is known, over it: what pairs do together, and each unit by itself
+(found on digits and names, see benchmarks/LOG.md)."""
 CONCENTRATED = 16.0
 """Relative error that is added for a set which removes all that helps a query, falling with the cube of that share
 (found on names, see docs/evidence/deletion.md)."""
@@ -39,10 +42,10 @@ def default_kernel(sizes: np.ndarray, features: np.ndarray | None, exact: bool =
 
     sizes [units]: examples of each unit; features [units, k]: see `Measurements`.
     """
-    first = KNOWN if exact else 1.0
     if len(sizes) <= FEW:
-        return FewUnits(sizes, first=first)
-    return ManyUnits(*similar_units(features, len(sizes)), first=first)
+        return FewUnits(sizes, first=KNOWN if exact else 1.0)
+    similar = similar_units(features, len(sizes))
+    return ManyUnits(*similar, first=KNOWN, second=SECOND, squares=SQUARES) if exact else ManyUnits(*similar)
 
 
 @dataclass(frozen=True)

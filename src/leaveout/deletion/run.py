@@ -236,7 +236,7 @@ class TrainingRun:
         if given is not None and most is not None:
             parts = [(self._telling(given.x, most, gradient, settings.seed), "telling", "fit")]
         if retrain:
-            parts.append((self.design(design, retrain, settings), design, "fit"))
+            parts.append((self.design(design, retrain, settings, gradient), design, "fit"))
             more = "different sets of these sizes; give --sizes, or another --design"
             self._tell_fewer(parts[-1][0], retrain, f"of the design `{design}`", more)
         if isinstance(held, DeletionSets):
@@ -339,15 +339,18 @@ class TrainingRun:
         if name in ("along", "extremes") and units <= FEW:
             raise ValueError(f"the design `{name}` is for more than {FEW} units: use `auto`")
 
-    def design(self, name: str, n: int, settings: MeasureSettings | None = None) -> np.ndarray:
-        """The first n deletion vectors [n, units] of a design; fewer where a design ends."""
+    def design(self, name: str, n: int, settings: MeasureSettings | None = None, exact: bool = False) -> np.ndarray:
+        """The first n deletion vectors [n, units] of a design; fewer where a design ends.
+
+        exact: the exact first order is measured, too, which `auto` then leaves to it
+        """
         self._refuse_design(name)
         settings = settings or MeasureSettings()
         units, features = len(self.recipe.unit_names), None
         if name in SIMILAR and units > FEW:
             self.measure_vectors()
             features = self.bank.features()
-        return directions.design(name, n, units, settings.seed, settings.sizes, features)
+        return directions.design(name, n, units, settings.seed, settings.sizes, features, exact)
 
     def measure_vectors(self) -> None:
         """Computes the units' update vectors once: similarity and cheap scores for `posterior`."""

@@ -57,6 +57,8 @@ def test_mixture_for_few_and_many_units():
     assert np.allclose(np.linalg.norm(many[0]), 4)
     near = directions.mixture(120, 100, vectors=vectors)
     assert np.array_equal(near[:100], np.eye(100)) and len(near) == 120
+    beside = directions.mixture(40, 100, vectors=vectors, exact=True)  # a first order needs no weightings
+    assert len(beside) == 40 and np.isin(beside, (0, 1)).all() and (beside.sum(1) == 10).sum() >= 6
 
 
 def test_design_names_are_checked():

@@ -193,6 +193,15 @@ def test_first_orders_of_other_orders_are_their_metagradients(recipe, tmp_path):
     assert (std**2 >= np.var([g @ x.T for g in wanted], axis=0, ddof=1) / 4).all()
 
 
+def test_what_the_same_run_bends_is_taken_at_the_set_itself():
+    """The first order alone is asked at what the rest weighs in a new run, so that a retrained set is as it was."""
+    orders = np.array([[[1.0, 0.5]], [[2.0, 0.5]]])
+    shift = Shift(run_noise(np.random.default_rng(0).standard_normal((5, 1))), np.full(2, 0.5), orders, 1.0)
+    x, asked = np.array([[1.0, 0.0]]), np.array([[1.0, -0.1]])
+    found, _ = shift.shifted(x, asked, np.array([[4.0]]), np.zeros((1, 1)))
+    assert found[0, 0] == pytest.approx(1.5 - 0.05 + (4.0 - 1.0))
+
+
 def test_strong_sets_keep_what_they_bend_and_what_the_rest_weighs_more(tmp_path, monkeypatch):
     """However wide their intervals are: parts and steps say how far such a set bends an effect, in whatever order."""
     orders = np.array([[[1.0, 0.5]], [[2.0, 0.5]]])
@@ -259,6 +268,7 @@ def test_plan_buys_repeats_within_its_budget(recipe, tmp_path):
     run = TrainingRun.train(recipe, tmp_path / "run")
     plan = run.plan(QUERIES, [["u0"], ["u1", "u2"]], Budget(30, examples=True))
     assert plan.best.arguments["repeats"] == 4 and "Each choice buys new runs, too: 4 with all data" in str(plan)
+    assert plan.best.arguments["gradient"], "one order alone says little of new runs"
     none = run.plan(QUERIES, [["u0"]], Budget(30, examples=True, repeats=0))
     assert "repeats" not in none.best.arguments and none.best.seconds <= plan.best.seconds
     with pytest.raises(ValueError, match="repeats is 1"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from leaveout.deletion import directions
+from leaveout.deletion.estimators import EstimatorSettings, fit
 from leaveout.deletion.kernels import FewUnits, ManyUnits, similar_units
 from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings
 from leaveout.deletion.posterior import Posterior, _gram, _Rows, _rows_of, expected_error
@@ -160,6 +162,34 @@ def test_a_known_gradient_leaves_only_the_curvature_open():
     without, _ = Posterior(Measurements(**{**vars(data), "gradient": None})).predict(x[30:])
     assert np.abs(mean.T - y[30:]).mean() < 0.25 * np.abs(without.T - y[30:]).mean()
     assert Posterior(data).beta == 1.0
+
+
+def test_retrainings_that_mislead_are_believed_as_far_as_held_out_ones_say():
+    """Far weightings of a run that is wild there, beside a first order that foretells deletions well."""
+    units, rng = 80, np.random.default_rng(0)
+    gradient, features = rng.standard_normal((3, units)), rng.standard_normal((units, 5))
+    far = directions.along(0, 60, np.linalg.qr(rng.standard_normal((units, units)))[0].T)
+    near = directions.random_sets(0, 36, units, 3)
+    wild = 30 * rng.standard_normal((60, 3))
+    data = Measurements(
+        np.zeros(3), np.ones(units), retrainings=Retrainings(far, far @ gradient.T + wild),
+        heldout=Retrainings(near[:12], near[:12] @ gradient.T), gradient=gradient, features=features,
+    )  # fmt: skip
+
+    def wrong(fitted, x):
+        return np.abs(fitted.predict(x)[0] - gradient @ x.T).mean()
+
+    found, _ = fit(data, EstimatorSettings())
+    plain = Posterior(data)
+    assert found.misfit > 0 and wrong(found, near[12:]) < 0.1 * wrong(plain, near[12:])
+    measured = far @ gradient.T + wild
+    assert np.allclose(found.predict(far)[0].T, measured, rtol=0.02, atol=0.5)  # what was retrained is as it was
+
+    def bent(x):
+        return Retrainings(x, x @ gradient.T + 0.05 * x.sum(1, keepdims=True) ** 2)
+
+    calm = replace(data, retrainings=bent(near[12:]), heldout=bent(near[:12]))
+    assert fit(calm, EstimatorSettings())[0].misfit <= 1
 
 
 def test_a_known_gradient_alone_foretells_its_own_error():

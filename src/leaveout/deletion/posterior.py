@@ -26,8 +26,8 @@ NUGGET = 1e-4
 KNOWN = 1e-3
 """Prior variance of the first order when it is known exactly, instead of 1: its own error in single precision."""
 SECOND, SQUARES = 5e-3, 2e-3
-"""Of the kernel of many units where the first order is known, over it: what pairs do together, and each unit by itself
-(found on digits and names, see benchmarks/LOG.md)."""
+"""Of the kernel of many units where the first order is known: what pairs do together, and each unit by itself where
+retrainings tell of it (found on digits and names, see benchmarks/LOG.md)."""
 CONCENTRATED = 16.0
 """Relative error that is added for a set which removes all that helps a query, falling with the cube of that share
 (found on names, see docs/evidence/deletion.md)."""
@@ -37,15 +37,18 @@ LARGEST = 12_000
 """Measurements in one Gram matrix: 1.2 GB in float64."""
 
 
-def default_kernel(sizes: np.ndarray, features: np.ndarray | None, exact: bool = False) -> Kernel:
-    """Subsets for few units, similar units by their features for many; `exact`: the first order is known already.
+def default_kernel(sizes: np.ndarray, features: np.ndarray | None, exact: bool = False, alone: bool = False) -> Kernel:
+    """Subsets for few units, similar units by their features for many; `exact`: the first order is known already; `alone`: and
+    nothing else, so that a wide guess of what bends stays.
 
     sizes [units]: examples of each unit; features [units, k]: see `Measurements`.
     """
     if len(sizes) <= FEW:
         return FewUnits(sizes, first=KNOWN if exact else 1.0)
     similar = similar_units(features, len(sizes))
-    return ManyUnits(*similar, first=KNOWN, second=SECOND, squares=SQUARES) if exact else ManyUnits(*similar)
+    if not exact:
+        return ManyUnits(*similar)
+    return ManyUnits(*similar, first=KNOWN, second=SECOND, **({} if alone else {"squares": SQUARES}))
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class Posterior:
     ) -> None:
         if degree is not None:
             data = replace(data, jets=tuple(JetBlock(b.psi, b.c[:degree], b.real) for b in data.jets))
-        self.kernel = kernel or default_kernel(data.sizes, data.features, data.gradient is not None)
+        alone = not len(data.retrainings) and not data.jets
+        self.kernel = kernel or default_kernel(data.sizes, data.features, data.gradient is not None, alone)
         self._rows = [rows for block in data.jets for rows in _rows_of(block)]
         if len(data.retrainings) or not self._rows:
             self._rows.append(_Rows(data.retrainings.x.reshape(-1, data.units), 0))

@@ -2,13 +2,13 @@
 
     python benchmarks/new_run.py --case digits|names [--named] [--run DIR] [--smoke]
 
-What is measured is what `plan` buys for a budget of 60 trainings: with some of the sets as examples of what is asked, or with
+What is measured is what `plan` buys for a budget of 120 trainings: with some of the sets as examples of what is asked, or with
 --named all of them as those that are asked. The truth is the mean of three new runs of each set.
 
 Ceiling: how well the exact mean over orders would rank the means of three runs. Two runs agree by r, the mean of their
 Spearman correlations over pairs of runs and queries; a mean of three has the reliability 3 r / (1 + 2 r) (Spearman and
 Brown), and the exact mean agrees with it by the root of that.
-"Fitted in": as many retrainings of the design `auto` as the budget has trainings, in the same run, or each in an order of
+"Fitted in": retrainings of the design `auto`, half as many as the budget has trainings, in the same run, or each in an order of
 its own with its noise known; both without the exact first order, and predicted at what rows weigh in a new run.
 
 A kind whose ceiling is below .6 is judged by the share of answers "not distinguishable from a new seed".
@@ -38,7 +38,7 @@ from leaveout.training.train import train_plain
 from measuring import arguments, cpu_seconds, write_result
 
 NAME = "new_run.json"
-BUDGET, RUNS, LEAST_CEILING = 60, 3, 0.6
+BUDGET, RUNS, LEAST_CEILING = 120, 3, 0.6
 Sets = dict[str, list[list[str]]]
 
 
@@ -101,7 +101,8 @@ def judged(p: Prediction, values: np.ndarray, columns: list[int]) -> dict[str, A
         [end[:, columns] for end in p.interval(runs=n)] for n in (1, len(values))
     )
     most = ceiling(own)
-    rank = float(np.nanmean(spearman(effect, mean - p.base[:, columns])))
+    ranks = spearman(effect, mean - p.base[:, columns])
+    rank = float(np.mean(np.nan_to_num(ranks)))  # effects that were shrunk to nothing rank nothing
     return {
         "sets": len(columns), "spearman": rank, "ceiling": most, "of_the_ceiling": rank / most if most else None,
         "judged_by_ranks": most >= LEAST_CEILING,
@@ -134,7 +135,7 @@ def measured(recipe: lo.Recipe, asked: list[Any], sets: Sets, place: Path, budge
     means = np.mean(values, 0) - p.base[:, :1]
     ranks = {
         name: {kind: float(np.nanmean(spearman(effect[:, own], means[:, own]))) for kind, own in places.items()}
-        for name, effect in fitted_in(run, asked, listed, min(BUDGET, len(listed))).items()
+        for name, effect in fitted_in(run, asked, listed, min(BUDGET // 2, len(listed))).items()
     }
     return {
         "bought": json.loads(path.read_text()), "meaning": p.meaning, "freedom": p.freedom, "queries": len(asked),

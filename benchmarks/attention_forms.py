@@ -65,18 +65,17 @@ def measured(tokens: int, small: bool) -> dict[str, Any]:
     for name in forms["eager"]:
         bytes_, seconds = {}, {kind: [] for kind in forms}
         for kind, made in forms.items():
-            if name == "reverse":  # which counts them itself
-                plan = made[name]().memory
-                bytes_[kind] = plan.graphs + plan.per_query
-                continue
-            with LiveBytes() as live:
-                made[name]()
-            bytes_[kind] = live.peak
-        for _ in range(1 if small else REPEATS):
+            if name != "reverse":  # which counts them itself
+                with LiveBytes() as live:
+                    made[name]()
+                bytes_[kind] = live.peak
+        for _ in range(1 if small else 2 if name == "reverse" else REPEATS):
             for kind, made in forms.items():
                 began = time.process_time()
-                made[name]()
+                found_there = made[name]()
                 seconds[kind].append(time.process_time() - began)
+                if name == "reverse":
+                    bytes_[kind] = found_there.memory.graphs + found_there.memory.per_query
         typical = {kind: statistics.median(times) for kind, times in seconds.items()}
         found[name] = {
             "time": typical["sdpa"] / typical["eager"], "memory": bytes_["sdpa"] / bytes_["eager"],

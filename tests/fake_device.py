@@ -393,8 +393,8 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False,
     **options: Any,
 ) -> Tensor:  # fmt: skip
-    """One launch, as of the fused kernels of a GPU; by the plain formula where a gradient is asked for."""
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    """One launch, as of the fused kernels of a GPU; by the plain formula for series, and where a gradient is asked for."""
+    if not isinstance(query, OnDevice) or torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         plain = _aten._scaled_dot_product_attention_math
         return plain(query, key, value, mask, dropout, causal, None, **options)[0]
     _count("launches", "attention")

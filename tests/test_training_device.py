@@ -229,12 +229,13 @@ def test_a_step_of_microgpt_waits_for_nothing():
 
 
 @lora_warns
-def test_a_step_of_lora_waits_for_nothing():
+def test_a_step_of_lora_waits_for_its_mask_alone():
+    """With sdpa, transformers looks whether a mask hides anything."""
     recipe = lora(loss_per="example")
-    assert last_step(lambda: train_plain(recipe, options=THERE)) == (179, 0, 0)
-    for degree, launches in ((1, 595), (3, 806)):
+    assert last_step(lambda: train_plain(recipe, options=THERE)) == (173, 1, 0)
+    for degree, launches in ((1, 592), (3, 803)):
         for directions in (2, 17):
-            assert last_step(jets(recipe, degree, directions)) == (launches, 0, 0)
+            assert last_step(jets(recipe, degree, directions)) == (launches, 1, 0)
 
 
 def test_a_step_back_waits_for_nothing():

@@ -50,10 +50,13 @@ def _sum_along(a: Series, dim: int) -> Series:
 def softmax(x: Series, dim: int, safe: bool = False) -> Series:
     """exp(x - max x_0) over its sum; -inf in the constant term gives exact zeros. safe: also where all are -inf, else NaN."""
     top = x.c.amax(dim, keepdim=True)
+    if not safe:
+        e = S.exp(Series(x.c - top, x.h))
+        return S.divide(e, _sum_along(e, dim))
     none = top == -math.inf
-    e = S.exp(Series(x.c - (top.masked_fill(none, 0.0) if safe else top), x.h))
+    e = S.exp(Series(x.c - top.masked_fill(none, 0.0), x.h))
     total = _sum_along(e, dim)
-    return S.divide(e, Series(total.c + none, total.h) if safe else total)
+    return S.divide(e, Series(total.c + none, total.h))
 
 
 def log_softmax(x: Series, dim: int) -> Series:

@@ -10,7 +10,7 @@ from leaveout.training.queries import query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.tasks import task_of
-from leaveout.training.train import JetSettings, train_batch, train_jets, train_plain
+from leaveout.training.train import JetSettings, Retrainer, train_batch, train_jets, train_plain
 from readout.tiny import make_model, make_tokenizer
 
 TEXTS = ["rain falls", "the mill stands", "a blue ledger of debts", "salt"]
@@ -51,7 +51,8 @@ def every_engine(recipe, queries):
 def test_fused_attention_gives_what_its_parts_give(family, dtype):
     limit, queries = LIMITS[family, dtype], [TEXTS[1], "a red mill"]
     sdpa, eager = (every_engine(with_attention(kind, family, dtype), queries) for kind in ("sdpa", "eager"))
-    assert task_of(with_attention("sdpa")).model.config._attn_implementation == "sdpa"
+    retrainer = Retrainer(with_attention("sdpa", family, dtype))
+    assert retrainer.batched and retrainer.task.model.config._attn_implementation == "sdpa"
     for name, wanted in eager.items():
         assert (sdpa[name] - wanted).abs().max() < limit * max(1, float(wanted.abs().max())), name
     assert (sdpa["runs"][0] - sdpa["alone"][0]).abs().max() < limit * 10

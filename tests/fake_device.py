@@ -394,7 +394,9 @@ def _attention(
     **options: Any,
 ) -> Tensor:  # fmt: skip
     """One launch, as of the fused kernels of a GPU; by the plain formula for series, and where a gradient is asked for."""
-    if not isinstance(query, OnDevice) or torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+    if not isinstance(query, OnDevice) or (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    ):
         plain = _aten._scaled_dot_product_attention_math
         return plain(query, key, value, mask, dropout, causal, None, **options)[0]
     _count("launches", "attention")

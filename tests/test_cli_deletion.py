@@ -166,7 +166,7 @@ def test_verify_compares_with_plain_retraining(leaveout, trained, tmp_path):
     code, out, _ = leaveout("verify", tmp_path / "run", *asking(*QUERIES), "--without", "c,d")
     said = " ".join(out.split())
     assert (
-        "Of 2 retrained values" in said and "Half of the 2 predictions miss the retrained effect by less than" in said
+        "Of 2 retrained values" in said and "In the median of 2 predictions the retrained effect is missed by" in said
     )
 
 
@@ -174,7 +174,9 @@ def test_a_table_says_that_nothing_tested_its_intervals(leaveout, tmp_path):
     run = TrainingRun.train(write_recipe(tmp_path), tmp_path / "run")
     run.measure(retrain=3, design="singles")
     ask = [*asking("nina"), "--without", "a,b"]
-    untested = "No held-out retraining has tested these intervals, which may be too narrow: `leaveout measure RUN --heldout"
+    untested = (
+        "No held-out retraining has tested these intervals, which may be too narrow: `leaveout measure RUN --heldout"
+    )
     shown = " ".join(leaveout("predict", run.path, *ask)[1].split())
     assert untested in shown and "Without means the same run" in shown
     run.measure(without=[["a", "b"]])  # measured itself
@@ -197,7 +199,15 @@ def test_new_runs_are_measured_predicted_and_verified(leaveout, trained, tmp_pat
     assert line["meaning"] == "new run" and line["run_std"] > 0
     assert json.loads(leaveout("predict", run, *ask, "--meaning", "same-run", "--json")[1])["meaning"] == "same run"
     code, out, _ = leaveout("verify", run, *ask, "--new-run", "--runs", 2)
-    assert code == 0 and "Without means a new run" in out
+    said = " ".join(out.split())
+    assert code == 0 and "Without means a new run" in said and "the interval is that of the mean of 2 runs" in said
+    line = json.loads(leaveout("verify", run, *ask, "--new-run", "--runs", 2, "--json")[1].splitlines()[0])
+    inside = (
+        abs(line["actual"] - line["predicted"]) <= line["reach"]
+    )  # the interval that is shown is the one that is judged
+    assert line["runs"] == 2 and line["inside"] == inside and line["reach"] < 3 * line["run_std"] + 3 * line["std"]
+    one = json.loads(leaveout("predict", run, *ask, "--json")[1])
+    assert line["reach"] < one["reach"] and "runs" not in one
     code, _, err = leaveout("predict", run, *ask, "--meaning", "new")
     assert code == 1 and "meaning is 'new'" in err
     code, _, err = leaveout("verify", run, *ask, "--meaning", "same-run", "--runs", 2)

@@ -121,7 +121,7 @@ def test_retrained_values_are_counted_where_they_prove_something(values, sentenc
 def test_agreement_is_told_in_sentences():
     facts = {"pearson": 0.934, "spearman": 0.9, "relative_error": 0.123, "coverage": 1.0, "queries": 2, "sets": 6}
     assert agreement_told({**facts, "already_measured": 1}) == [
-        "Half of the 12 predictions miss the retrained effect by less than 12 % of its size.",
+        "In the median of 12 predictions the retrained effect is missed by 12 % of its size.",
         "Over 6 sets predicted and retrained effects correlate by 0.93 (ranks: 0.9), in the mean of 2 queries.",
         "1 more set had been measured before, and is not counted.",
     ]

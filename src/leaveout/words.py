@@ -208,7 +208,7 @@ def agreement_told(facts: Mapping[str, Any]) -> list[str]:
         found.append(
             f"The prediction misses the retrained effect by {much} its size."
             if one
-            else f"Half of the {sets * queries} predictions miss the retrained effect by less than {much} its size."
+            else f"In the median of {sets * queries} predictions the retrained effect is missed by {much} its size."
         )
     if facts["pearson"] is not None:
         ranks = "" if facts["spearman"] is None else f" (ranks: {facts['spearman']:.2g})"

@@ -282,6 +282,8 @@ def query_rows(
         return
     if columns is not None:
         raise typer.BadParameter("--columns goes with rows of a file")
+    if any(not text.strip() for text in (*query, *(against or []))):
+        raise typer.BadParameter("--query and --against are what is asked about: give each some text")
     from leaveout.corpus.rows import CALLED, asked_row, commonest
 
     if form is None and prompt is not None:

@@ -53,6 +53,7 @@ class Prediction(Tabular):
              degrees of freedom. Intervals of a new run hold both: they are those of one run without the set.
     measures what each query measures: `loss`, `probability`, `logit`, `margin`, or the name of a function
     chosen   the query that each set was chosen for, by name; "" where it was for none
+    runs     new runs whose mean the intervals are of
     heldout  how many held-out retrainings the intervals were tested by; None where all sets were measured themselves
     """
 
@@ -72,6 +73,7 @@ class Prediction(Tabular):
     measures: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
     heldout: int | None = None
+    runs: int = 1
 
     @property
     def mean(self) -> np.ndarray:
@@ -94,18 +96,18 @@ class Prediction(Tabular):
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.ceil(POWER * np.square(self.run_std / np.abs(self.effect)))
 
-    def reach(self, level: float = 0.95, runs: int = 1) -> np.ndarray:
-        """Half the width of the central interval [query, set]; of new runs that of the mean of so many."""
+    def reach(self, level: float = 0.95, runs: int | None = None) -> np.ndarray:
+        """Half the width of the central interval [query, set]; of new runs that of the mean of so many (default: `self.runs`)."""
         if not 0 < level < 1:
             raise ValueError(f"level must be between 0 and 1, got {level}")
-        noise = np.square(self.run_std) / runs
+        noise = np.square(self.run_std) / (self.runs if runs is None else runs)
         both = np.square(self.std) + noise
         with np.errstate(divide="ignore", invalid="ignore"):
             # Welch and Satterthwaite: only the noise was estimated by few.
             freedom = np.where(noise > 0, self.freedom * np.square(both / noise), np.inf)
         return quantile((1 + level) / 2, freedom) * np.sqrt(both)
 
-    def interval(self, level: float = 0.95, runs: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    def interval(self, level: float = 0.95, runs: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper end of the central interval of the predicted value, both [query, set]; runs: see `reach`."""
         reach = self.reach(level, runs)
         return self.mean - reach, self.mean + reach
@@ -129,6 +131,8 @@ class Prediction(Tabular):
                 }  # fmt: skip
                 if self.heldout is not None:
                     line["heldout"] = self.heldout
+                if self.runs > 1:
+                    line["runs"] = self.runs
                 if self.meaning == NEW_RUN:
                     line["run_std"] = float(run_std[i, j])
                 if line["verdict"] == A_SEED and np.isfinite(seeds[i, j]):
@@ -155,19 +159,17 @@ class Prediction(Tabular):
 class Verification(Prediction):
     """A prediction with the values of really retrained models, and what they say about it.
 
-    actual    values [query, set]
+    actual    values [query, set], of new runs the mean of `runs`
     measured  whether a set was measured before it was predicted [set], so that its actual value proves nothing
-    runs      new runs whose mean an actual value is
     """
 
     actual: np.ndarray
     measured: np.ndarray
-    runs: int = 1
 
     @property
     def inside(self) -> np.ndarray:
         """Whether the actual value lies in the 95 % interval [query, set]."""
-        low, high = self.interval(runs=self.runs)
+        low, high = self.interval()
         return (low <= self.actual) & (self.actual <= high)
 
     @property
@@ -262,7 +264,11 @@ def _named(query: str) -> str:
 
 def meanings_told(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """What "without" means in lines of a prediction, in a sentence each."""
-    return [MEANS[meaning] for meaning in dict.fromkeys(line["meaning"] for line in lines)]
+    found: list[str] = []
+    for meaning, runs in dict.fromkeys((line["meaning"], line.get("runs", 1)) for line in lines):
+        said = MEANS[meaning]
+        found.append(said if runs == 1 else said.replace("of one run", f"of the mean of {runs} runs"))
+    return found
 
 
 def _effect(line: Mapping[str, Any]) -> str:
@@ -322,7 +328,7 @@ def reach(line: Mapping[str, Any]) -> float | None:
 
 def seeds_of(line: Mapping[str, Any]) -> str:
     """How many runs would show the effect of a line, in words; "" where it is not drowned by noise."""
-    return f" ({line['seeds']} runs each way would show it)" if "seeds" in line else ""
+    return f" ({line['seeds']:,} runs each way would show it)" if "seeds" in line else ""
 
 
 def meaning_of(name: str | None, measured: bool) -> str:

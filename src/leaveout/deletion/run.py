@@ -691,7 +691,7 @@ class TrainingRun:
             new = DeletionSets(sets.x[rest], tuple(sets.labels[i] for i in rest))
             name = prediction.meaning.replace(" ", "-")
             actual[:, rest] = self.retrain(asked, new, settings, meaning=name, runs=runs)
-        return Verification(**vars(prediction), actual=actual, measured=measured, runs=runs)
+        return Verification(**{**vars(prediction), "runs": runs}, actual=actual, measured=measured)
 
 
 # --- what is kept beside the bank: examples, trained parameters, and the recipe that they are of ------------------

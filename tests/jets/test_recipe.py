@@ -358,3 +358,8 @@ def test_a_model_that_lacks_weights_is_refused(tmp_path):
     )
     with pytest.raises(FormatError, match=r"lacks the weights .*ln_f.weight.*: give a whole model"):
         task_of(recipe)
+
+
+def test_a_recipe_prints_as_one_line():
+    shown = repr(Recipe.microgpt(["ann", "abe", "bob"], steps=4))
+    assert shown == "Recipe(microgpt: 3 examples, 3 units, 4 steps of paper-adam)"

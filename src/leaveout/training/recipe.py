@@ -205,6 +205,10 @@ class Recipe:
         """The precision of the plain run, as torch names it."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
+    def __repr__(self) -> str:
+        optimizer, steps = self.optimizer.name, len(self.batches())
+        return f"Recipe({self.kind}: {len(self.examples)} examples, {len(self.unit_names)} units, {steps} steps of {optimizer})"
+
     @property
     def unit_names(self) -> tuple[str, ...]:
         """The units in order of their first example; weights and directions follow this order."""

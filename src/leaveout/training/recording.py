@@ -217,7 +217,7 @@ class Recording:
 
         def backward(part: Part) -> None:
             loss = steps.loss(part)
-            losses[-1] += float(loss)
+            losses[-1] += float(loss.detach())
             loss.backward()
 
         def note(*_: Any) -> None:

@@ -12,8 +12,9 @@ from leaveout.deletion.estimators import EstimatorSettings
 from leaveout.deletion.measurements import MeasureSettings, NewRuns
 from leaveout.deletion.noise import quantile, run_noise
 from leaveout.deletion.plan import Budget
-from leaveout.deletion.predict import Prediction
+from leaveout.deletion.predict import NEW_RUN, Prediction
 from leaveout.deletion.run import TrainingRun, _order_seed
+from leaveout.deletion.sets import deletion_sets
 from leaveout.deletion.shift import Shift, fit_shift
 from leaveout.errors import UnsupportedError
 from leaveout.training.queries import as_queries, query_losses
@@ -191,6 +192,33 @@ def test_first_orders_of_other_orders_are_their_metagradients(recipe, tmp_path):
     effect, std = shift.shifted(x, x, wanted[0] @ x.T, np.zeros((3, 2)))
     assert np.allclose(effect, np.mean(wanted, 0) @ x.T)
     assert (std**2 >= np.var([g @ x.T for g in wanted], axis=0, ddof=1) / 4).all()
+
+
+def test_sets_in_each_order_are_the_mean_of_runs_without_them(recipe, tmp_path):
+    """Beside `train_plain` of each order, at what rows weigh in a new run; wherever a call stopped, and with two workers."""
+    run, sets = TrainingRun.train(recipe, tmp_path / "run"), [["u0"], ["u1", "u2"]]
+    asked = {"queries": QUERIES, "without": sets, "repeats": 3}
+    run.measure(**asked)
+    run.measure(**asked, each_order=True, settings=MeasureSettings(workers=2, progress=False))
+    before = len(run.bank)
+    run.measure(**asked, each_order=True)
+    assert len(run.bank) == before and "retraining in another order" in str(run.bank.info()["measurements"])
+    x, nothing, effects = deletion_sets(recipe, sets).x, np.zeros(UNITS), []
+    for k in range(3):
+        order = new_run(recipe, nothing, _order_seed(nothing, 0, k))
+        weights = weights_left(recipe, x)[:, None] * (1 - x)
+        whole, *left = (
+            query_losses(order, train_plain(order, torch.from_numpy(w)), QUERIES).double().numpy()
+            for w in (1 - nothing, *weights)
+        )
+        effects.append([one - whole for one in left])
+    found = run.predict(QUERIES, sets)
+    assert found.meaning == NEW_RUN and np.allclose(found.effect, np.mean(effects, 0).T, atol=1e-5)
+    assert (found.std > 0).all()
+    with pytest.raises(ValueError, match="each_order is of sets that you name"):
+        run.measure(**{**asked, "repeats": 0}, each_order=True)
+    plan = run.plan(QUERIES, sets, Budget(60))
+    assert plan.best.arguments["each_order"] and "in 5 orders" in plan.best.name
 
 
 def test_what_the_same_run_bends_is_taken_at_the_set_itself():

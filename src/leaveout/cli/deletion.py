@@ -176,6 +176,9 @@ def measure(
     repeats: Annotated[
         int, typer.Option(min=0, help="New runs with all data, and twice as many of held-out sets: the noise of runs.")
     ] = 0,
+    each_order: Annotated[
+        bool, typer.Option("--each-order", help="The sets that you name in the order of each new run, too (--repeats).")
+    ] = False,
     query: QueryText = None,
     prompt: Prompt = None,
     form: Form = None,
@@ -221,8 +224,8 @@ def measure(
         opened.bank.merge(merge / "bank")
     unasked = all(given is None for given in (query, prompt, form, queries, columns, behaviour))
     opened.measure(
-        directions, degree, retrain=retrain, design=design, gradient=gradient, repeats=repeats, halves=halves, most=most,
-        settings=settings,
+        directions, degree, retrain=retrain, design=design, gradient=gradient, repeats=repeats, each_order=each_order,
+        halves=halves, most=most, settings=settings,
         without=read_sets(opened, without, without_where, sets) if named else None,
         heldout=None if heldout is None else _heldout(heldout),
         queries=None if unasked else read_queries(opened, query, prompt, queries, form, columns, behaviour),
@@ -493,6 +496,8 @@ def _measure_command(run: Path, choice: Choice, asked: str, named: str, crew: st
     parts = [_options(**{name: arguments.get(name) for name in ("directions", "degree", "retrain", "design")})]
     if arguments.get("gradient"):
         parts.append("--gradient")
+    if arguments.get("each_order"):
+        parts.append("--each-order")
     if arguments.get("without") is not None:
         parts.append(named)
     sizes = ",".join(map(str, settings.sizes)) if settings else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from leaveout.training.tasks import Parameters, Task, task_of
 ROLES = ("fit", "heldout", "truth")
 """What a retraining is for: estimators fit it, calibration holds it against them, or `verify` compares with it."""
 REPEAT = "repeat"
+IN_ORDER = "retraining in another order"
 """The role of a new run with all data, from which the noise of runs is known; a new run is a kind of its own, a retraining
 whose batches are packed anew in another order (`training.repacking`)."""
 DAMPING = 10.0
@@ -48,7 +50,8 @@ DAMPING = 10.0
 class Measured:
     """Finished measurements of one kind, as they go into the bank.
 
-    kind "jets", "retraining", NEW_RUN or "gradient"; metas: what each row's record says; vectors: psi [rows, units] complex, or
+    kind "jets", "retraining", IN_ORDER, NEW_RUN or "gradient"; metas: what each row's record says
+    vectors: psi [rows, units] complex, or
     x [rows, units]; numbers: name -> array with the rows first ("values" or "parameters")
     """
 
@@ -293,6 +296,20 @@ class Bank:
         """How far runs with all data are from each other, None where too few were measured for these queries."""
         values = self.new_runs(asked, REPEAT).y
         return run_noise(values) if len(values) >= LEAST_REPEATS else None
+
+    def in_orders(self, asked: Sequence[Query], x: np.ndarray) -> list[np.ndarray]:
+        """Effects [orders, queries] of each deletion vector of x [sets, units] in the orders in which it was retrained."""
+        repeats = self.new_runs(asked, REPEAT)
+        base = dict(zip(repeats.seeds.tolist(), repeats.y, strict=True))
+        found: dict[bytes, dict[int, np.ndarray]] = defaultdict(dict)
+        for records, rows, values in self._known(asked):
+            if records[0].meta["kind"] != IN_ORDER:
+                continue
+            for r, row, y in zip(records, rows, values, strict=True):
+                if (seed := int(r.meta["seed"])) in base:
+                    found[(row * self.trained).tobytes()][seed] = y - base[seed]
+        rows = np.ascontiguousarray(x)
+        return [np.reshape(list(found.get(row.tobytes(), {}).values()), (-1, len(asked))) for row in rows]
 
     def at_new_runs(self, x: np.ndarray, settings: EstimatorSettings) -> np.ndarray:
         """1 less what units weigh in new runs without x [sets, units], over what they weigh in the same run: see `shift`."""

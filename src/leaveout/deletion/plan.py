@@ -233,7 +233,8 @@ def make_plan(
 
 def _of_orders(choice: Choice, repeats: int) -> float:
     """What the effects of a choice get wrong of those of new runs, as the orders that they are measured in are few."""
-    return ONE_ORDER / (1 + repeats if choice.arguments.get("gradient") else 1) ** 0.5
+    several = choice.arguments.get("gradient") or choice.arguments.get("each_order")
+    return ONE_ORDER / (1 + repeats if several else 1) ** 0.5
 
 
 def _alone(recipe: Recipe, first: float, allowed: float, options: RunOptions) -> float:
@@ -423,6 +424,8 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
     cpu, heldout = budget.seconds * budget.workers, spend.heldout
     if costs.retraining.of(spend.different) <= cpu and not budget.noise and not budget.examples:
         yield spend.named()
+        if budget.repeats:
+            yield spend.in_each_order()
         if budget.repeats and costs.gradient is not None:
             yield spend.named(gradient=True)
     runs = costs.retraining.affordable(cpu) - heldout
@@ -501,6 +504,14 @@ class _Spending:
             arguments, name = arguments | {"gradient": True, "heldout": self.heldout}, f"exact first order, and {name}"
         seconds = (seconds + self.costs.retraining.of(runs)) / self.budget.workers
         return Choice(name, arguments, seconds, *self._bytes(runs, 0, 0), 0.0)
+
+    def in_each_order(self) -> Choice:
+        """All the sets, in the same run and in the order of each new run with all data."""
+        repeats = self.budget.repeats
+        seconds = (1 + repeats) * self.costs.retraining.of(self.different) / self.budget.workers
+        arguments = {"without": self.sets, "each_order": True, "queries": self.asked}
+        name = f"retraining the sets themselves in {1 + repeats} orders"
+        return Choice(name, arguments, seconds, *self._bytes((1 + repeats) * self.different, 0, 0), 0.0)
 
     def some(self, runs: int, gradient: bool = False) -> Choice:
         """The sets, and halves of them, that say most of all of them."""

@@ -25,7 +25,7 @@ import torch
 from leaveout.corpus import Row
 from leaveout.corpus.rows import row_json
 from leaveout.deletion import directions
-from leaveout.deletion.bank import REPEAT, Bank, Measured, measurement_ids
+from leaveout.deletion.bank import IN_ORDER, REPEAT, Bank, Measured, measurement_ids
 from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, halved, real_orthogonal
 from leaveout.deletion.estimators import EstimatorSettings
 from leaveout.deletion.heldout import HeldOut, kinds_of, sources_of
@@ -50,7 +50,7 @@ from leaveout.training.memory import runs_together
 from leaveout.training.notes import cut_notes, notes_on
 from leaveout.training.queries import Query, as_queries, query_function, query_losses
 from leaveout.training.recipe import Recipe, libraries, other_library
-from leaveout.training.repacking import new_run
+from leaveout.training.repacking import new_run, weights_left
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.reverse.updates import unit_vectors
 from leaveout.training.tasks import Parameters, task_of
@@ -186,6 +186,7 @@ class TrainingRun:
         heldout: Without | int | None = None,
         gradient: bool = False,
         repeats: int = 0,
+        each_order: bool = False,
         queries: Any = None,
         settings: MeasureSettings | None = None,
     ) -> Bank:
@@ -202,6 +203,8 @@ class TrainingRun:
         repeats             new runs with all data, each in an order of its own, from which the noise of a run is known; and
                             twice as many of the held-out sets, one each, which say how far the same run is from a new one;
                             with gradient, the exact first order of each of the runs with all data, too
+        each_order          retrain the sets of `without` in the order of each new run with all data, too, where what is left
+                            weighs what it would in a new run without the set: the mean effect over orders is measured
         queries             ask only these, and keep their values instead of trained parameters
         Example: run.measure(retrain=50, heldout=16, gradient=True, queries=["thames"])
         """
@@ -219,6 +222,8 @@ class TrainingRun:
                 raise ValueError(
                     "most is of sets that you name and their halves: give it with without=, and no halves="
                 )
+        if each_order and (without is None or not repeats):
+            raise ValueError("each_order is of sets that you name and of new runs: give it with without= and repeats=")
         given = None if without is None else deletion_sets(self.recipe, without)
         held = heldout if heldout is None or isinstance(heldout, int) else deletion_sets(self.recipe, heldout)
         asked = None if queries is None else as_queries(queries)
@@ -248,11 +253,12 @@ class TrainingRun:
             self._retrain(parts, asked, settings)
         if repeats:
             self._measure_noise(repeats, asked, settings)
+            nothing = np.zeros(len(self.recipe.unit_names))
+            orders = [_order_seed(nothing, settings.seed, k) for k in range(repeats)]
             if gradient and asked is not None:
-                nothing = np.zeros(len(self.recipe.unit_names))
-                self._measure_gradient(
-                    asked, settings, [_order_seed(nothing, settings.seed, k) for k in range(repeats)]
-                )
+                self._measure_gradient(asked, settings, orders)
+            if each_order and given is not None:
+                self._in_orders(given.x, orders, asked, settings)
         return self.bank
 
     def _measure_noise(self, repeats: int, asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
@@ -280,6 +286,22 @@ class TrainingRun:
         chunks = [missing[i : i + size] for i in range(0, len(missing), max(size, 1))]
         tasks = [_Task(NEW_RUN, rows[c], [ids[i] for i in c], [metas[i] for i in c]) for c in chunks]
         self._carry_out(tasks, asked, settings, "new runs")
+
+    def _in_orders(
+        self, x: np.ndarray, orders: Sequence[int], asked: Sequence[Query] | None, settings: MeasureSettings
+    ) -> None:
+        """Retrains deletion vectors [sets, units] in each order, at what rows weigh in new runs without them."""
+        weights_left(self.recipe, x)  # refused before any work
+        absent = float((x == 1)[:, self.recipe.unit_of.numpy()].mean())
+        tasks = []
+        for order in orders:
+            ids = measurement_ids(IN_ORDER, x, asked, order)
+            missing = self.bank.missing(ids)
+            size = max(1, min(self._together(settings, absent, asked), -(-len(missing) // settings.workers)))
+            for rows in (missing[i : i + size] for i in range(0, len(missing), size)):
+                metas = [{"design": "given, new order", "seed": order}] * len(rows)
+                tasks.append(_Task(IN_ORDER, x[rows], [ids[i] for i in rows], metas, batched=len(rows) > 1))
+        self._carry_out(tasks, asked, settings, "retrainings in other orders")
 
     def _refuse(
         self, directions: int, degree: int, retrain: int, design: str, heldout: Any, unasked: bool, settings: Any
@@ -570,6 +592,7 @@ class TrainingRun:
             shift = self.bank.shift(asked, settings, noise)
             effect, std = shift.shifted(removed, self.bank.at_new_runs(removed, settings), effect, std, strong)
             noise = shift.noise
+            effect, std = shift.as_measured(removed, effect, std, self.bank.in_orders(asked, removed))
             std = np.hypot(std, noise.std[:, None] / np.sqrt(noise.runs))  # the error of the mean with all data
             run_std = np.repeat(noise.std[:, None], len(sets), 1)
             base, more = noise.mean, {"run_std": run_std, "freedom": noise.freedom}
@@ -845,7 +868,7 @@ def _work(worker: _Worker, task: _Task) -> tuple[Measured, list[str]]:
             recipe = new_run(recipe, np.zeros(len(recipe.unit_names)), order)
         vectors = metagradient(recipe, asked, replace(options, progress=worker.progress)).effects
     else:
-        make = {"jets": _jets, "retraining": _runs, NEW_RUN: _new_runs}[task.kind]
+        make = {"jets": _jets, "retraining": _runs, NEW_RUN: _new_runs, IN_ORDER: _in_order}[task.kind]
         numbers = make(worker, task, options)
     shutil.rmtree(options.directory or "", ignore_errors=True)
     seconds = (time.process_time() - began) / len(task.ids)
@@ -881,6 +904,14 @@ def _new_runs(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np
             weights = torch.from_numpy(np.where(x == 1, 1.0, 1 - x))  # what is removed whole is in no batch
             found.append({name: p[0] for name, p in retrainer.train(weights[None], own).items()})
     return _asked(worker, {name: torch.stack([params[name] for params in found]) for name in found[0]})
+
+
+def _in_order(worker: _Worker, task: _Task, options: RunOptions) -> dict[str, np.ndarray]:
+    x = np.array(task.vectors)
+    recipe = new_run(worker.recipe, np.zeros(x.shape[1]), task.metas[0]["seed"])
+    retrainer = worker.retrainer.in_order_of(recipe) or Retrainer(recipe, options)
+    weights = weights_left(worker.recipe, x)[:, None] * (1 - x)
+    return _asked(worker, retrainer.train(torch.from_numpy(weights), options, len(x)))
 
 
 def _asked(worker: _Worker, params: Parameters) -> dict[str, np.ndarray]:

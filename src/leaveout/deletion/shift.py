@@ -9,10 +9,13 @@ What is left was held against new runs of held-out sets: its variance is that of
 rows that is removed, plus `anyway`, which is 0 where small sets change little. Where runs are so unstable that it is not,
 effects are shrunk by as much as they are made of it (James and Stein, over queries). The held-out runs also say how large
 the deviation of a run is: few runs with all data leave it open, for all queries together.
+
+A set that was retrained in several orders itself has the mean of what it did there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +31,8 @@ RARE = 0.3
 """`anyway` is expected to be so large at most: its prior falls by e with each such step."""
 MEDIAN = 0.455
 """Of the square of a normal number, whose mean is 1: the mean over queries is taken by it, so that no query counts for all."""
+ORDERS = 4.0
+"""Orders that the expected spread of an effect counts for, where it was measured in a few."""
 MOST = 9.0
 """A residual's square over its variance counts up to this: a strong set is no reason to widen all others."""
 
@@ -66,6 +71,22 @@ class Shift:
             size = np.median(np.square(effect) / np.maximum(own, 1e-300), 0) / MEDIAN
             effect = effect * np.clip(1 - self.anyway / np.maximum(size, 1e-300), 0, 1)
         return effect, np.sqrt(variance)
+
+    def as_measured(
+        self, x: np.ndarray, effect: np.ndarray, std: np.ndarray, found: Sequence[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same where a set [units] was retrained in several orders itself, effects found [orders, queries] of each set.
+
+        Few orders say little of their own spread: what a new run is expected to differ by counts as much as ORDERS of them.
+        """
+        effect, std = effect.copy(), std.copy()
+        for column, each in enumerate(found):
+            if (n := len(each)) < 2:
+                continue
+            expected = np.square(self.noise.std) * self.by_share * float(x[column] @ self.rows)
+            spread = (np.square(each - each.mean(0)).sum(0) + ORDERS * expected) / (n - 1 + ORDERS)
+            effect[:, column], std[:, column] = each.mean(0), np.sqrt(spread / n)
+        return effect, std
 
 
 def _sure(bent: np.ndarray, std: np.ndarray) -> np.ndarray:

@@ -44,8 +44,20 @@ def sequences():
     return nn.Sequential(nn.Unflatten(1, (4, 4)), norm, nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
 
 
+class Shared(nn.Module):
+    """Goes twice through one norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16, momentum=None)
+        self.inner, self.out = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(self.norm(self.inner(self.norm(x)) / 4))
+
+
 MODELS = {
-    "flat": flat, "images": images, "sequences": sequences, "cumulative": lambda: images(None),
+    "flat": flat, "shared": Shared, "images": images, "sequences": sequences, "cumulative": lambda: images(None),
     "not affine": lambda: flat(0.3, False),
 }  # fmt: skip
 OPTIMIZERS = {
@@ -164,7 +176,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("name", ["flat", "images", "cumulative"])
+@pytest.mark.parametrize("name", ["flat", "shared", "images", "cumulative"])
 def test_reverse_mode_goes_through_the_statistics(name, steps, tmp_path):
     recipe, queries = recipe_of(name, **STEPS[steps]), rows(4, 5)
     wanted = train_jets(recipe, EYE, JetSettings(1, torch.float64), queries).losses

@@ -8,6 +8,7 @@ from torch import nn
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import UnsupportedError
 from leaveout.training.loop import Loop, RunOptions
+from leaveout.training.memory import kept_bytes
 from leaveout.training.norms import WeightedNorm
 from leaveout.training.notes import notes_on
 from leaveout.training.queries import jet_values, query_losses
@@ -347,6 +348,7 @@ def test_a_norm_alone_with_a_row_is_refused_and_others_are_said():
     assert "is frozen" in "".join(notes_on(off, task_of(off))) and recipe.hash() != off.hash()
     assert recipe.hash() == recipe_of().hash()
     task = task_of(recipe)
+    assert kept_bytes(recipe, task) > kept_bytes(off, task_of(off)) and task.model[1].made == []
     assert isinstance(task.model[1], WeightedNorm) and task.running == ("1.running_mean", "1.running_var")
     assert torch.equal(task.model[1].running_mean, torch.zeros(5, dtype=torch.float64))
     with pytest.raises(UnsupportedError, match="Stored gradients of rows know nothing of batch norm"):

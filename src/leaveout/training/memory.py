@@ -6,7 +6,7 @@ import ctypes
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from leaveout.errors import UnsupportedError
 from leaveout.models import free_memory
 from leaveout.training.dropout import dropped
 from leaveout.training.formulas import plain_attention
+from leaveout.training.norms import by_batches, norms_of
 from leaveout.training.recipe import Recipe
 from leaveout.training.tasks import Task, rows_are_separate, text_length
 
@@ -129,9 +130,13 @@ def kept_bytes(recipe: Recipe, task: Task) -> int:
 
     seed = None if recipe.dropout is None else 0
     kept = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-    with kept, dropped(task.model, seed), plain_attention():
+    ones = torch.ones(len(largest), dtype=recipe.real_dtype, device=task.device)
+    norms = by_batches(task.model, ones, follows=False) if task.running else nullcontext()
+    with kept, dropped(task.model, seed), norms, plain_attention():
         loss = task.loss(task.model, task.batch([recipe.examples[i] for i in largest]))
     del loss
+    for norm in norms_of(task.model):
+        norm.made = []
     return sum(seen.values())
 
 

@@ -101,6 +101,8 @@ def test_shared_words_are_in_all_texts_and_in_few_others():
     others = ["A prize was given"] + ["Nothing of that kind"] * 9
     assert shared_words(texts, others) == ["Marie Curie"]  # `prize` is in one of ten others
     assert shared_words([*texts, "Marie, not Curie"], others) == ["Marie", "Curie"]
+    marked = [f"<|im_start|>user {text}<|im_end|>" for text in ("until five", "not until five.")]
+    assert shared_words(marked, others) == ["user", "until five"]
     assert shared_words(texts[:1], others) == [] and shared_words(["a b", "c d"], others) == []
 
 

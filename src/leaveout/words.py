@@ -162,6 +162,7 @@ def shared_words(texts: Sequence[str], others: Sequence[str], most: int = 3) -> 
     one. None of less than two texts."""
     if len(texts) < 2:
         return []
+    texts, others = ([_SPECIAL.sub(" ", text) for text in some] for some in (texts, others))
     found = [set(_plain(text)) for text in texts]
     rare = set.intersection(*found) - {word for word in set.union(*found) if len(word) < 4}
     often = [set(_plain(text)) for text in others]
@@ -259,6 +260,7 @@ def run_sentences(facts: Mapping[str, Any]) -> list[str]:
     return found
 
 
+_SPECIAL = re.compile(r"<\|[^<>|]*\|>")  # marks of chat templates, which are no words
 _MARKS = "".join(chr(code) for code in range(33, 127) if not chr(code).isalnum()) + "“”„‘’«»…–—"
 
 

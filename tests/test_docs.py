@@ -151,7 +151,7 @@ def test_tutorial_finds_predicts_and_proves(tmp_path, monkeypatch, capsys):
     assert effects[0, 0] > 1 and abs(effects[0, 2]) < 1  # nats: only one of the sets holds what taught the answer
     assert names["truth"].measured.tolist() == [True, False, False]
     told = capsys.readouterr()
-    assert "already_measured: 1" in told.out and not told.err
+    assert "1 more set had been measured before" in told.out and not told.err
 
 
 def test_a_contrast_finds_what_flips_the_answer(tmp_path, monkeypatch, capsys):

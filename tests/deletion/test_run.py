@@ -86,7 +86,7 @@ def test_results_print_as_tables_and_show_as_html(measured, recipe):
     found = Verification(**vars(prediction), actual=prediction.mean, measured=np.array([False, True]))
     for result, words in (
         (prediction, ("query", "effect (nats)", "verdict", QUERIES[0], "can be told from zero")),
-        (found, ("retrained", "measured", "predictions the retrained effect is missed by", "1 more set had been measured before")),
+        (found, ("retrained", "measured", "predictions the retrained effect is missed by", "1 more set had been")),
         (curve, ("Without", "share", "50 %")),
     ):
         shown = str(result)

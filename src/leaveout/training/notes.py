@@ -79,7 +79,10 @@ def _norms(task: Task) -> list[str]:
         ]
     if not names:
         return []
-    return [f"Batch norm is frozen: its stored means and variances are used and not updated, in {_listed(names)}."]
+    other = "; `batch_statistics` trains it" if task.given else ""
+    return [
+        f"Batch norm is frozen: its stored means and variances are used and not updated, in {_listed(names)}{other}."
+    ]
 
 
 def _acts_otherwise_in_training(recipe: Recipe, task: Task) -> bool:

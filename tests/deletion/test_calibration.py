@@ -12,6 +12,7 @@ from leaveout.deletion.calibration import _within, calibrate
 from leaveout.deletion.estimators import EstimatorSettings, fit
 from leaveout.deletion.measurements import Measurements, Retrainings
 from leaveout.deletion.posterior import Posterior
+from leaveout.deletion.predict import UNTESTED
 from leaveout.training.queries import as_queries
 
 from .conftest import FAST, QUERIES
@@ -94,7 +95,7 @@ def test_queries_that_err_together_count_as_one():
     x, error = sets_of(8, 40, 0), rng.standard_normal((8, 1))
     y = error * np.sqrt(x.sum(1))[:, None]
     one, many = (calibrate(held(x, np.repeat(y, n, 1)), Made(np.zeros((n, 40)))) for n in (1, 100))
-    assert one.numbers == many.numbers and one.quantile == pytest.approx(many.quantile, rel=0.01)
+    assert one.numbers == many.numbers and one.quantiles == pytest.approx(many.quantiles, rel=0.01)
 
 
 def test_sets_beyond_all_that_were_held_out_are_told():
@@ -147,8 +148,43 @@ def test_held_out_sets_that_are_fitted_later_do_not_narrow_intervals():
         (_, before), (_, after) = fit(known, settings), fit(again, settings)
         assert before.sets == 10 and after.sets == (10 if settings.name == "posterior" else 0)
     (one, before), (two, after) = fit(known, EstimatorSettings()), fit(again, EstimatorSettings())
-    assert (before.numbers, before.quantile) == (after.numbers, after.quantile)
+    assert (before.numbers, before.quantiles) == (after.numbers, after.quantiles)
     assert np.allclose(covered(before, one, x[10:], y[10:])[1], covered(after, two, x[10:], y[10:])[1])
+
+
+def test_what_was_learned_from_held_out_sets_is_believed_by_overlap():
+    """An interval of a set that overlaps one of them stays between those of the fits without and with them."""
+    data, kernel, x, y = problem(0, runs=30)
+    first, second = x[0], np.roll(x[0], 1) * (1 - x[0])
+    held_out = np.array([first, second, *x[1:9]])
+    known = replace(data, heldout=Retrainings(held_out, np.concatenate([y[:1], y[:1], y[1:9]])))
+    fitted, found = fit(known, EstimatorSettings(kernel=kernel))
+    union = np.array([first + second, first, *x[9:12]])
+    before, after = Posterior(data, kernel), fitted
+    ratio = before.predict_unbent(union)[1] / np.sqrt(before.tau[:, None])
+    ratio /= after.predict_unbent(union)[1] / np.sqrt(after.tau[:, None])
+    assert np.allclose(fitted.before_last(union, len(held_out)), ratio, rtol=1e-3)
+    _, now = covered(found, fitted, union, np.zeros((len(union), len(y[0]))))
+    _, bare = covered(replace(found, held=None), fitted, union, np.zeros((len(union), len(y[0]))))
+    assert (now[:, 0] > 1.2 * bare[:, 0]).all() and np.allclose(now[:, 1], bare[:, 1])
+    assert (now >= bare * (1 - 1e-9)).all() and (now <= bare * np.maximum(1, ratio) * (1 + 1e-9)).all()
+
+
+def test_sets_of_like_units_have_a_quantile_of_their_own_where_there_are_eight(monkeypatch):
+    """Errors of blocks are ten times those of other sets."""
+    rng, units = np.random.default_rng(0), 80
+    blocks, features = np.kron(np.eye(10), np.ones(8)), np.kron(np.eye(10), np.ones((8, 1)))
+    x = np.concatenate([blocks, sets_of(30, units, 0)])
+    fitted, size = Made(np.zeros((6, units))), np.sqrt(x.sum(1))[:, None]
+    y = size * rng.standard_normal((40, 6)) * np.where(np.arange(40) < 10, 10, 1)[:, None]
+    for n in (9, 3):
+        rows = np.r_[:n, 10:26]
+        others, alike = calibrate(held(x[rows], y[rows], features=features), fitted).quantiles
+        with monkeypatch.context() as patched:
+            patched.setattr("leaveout.deletion.calibration.LEAST_GROUP", 99)
+            shared = calibrate(held(x[rows], y[rows], features=features), fitted).quantiles
+        assert shared[0] == shared[1] > others
+        assert (alike > max(2 * others, shared[1])) if n == 9 else (alike == shared[1])
 
 
 def test_a_set_that_was_measured_is_known(recipe, run):
@@ -167,4 +203,20 @@ def test_a_set_that_was_measured_is_known(recipe, run):
     sets = [[ids[i] for i in np.flatnonzero(row)] for row in held_out.x]
     run.measure(without=sets, queries=QUERIES, settings=FAST)
     after = run.bank.fit(asked, EstimatorSettings())[1]
-    assert before.sets == after.sets == 8 and before.quantile == after.quantile
+    assert before.sets == after.sets == 8 and before.quantiles == after.quantiles
+
+
+def test_an_exact_first_order_alone_knows_its_error_and_is_called_untested(recipe, run, monkeypatch):
+    ids = list(recipe.ids)
+    sets = [ids[i : i + n] for i, n in ((0, 3), (2, 6), (5, 8), (8, 4), (11, 2), (14, 8), (16, 1), (3, 7))]
+    run.measure(gradient=True, queries=QUERIES, settings=FAST)
+    found = run.verify(QUERIES, sets)
+    assert UNTESTED in found.table().notes
+    monkeypatch.setattr("leaveout.deletion.run.FIRST_ORDER_ERROR", 0.0)
+    bare = run.predict(QUERIES, sets)
+    assert np.allclose(found.std, np.hypot(bare.std, 0.25 * np.abs(found.effect)), rtol=1e-6)
+    run.measure_vectors()
+    told = run.bank.first_order_error(np.array([[i in s for i in ids] for s in sets], float))
+    assert np.allclose(run.predict(QUERIES, sets).std, np.hypot(bare.std, told * np.abs(found.effect)), rtol=1e-6)
+    run.measure(retrain=10, heldout=4, queries=QUERIES, settings=FAST)
+    assert UNTESTED not in run.predict(QUERIES, [ids[:3]]).table().notes

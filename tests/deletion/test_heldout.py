@@ -38,10 +38,13 @@ def test_held_out_sets_differ_from_the_fitted_and_from_each_other():
     assert len(drawn(99, 4, (), np.eye(4))) == 10  # pairs and triples
 
 
-def test_kinds_for_which_something_is_missing_are_random_sets():
-    assert kinds_of(20, True, True, True) == [*PATTERN, *PATTERN[:4]]
-    assert set(kinds_of(16, False, False, False)) == {"single", "random"}
-    assert {"block", "top", "source"} <= set(kinds_of(6, True, True, True))
+def test_kinds_for_which_something_is_missing_are_others():
+    assert kinds_of(20, True, 9, True) == [*PATTERN, *PATTERN[:4]]
+    few = kinds_of(15, True, 6, True)
+    assert few[:6] == ["source"] * 6 and set(few[6:]) == set(PATTERN) - {"source"}
+    assert set(kinds_of(16, False, 0, False)) == {"single", "random"}
+    assert {"block", "top", "source"} <= set(kinds_of(6, True, 3, True))
+    assert kinds_of(16, True, 0, True).count("block") == 6 and "union" not in kinds_of(16, True, 2, True)
 
 
 def test_blocks_are_alike_and_top_rows_are_those_that_help():
@@ -64,6 +67,27 @@ def test_blocks_are_alike_and_top_rows_are_those_that_help():
     assert [kind for kind, _ in found.values()] == kinds
 
 
+def test_sources_are_held_out_whole_halved_and_two_by_two():
+    sources = np.kron(np.eye(3), np.ones(10))
+    found = drawn(9, 30, kinds=["source", "part", "union"] * 3, sources=sources)
+    sizes = {"source": (10, 1), "part": (5, 1), "union": (20, 2)}
+    for kind, row in found.values():
+        assert (row.sum(), ((sources @ row) > 0).sum()) == sizes[kind]
+    assert len(np.unique(vectors(found), axis=0)) == 9
+    every = np.kron(np.eye(10), np.ones(3))
+    assert len(np.unique(vectors(drawn(10, 30, kinds=["source"] * 10, sources=every)), axis=0)) == 10
+    halves = np.kron(np.eye(2), np.ones(15))
+    only = drawn(3, 30, kinds=["union"] * 3, sources=halves)
+    assert all(kind == "random" for kind, _ in only.values())  # both together are all units
+
+
+def test_units_without_vectors_are_alike_by_their_effects():
+    effects = np.kron(np.array([[1.0, -1.0, 0.3], [0.2, 1.0, -1.0]]), np.ones(8))
+    found = drawn(4, 24, kinds=["block"] * 4, effects=effects)
+    for kind, row in found.values():
+        assert kind == "block" and len(set(np.flatnonzero(row) // 8)) == 1
+
+
 def test_sources_are_the_values_of_a_field_that_units_share():
     rows = [{"id": str(i), "text": f"name{i}", "from": "ab"[i % 2], "number": i} for i in range(8)]
     found = sources_of(Recipe.microgpt(list(Corpus.open(rows)), n=8))
@@ -84,7 +108,7 @@ def seventy(tmp_path):
 def test_a_number_of_sets_is_of_all_kinds_and_is_measured_once(seventy):
     seventy.measure(retrain=12, heldout=8, queries=QUERIES, settings=FAST)
     held = seventy.bank.measurements(QUERIES).heldout
-    assert sorted(held.kinds) == sorted(["single", "random", "block", "top", "random", "random", "top", "random"])
+    assert sorted(held.kinds) == sorted(["block", "random", "block", "top", "block", "random", "single", "top"])
     before = len(seventy.bank)
     seventy.measure(retrain=12, heldout=8, queries=QUERIES, settings=FAST)
     assert len(seventy.bank) == before

@@ -7,13 +7,18 @@ The error of a predicted effect is taken to have the scale
 with u the part of the effect that measurements leave open. The four numbers are those of highest likelihood (Student's
 distribution, so that one wild set does not rule), held near a prior by a few sets' worth. What is left is a
 quantile: that of the held-out errors over their scales, as if a few more sets had been drawn from the same
-distribution. Queries share their sets, and all of them err on a set together: sets are counted, never pairs.
+distribution; sets whose units are alike have one of their own, where there are enough of them. Queries share their sets, and
+all of them err on a set together: sets are counted, never pairs.
+
+An estimator that learns from the held-out sets is then surer than the one that was tested. Of that it is believed what a set's
+overlap with one of those explains, and of the rest half (in logarithms): two whole sources that were measured do not make
+their union known.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +38,9 @@ NORMAL = 1.959964
 BEYOND = 1.2
 """How much more alike the units of a set may be than those of all held-out sets, before it is outside of what was tested;
 the same of the share of a query's help."""
+ALIKE, LEAST_GROUP = 2.0, 8
+"""How much more than random sets of their size the units of a set have in common to be called alike, and how many held-out
+sets it takes, alike or not, for a quantile of their own."""
 TOGETHER = 256
 
 
@@ -40,11 +48,13 @@ TOGETHER = 256
 class Shape:
     """What is known of deletion sets before any query: shares removed [sets], and how alike their units are [sets].
 
-    A coherence of 1: the units have nothing in common; of n: n units are one and the same.
+    A coherence of 1: the units have nothing in common; of n: n units are one and the same. alike: whether it is far above
+    that of random sets of the size
     """
 
     size: np.ndarray
     coherence: np.ndarray
+    alike: np.ndarray
 
     @classmethod
     def of(cls, x: np.ndarray, features: np.ndarray | None) -> Shape:
@@ -52,9 +62,13 @@ class Shape:
         removed = np.abs(x)
         size = np.maximum(removed.sum(1), 1e-9)
         if features is None:
-            return cls(size, np.ones(len(x)))
-        alike = ((removed @ features) ** 2).sum(1) / np.maximum((removed**2).sum(1), 1e-18)
-        return cls(size, np.maximum(alike, 1.0))
+            return cls(size, np.ones(len(x)), np.zeros(len(x), bool))
+        found = ((removed @ features) ** 2).sum(1) / np.maximum((removed**2).sum(1), 1e-18)
+        cosine = ((features.sum(0) ** 2).sum() / len(features) - 1) / max(
+            1, len(features) - 1
+        )  # of two units, on average
+        usual = np.maximum(1.0, 1 + (size - 1) * cosine)
+        return cls(size, np.maximum(found, 1.0), found > ALIKE * usual)
 
 
 @dataclass(frozen=True)
@@ -63,13 +77,15 @@ class Calibration:
 
     kinds     of the held-out sets: how many there are of each
     numbers   log a, log b, c and d of the module
-    quantile  of errors over their scales that the intervals reach to
+    quantiles  of errors over their scales that the intervals reach to: of sets of any kind, of those whose units are alike
+    held      held-out deletion vectors [sets, units] that `fitted` has learned from since, last of all
     """
 
     kinds: dict[str, int] = field(default_factory=dict)
     numbers: tuple[float, ...] = MIDDLE
-    quantile: float = NORMAL
+    quantiles: tuple[float, float] = (NORMAL, NORMAL)
     fitted: Any = None
+    held: np.ndarray | None = None
     features: np.ndarray | None = None
     helps: np.ndarray | None = None
     middle: tuple[float, float] = (0.0, 0.0)
@@ -87,8 +103,19 @@ class Calibration:
         """
         if not self.sets:
             return np.ones(mean.shape)
-        scale = np.exp(_log_scale(self.numbers, *_parts(self, x, mean, std)))
-        return self.quantile / NORMAL * np.where(std > 0, scale / np.where(std > 0, std, 1.0), 1.0)
+        scale = np.exp(_log_scale(self.numbers, *_parts(self, x, mean, std, self._unlearned(x))))
+        quantile = np.where(Shape.of(x, self.features).alike, *self.quantiles[::-1])
+        return quantile / NORMAL * np.where(std > 0, scale / np.where(std > 0, std, 1.0), 1.0)
+
+    def _unlearned(self, x: np.ndarray) -> np.ndarray | float:
+        """How many times wider deviations are [sets] where not all that was learned from held-out sets is believed."""
+        before = getattr(self.fitted, "before_last", None)
+        if before is None or self.held is None:
+            return 1.0
+        lengths = np.maximum((x**2).sum(1)[:, None] * (self.held**2).sum(1), 1e-300)
+        overlap = ((x @ self.held.T) ** 2 / lengths).max(1)
+        surer = before(x, len(self.held)) * np.sqrt(np.clip(1 - overlap, 0, 1))
+        return np.sqrt(np.maximum(1.0, surer))
 
     def outside(self, x: np.ndarray, mean: np.ndarray) -> np.ndarray:
         """Whether a set is larger, more alike, or takes more of a query's help than all that were held out [queries, sets].
@@ -118,25 +145,33 @@ def calibrate(data: Measurements, fitted: Any) -> Calibration:
     features, helps = _unit_length(data.features), _helps(fitted, data.units)
     shape = Shape.of(held.x, features)
     middle = (float(np.log(shape.size).mean()), float(np.log(shape.coherence).mean()))
-    found = Calibration(kinds, MIDDLE, NORMAL, fitted, features, helps, middle)
+    found = Calibration(kinds, MIDDLE, fitted=fitted, features=features, helps=helps, middle=middle)
     parts, error = _parts(found, held.x, mean, std), np.abs(held.y.T - mean)
     numbers = _likeliest(error, parts)
     ratio = error / np.exp(_log_scale(numbers, *parts))
     share = float((helps @ np.abs(held.x).T).max()) if helps is not None else np.inf
     largest = (float(shape.size.max()), float(shape.coherence.max()), share)
-    return Calibration(kinds, numbers, _quantile(ratio), fitted, features, helps, middle, largest)
+    shared, quantiles = _quantile(ratio), []
+    for group in (~shape.alike, shape.alike):
+        quantiles.append(_quantile(ratio[:, group]) if group.sum() >= LEAST_GROUP else shared)
+    return replace(found, numbers=numbers, quantiles=(quantiles[0], quantiles[1]), largest=largest)
 
 
 Parts = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _parts(known: Calibration, x: np.ndarray, mean: np.ndarray, std: np.ndarray) -> Parts:
-    """Squares of the deviation and of the open part of the effect [queries, sets], logarithms of size and coherence [sets]."""
+def _parts(
+    known: Calibration, x: np.ndarray, mean: np.ndarray, std: np.ndarray, wider: np.ndarray | float = 1.0
+) -> Parts:
+    """Squares of the deviation and of the open part of the effect [queries, sets], logarithms of size and coherence [sets].
+
+    wider: what the deviation and the open part are multiplied by [sets]
+    """
     unknown = getattr(known.fitted, "unknown", None)
-    left = np.ones(len(x)) if unknown is None else unknown(x)
-    shape = Shape.of(x, known.features)
-    size, coherence = (np.log(part) - middle for part, middle in zip(vars(shape).values(), known.middle, strict=True))
-    return np.maximum(std, 1e-150) ** 2, (left * mean) ** 2, size, coherence
+    left = np.minimum(1.0, np.ones(len(x)) if unknown is None else unknown(x) * wider)
+    shape, (size, coherence) = Shape.of(x, known.features), known.middle
+    std2 = np.maximum(std * wider, 1e-150) ** 2
+    return std2, (left * mean) ** 2, np.log(shape.size) - size, np.log(shape.coherence) - coherence
 
 
 def _log_scale(

@@ -404,7 +404,8 @@ def fit(data: Measurements, settings: EstimatorSettings) -> tuple[Fitted, Calibr
     if before is None or not settings.calibrate:
         return after, Calibration()
     found = calibrate(data, before)
-    return after, replace(found, fitted=after)  # the numbers stay those of the smaller, worse fit
+    learned = data.heldout.x if found.sets else None
+    return after, replace(found, fitted=after, held=learned)  # the numbers stay those of the smaller, worse fit
 
 
 def _best_of(data: Measurements, settings: EstimatorSettings) -> Posterior:

@@ -13,27 +13,39 @@ from leaveout.deletion.directions import DRAWS, random_sets
 from leaveout.training.recipe import Recipe
 
 PATTERN = (
-    "single", "random", "block", "top", "random", "source", "top", "random",
-    "single", "block", "top", "random", "block", "source", "top", "random",
+    "source", "random", "block", "top", "part", "random", "single", "top",
+    "source", "random", "top", "block", "union", "single", "random", "source",
 )  # fmt: skip
-"""Kinds in the order in which they are held out, again from the start after the last: one unit; a random set; units that are
-alike; a whole source; the units that help a query most by what is known so far."""
+"""Kinds in the order in which they are held out, again from the start after the last: a whole source, half of one, two of
+them; a random set; units that are alike; the units that help a query most by what is known so far; one unit."""
 RANDOM, BLOCK, TOP, SOURCE = 1 / 3, 1 / 4, 1 / 8, 1 / 2
 """The largest sets of each kind, as parts of all units; sizes are log-uniform below."""
+FEW_SOURCES = 2 / 5
+"""Of the held-out sets, the part that whole sources may be for all of them to be held out."""
+INSTEAD = {"source": "block", "part": "block", "union": "random", "block": "random", "top": "random"}
+"""What takes the place of a kind for which something is not known."""
 
 
-def kinds_of(n: int, features: bool, sources: bool, effects: bool) -> list[str]:
-    """The kinds of n held-out sets; random ones instead of those for which something is not known."""
-    there = {"block": features, "source": sources, "top": effects}
-    kinds = [PATTERN[j % len(PATTERN)] for j in range(n)]
-    return [kind if there.get(kind, True) else "random" for kind in kinds]
+def kinds_of(n: int, features: bool, sources: int, effects: bool) -> list[str]:
+    """The kinds of n held-out sets, where so many sources are known; others instead of those for which something is not.
+
+    All sources come first where they are few enough, so that what is asked of a whole source was measured.
+    """
+    there = {"block": features, "source": sources > 0, "part": sources > 0, "union": sources > 2, "top": effects}
+
+    def known(kind: str) -> str:
+        return kind if there.get(kind, True) else known(INSTEAD[kind])
+
+    first = sources if sources <= FEW_SOURCES * n else 0
+    rest = [kind for kind in PATTERN if not (first and kind == "source")]
+    return ["source"] * first + [known(rest[j % len(rest)]) for j in range(n - first)]
 
 
 class HeldOut:
     """Draws different deletion vectors that are not among the fitted ones [any, units].
 
     sizes     of random sets, in turn (default: log-uniform up to a third); features [units, k]: what says which units are
-              alike; sources [any, units]: whole sources
+              alike (default: their effects); sources [any, units]: whole sources
     """
 
     def __init__(
@@ -42,12 +54,11 @@ class HeldOut:
     ) -> None:  # fmt: skip
         self.units, self.seed, self.sizes, self.sources = units, seed, sizes, sources
         self._taken = {row.tobytes() for row in np.asarray(fitted, np.float64)}
-        self._alike = (
-            None if features is None else features / np.maximum(np.linalg.norm(features, axis=1), 1e-30)[:, None]
-        )
+        self._alike = None if features is None else _unit_length(features)
 
     def draw(self, kinds: Sequence[str], places: Sequence[int], effects: np.ndarray | None = None) -> dict[int, Any]:
-        """(kind, vector) by place, where there is another set; effects [queries, units]: what each unit does, for `top`."""
+        """(kind, vector) by place, where there is another set; effects [queries, units]: what each unit does, for
+        `top`, and for `block` without features."""
         found: dict[int, Any] = {}
         for j in places:
             for kind in (kinds[j], "random", *(() if self.sizes else ("any size",))):
@@ -60,7 +71,7 @@ class HeldOut:
     def _another(self, kind: str, j: int, effects: np.ndarray | None) -> np.ndarray | None:
         for attempt in range(DRAWS):
             row = self._set(kind, np.random.default_rng([self.seed, 5, j, attempt]), j + attempt, effects)
-            if row.tobytes() not in self._taken:
+            if row.tobytes() not in self._taken and not row.all():
                 self._taken.add(row.tobytes())
                 return row
         return None
@@ -68,10 +79,19 @@ class HeldOut:
     def _set(self, kind: str, rng: np.random.Generator, j: int, effects: np.ndarray | None) -> np.ndarray:
         units, row = self.units, np.zeros(self.units)
         if kind == "source":
-            return self.sources[rng.integers(len(self.sources))]
-        if kind == "block":
-            assert self._alike is not None
-            near = np.argsort(-(self._alike @ self._alike[rng.integers(units)]), kind="stable")
+            order = np.random.default_rng([self.seed, 6]).permutation(len(self.sources))
+            return self.sources[order[j % len(order)]]
+        if kind == "union":
+            return np.maximum(*self.sources[rng.choice(len(self.sources), 2, replace=False)])
+        if kind == "part":
+            members = np.flatnonzero(self.sources[rng.integers(len(self.sources))])
+            row[rng.permutation(members)[: len(members) // 2]] = 1
+        elif kind == "block":
+            alike = self._alike
+            if alike is None:
+                assert effects is not None
+                alike = _unit_length(effects.T)
+            near = np.argsort(-(alike @ alike[rng.integers(units)]), kind="stable")
             row[near[: _size(rng, 2, BLOCK * units)]] = 1
         elif kind == "top":
             assert effects is not None
@@ -81,6 +101,10 @@ class HeldOut:
             wanted = {"single": (1,), "random": self.sizes, "any size": tuple(range(1, units))}[kind]
             (row,) = random_sets(j, j + 1, units, self.seed, wanted, RANDOM)
         return row
+
+
+def _unit_length(features: np.ndarray) -> np.ndarray:
+    return features / np.maximum(np.linalg.norm(features, axis=1), 1e-30)[:, None]
 
 
 def _size(rng: np.random.Generator, least: int, most: float) -> int:

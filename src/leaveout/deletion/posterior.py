@@ -146,8 +146,11 @@ class Posterior:
         mean, variance, _ = self._gaussian(x)
         return mean, np.sqrt(variance)
 
-    def _gaussian(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean and variance [queries, sets], and the part [sets] of the prior variance that is left."""
+    def _gaussian(self, x: np.ndarray, first: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean and variance [queries, sets], and the part [sets] of the prior variance that is left by the first measurements.
+
+        first: so many of them, all by default
+        """
         sets = _Rows(x, 0)
         cross = np.concatenate([_covariance(self.kernel, rows, sets) for rows in self._rows])
         prior = self.kernel.diagonal(x)
@@ -157,7 +160,8 @@ class Posterior:
                     cross[place, column] += self.misfit
                     prior[column] += self.misfit
         mean = self.beta * (self._slope @ x.T) + self._dual.T @ cross
-        known = (_solved(self._lower, cross) ** 2).sum(0)
+        # A factor of the first rows is the first rows of the factor.
+        known = (_solved(self._lower, cross)[:first] ** 2).sum(0)
         left = np.clip(prior - known, 0, None)
         return mean, self.tau[:, None] * left[None], left
 
@@ -170,6 +174,17 @@ class Posterior:
     def unknown(self, x: np.ndarray) -> np.ndarray:
         """What is open of the effect of each set beyond its first order [sets]: 0 where it was measured, 1 at most."""
         return self._open(x, self._gaussian(x)[2])
+
+    @property
+    def exact(self) -> bool:
+        """Whether the first order is known exactly."""
+        return self._gradient is not None
+
+    def before_last(self, x: np.ndarray, n: int) -> np.ndarray:
+        """How many times as large deviations were before the last n retrainings [sets]."""
+        _, _, left = self._gaussian(x)
+        _, _, more = self._gaussian(x, self._count - n)
+        return np.sqrt(more / np.maximum(left, 1e-300))
 
     def _open(self, x: np.ndarray, left: np.ndarray) -> np.ndarray:
         return np.sqrt(np.minimum(1, left / np.maximum(self._curved.diagonal(x), 1e-300)))

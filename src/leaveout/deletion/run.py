@@ -70,6 +70,9 @@ NO_NOISE = (
     "How far runs are from each other was not measured for these queries: `leaveout measure RUN --repeats 4`, or ask for the "
     "same run (`--meaning same-run`)."
 )
+FIRST_ORDER_ERROR = 0.25
+"""What an exact first order gets wrong of effects, about, where the run does not tell it: the largest of three kinds of runs
+(benchmarks/LOG.md)."""
 ROUNDING = 1e-6
 """Part of a query's value that float32 training does not fix."""
 
@@ -382,13 +385,14 @@ class TrainingRun:
             self.bank.put_vectors(vectors, time.process_time() - began)
 
     def _hold_out(self, n: int, parts: list[Part], asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
-        """Retrains parts and n sets that are held out; those of the kind `top` after what they are chosen by."""
+        """Retrains parts and n sets that are held out; those that are chosen by it after what is fitted."""
         units, known = len(self.recipe.unit_names), self._known_of_units()
         sources = sources_of(self.recipe)
-        kinds = kinds_of(n, known is not None, len(sources) > 0, asked is not None)
+        kinds = kinds_of(n, known is not None or asked is not None, len(sources), asked is not None)
+        chosen = ("top",) if known is not None else ("top", "block")
         fitted = np.concatenate([np.zeros((0, units)), *(x for x, _, _ in parts)])
         drawer = HeldOut(units, settings.seed + 1000, settings.sizes, fitted, known, sources)
-        early, late = ([j for j in range(n) if (kinds[j] == "top") == top] for top in (False, True))
+        early, late = ([j for j in range(n) if (kinds[j] in chosen) == later] for later in (False, True))
         found = drawer.draw(kinds, early)
         self._retrain([*parts, *_held_parts(found)], asked, settings)
         if late and asked is not None:
@@ -580,6 +584,8 @@ class TrainingRun:
             effect, std = mended((effect, std), fitted.predict_unbent(point), removed, strong, known, steps)
             effect = effect + strong * heavier
         factor, outside = calibration.factor(removed, effect, std), calibration.outside(removed, effect)
+        if not calibration.sets and isinstance(fitted, Posterior) and fitted.exact:
+            std = np.hypot(std, self._curved(fitted, removed) * np.abs(effect))
         untrained = [np.flatnonzero(row) for row in (sets.x != 0) & ~trained]
         # New runs in other orders train on what this one left out, of which nothing is known.
         unknown = (sets.x != removed).any(1) & (meant == NEW_RUN and isinstance(self.recipe.order, str))
@@ -606,6 +612,11 @@ class TrainingRun:
             outside=outside & ~never, measures=tuple(q.called for q in asked), chosen=sets.chosen, meaning=meant,
             heldout=None if measured else calibration.sets, **more,
         )  # fmt: skip
+
+    def _curved(self, fitted: Posterior, removed: np.ndarray) -> np.ndarray:
+        """What an exact first order that no held-out set has tested gets wrong, over the effect [sets]."""
+        told = self.bank.first_order_error(removed)
+        return fitted.unknown(removed) * (FIRST_ORDER_ERROR if told is None else told)
 
     def _strong(
         self, fitted: Any, removed: np.ndarray, settings: EstimatorSettings, asked: Sequence[Query]

@@ -14,6 +14,7 @@ from leaveout.deletion.kernels import FewUnits, ManyUnits, similar_units
 from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings
 from leaveout.deletion.posterior import Posterior, _gram, _Rows, _rows_of, expected_error
 from leaveout.errors import UnsupportedError
+from leaveout.training.reverse.updates import UnitVectors, influence
 
 UNITS = 5
 
@@ -233,3 +234,14 @@ def test_removing_all_that_helps_a_query_is_called_uncertain():
 def test_nothing_measured_is_refused():
     with pytest.raises(UnsupportedError, match="measure"):
         Posterior(Measurements(np.zeros(1), np.ones(4)))
+
+
+@pytest.mark.parametrize("units", [5, 40])
+def test_influence_is_that_of_the_damped_fisher_matrix_for_few_units_and_for_many(units):
+    rng = np.random.default_rng(0)
+    final, asked = rng.standard_normal((units, 12)), rng.standard_normal((3, 12))
+    zeros = np.zeros(units)
+    fisher = sum(np.outer(row, row) for row in final)
+    inverse = np.linalg.inv(fisher + 0.7 * np.trace(fisher) / 12 * np.eye(12))
+    found = influence(UnitVectors(final, final, {}, zeros, zeros), asked, 0.7)
+    assert np.allclose(found, [[q @ inverse @ row for row in final] for q in asked], rtol=1e-9)

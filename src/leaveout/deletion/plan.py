@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from leaveout.deletion import directions
-from leaveout.deletion.heldout import HeldOut
+from leaveout.deletion.heldout import PATTERN, HeldOut, kinds_of
 from leaveout.deletion.kernels import Kernel
 from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
 from leaveout.deletion.noise import LEAST_REPEATS
@@ -60,7 +60,7 @@ ALONE = "exact first order"
 ONE_ORDER = 0.5
 """What an effect in one order gets wrong of its mean over orders, as a part of it; less in several, by their root (the median
 over kinds of sets on digits and names, see benchmarks/LOG.md)."""
-HELDOUT = 16
+HELDOUT = 48
 """Retrainings kept for calibration, at most, and at most a quarter of all that a budget can buy."""
 RUNS_A_REPEAT, NOISE_SHARE = 3, 0.25
 """New runs for each with all data: two are of held-out sets; and the part of the budget that all of them may take."""
@@ -428,7 +428,7 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
             yield spend.in_each_order()
         if budget.repeats and costs.gradient is not None:
             yield spend.named(gradient=True)
-    runs = costs.retraining.affordable(cpu) - heldout
+    runs = spend.affordable(cpu)
     some = 0 if budget.examples or len(sets) > MOST_SETS else runs
     if some > 0:
         yield spend.some(some)
@@ -436,19 +436,19 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
         yield spend.make("retrainings", retrain=min(runs, 4 * units))
     if units <= directions.FEW and runs >= units * (units + 1) // 2:
         yield spend.make("retrainings of all units and pairs", retrain=min(runs, 4 * units**2), pairs=True)
-    reserve = costs.retraining.of(heldout)
+    reserve = spend.retrainings(0, heldout)
     for degree, cost in costs.jets.items():
         for share, name in ((1.0, ""), (0.5, ", and retrainings")):
             m = min(cost.affordable(share * (cpu - reserve)), 2 * units)
             if m < 8:
                 continue
-            rest = costs.retraining.affordable(cpu - cost.of(m)) - heldout if share < 1 else 0
+            rest = spend.affordable(cpu - cost.of(m)) if share < 1 else 0
             yield spend.make(
                 f"jets of degree {degree}{name}", jets=m, degree=degree, retrain=min(max(0, rest), 4 * units)
             )
     if costs.gradient is None or costs.gradient > cpu:
         return
-    rest = costs.retraining.affordable(cpu - costs.gradient) - heldout
+    rest = spend.affordable(cpu - costs.gradient)
     if 0 < min(some, rest) < spend.different:  # of sets that are retrained, the first order is known
         yield spend.some(rest, gradient=True)
     if rest >= 8:
@@ -479,7 +479,24 @@ class _Spending:
 
     @functools.cached_property
     def heldout(self) -> int:
-        return min(HELDOUT, self.costs.retraining.affordable(self.budget.seconds * self.budget.workers) // 4)
+        """Without those that take a batch of their own where that would take more than a quarter of the budget."""
+        cpu, cost = self.budget.seconds * self.budget.workers, self.costs.retraining
+        most = min(HELDOUT, cost.affordable(cpu) // 4)
+        return most if 4 * cost.of(_late(most)) <= cpu else min(most, PATTERN.index("top"))
+
+    @functools.cached_property
+    def late(self) -> int:
+        return _late(self.heldout)
+
+    def affordable(self, seconds: float) -> int:
+        """How many retrainings can be fitted for so many CPU seconds beside those that are held out; below 0: not even these."""
+        cost = self.costs.retraining
+        return cost.affordable(seconds - cost.of(self.late)) - (self.heldout - self.late)
+
+    def retrainings(self, fitted: int, heldout: int) -> float:
+        """CPU seconds of so many that are fitted and so many that are held out."""
+        late = _late(heldout)
+        return self.costs.retraining.of(fitted + heldout - late) + self.costs.retraining.of(late)
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -497,13 +514,13 @@ class _Spending:
     def named(self, gradient: bool = False) -> Choice:
         """All the sets, which then are known in one order; with the exact first order in each order of new runs, and held-out
         sets that tell how far these are."""
-        runs, arguments = self.different, {"without": self.sets, "queries": self.asked}
-        seconds, name = 0.0, "retraining the sets themselves"
+        arguments, name = {"without": self.sets, "queries": self.asked}, "retraining the sets themselves"
+        seconds, heldout = 0.0, 0
         if gradient:
-            runs, seconds = runs + self.heldout, self.costs.gradient or 0.0
-            arguments, name = arguments | {"gradient": True, "heldout": self.heldout}, f"exact first order, and {name}"
-        seconds = (seconds + self.costs.retraining.of(runs)) / self.budget.workers
-        return Choice(name, arguments, seconds, *self._bytes(runs, 0, 0), 0.0)
+            seconds, heldout = self.costs.gradient or 0.0, self.heldout
+            arguments, name = arguments | {"gradient": True, "heldout": heldout}, f"exact first order, and {name}"
+        seconds = (seconds + self.retrainings(self.different, heldout)) / self.budget.workers
+        return Choice(name, arguments, seconds, *self._bytes(self.different + heldout, 0, 0), 0.0)
 
     def in_each_order(self) -> Choice:
         """All the sets, in the same run and in the order of each new run with all data."""
@@ -546,7 +563,7 @@ class _Spending:
         room = DESIGN_LIMIT // max(1, degree)
         planned = [(psi[: room // 2], degree)] if jets else []
         error = self.prior.error(self.sets, x[:DESIGN_LIMIT], planned, gradient, self.budget.noise)
-        cpu = self.costs.retraining.of(len(x) + heldout) + (self.costs.jets[degree].of(jets) if jets else 0.0)
+        cpu = self.retrainings(len(x), heldout) + (self.costs.jets[degree].of(jets) if jets else 0.0)
         cpu += (self.costs.gradient or 0.0) if gradient else 0.0
         arguments: dict[str, Any] = {"heldout": heldout, "settings": settings, "queries": self.asked}
         if chosen is not None:
@@ -566,6 +583,11 @@ class _Spending:
         bank = 8 * runs * (units + queries) + 16 * jets * (units + degree * queries)
         numbers = min(runs + 2 * jets * degree, LARGEST)
         return bank + (self.costs.shared if runs else 0), 2 * bank + 24 * numbers**2
+
+
+def _late(heldout: int) -> int:
+    """How many of so many held-out sets are retrained in a batch of their own, as what is fitted chooses them."""
+    return kinds_of(heldout, True, 0, True).count("top")
 
 
 def _fits(choice: Choice, budget: Budget) -> bool:

@@ -138,10 +138,12 @@ def influence(vectors: UnitVectors, gradients: np.ndarray, damping: float = 1.0)
         raise ValueError(f"wanted a damping above 0, got {damping}")
     if gradients.ndim != 2 or gradients.shape[1] != vectors.final.shape[1]:
         raise ValueError(f"wanted gradients [queries, {vectors.final.shape[1]}], got {gradients.shape}: use one width")
-    final = vectors.final.astype(np.float64)
-    fisher = final.T @ final
-    fisher[np.diag_indices_from(fisher)] += damping * fisher.diagonal().mean()
-    return np.linalg.solve(fisher, gradients.T.astype(np.float64)).T @ final.T
+    final, asked = vectors.final.astype(np.float64), gradients.astype(np.float64)
+    units, width = final.shape
+    floor = damping * (final**2).sum() / width
+    if units < width:  # the same in the space of units: F^-1 G^T = G^T (G G^T + floor)^-1
+        return np.linalg.solve(final @ final.T + floor * np.eye(units), final @ asked.T).T
+    return np.linalg.solve(final.T @ final + floor * np.eye(width), asked.T).T @ final.T
 
 
 CURVED = 0.2

@@ -4,11 +4,14 @@
     python benchmarks/coverage.py --cases cnn prose smollm2            # looked at once, when all rules were chosen
 
 A case (see coverage_cases.py) is trained, `plan` is asked with a budget of 60 plain trainings (names 15, smollm2 30), what it
-lists first is bought, and `predict` is asked. Then all sets are retrained, and what was measured before is left out. Five
-kinds: one unit, 5 %, 20 %, a source (a class, names that end alike, an article) and the 2, 5 and 12 % of units that help a
-query most by the prediction itself, which are judged on that query. `inside` has an interval by resampling sets. A width is
-the median over pairs of a query and a set, divided by the width of the one constant interval that would hold 95 % of that
-kind's errors.
+lists first is bought, and `predict` is asked. Then all sets are retrained, and what was measured before is left out. Seven
+kinds: one unit, 5 %, 20 %, a source (a class, names that end alike, an article), half of one, two of them, and the 2, 5 and
+12 % of units that help a query most by the prediction itself, which are judged on that query. `inside` has an interval by
+resampling sets. A width is the median over pairs of a query and a set, divided by the width of the one constant interval that
+would hold 95 % of that kind's errors.
+
+Where new runs were bought as well, the first NEW sets of each kind are trained once more as new runs (rows gone, batches packed
+anew, an order of their own), and held against the interval of one new run.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from leaveout.deletion.run import TrainingRun
 from leaveout.training.train import train_plain
 from measuring import arguments, write_result
 
-OWN = (0.02, 0.05, 0.12)
+OWN, UNIONS, NEW = (0.02, 0.05, 0.12), 12, 6
 NAME = "deletion_coverage_{}.json"
 BOUGHT = "bought.json"
 Sets = dict[str, list[list[str]]]
@@ -48,7 +51,10 @@ def sets_of(case: Case, seed: int) -> Sets:
     sizes = {"one unit": 1, "5 %": max(1, round(0.05 * len(units))), "20 %": round(0.2 * len(units))}
     found = {kind: [chance.sample(units, size) for _ in range(n)] for kind, size in sizes.items()}
     parts = chance.sample(case.parts, min(n, len(case.parts)))
-    return {**found, "source": parts}
+    halves = [chance.sample(part, len(part) // 2) for part in (parts * n)[:n]]
+    drawn = [chance.sample(parts, 2) for _ in range(min(n, UNIONS))]
+    unions = [one + [unit for unit in other if unit not in one] for one, other in drawn]
+    return {**found, "source": parts, "half of a source": halves, "two sources": unions}
 
 
 def top_sets(case: Case, alone: np.ndarray) -> tuple[list[list[str]], list[int]]:
@@ -94,9 +100,9 @@ def measure(name: str, smoke: bool, seed: int, work: Path) -> dict[str, Any]:
     found = run.predict(case.queries, without, meaning="same-run")
     known = [row is not None for row in run.bank.measured_values(*_asked(run, case, without))]
     actual = run.retrain(case.queries, without, MeasureSettings(check=False, progress=True))
-    judged = np.tile(~np.array(known), (len(case.queries), 1))
-    judged[:, len(kinds) - len(own) :] &= np.arange(len(case.queries))[:, None] == np.array(whose)
-    pairs = {kind: judged & (np.array(kinds) == kind) for kind in dict.fromkeys(kinds)}
+    asked = np.ones((len(case.queries), len(kinds)), bool)
+    asked[:, len(kinds) - len(own) :] = np.arange(len(case.queries))[:, None] == np.array(whose)
+    pairs = {kind: asked & ~np.array(known) & (np.array(kinds) == kind) for kind in dict.fromkeys(kinds)}
     by_kind = {kind: summary(found, actual, chosen, seed) for kind, chosen in pairs.items() if chosen.any()}
     coverage = [s["inside"] for s in by_kind.values()]
     return {
@@ -104,10 +110,31 @@ def measure(name: str, smoke: bool, seed: int, work: Path) -> dict[str, Any]:
         "recipe": case.recipe.hash(), "units": len(case.recipe.unit_names), "queries": len(case.queries),
         "budget_in_trainings": case.budget, "bought": {k: bought[k] for k in ("choice", "arguments")},
         "measurements": run.bank.info()["measurements"], "kinds": by_kind,
+        "measured_before": {kind: sum(k for k, name in zip(known, kinds, strict=True) if name == kind) for kind in pairs},
+        "new_runs": new_runs(run, case, without, np.array(kinds), asked),
         "mean_inside": float(np.mean(coverage)), "least_inside": min(coverage),
         "widest": max(s["width_over_constant"] for s in by_kind.values()),
         "cpu_seconds": round(time.process_time() - began, 1),
     }  # fmt: skip
+
+
+def new_runs(run: TrainingRun, case: Case, without: Any, kinds: np.ndarray, asked: np.ndarray) -> dict[str, Any] | None:
+    """By kind, how often one new run lies inside its interval; None where no new runs were bought. asked [query, set]: pairs."""
+    if not json.loads((run.path.parent / BOUGHT).read_text())["arguments"].get("repeats"):
+        return None
+    chosen = np.concatenate([np.flatnonzero(kinds == kind)[:NEW] for kind in dict.fromkeys(kinds)])
+    sets = [without[i] for i in chosen]
+    found = run.predict(case.queries, sets)
+    settings = MeasureSettings(seed=1, check=False, progress=True)  # orders that were not measured
+    inside = np.abs(run.retrain(case.queries, sets, settings, meaning="new-run") - found.mean) <= found.reach()
+    out = {}
+    for kind in dict.fromkeys(kinds):
+        pairs = asked[:, chosen] & (kinds[chosen] == kind)
+        out[kind] = {
+            "sets": int(pairs.any(0).sum()), "pairs": int(pairs.sum()), "inside": float(inside[pairs].mean()),
+            "not_distinguishable": float(found.drowned[pairs].mean()),
+        }  # fmt: skip
+    return out
 
 
 def _asked(run: TrainingRun, case: Case, without: Any) -> tuple[Any, np.ndarray]:
@@ -142,16 +169,18 @@ def table(result: dict[str, Any]) -> str:
     """The result for people."""
     lines = [f"{result['case']}: {result['bought']['choice']}, {result['measurements']}"]
     lines.append(
-        f"{'kind':<14}{'sets':>5}{'inside':>8}{'':>14}{'bare':>7}{'width':>7}{'factor':>8}{'outside':>9}{'rank':>6}"
+        f"{'kind':<17}{'sets':>5}{'inside':>8}{'':>14}{'bare':>7}{'width':>7}{'factor':>8}{'outside':>9}{'rank':>6}"
     )
     for kind, s in result["kinds"].items():
         low, high = s["interval"]
         rank = "" if s["spearman"] is None else f"{s['spearman']:.2f}"
         lines.append(
-            f"{kind:<14}{s['sets']:>5}{s['inside']:>8.1%}  {low:>5.1%}-{high:<6.1%}{s['inside_not_calibrated']:>6.0%}"
+            f"{kind:<17}{s['sets']:>5}{s['inside']:>8.1%}  {low:>5.1%}-{high:<6.1%}{s['inside_not_calibrated']:>6.0%}"
             f"{s['width_over_constant']:>7.2f}{s['median_factor']:>8.2f}{s['outside_of_what_was_tested']:>9.0%}{rank:>6}"
         )
-    return "\n".join(lines)
+    lines.append(f"mean {result['mean_inside']:.3f}, least {result['least_inside']:.3f}, widest {result['widest']:.2f}")
+    new = {kind: round(facts["inside"], 3) for kind, facts in (result["new_runs"] or {}).items()}
+    return "\n".join([*lines, f"measured before: {result['measured_before']}", f"new runs: {new}"])
 
 
 def case_done(args: argparse.Namespace, name: str) -> str:
@@ -160,9 +189,8 @@ def case_done(args: argparse.Namespace, name: str) -> str:
         work = Path(scratch) if args.work is None else args.work / f"coverage_{name}"
         work.mkdir(parents=True, exist_ok=True)
         result = measure(name, args.smoke, args.seed, work)
-    write_result(
-        args.out, NAME.format(name), {**result, "command": f"python benchmarks/coverage.py --cases {name}"}, args
-    )
+    command = f"python benchmarks/coverage.py --cases {name} --seed {args.seed}"
+    write_result(args.out, NAME.format(name), {**result, "command": command}, args)
     return table(result)
 
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tables_codes import TABLES_OF_CODES, million
 from tables_influence import (
     by_method,
@@ -183,6 +185,8 @@ def coverage(*results: dict[str, Any]) -> str:
 
     lines = [[kind, *(cell(result, kind) for result in results)] for kind in kinds]
     lines.append(["mean over kinds", *(f"{result['mean_inside']:.1%}" for result in results)])
+    news = [[facts["inside"] for facts in (result.get("new_runs") or {}).values()] for result in results]
+    lines.append(["one new run: mean, least kind", *(f"{np.mean(new):.0%}, {min(new):.0%}" if new else "" for new in news)])
     return table(head, lines)
 
 

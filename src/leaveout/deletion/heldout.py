@@ -14,7 +14,7 @@ from leaveout.training.recipe import Recipe
 
 PATTERN = (
     "source", "random", "block", "top", "part", "random", "single", "top",
-    "source", "random", "top", "block", "union", "single", "random", "source",
+    "source", "union", "top", "block", "random", "single", "random", "source",
 )  # fmt: skip
 """Kinds in the order in which they are held out, again from the start after the last: a whole source, half of one, two of
 them; a random set; units that are alike; the units that help a query most by what is known so far; one unit."""

@@ -216,7 +216,7 @@ def test_random_sets_that_are_held_out_are_not_fitted(small, capsys):
     assert len(fitted) == 4 and len(held) == 8 and not fitted & held
     assert "held" not in capsys.readouterr().err
     small.measure(retrain=100, heldout=8, queries=QUERIES, settings=MeasureSettings(sizes=(1,)))
-    told = "0 retrainings held out instead of 8: .* no more sets of these sizes that are not fitted; give --sizes"
+    told = r"[0-3] retrainings held out instead of 8: .* no more sets of these sizes that are not fitted; give --sizes"
     assert re.search(told, capsys.readouterr().err)
 
 

@@ -298,7 +298,10 @@ class Bank:
         return run_noise(values) if len(values) >= LEAST_REPEATS else None
 
     def in_orders(self, asked: Sequence[Query], x: np.ndarray) -> list[np.ndarray]:
-        """Effects [orders, queries] of each deletion vector of x [sets, units] in the orders in which it was retrained."""
+        """Effects [orders, queries] of each deletion vector of x [sets, units] in the orders in which it was retrained.
+
+        The same run is one of them where rows that are left weigh the same there as in a new run.
+        """
         repeats = self.new_runs(asked, REPEAT)
         base = dict(zip(repeats.seeds.tolist(), repeats.y, strict=True))
         found: dict[bytes, dict[int, np.ndarray]] = defaultdict(dict)
@@ -308,8 +311,15 @@ class Bank:
             for r, row, y in zip(records, rows, values, strict=True):
                 if (seed := int(r.meta["seed"])) in base:
                     found[(row * self.trained).tobytes()][seed] = y - base[seed]
-        rows = np.ascontiguousarray(x)
-        return [np.reshape(list(found.get(row.tobytes(), {}).values()), (-1, len(asked))) for row in rows]
+        if not found:
+            return [np.zeros((0, len(asked)))] * len(x)
+        base_here, here = self.base(asked), self.measured_values(asked, x)
+        out = []
+        for row, same, more in zip(np.ascontiguousarray(x), here, weights_left(self.recipe, x), strict=True):
+            others = [*found.get(row.tobytes(), {}).values()]
+            own = [same - base_here] if others and same is not None and more == 1 else []
+            out.append(np.reshape([*own, *others], (-1, len(asked))))
+        return out
 
     def at_new_runs(self, x: np.ndarray, settings: EstimatorSettings) -> np.ndarray:
         """1 less what units weigh in new runs without x [sets, units], over what they weigh in the same run: see `shift`."""

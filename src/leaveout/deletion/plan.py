@@ -409,6 +409,10 @@ class _Prior:
         """The kernel; `exact`: the first order is known."""
         return self.curved if exact else self.full
 
+    def bent(self, sets: DeletionSets) -> float:
+        """What is no first order of an effect, as a part of it, mean over sets."""
+        return float(np.sqrt(self.curved.diagonal(sets.x) / self.full.diagonal(sets.x)).mean())
+
     def error(
         self, sets: DeletionSets, x: np.ndarray, jets: list[tuple[np.ndarray, int]], exact: bool, noise: float
     ) -> float:
@@ -515,12 +519,13 @@ class _Spending:
         """All the sets, which then are known in one order; with the exact first order in each order of new runs, and held-out
         sets that tell how far these are."""
         arguments, name = {"without": self.sets, "queries": self.asked}, "retraining the sets themselves"
-        seconds, heldout = 0.0, 0
+        seconds, heldout, error = 0.0, 0, 0.0
         if gradient:
             seconds, heldout = self.costs.gradient or 0.0, self.heldout
             arguments, name = arguments | {"gradient": True, "heldout": heldout}, f"exact first order, and {name}"
+            error = ONE_ORDER * self.prior.bent(self.sets)  # which is known in one order alone
         seconds = (seconds + self.retrainings(self.different, heldout)) / self.budget.workers
-        return Choice(name, arguments, seconds, *self._bytes(self.different + heldout, 0, 0), 0.0)
+        return Choice(name, arguments, seconds, *self._bytes(self.different + heldout, 0, 0), error)
 
     def in_each_order(self) -> Choice:
         """All the sets, in the same run and in the order of each new run with all data."""

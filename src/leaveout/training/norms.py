@@ -123,7 +123,7 @@ def follow_statistics(model: nn.Module, dtype: torch.dtype) -> tuple[str, ...]:
                 f"batch_statistics: {name or 'the model'} is of the class {kind}, whose statistics are not followed: use "
                 "BatchNorm1d, BatchNorm2d or BatchNorm3d with running statistics, a group norm, or leave batch_statistics out."
             )
-        module.__class__ = WeightedNorm
+        module.__class__ = WeightedNorm  # type: ignore[assignment]
         for key in RUNNING if module.momentum is None else RUNNING[:2]:
             value = module._buffers.pop(key)
             assert value is not None

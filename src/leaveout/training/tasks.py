@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ WEIGHTS = "weights of a batch's examples"
 
 
 def weighted_losses(
-    task: Task, batch: Batch, runs: Parameters, weights: Tensor
+    task: Task, batch: Batch, runs: Mapping[str, Tensor], weights: Tensor
 ) -> tuple[Callable[[Parameters], Tensor], Parameters]:
     """The losses [examples] of a batch that training lowers, as a function of a run's parameters, and those of runs [runs, ...].
 
@@ -144,7 +144,7 @@ def weighted_losses(
     """
     bound = losses_on(task, batch)
     if not task.running:
-        return bound.under, runs
+        return bound.under, dict(runs)
 
     def losses(given: Parameters) -> Tensor:
         own = dict(given)

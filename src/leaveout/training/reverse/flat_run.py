@@ -280,20 +280,20 @@ class FlatRun:
 
         number: of the part of a step that was passed, whose earlier parts have moved them already; taken once
         """
-        added, left = [], []
-        names = iter(self.running.values())
+        added, left = list[Tensor](), list[float]()
         for norm in norms_of(self.task.model):
-            passes, rates = norm.made, [norm.momentum] * len(norm.made)
-            if norm.momentum is None:
+            passes = norm.made
+            if norm.momentum is not None:
+                rates = [norm.momentum] * len(passes)
+            else:
                 before = float(norm.num_batches_tracked) + number * len(passes)  # type: ignore[arg-type]
                 rates = [1 / (before + k + 1) for k in range(len(passes))]
             shares = [rate * math.prod(1 - later for later in rates[k + 1 :]) for k, rate in enumerate(rates)]
-            for place, _ in zip((0, 1), names, strict=False):
+            for place in (0, 1):
                 zero = next(self.task.model.parameters()).new_zeros(norm.num_features)
                 added.append(sum((one[place] * share for one, share in zip(passes, shares, strict=True)), zero))
                 left.append(math.prod(1 - rate for rate in rates))
             if norm.momentum is None:  # the count of batches, which no weight changes
-                next(names)
                 added.append(norm.num_batches_tracked.detach())  # type: ignore[union-attr]
                 left.append(1.0)
             norm.made = []

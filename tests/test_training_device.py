@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fake_device import DEVICE, counting
+from jets.test_norms import recipe_of, rows
 from leaveout.corpus import Corpus
 from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
@@ -246,6 +247,16 @@ def test_a_step_back_waits_for_nothing():
             metagradient(recipe.with_(steps=steps), recipe.examples[:3], THERE)
         seen.append(counts.waits)
     assert seen[0] == seen[1]
+
+
+def test_statistics_of_batches_are_those_of_a_cpu():
+    recipe, psi = recipe_of("cumulative", optimizer=OptimizerSettings("sgd", 0.05)), torch.eye(9, dtype=torch.float64)
+    both = [train_batch(recipe, 1 - psi[:3], options) for options in (None, THERE)]
+    assert all((p - both[1][name]).abs().max() < 1e-12 for name, p in both[0].items())
+    series = [train_jets(recipe, psi[:2], JetSettings(1, torch.float64), rows(2, 5), o).losses for o in (None, THERE)]
+    assert (series[0].h - series[1].h).abs().max() < 1e-12
+    effects = [metagradient(recipe, rows(2, 5), options).effects for options in (None, THERE)]
+    assert abs(effects[0] - effects[1]).max() < 1e-12
 
 
 # --- memory, products, refusals -------------------------------------------------------------------------------------

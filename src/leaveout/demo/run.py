@@ -150,7 +150,7 @@ def _kind_sections(kind: str, indexes: dict[str, Index], queries: list[dict], as
         usual = usual_scores(index, encoded, best, "cosine")[0]
         looked_at = index.search(encoded, k=LOOKED_AT)[0]
         hits = looked_at.best(5)
-        sections += [quote(query["prompt"] + query["response"]), verdict(told(index, looked_at, usual=usual))]
+        sections += [quote(encoded.texts[0]), verdict(told(index, looked_at, usual=usual))]
         whys = explain_rows(index, row, [hit.id for hit in hits])
         for hit, why in zip(hits, whys, strict=True):
             shown = Hit(hit.rank, hit.id, hit.score, hit.text, {"source": hit.meta["source"]})

@@ -98,3 +98,11 @@ def test_a_vector_of_nothing_says_nothing(run):
     run.measure(retrain=5, design="random", queries=QUERIES, settings=FAST)
     assert np.isfinite(run.predict(QUERIES, [run.recipe.ids[:2]], "datamodels").effect).all()
     assert len(telling(np.concatenate([nothing.x, np.eye(24)[:2]]), 9, FewUnits(np.ones(24)))) == 2
+
+
+def test_sets_of_one_unit_are_offered_once(recipe, tmp_path, monkeypatch):
+    costs = Costs(Cost(0.0, 1.0, 1), {}, gradient=None, probe=0.0)
+    monkeypatch.setattr("leaveout.deletion.plan.probe", lambda *args, **options: costs)
+    run = TrainingRun.train(recipe, tmp_path / "run")
+    names = [c.name for c in run.plan(QUERIES[:1], [[id] for id in recipe.ids[:5]], Budget(40, repeats=0)).choices]
+    assert names.count("retraining the sets themselves") == 1 and len(set(names)) == len(names)

@@ -435,7 +435,7 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
     runs = spend.affordable(cpu)
     some = 0 if budget.examples or len(sets) > MOST_SETS else runs
     if some > 0:
-        yield spend.some(some)
+        yield from spend.some(some)
     if runs >= 8:
         yield spend.make("retrainings", retrain=min(runs, 4 * units))
     if units <= directions.FEW and runs >= units * (units + 1) // 2:
@@ -454,7 +454,7 @@ def _choices(spend: _Spending) -> Iterator[Choice]:
         return
     rest = spend.affordable(cpu - costs.gradient)
     if 0 < min(some, rest) < spend.different:  # of sets that are retrained, the first order is known
-        yield spend.some(rest, gradient=True)
+        yield from spend.some(rest, gradient=True)
     if rest >= 8:
         yield spend.make("exact first order, and retrainings", retrain=min(rest, 4 * units), gradient=True)
     else:
@@ -535,14 +535,16 @@ class _Spending:
         name = f"retraining the sets themselves in {1 + repeats} orders"
         return Choice(name, arguments, seconds, *self._bytes((1 + repeats) * self.different, 0, 0), 0.0)
 
-    def some(self, runs: int, gradient: bool = False) -> Choice:
-        """The sets, and halves of them, that say most of all of them."""
+    def some(self, runs: int, gradient: bool = False) -> Iterator[Choice]:
+        """The sets, and halves of them, that say most of all of them; nothing where these are just the sets."""
         x = telling(self.sets.x, runs, self.prior.of(gradient))
-        whole = int((x[:, None] == self.sets.x[None]).all(2).any(1).sum())
+        named = {row.tobytes() for row in self.sets.x}
+        whole = sum(row.tobytes() in named for row in x)
         name = "retraining " + ("the sets themselves" if whole == self.different else f"{whole} of the sets")
         if halves := len(x) - whole:
             name += f", and {'one half' if halves == 1 else f'{halves} halves'} of them"
-        return self.make(f"exact first order, and {name}" if gradient else name, gradient=gradient, chosen=x)
+        if len(x) != whole or whole < self.different:
+            yield self.make(f"exact first order, and {name}" if gradient else name, gradient=gradient, chosen=x)
 
     def make(
         self,

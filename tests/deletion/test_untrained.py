@@ -53,6 +53,13 @@ def test_really_retrained_without_it_the_model_is_the_same(run):
     assert [line["inside"] for line in found.lines() if line["without"] == "d"] == [True, True]
 
 
+def test_a_set_that_was_measured_but_for_such_units_proves_nothing(run):
+    found = run.verify(list(points(2)), [["a", "d"], ["a"], ["a", "b", "d"]])
+    assert found.measured.tolist() == [True, True, False] and np.array_equal(found.actual[:, 0], found.actual[:, 1])
+    real = run.retrain(list(points(2)), [["a", "d"]])
+    np.testing.assert_allclose(found.actual[:, :1], real, rtol=1e-12)
+
+
 def test_where_every_unit_is_trained_nothing_is_said(tmp_path):
     opened = TrainingRun.train(recipe(), tmp_path / "run")
     opened.measure(retrain=5, design="singles")

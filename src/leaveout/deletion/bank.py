@@ -272,14 +272,17 @@ class Bank:
         return np.stack([found[row.tobytes()] for row in np.ascontiguousarray(x)], 1)
 
     def measured_values(self, asked: Sequence[Query], x: np.ndarray) -> list[np.ndarray | None]:
-        """Values [query] of each deletion vector of x [sets, units] that was retrained to be fitted or held out, else None."""
+        """Values [query] of each deletion vector of x [sets, units] that was retrained to be fitted or held out, else None.
+
+        Vectors are the same that differ by units which are in no step.
+        """
         found = {
             row.tobytes(): y
             for p in self._parts(asked)
             if p[0] in ("fit", "heldout")
-            for row, y in zip(p[1], p[2], strict=True)
+            for row, y in zip(p[1] * self.trained, p[2], strict=True)
         }
-        return [found.get(row.tobytes()) for row in np.ascontiguousarray(x)]
+        return [found.get(row.tobytes()) for row in np.ascontiguousarray(x * self.trained)]
 
     def new_runs(self, asked: Sequence[Query], role: str) -> NewRuns:
         """The new runs of a role, each deletion vector and order once, in the order in which they were measured."""

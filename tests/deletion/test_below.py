@@ -209,3 +209,16 @@ def test_queries_share_what_is_below(family, together):
     for _ in range(2):
         assert torch.equal(query_losses(recipe, runs, shared, task=retrainer.task), wanted)
     assert len(calls) == 1 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_kept_parameters_are_asked_from_what_is_below(tmp_path, monkeypatch):
+    recipe = recipe_of(dtype="float32")
+    run, sets = TrainingRun.train(recipe, tmp_path / "run"), [[recipe.ids[0]], list(recipe.ids[1:3])]
+    run.measure(without=sets)
+    assert run.bank._below is not None
+    found = run.bank.measurements(["The ferry left"]).retrainings.y
+    assert sum(name.startswith("asked") for name in run.bank._below.kept) == 1
+    other = TrainingRun.train(recipe, tmp_path / "other")
+    other.measure(without=sets)
+    other.bank._below = None
+    assert np.array_equal(other.bank.measurements(["The ferry left"]).retrainings.y, found)

@@ -29,7 +29,10 @@ from leaveout.deletion.noise import LEAST_REPEATS, RunNoise, run_noise
 from leaveout.deletion.predict import NEW_RUN
 from leaveout.deletion.shift import BY_SHARE, Shift, fit_shift
 from leaveout.errors import FormatError, MismatchError
+from leaveout.models import full_precision
 from leaveout.store import Record, Segment, Store
+from leaveout.training.below import Below, below_of
+from leaveout.training.loop import Steps
 from leaveout.training.queries import Query, as_queries, jet_values, query_function, query_losses
 from leaveout.training.recipe import Recipe
 from leaveout.training.repacking import weights_left
@@ -84,6 +87,12 @@ class Bank:
     @functools.cached_property
     def _task(self) -> Task:
         return task_of(self.recipe, self.device)
+
+    @functools.cached_property
+    def _below(self) -> Below | None:
+        """What queries share of retrained models whose parameters are kept."""
+        with full_precision():
+            return below_of(Steps(self.recipe, self._task))
 
     @functools.cached_property
     def trained(self) -> np.ndarray:
@@ -423,10 +432,11 @@ class Bank:
     def _asked(self, part: Segment, meta: dict[str, Any], asked: Sequence[Query]) -> np.ndarray:
         """Query values computed from stored parameters, in the form of stored values."""
         flat = part.arrays()["parameters"]
-        ask = query_function(self._task, asked)
-        if meta["kind"] != "jets":
+        jets = meta["kind"] == "jets"
+        ask = query_function(self._task, asked, None if jets or self._below is None else self._below.asking)
+        if not jets:
             runs = {n: torch.from_numpy(np.array(v)) for n, v in _split(flat, self.constants).items()}
-            return query_losses(self.recipe, runs, ask, self.device).double().numpy()
+            return query_losses(self.recipe, runs, ask, self.device, self._task).double().numpy()
         out = []
         for start in range(0, len(flat), 64):
             chunk = np.array(flat[start : start + 64])

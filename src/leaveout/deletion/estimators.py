@@ -8,6 +8,7 @@ means that the measurements do not say how wrong the mean may be.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -399,9 +400,11 @@ def fit(data: Measurements, settings: EstimatorSettings) -> tuple[Fitted, Calibr
     if not len(data.heldout):
         return Posterior(data, **settings.given()), Calibration()
     data = replace(data, retrainings=data.retrainings.without(data.heldout))
-    before = _best_of(data, settings) if data.measured else None
-    after = Posterior(data.with_heldout(), misfit=0.0 if before is None else before.misfit, **settings.given())
-    if before is None or not settings.calibrate:
+    if not data.measured:
+        return Posterior(data.with_heldout(), **settings.given()), Calibration()
+    before = _best_of(data, settings)
+    after = _learned(data, before, settings)
+    if not settings.calibrate:
         return after, Calibration()
     found = calibrate(data, before)
     learned = data.heldout.x if found.sets else None
@@ -409,24 +412,43 @@ def fit(data: Measurements, settings: EstimatorSettings) -> tuple[Fitted, Calibr
 
 
 def _best_of(data: Measurements, settings: EstimatorSettings) -> Posterior:
-    """The posterior of the misfit that foretells the held-out retrainings best; none where others are no clearer.
+    """The posterior of the misfit that foretells the held-out retrainings best; none where others are no clearer."""
+    plain = Posterior(data, **settings.given())
+    if len(data.heldout) < LEAST_HELD or not len(data.retrainings):
+        return plain
+    return _clearest(data, plain, MISFITS, lambda tried: data.heldout.y.T - tried.predict(data.heldout.x)[0])
+
+
+def _learned(data: Measurements, before: Posterior, settings: EstimatorSettings) -> Posterior:
+    """The same with the held-out retrainings among those that are fitted, with a misfit of their own.
+
+    It is that by which each of them is foretold best by all others.
+    """
+    held = len(data.heldout)
+    own = [np.repeat([before.misfit, more], [len(data.retrainings), held]) for more in (before.misfit, *MISFITS)]
+    plain = Posterior(data.with_heldout(), misfit=own[0], **settings.given())
+    if held < LEAST_HELD or not len(data.retrainings):
+        return plain
+    return _clearest(data, plain, own[1:], lambda tried: tried.left_out(held))
+
+
+def _clearest(
+    data: Measurements, plain: Posterior, misfits: Sequence[Any], errors: Callable[[Posterior], np.ndarray]
+) -> Posterior:
+    """Of the posteriors of these misfits the one with the least errors [queries, sets], or `plain` if none is clearly better.
 
     Sets count alike, large or small: by the logarithm of their squared errors over all queries, in units of each query's
     own effects.
     """
     size = np.maximum(np.square(data.heldout.y).mean(0)[:, None], 1e-300)
 
-    def errors(fitted: Posterior) -> np.ndarray:
-        wrong = np.square(data.heldout.y.T - fitted.predict(data.heldout.x)[0]) / size
-        return np.log(np.maximum(wrong.mean(0), 1e-12))
+    def wrong(fitted: Posterior) -> np.ndarray:
+        return np.log(np.maximum((np.square(errors(fitted)) / size).mean(0), 1e-12))
 
-    best = Posterior(data, **settings.given())
-    if len(data.heldout) < LEAST_HELD or not len(data.retrainings):
-        return best
-    plain, least = errors(best), 0.0
-    for misfit in MISFITS:
-        tried = best.with_misfit(misfit)
-        better = plain - errors(tried)
+    before, best, least = wrong(plain), plain, 0.0
+    for misfit in misfits:
+        tried = plain.with_misfit(misfit)
+        better = before - wrong(tried)
         clear = float(better.mean() - better.std(ddof=1) / len(better) ** 0.5)
         if clear > least:
             best, least = tried, clear

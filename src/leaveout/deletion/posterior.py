@@ -64,15 +64,19 @@ class Posterior:
     """Mean and standard deviation of effects given all measurements; see the module.
 
     kernel: default `default_kernel`; degree: highest order of jets that is used, default all that the kernel knows.
-    misfit: what the kernel does not know of a retraining, over the prior variance of one unit's first order; the larger,
-    the less is told from one set to others, while a set that was retrained itself is as it was.
+    misfit: what the kernel does not know of a retraining, over the prior variance of one unit's first order, of all or of each
+    [retrainings]; the larger, the less is told from one set to others, while a set that was retrained itself is as it was.
     The scores of the data are a prior mean beta * x . scores, with beta found from the data; an exact first order is
     the mean itself, and may be all that is known.
     Memory: 16 bytes times the square of the number of real measurements, at most LARGEST of them.
     """
 
     def __init__(
-        self, data: Measurements, kernel: Kernel | None = None, degree: int | None = None, misfit: float = 0.0
+        self,
+        data: Measurements,
+        kernel: Kernel | None = None,
+        degree: int | None = None,
+        misfit: float | np.ndarray = 0.0,
     ) -> None:
         if degree is not None:
             data = replace(data, jets=tuple(JetBlock(b.psi, b.c[:degree], b.real) for b in data.jets))
@@ -98,14 +102,16 @@ class Posterior:
         self._curved = replace(self.kernel, first=0.0) if isinstance(self.kernel, ManyUnits | FewUnits) else self.kernel
         self._settle(misfit)
 
-    def with_misfit(self, misfit: float) -> Posterior:
+    def with_misfit(self, misfit: float | np.ndarray) -> Posterior:
         """The same with another misfit."""
         other = copy.copy(self)
         other._settle(misfit)
         return other
 
-    def _settle(self, misfit: float) -> None:
+    def _settle(self, misfit: float | np.ndarray) -> None:
         self.misfit, self._helps = misfit, None
+        self._misfit = np.zeros(self._count)
+        self._misfit[self._count - len(self._places) :] = misfit
         self._fit(NUGGET)
         if self._noise is not None and (self._noise > 0).any():
             scale = np.median(self._noise**2 / np.maximum(self.tau, 1e-300))
@@ -115,7 +121,7 @@ class Posterior:
 
     def _fit(self, nugget: float) -> None:
         matrix = self._gram.copy()
-        matrix[np.diag_indices_from(matrix)] += _own_error(self._rows, self._gram, nugget + self.misfit)
+        matrix[np.diag_indices_from(matrix)] += _own_error(self._rows, self._gram, nugget) + self._misfit
         try:
             self._lower = np.linalg.cholesky(matrix)
         except np.linalg.LinAlgError:
@@ -153,16 +159,16 @@ class Posterior:
         """
         sets = _Rows(x, 0)
         cross = np.concatenate([_covariance(self.kernel, rows, sets) for rows in self._rows])
-        prior = self.kernel.diagonal(x)
-        if self.misfit:  # which is a set's own: known where it was retrained, and nowhere else
+        prior, known = self.kernel.diagonal(x), self._count if first is None else first
+        if self._misfit.any():  # which is a set's own: known where it was retrained, and nowhere else
             for column, row in enumerate(np.ascontiguousarray(x, np.float64)):
-                if (place := self._places.get(row.tobytes())) is not None:
-                    cross[place, column] += self.misfit
-                    prior[column] += self.misfit
+                if (place := self._places.get(row.tobytes(), self._count)) < known:
+                    cross[place, column] += self._misfit[place]
+                    prior[column] += self._misfit[place]
         mean = self.beta * (self._slope @ x.T) + self._dual.T @ cross
         # A factor of the first rows is the first rows of the factor.
-        known = (_solved(self._lower, cross)[:first] ** 2).sum(0)
-        left = np.clip(prior - known, 0, None)
+        told = (_solved(self._lower, cross)[:known] ** 2).sum(0)
+        left = np.clip(prior - told, 0, None)
         return mean, self.tau[:, None] * left[None], left
 
     def share(self, x: np.ndarray) -> np.ndarray:
@@ -179,6 +185,12 @@ class Posterior:
     def exact(self) -> bool:
         """Whether the first order is known exactly."""
         return self._gradient is not None
+
+    def left_out(self, n: int) -> np.ndarray:
+        """Errors of each of the last n retrainings, were it foretold by all other measurements [queries, n]."""
+        last = np.arange(self._count - n, self._count)
+        inverse = np.square(_solved(self._lower, np.eye(self._count)[:, last])).sum(0)
+        return self._dual[last].T / inverse
 
     def before_last(self, x: np.ndarray, n: int) -> np.ndarray:
         """How many times as large deviations were before the last n retrainings [sets]."""

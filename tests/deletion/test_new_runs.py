@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from leaveout.deletion.shift import Shift, fit_shift
 from leaveout.errors import UnsupportedError
 from leaveout.training.queries import as_queries, query_losses
 from leaveout.training.recipe import OptimizerSettings, Recipe
-from leaveout.training.repacking import new_run, weights_left
+from leaveout.training.repacking import new_run, steps_lost, weights_left
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.train import train_plain
 
@@ -268,9 +269,42 @@ def test_what_held_out_new_runs_say_is_found(by_share, anyway):
         + chance.standard_normal((queries, sets))
     )
     held = NewRuns(x, (y + noise.mean[:, None]).T, np.arange(sets))
-    found = fit_shift(prior, held, x, x, effect, np.zeros((queries, sets)))
+    found = fit_shift(prior, held, x, x, effect, np.zeros((queries, sets)), np.zeros(sets))
+    assert found.worth is None
     assert found.by_share * 0.2 + found.anyway == pytest.approx(by_share * 0.2 + anyway, rel=0.4)
     assert (found.anyway > 0.3) == (anyway > 0)
+
+
+def test_what_steps_are_worth_is_found_beside_wild_sets():
+    chance, queries, sets = np.random.default_rng(0), 30, 12
+    noise = run_noise(0.1 * chance.standard_normal((4, queries)))
+    worth, lost = 1 + 0.3 * chance.standard_normal(queries), np.resize([0.05, 0.1, 0.2, 0.3], sets)
+    y = worth[:, None] * lost + 0.1 * chance.standard_normal((queries, sets))
+    y[:, 0] += 5
+    held = NewRuns(np.zeros((sets, 5)), (y + noise.mean[:, None]).T, np.arange(sets))
+    prior, nothing = Shift(noise, np.full(5, 0.2), np.zeros((0, 0, 0)), 1.0), np.zeros((queries, sets))
+    found, wrong = fit_shift(prior, held, held.x, held.x, nothing, nothing, lost).worth
+    assert np.abs(found - worth).mean() < 0.2 and (np.abs(found - worth) < 2 * wrong).mean() > 0.85
+
+
+def test_new_runs_on_fewer_rows_have_fewer_steps(tmp_path):
+    """Adam's steps are as long for any rows: a run that lacks a part of them ends elsewhere, which no weight says."""
+    rows = tuple((x, int(x[:3].argmax())) for x, _ in points(96))
+    recipe = Recipe(
+        "classifier", rows, units=tuple(f"u{i // 8}" for i in range(96)), batch_size=4, epochs=2, order="shuffled",
+        optimizer=OptimizerSettings("adamw", 2e-2), model={"hidden": [4]},
+    )  # fmt: skip
+    run, sets = TrainingRun.train(recipe, tmp_path / "run"), [["u1", "u4", "u7"], ["u0", "u2", "u5", "u9"]]
+    asked, quiet = (
+        [(x, int(x[:3].argmax())) for x, _ in points(3, seed=9)],
+        MeasureSettings(sizes=(1, 3, 4), progress=False),
+    )
+    run.measure(retrain=20, heldout=8, repeats=4, queries=asked, settings=quiet)
+    assert steps_lost(recipe, deletion_sets(recipe, sets).x).tolist() == [0.25, pytest.approx(1 / 3)]
+    found, same = run.predict(asked, sets), run.predict(asked, sets, meaning="same-run")
+    runs = [run.retrain(asked, sets, replace(quiet, seed=seed), meaning="new-run") for seed in range(6)]
+    left = np.mean(runs, 0) - found.base
+    assert np.abs(found.effect - left).mean() < 0.8 * np.abs(same.effect - left).mean()
 
 
 def test_unstable_runs_shrink_what_is_no_larger_than_chance():

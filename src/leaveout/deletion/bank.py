@@ -35,7 +35,7 @@ from leaveout.training.below import Below, below_of
 from leaveout.training.loop import Steps
 from leaveout.training.queries import Query, as_queries, jet_values, query_function, query_losses
 from leaveout.training.recipe import Recipe
-from leaveout.training.repacking import weights_left
+from leaveout.training.repacking import steps_lost, weights_left
 from leaveout.training.reverse.updates import UnitVectors, first_order_error, influence, query_gradients
 from leaveout.training.tasks import Parameters, Task, task_of
 
@@ -354,7 +354,7 @@ class Bank:
         std = std * calibration.factor(x, effect, std)
         orders = self._first_orders(asked)
         prior = Shift(noise, self.sizes / self.sizes.sum(), orders, BY_SHARE[len(orders) > 1])
-        return fit_shift(prior, held, x, places, effect, std)
+        return fit_shift(prior, held, x, places, effect, std, steps_lost(self.recipe, held.x))
 
     def vectors_of(self, role: str) -> np.ndarray:
         """The different deletion vectors [sets, units] of retrainings of a role, as they were measured, for whatever queries."""

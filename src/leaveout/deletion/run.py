@@ -50,7 +50,7 @@ from leaveout.training.memory import runs_together
 from leaveout.training.notes import cut_notes, notes_on
 from leaveout.training.queries import Query, as_queries, query_function, query_losses
 from leaveout.training.recipe import Recipe, libraries, other_library
-from leaveout.training.repacking import new_run, weights_left
+from leaveout.training.repacking import new_run, steps_lost, weights_left
 from leaveout.training.reverse.metagradient import metagradient
 from leaveout.training.reverse.updates import unit_vectors
 from leaveout.training.tasks import Parameters, task_of
@@ -599,6 +599,7 @@ class TrainingRun:
             effect, std = shift.shifted(removed, self.bank.at_new_runs(removed, settings), effect, std, strong)
             noise = shift.noise
             effect, std = shift.as_measured(removed, effect, std, self.bank.in_orders(asked, removed))
+            effect, std = shift.shortened(steps_lost(self.recipe, sets.x), effect, std)
             std = np.hypot(std, noise.std[:, None] / np.sqrt(noise.runs))  # the error of the mean with all data
             run_std = np.repeat(noise.std[:, None], len(sets), 1)
             base, more = noise.mean, {"run_std": run_std, "freedom": noise.freedom}

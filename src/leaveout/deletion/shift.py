@@ -10,6 +10,9 @@ rows that is removed, plus `anyway`, which is 0 where small sets change little. 
 effects are shrunk by as much as they are made of it (James and Stein, over queries). The held-out runs also say how large
 the deviation of a run is: few runs with all data leave it open, for all queries together.
 
+A new run on fewer rows also has fewer steps (`training.repacking.steps_lost`). What a step is worth to a query is the slope of
+what held-out new runs leave over the steps that they lost, shrunk towards that of all queries.
+
 A set that was retrained in several orders itself has the mean of what it did there.
 """
 
@@ -31,6 +34,7 @@ RARE = 0.3
 """`anyway` is expected to be so large at most: its prior falls by e with each such step."""
 MEDIAN = 0.455
 """Of the square of a normal number, whose mean is 1: the mean over queries is taken by it, so that no query counts for all."""
+SWEEPS = 5
 ORDERS = 4.0
 """Orders that the expected spread of an effect counts for, where it was measured in a few."""
 MOST = 9.0
@@ -43,6 +47,7 @@ class Shift:
 
     noise, by_share, anyway   see the module
     orders [orders, queries, units]   the exact first order in each, that of the same run first; none where not measured
+    worth  what all steps are worth to each query, and its deviation, both [queries]; None: not known
     rows [units]   each unit's part of all rows
     """
 
@@ -51,6 +56,7 @@ class Shift:
     orders: np.ndarray
     by_share: float
     anyway: float = 0.0
+    worth: tuple[np.ndarray, np.ndarray] | None = None
 
     def shifted(
         self, x: np.ndarray, asked: np.ndarray, effect: np.ndarray, std: np.ndarray, strong: np.ndarray | bool = False
@@ -71,6 +77,13 @@ class Shift:
             size = np.median(np.square(effect) / np.maximum(own, 1e-300), 0) / MEDIAN
             effect = effect * np.clip(1 - self.anyway / np.maximum(size, 1e-300), 0, 1)
         return effect, np.sqrt(variance)
+
+    def shortened(self, lost: np.ndarray, effect: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same in runs that lack a part of their steps [sets]."""
+        if self.worth is None:
+            return effect, std
+        worth, wrong = self.worth
+        return effect + worth[:, None] * lost, np.hypot(std, wrong[:, None] * lost)
 
     def as_measured(
         self, x: np.ndarray, effect: np.ndarray, std: np.ndarray, found: Sequence[np.ndarray]
@@ -99,18 +112,22 @@ def _sure(bent: np.ndarray, std: np.ndarray) -> np.ndarray:
 
 
 def fit_shift(
-    prior: Shift, held: NewRuns, x: np.ndarray, asked: np.ndarray, effect: np.ndarray, std: np.ndarray
-) -> Shift:
+    prior: Shift, held: NewRuns, x: np.ndarray, asked: np.ndarray, effect: np.ndarray, std: np.ndarray,
+    lost: np.ndarray,
+) -> Shift:  # fmt: skip
     """The shift with the `by_share`, `anyway` and size of the noise that are most likely after new runs of held-out sets.
 
-    held: the runs; x, asked [runs, units], effect, std [queries, runs]: see `Shift.shifted`
+    held: the runs; x, asked [runs, units], effect, std [queries, runs]: see `Shift.shifted`; lost [runs]: the part of all steps
     """
     noise = prior.noise
     moving = noise.std > 0
     if not len(held.y) or not moving.any():
         return prior
-    weight, best, found, part = noise.apart / held.y.shape[1], -np.inf, prior, 0.0
     actual = (held.y - noise.mean).T
+    mean, deviation = prior.shifted(x, asked, effect, std)
+    variance = np.square(deviation) + np.square(noise.std)[:, None] * (1 + 1 / noise.runs)
+    prior = replace(prior, worth=_worth(actual - mean, lost, variance) if lost.any() else None)
+    weight, best, found, part = noise.apart / held.y.shape[1], -np.inf, prior, 0.0
     for scale in TRIED_SCALE:
         run = np.square(scale * noise.std)[:, None]
         by_noise = noise.common * (-2 * np.log(scale) - 1 / scale**2) / 2  # of a variance that so many runs gave
@@ -118,7 +135,7 @@ def fit_shift(
             for anyway in TRIED_ANYWAY:
                 sized = replace(noise, std=scale * noise.std)
                 tried = replace(prior, noise=sized, by_share=float(by_share), anyway=float(anyway))
-                mean, deviation = tried.shifted(x, asked, effect, std)
+                mean, deviation = tried.shortened(lost, *tried.shifted(x, asked, effect, std))
                 variance = np.square(deviation) + run * (1 + 1 / noise.runs)
                 surprise = np.log(variance) + np.minimum(np.square(actual - mean) / variance, MOST)
                 before = np.square(np.log(by_share / prior.by_share)) / 2 + anyway / RARE - by_noise
@@ -127,3 +144,23 @@ def fit_shift(
                     best, found = score, tried
                     part = float(np.square(run / variance)[moving].sum()) * weight
     return replace(found, noise=replace(found.noise, common=noise.common + part))
+
+
+def _worth(left: np.ndarray, lost: np.ndarray, variance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slopes of what is left [queries, runs] over the steps that were lost [runs], and their deviations, both [queries].
+
+    What lies MOST variances off has no more weight than that. Queries are taken to be drawn around a common slope.
+    """
+    slope, shared, spread = np.zeros(len(left)), 0.0, 0.0
+    information = np.zeros(len(left))
+    for _ in range(SWEEPS):
+        wild = np.square(left - slope[:, None] * lost) / MOST
+        weight = 1 / np.maximum(variance, np.maximum(wild, 1e-300))
+        information = (weight * lost**2).sum(1)
+        each = (weight * lost * left).sum(1) / information
+        shared = float(np.average(each, weights=information))
+        apart = float(np.average(np.square(each - shared), weights=information))
+        spread = max(apart - len(left) / float(information.sum()), 0.0)
+        slope = (each * spread * information + shared) / (spread * information + 1)
+    deviation = np.sqrt((spread + 1 / information.sum()) / (spread * information + 1))
+    return slope, deviation

@@ -67,6 +67,20 @@ def weights_left(recipe: Recipe, x: np.ndarray) -> np.ndarray:
     return np.array([steps[n] / n / before for n in left.tolist()])
 
 
+def steps_lost(recipe: Recipe, x: np.ndarray) -> np.ndarray:
+    """The part of all steps that a new run without x [sets, units] does not take, as it has fewer rows [sets].
+
+    0 for SGD, whose steps are as long as what rows weigh in them (`weights_left`). Others take steps of a length of their own.
+    Raises: UnsupportedError as `new_run` does.
+    """
+    if recipe.optimizer.name == "sgd":
+        return np.zeros(len(x))
+    packing, sizes = _packing_of(recipe), np.zeros(len(recipe.unit_names))
+    np.add.at(sizes, recipe.unit_of.numpy()[list(packing.rows)], 1)
+    left = (len(packing.rows) - (x == 1) @ sizes).round().astype(int)
+    return np.array([1 - packing.steps_of(n) / packing.steps_of(len(packing.rows)) for n in left.tolist()])
+
+
 @dataclass(frozen=True)
 class _Packing:
     """How epochs are packed.

@@ -425,7 +425,8 @@ def _learned(data: Measurements, before: Posterior, settings: EstimatorSettings)
     It is that by which each of them is foretold best by all others.
     """
     held = len(data.heldout)
-    own = [np.repeat([before.misfit, more], [len(data.retrainings), held]) for more in (before.misfit, *MISFITS)]
+    first = float(before.misfit)  # one of all
+    own = [np.repeat([first, more], [len(data.retrainings), held]) for more in (first, *MISFITS)]
     plain = Posterior(data.with_heldout(), misfit=own[0], **settings.given())
     if held < LEAST_HELD or not len(data.retrainings):
         return plain

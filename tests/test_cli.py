@@ -441,7 +441,7 @@ def _counted(taken):
         (["search", "IDX", "--query", "x", "-k", "0"], 2, ""),
         (["search", "nowhere", "--query", "x"], 1, "no index in nowhere, which does not exist"),
         (["search", "ROWS", "--query", "x"], 1, "which is a file"),
-        (["search", "IDX", "--query", ""], 1, ""),
+        (["search", "IDX", "--query", ""], 2, "--query"),
         (["search", "IDX", "--query", "x y z", "--where", " "], 1, "where is ' ': give an SQL expression"),
         (["index", "MODEL", "ROWS", "--out", "ROWS"], 1, "is a file: give a directory"),
         (["explain", "IDX", "--query", "x y z", "--id", "zz"], 1, "zz"),

@@ -110,7 +110,7 @@ def test_scores_are_products_of_signatures(preset, options, build):
     index, exact = build(preset, **options), build(preset, **IN_FULL)
     rows, queries = (exact.encode(texts).vectors.double() for texts in (CORPUS, QUERIES))
     encoded, lengths = index.encode(QUERIES), [x.norm(dim=1).numpy() for x in (queries, rows)]
-    assert len(encoded) == 3 and encoded.texts[1] == TEXTS[1] + TEXTS[3]
+    assert len(encoded) == 3 and encoded.texts[1] == f"{TEXTS[1]} {TEXTS[3]}"
     assert_rounded(index.score(encoded), (queries @ rows.t()).numpy(), lengths, index)
     assert_rounded(index.score(CORPUS), index.score(CORPUS).T, [lengths[1]] * 2, index)
     if index.settings.unit_length:

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from showing import show
 
+from leaveout.deletion.plan import Budget
 from leaveout.deletion.predict import Verification
 from leaveout.deletion.run import TrainingRun
 from leaveout.training.recipe import Recipe
 
 HERE = Path(__file__).parent
 QUERIES = ["max", "maxwell", "roxanne", "viktor", "wilma"]
-WANTED = "retraining the sets themselves"
 
 
 def without_names(recipe: Recipe, out: Path, seconds: float) -> Verification:
@@ -50,12 +50,11 @@ def without_letters(recipe: Recipe, out: Path, seconds: float) -> Verification:
 
 def spend(run: TrainingRun, sets: list[list[str]], seconds: float) -> None:
     """Asks the planner what to measure within a number of seconds, and measures it."""
-    plan = run.plan(QUERIES, sets, seconds)
-    print(f"\nwhat {plan.budget:g} seconds can buy, best first\n{plan}")
     # For a few named sets it is cheapest to retrain them. Here we want answers about sets that nobody has named yet.
-    general = next(choice for choice in plan.choices if choice.name != WANTED)
-    print(f"measuring: {general.name}")
-    run.measure(**general.arguments)
+    plan = run.plan(QUERIES, sets, Budget(seconds, examples=True))
+    print(f"\nwhat {plan.budget:g} seconds can buy, best first\n{plan}")
+    print(f"measuring: {plan.best.name}")
+    run.measure(**plan.best.arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> list[Verification]:

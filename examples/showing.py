@@ -18,6 +18,9 @@ def show(title: str, verification: Verification, lines: int = 12) -> None:
             f"{interval:>19}{line['actual']:>9.3f} {'inside' if line['inside'] else 'OUTSIDE'}"
         )
     found = verification.summary()
+    if found["coverage"] is None:
+        print(f"{found['queries']} queries: all sets were measured before, so that nothing is proved")
+        return
     rank = "" if found["spearman"] is None else f"rank correlation {found['spearman']:.2f}, "
     print(
         f"{found['queries']} queries, {found['sets']} sets: {found['coverage']:.0%} of the actual values are inside, "

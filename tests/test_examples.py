@@ -32,7 +32,7 @@ def test_names_predicts_documents_and_first_letters(script, capsys, monkeypatch)
     names = script("names")
     for name, fewer in (("PROBE_RUNS", (4, 16)), ("PROBE_STEPS", (2, 6))):  # prices may be rough here
         monkeypatch.setattr(f"leaveout.deletion.plan.{name}", fewer)
-    documents, letters = names.main(["--n", "40", "--budget", "1"])
+    documents, letters = names.main(["--n", "40", "--budget", "3"])
     recipe = Recipe.microgpt(names.HERE.joinpath("names.txt").read_text().split(), n=40)
     kept = torch.tensor([float(row.text[0] not in "st") for row in recipe.examples])
     actual = query_losses(recipe, train_plain(recipe, kept), names.QUERIES).double()

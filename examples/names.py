@@ -51,7 +51,7 @@ def without_letters(recipe: Recipe, out: Path, seconds: float) -> Verification:
 def spend(run: TrainingRun, sets: list[list[str]], seconds: float) -> None:
     """Asks the planner what to measure within a number of seconds, and measures it."""
     # For a few named sets it is cheapest to retrain them. Here we want answers about sets that nobody has named yet.
-    plan = run.plan(QUERIES, sets, Budget(seconds, examples=True))
+    plan = run.plan(QUERIES, sets, Budget(seconds, examples=True, repeats=0))  # in the same run
     print(f"\nwhat {plan.budget:g} seconds can buy, best first\n{plan}")
     print(f"measuring: {plan.best.name}")
     run.measure(**plan.best.arguments)

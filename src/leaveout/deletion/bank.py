@@ -42,9 +42,10 @@ from leaveout.training.tasks import Parameters, Task, task_of
 ROLES = ("fit", "heldout", "truth")
 """What a retraining is for: estimators fit it, calibration holds it against them, or `verify` compares with it."""
 REPEAT = "repeat"
-IN_ORDER = "retraining in another order"
 """The role of a new run with all data, from which the noise of runs is known; a new run is a kind of its own, a retraining
 whose batches are packed anew in another order (`training.repacking`)."""
+IN_ORDER = "retraining in another order"
+"""The kind of a retraining in the batches of a new run with all data, at what rows weigh in a new run without the set."""
 DAMPING = 10.0
 """Of the influence scores, in mean diagonals of the Fisher matrix (docs/evidence/deletion.md)."""
 
@@ -53,9 +54,8 @@ DAMPING = 10.0
 class Measured:
     """Finished measurements of one kind, as they go into the bank.
 
-    kind "jets", "retraining", IN_ORDER, NEW_RUN or "gradient"; metas: what each row's record says
-    vectors: psi [rows, units] complex, or
-    x [rows, units]; numbers: name -> array with the rows first ("values" or "parameters")
+    kind "jets", "retraining", IN_ORDER, NEW_RUN or "gradient"; metas: what each row's record says; vectors [rows, units]: psi,
+    complex, or x; numbers: name -> array with the rows first ("values" or "parameters")
     """
 
     kind: str

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from leaveout.deletion.kernels import unit_length
 from leaveout.deletion.measurements import Measurements
 from leaveout.errors import UnsupportedError
 
@@ -64,9 +65,8 @@ class Shape:
         if features is None:
             return cls(size, np.ones(len(x)), np.zeros(len(x), bool))
         found = ((removed @ features) ** 2).sum(1) / np.maximum((removed**2).sum(1), 1e-18)
-        cosine = ((features.sum(0) ** 2).sum() / len(features) - 1) / max(
-            1, len(features) - 1
-        )  # of two units, on average
+        units = len(features)
+        cosine = ((features.sum(0) ** 2).sum() / units - 1) / max(1, units - 1)  # of two units, on average
         usual = np.maximum(1.0, 1 + (size - 1) * cosine)
         return cls(size, np.maximum(found, 1.0), found > ALIKE * usual)
 
@@ -142,7 +142,8 @@ def calibrate(data: Measurements, fitted: Any) -> Calibration:
     if not np.isfinite(std).all():
         return Calibration()
     kinds = dict(Counter(held.kinds or ("given",) * len(held)))
-    features, helps = _unit_length(data.features), _helps(fitted, data.units)
+    features = None if data.features is None else unit_length(data.features)
+    helps = _helps(fitted, data.units)
     shape = Shape.of(held.x, features)
     middle = (float(np.log(shape.size).mean()), float(np.log(shape.coherence).mean()))
     found = Calibration(kinds, MIDDLE, fitted=fitted, features=features, helps=helps, middle=middle)
@@ -214,12 +215,6 @@ def _within(reach: np.ndarray) -> np.ndarray:
     """Of Student's distribution with four degrees of freedom, the part within so many scales of its middle."""
     u = reach / np.sqrt(1 + reach**2 / DEGREES)
     return 0.75 * u * (1 - u**2 / 12)
-
-
-def _unit_length(features: np.ndarray | None) -> np.ndarray | None:
-    if features is None:
-        return None
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-30)
 
 
 def _helps(fitted: Any, units: int) -> np.ndarray | None:

@@ -155,6 +155,11 @@ def design(
     return subsets(0, n, units, seed) if name == "subsets" else random_sets(0, n, units, seed, sizes)
 
 
+def different(x: np.ndarray) -> np.ndarray:
+    """Each row [rows, units] once, in the order in which they come."""
+    return x[np.sort(np.unique(x, axis=0, return_index=True)[1])]
+
+
 def _indicator(sets: list[list[int]], units: int) -> np.ndarray:
     x = np.zeros((len(sets), units))
     for row, members in zip(x, sets, strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 
 from leaveout.corpus import Row
 from leaveout.deletion.directions import DRAWS, random_sets
+from leaveout.deletion.kernels import unit_length
 from leaveout.training.recipe import Recipe
 
 PATTERN = (
@@ -54,7 +55,7 @@ class HeldOut:
     ) -> None:  # fmt: skip
         self.units, self.seed, self.sizes, self.sources = units, seed, sizes, sources
         self._taken = {row.tobytes() for row in np.asarray(fitted, np.float64)}
-        self._alike = None if features is None else _unit_length(features)
+        self._alike = None if features is None else unit_length(features)
 
     def draw(self, kinds: Sequence[str], places: Sequence[int], effects: np.ndarray | None = None) -> dict[int, Any]:
         """(kind, vector) by place, where there is another set; effects [queries, units]: what each unit does, for
@@ -90,7 +91,7 @@ class HeldOut:
             alike = self._alike
             if alike is None:
                 assert effects is not None
-                alike = _unit_length(effects.T)
+                alike = unit_length(effects.T)
             near = np.argsort(-(alike @ alike[rng.integers(units)]), kind="stable")
             row[near[: _size(rng, 2, BLOCK * units)]] = 1
         elif kind == "top":
@@ -101,10 +102,6 @@ class HeldOut:
             wanted = {"single": (1,), "random": self.sizes, "any size": tuple(range(1, units))}[kind]
             (row,) = random_sets(j, j + 1, units, self.seed, wanted, RANDOM)
         return row
-
-
-def _unit_length(features: np.ndarray) -> np.ndarray:
-    return features / np.maximum(np.linalg.norm(features, axis=1), 1e-30)[:, None]
 
 
 def _size(rng: np.random.Generator, least: int, most: float) -> int:

@@ -63,6 +63,11 @@ class ManyUnits:
         return self._own * (x @ y.T) + self._scaled(x) @ self._scaled(y).T
 
 
+def unit_length(features: np.ndarray) -> np.ndarray:
+    """Features of units [units, k], each of length 1; of nothing nothing."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-30)
+
+
 def similar_units(features: np.ndarray | None, units: int, offset: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
     """Directions V [units, k] and shrunk eigenvalues w / (w + offset) [k] of the cosines between units' features.
 
@@ -70,9 +75,7 @@ def similar_units(features: np.ndarray | None, units: int, offset: float = 0.5) 
     """
     if features is None:
         return np.zeros((units, 0)), np.zeros(0)
-    rows = np.asarray(features, np.float64)
-    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
-    vectors, size, _ = np.linalg.svd(rows, full_matrices=False)
+    vectors, size, _ = np.linalg.svd(unit_length(np.asarray(features, np.float64)), full_matrices=False)
     eigenvalues = size**2
     good = eigenvalues > 1e-9 * eigenvalues[0]
     return vectors[:, good], eigenvalues[good] / (eigenvalues[good] + offset)

@@ -513,7 +513,7 @@ class _Spending:
     @functools.cached_property
     def different(self) -> int:
         """How many of the sets are, as equal ones are retrained once."""
-        return len(np.unique(self.sets.x, axis=0))
+        return len(directions.different(self.sets.x))
 
     def named(self, gradient: bool = False) -> Choice:
         """All the sets, which then are known in one order; with the exact first order in each order of new runs, and held-out
@@ -528,12 +528,13 @@ class _Spending:
         return Choice(name, arguments, seconds, *self._bytes(self.different + heldout, 0, 0), error)
 
     def in_each_order(self) -> Choice:
-        """All the sets, in the same run and in the order of each new run with all data."""
-        repeats = self.budget.repeats
-        seconds = (1 + repeats) * self.costs.retraining.of(self.different) / self.budget.workers
-        arguments = {"without": self.sets, "each_order": True, "queries": self.asked}
+        """All the sets, in the same run and in the order of each new run with all data; and held-out sets, whose new runs tell
+        what the steps are worth that a run on fewer rows does not take."""
+        repeats, runs = self.budget.repeats, (1 + self.budget.repeats) * self.different
+        cpu = self.retrainings(self.different, self.heldout) + repeats * self.costs.retraining.of(self.different)
+        arguments = {"without": self.sets, "each_order": True, "heldout": self.heldout, "queries": self.asked}
         name = f"retraining the sets themselves in {1 + repeats} orders"
-        return Choice(name, arguments, seconds, *self._bytes((1 + repeats) * self.different, 0, 0), 0.0)
+        return Choice(name, arguments, cpu / self.budget.workers, *self._bytes(runs + self.heldout, 0, 0), 0.0)
 
     def some(self, runs: int, gradient: bool = False) -> Iterator[Choice]:
         """The sets, and halves of them, that say most of all of them; nothing where these are just the sets."""
@@ -561,7 +562,7 @@ class _Spending:
         x = chosen
         if x is None:
             x = directions.design(design, retrain, self.units, settings.seed, settings.sizes, self.features, gradient)
-            x = x[np.sort(np.unique(x, axis=0, return_index=True)[1])]
+            x = directions.different(x)
         retrain = len(x)  # with few units there are not as many different sets as could be paid for
         if heldout is None:
             drawer = HeldOut(self.units, settings.seed + 1000, settings.sizes, x, None, np.zeros((0, self.units)))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from leaveout.deletion.directions import FEW, halved
+from leaveout.deletion.directions import FEW, different, halved
 from leaveout.deletion.kernels import ORDERS, FewUnits, Kernel, ManyUnits, similar_units
 from leaveout.deletion.measurements import JetBlock, Measurements
 from leaveout.errors import UnsupportedError
@@ -99,6 +99,7 @@ class Posterior:
         self._noise = None if data.noise is None or not len(data.retrainings) else data.noise
         rows = np.ascontiguousarray(data.retrainings.x, np.float64)
         self._places = {row.tobytes(): count - len(rows) + i for i, row in enumerate(rows)}
+        self._retrained = slice(count - len(rows), count)
         self._curved = replace(self.kernel, first=0.0) if isinstance(self.kernel, ManyUnits | FewUnits) else self.kernel
         self._settle(misfit)
 
@@ -111,7 +112,7 @@ class Posterior:
     def _settle(self, misfit: float | np.ndarray) -> None:
         self.misfit, self._helps = misfit, None
         self._misfit = np.zeros(self._count)
-        self._misfit[self._count - len(self._places) :] = misfit
+        self._misfit[self._retrained] = misfit
         self._fit(NUGGET)
         if self._noise is not None and (self._noise > 0).any():
             scale = np.median(self._noise**2 / np.maximum(self.tau, 1e-300))
@@ -235,11 +236,11 @@ def telling(x: np.ndarray, n: int, kernel: Kernel, seed: int = 0) -> np.ndarray:
     falls most; that takes no measured value. Of more than WITH_HALVES sets no halves are tried.
     Raises: ValueError for more than MOST_SETS.
     """
-    if len(x := _unique(x[x.any(1)])) > MOST_SETS:  # of a set of nothing all is known
+    if len(x := different(x[x.any(1)])) > MOST_SETS:  # of a set of nothing all is known
         raise ValueError(
             f"there are {len(x):,} sets to choose from, and at most {MOST_SETS:,} can be compared: name fewer"
         )
-    tried = _unique(np.concatenate([x, halved(x, seed) if len(x) <= WITH_HALVES else x[:0]]))  # which begins with x
+    tried = different(np.concatenate([x, halved(x, seed) if len(x) <= WITH_HALVES else x[:0]]))  # which begins with x
     left, prior = _covariance(kernel, _Rows(tried, 0), _Rows(tried, 0)), kernel.diagonal(x)
     chosen: list[int] = []
     while len(chosen) < min(n, len(tried)):
@@ -249,10 +250,6 @@ def telling(x: np.ndarray, n: int, kernel: Kernel, seed: int = 0) -> np.ndarray:
         chosen.append(best := int(after.argmin()))
         left -= np.outer(left[best], left[best]) / own[best]
     return tried[chosen]
-
-
-def _unique(x: np.ndarray) -> np.ndarray:
-    return x[np.sort(np.unique(x, axis=0, return_index=True)[1])]
 
 
 def _own_error(rows: list[_Rows], gram: np.ndarray, nugget: float) -> np.ndarray:

@@ -26,7 +26,7 @@ from leaveout.corpus import Row
 from leaveout.corpus.rows import row_json
 from leaveout.deletion import directions
 from leaveout.deletion.bank import IN_ORDER, REPEAT, Bank, Measured, measurement_ids
-from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, halved, real_orthogonal
+from leaveout.deletion.directions import DESIGNS, FEW, SIMILAR, different, halved, real_orthogonal
 from leaveout.deletion.estimators import EstimatorSettings
 from leaveout.deletion.heldout import HeldOut, kinds_of, sources_of
 from leaveout.deletion.measurements import JETS_TOGETHER, RUNS_TOGETHER, MeasureSettings, task_size
@@ -336,7 +336,11 @@ class TrainingRun:
     def _tell_fitted(self, held: np.ndarray, fitted: list[np.ndarray]) -> None:
         """Says which of the held-out sets are fitted as well."""
         others = np.concatenate([held[:0], *fitted])
-        both = len(_distinct(held)) + len(_distinct(others)) - len(_distinct(np.concatenate([held, others])))
+        both = (
+            len(different(held))
+            + len(different(others))
+            - len(different(np.concatenate([held, others])))
+        )
         if both:
             self._tell(
                 f"{both} of the held-out sets are fitted as well and say nothing about others: give other sets, or --sizes."
@@ -344,7 +348,7 @@ class TrainingRun:
 
     def _tell_fewer(self, x: np.ndarray, wanted: int, which: str, more: str) -> None:
         """Says that there are fewer different sets than were asked for."""
-        made = len(_distinct(x))
+        made = len(different(x))
         if made < wanted:
             self._tell(
                 f"{made} retrainings {which} instead of {wanted}: with {x.shape[1]} units there are no more {more}."
@@ -804,10 +808,6 @@ def _saved_parameters(store: Store, recipe: Recipe, path: Path) -> Parameters:
 
 def _held_parts(found: dict[int, tuple[str, np.ndarray]]) -> list[Part]:
     return [(row[None], kind, "heldout") for _, (kind, row) in sorted(found.items())]
-
-
-def _distinct(x: np.ndarray) -> np.ndarray:
-    return np.unique(x, axis=0)
 
 
 # --- tasks in worker processes -----------------------------------------------------------------------------------

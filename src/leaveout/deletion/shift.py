@@ -35,6 +35,7 @@ RARE = 0.3
 MEDIAN = 0.455
 """Of the square of a normal number, whose mean is 1: the mean over queries is taken by it, so that no query counts for all."""
 SWEEPS = 5
+"""Of weights and slopes in turn, until neither changes much."""
 ORDERS = 4.0
 """Orders that the expected spread of an effect counts for, where it was measured in a few."""
 MOST = 9.0
@@ -47,8 +48,8 @@ class Shift:
 
     noise, by_share, anyway   see the module
     orders [orders, queries, units]   the exact first order in each, that of the same run first; none where not measured
-    worth  what all steps are worth to each query, and its deviation, both [queries]; None: not known
     rows [units]   each unit's part of all rows
+    worth  what all steps are worth to each query, and its deviation, both [queries]; None: not known
     """
 
     noise: RunNoise
@@ -126,7 +127,10 @@ def fit_shift(
     actual = (held.y - noise.mean).T
     mean, deviation = prior.shifted(x, asked, effect, std)
     variance = np.square(deviation) + np.square(noise.std)[:, None] * (1 + 1 / noise.runs)
-    prior = replace(prior, worth=_worth(actual - mean, lost, variance) if lost.any() else None)
+    if lost.any():
+        worth = np.zeros((2, len(moving)))  # of queries that never move nothing is worth anything
+        worth[:, moving] = _worth((actual - mean)[moving], lost, variance[moving])
+        prior = replace(prior, worth=(worth[0], worth[1]))
     weight, best, found, part = noise.apart / held.y.shape[1], -np.inf, prior, 0.0
     for scale in TRIED_SCALE:
         run = np.square(scale * noise.std)[:, None]
@@ -136,13 +140,13 @@ def fit_shift(
                 sized = replace(noise, std=scale * noise.std)
                 tried = replace(prior, noise=sized, by_share=float(by_share), anyway=float(anyway))
                 mean, deviation = tried.shortened(lost, *tried.shifted(x, asked, effect, std))
-                variance = np.square(deviation) + run * (1 + 1 / noise.runs)
-                surprise = np.log(variance) + np.minimum(np.square(actual - mean) / variance, MOST)
+                variance = (np.square(deviation) + run * (1 + 1 / noise.runs))[moving]
+                surprise = np.log(variance) + np.minimum(np.square(actual - mean)[moving] / variance, MOST)
                 before = np.square(np.log(by_share / prior.by_share)) / 2 + anyway / RARE - by_noise
-                score = -weight * float(surprise[moving].sum()) / 2 - before
+                score = -weight * float(surprise.sum()) / 2 - before
                 if score > best:
                     best, found = score, tried
-                    part = float(np.square(run / variance)[moving].sum()) * weight
+                    part = float(np.square(run[moving] / variance).sum()) * weight
     return replace(found, noise=replace(found.noise, common=noise.common + part))
 
 

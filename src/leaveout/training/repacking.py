@@ -55,16 +55,14 @@ def weights_left(recipe: Recipe, x: np.ndarray) -> np.ndarray:
     its steps are as long for any scale of the gradients.
     Raises: UnsupportedError as `new_run` does.
     """
-    packing, sizes = _packing_of(recipe), np.zeros(len(recipe.unit_names))
-    np.add.at(sizes, recipe.unit_of.numpy()[list(packing.rows)], 1)
+    packing, left = _left(recipe, x)
     before = packing.steps_of(len(packing.rows)) / len(packing.rows)
-    left = (len(packing.rows) - (x == 1) @ sizes).round().astype(int)
-    steps = {n: packing.steps_of(n) for n in set(left.tolist())}
+    steps = {n: packing.steps_of(n) for n in set(left)}
     if not all(steps.values()):
         raise UnsupportedError(TOO_FEW)
     if recipe.optimizer.name != "sgd":
         return np.ones(len(x))
-    return np.array([steps[n] / n / before for n in left.tolist()])
+    return np.array([steps[n] / n / before for n in left])
 
 
 def steps_lost(recipe: Recipe, x: np.ndarray) -> np.ndarray:
@@ -75,10 +73,15 @@ def steps_lost(recipe: Recipe, x: np.ndarray) -> np.ndarray:
     """
     if recipe.optimizer.name == "sgd":
         return np.zeros(len(x))
+    packing, left = _left(recipe, x)
+    return np.array([1 - packing.steps_of(n) / packing.steps_of(len(packing.rows)) for n in left])
+
+
+def _left(recipe: Recipe, x: np.ndarray) -> tuple[_Packing, list[int]]:
+    """How epochs are packed, and how many rows are left without x [sets, units]."""
     packing, sizes = _packing_of(recipe), np.zeros(len(recipe.unit_names))
     np.add.at(sizes, recipe.unit_of.numpy()[list(packing.rows)], 1)
-    left = (len(packing.rows) - (x == 1) @ sizes).round().astype(int)
-    return np.array([1 - packing.steps_of(n) / packing.steps_of(len(packing.rows)) for n in left.tolist()])
+    return packing, (len(packing.rows) - (x == 1) @ sizes).round().astype(int).tolist()
 
 
 @dataclass(frozen=True)

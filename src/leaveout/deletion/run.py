@@ -226,7 +226,9 @@ class TrainingRun:
                     "most is of sets that you name and their halves: give it with without=, and no halves="
                 )
         if each_order and (without is None or not repeats):
-            raise ValueError("each_order is of sets that you name and of new runs: give it with without= and repeats=")
+            raise ValueError(
+                "each_order is of sets that you name and of new runs: give both (without=, repeats=; --without, --repeats)"
+            )
         given = None if without is None else deletion_sets(self.recipe, without)
         held = heldout if heldout is None or isinstance(heldout, int) else deletion_sets(self.recipe, heldout)
         asked = None if queries is None else as_queries(queries)

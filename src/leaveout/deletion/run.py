@@ -338,11 +338,7 @@ class TrainingRun:
     def _tell_fitted(self, held: np.ndarray, fitted: list[np.ndarray]) -> None:
         """Says which of the held-out sets are fitted as well."""
         others = np.concatenate([held[:0], *fitted])
-        both = (
-            len(different(held))
-            + len(different(others))
-            - len(different(np.concatenate([held, others])))
-        )
+        both = len(different(held)) + len(different(others)) - len(different(np.concatenate([held, others])))
         if both:
             self._tell(
                 f"{both} of the held-out sets are fitted as well and say nothing about others: give other sets, or --sizes."

@@ -11,7 +11,7 @@ from leaveout.deletion.measurements import MeasureSettings
 from leaveout.deletion.run import TrainingRun
 from leaveout.errors import MismatchError, UnsupportedError
 from leaveout.training.loop import RunOptions, Steps
-from leaveout.training.memory import LiveBytes
+from leaveout.training.memory import LiveBytes, kept_bytes
 from leaveout.training.queries import Query, as_queries
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse import metagradient as reverse
@@ -203,7 +203,7 @@ def test_live_bytes_are_those_of_living_tensors():
 def test_memory_is_what_was_planned(settings):
     """The most that tensors take in the whole walk, over the plan's figure; its limit is kept."""
     recipe = recipe_of(lambda: llama(3, 32), trained=LORA, dtype="float32", steps=2, batch_size=4)
-    with passes(recipe, torch.device("cpu")):
+    with passes(torch.device("cpu")):
         plan = plan_reverse(FlatRun(recipe), 3, None, ReverseSettings(*settings))
         run = FlatRun(recipe)
         run.go(settings[0], bool(settings[1]), None if plan.second_pass.vectorised else False)
@@ -215,9 +215,18 @@ def test_memory_is_what_was_planned(settings):
     assert plan.peak / 1.5 < live.peak < plan.peak * 1.5
 
 
+def test_what_a_backward_pass_keeps_is_counted_and_given_back():
+    """An operation that saves its own result would hold it, and all below it, for ever."""
+    recipe = recipe_of(lambda: llama(3, 32), trained=LORA, dtype="float32", steps=2, batch_size=4)
+    task = task_of(recipe)
+    with LiveBytes() as live:
+        kept = kept_bytes(recipe, task)
+    assert live.now == 0 and kept <= live.peak < 2 * kept
+
+
 def test_blocks_take_less_memory_and_are_taken_where_whole_graphs_do_not_fit():
     recipe = recipe_of(lambda: llama(5, 32), trained=LORA, dtype="float32", batch_size=4)
-    with passes(recipe, torch.device("cpu")):
+    with passes(torch.device("cpu")):
         run = FlatRun(recipe)
         whole, blocked = (plan_reverse(run, 3, None, ReverseSettings(4, by)).second_pass for by in (False, True))
         assert blocked.graphs + 3 * blocked.each < 0.5 * (whole.graphs + 3 * whole.each)

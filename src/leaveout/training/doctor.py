@@ -66,7 +66,7 @@ def _jets(recipe: Recipe, options: RunOptions) -> Check:
 
 def _reverse(recipe: Recipe, device: torch.device) -> Check:
     try:
-        with passes(recipe, device):
+        with passes(device):
             FlatRun(recipe.first_steps(1), device).require_second_pass()
     except LeaveoutError as error:
         return Check("exact first order", None, str(error))

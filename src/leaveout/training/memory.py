@@ -115,21 +115,21 @@ def largest_part(recipe: Recipe) -> tuple[int, tuple[int, ...]]:
 def kept_bytes(recipe: Recipe, task: Task) -> int:
     """Bytes that autograd keeps for the largest micro-batch of the plain run, parameters not counted."""
     _, largest = largest_part(recipe)
-    seen: dict[int, int] = {}
+    seen: dict[int, torch.Tensor] = {}
     own = {p.untyped_storage().data_ptr() for p in task.model.parameters()}
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
+    def pack(t: torch.Tensor) -> None:
+        """Counts a tensor, which lives on without its graph: what an operation saves of its own result would never be freed."""
         if is_traceable_wrapper_subclass(t):  # nested tensors
             for name in t.__tensor_flatten__()[0]:
                 pack(getattr(t, name))
-            return t
+            return
         storage = t.untyped_storage()
         if storage.data_ptr() not in own and t.is_floating_point():
-            seen[storage.data_ptr()] = storage.nbytes()
-        return t
+            seen[storage.data_ptr()] = t.detach()
 
     seed = None if recipe.dropout is None else 0
-    kept = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    kept = torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing)
     ones = torch.ones(len(largest), dtype=recipe.real_dtype, device=task.device)
     norms = by_batches(task.model, ones, follows=False) if task.running else nullcontext()
     with kept, dropped(task.model, seed), norms, plain_attention():
@@ -137,7 +137,9 @@ def kept_bytes(recipe: Recipe, task: Task) -> int:
     del loss
     for norm in norms_of(task.model):
         norm.made = []
-    return sum(seen.values())
+    total = sum(t.untyped_storage().nbytes() for t in seen.values())
+    seen.clear()  # now, as `pack` and what it holds are a cycle
+    return total
 
 
 class LiveBytes(TorchDispatchMode):
@@ -172,25 +174,36 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def kept_memory(device: torch.device, largest: int = 2**30) -> Iterator[None]:
-    """Let the allocator keep what is freed, of blocks up to the largest, while a run on a CPU lasts.
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """Let the allocator keep what is freed while a run on a CPU lasts.
 
     glibc gives large blocks back at once and faults every page in anew at the next operation: 3 % of the time of a
-    microgpt step and 10 % of one of GPT-2 shape. Elsewhere than on glibc nothing is changed.
+    microgpt step, and 40 % of a second pass through a language model. Elsewhere than on glibc nothing is changed.
     """
-    glibc = sys.platform == "linux" and device.type == "cpu"
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if glibc else None
+    mallopt = getattr(_glibc(device), "mallopt", None)
     if mallopt is None:
         yield
         return
-    mallopt(_M_MMAP_THRESHOLD, largest)
+    mallopt(_M_MMAP_THRESHOLD, 2**30)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
     finally:
         mallopt(_M_MMAP_THRESHOLD, _GLIBC_DEFAULT)
         mallopt(_M_TRIM_THRESHOLD, _GLIBC_DEFAULT)
-        ctypes.CDLL(None).malloc_trim(0)
+        give_back(device)
+
+
+def give_back(device: torch.device) -> None:
+    """Give what the allocator has kept back to a CPU's machine, before a part of a run that needs other sizes."""
+    trim = getattr(_glibc(device), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _glibc(device: torch.device) -> Any:
+    """The C library, where a device takes its memory from it."""
+    return ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _GLIBC_DEFAULT = -1, -3, 128 * 1024

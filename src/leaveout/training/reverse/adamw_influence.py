@@ -77,7 +77,7 @@ def adamw_influence(
     """
     options = options or RunOptions()
     began, place = time.process_time(), find_device(options.device)
-    with passes(recipe, place):
+    with passes(place):
         run = FlatRun(recipe, place)
         if run.running:
             raise UnsupportedError(

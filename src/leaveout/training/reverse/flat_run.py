@@ -35,13 +35,9 @@ SecondPass = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def passes(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """What forward and backward passes of all orders need while they run: attention that has derivatives, and their pace.
-
-    Of a language model large blocks are given back, as what is kept of them is half as much again as what is used.
-    """
-    kept = kept_memory(device, 2**17 if recipe.kind == "causal-lm" else 2**30)
-    with plain_attention(), full_precision(), kept, flushed_denormals(device):
+def passes(device: torch.device) -> Iterator[None]:
+    """What forward and backward passes of all orders need while they run: attention that has derivatives, and their pace."""
+    with plain_attention(), full_precision(), kept_memory(device), flushed_denormals(device):
         yield
 
 
@@ -139,7 +135,7 @@ class FlatRun:
         """
         part = self.parts(0)[0]
         with refused():
-            gradient, back = self.second_pass(part, 0)
+            gradient = self.part_gradient(part, 0)
             draw = torch.Generator().manual_seed(0)
             along = torch.randn(len(gradient), generator=draw, dtype=gradient.dtype).to(self.device)
             along = along * self.core[0].abs().mean()
@@ -147,7 +143,7 @@ class FlatRun:
                 raise UnsupportedError(NO_REVERSE.format("its gradient is not linear in the weights of examples"))
             changes = [self._change(part, along, 10.0**-k) for k in (2, 3, 4, 5)]
             ways = [change / change.norm().clamp_min(torch.finfo(gradient.dtype).tiny) for change in changes]
-            products, _ = back(F.pad(torch.stack(ways), (0, self.state.shape[1] - len(gradient))))
+            products, _ = self.second_pass(part, 0)[1](F.pad(torch.stack(ways), (0, self.state.shape[1] - len(gradient))))
         wrong = [
             abs(float(product @ along - change.norm())) > NEAR * float(change.norm()) + ROUGH * float(gradient.norm())
             for product, change, other in zip(products, changes, changes[1:], strict=False)

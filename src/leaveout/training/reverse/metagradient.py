@@ -31,7 +31,7 @@ from leaveout.models import find_device, free_memory
 from leaveout.quantities import amount
 from leaveout.training.digest import digest_of
 from leaveout.training.loop import Checkpoint, RunOptions
-from leaveout.training.memory import COPIES, LiveBytes, kept_bytes, largest_part
+from leaveout.training.memory import COPIES, LiveBytes, give_back, kept_bytes, largest_part
 from leaveout.training.queries import Queries, Query
 from leaveout.training.recipe import Recipe
 from leaveout.training.reverse.adjoints import AdamForm, clip_adjoint, sgd_adjoint
@@ -48,6 +48,9 @@ SHARED, BUSY, MANY = 2**21, 2**23, 4
 """On a CPU: bytes that a first pass keeps, up to which queries go through a second one as one batch; and above which, for so
 many queries, a micro-batch goes in pieces (benchmarks/LOG.md)."""
 
+
+LARGE_GRAPH = 2**28
+"""Bytes of a second pass above which each step gives memory back: far less time than the step, a fifth of the memory."""
 
 SMALL, LARGE = (4.6, 0.06), (3.0, 1.5)
 """Plain trainings of reverse mode, and those of each query: of models whose queries share passes, and of others."""
@@ -163,12 +166,13 @@ def metagradient(
     """
     options, settings = options or RunOptions(), settings or ReverseSettings()
     began, place = time.process_time(), find_device(options.device)
-    with passes(recipe, place):
+    with passes(place):
         run = FlatRun(recipe, place)
         n_queries = len(run.values(queries))
         limit = memory if memory is not None else options.memory
         plan = plan_reverse(run, n_queries, limit, settings, options.directory)
         run.require_second_pass()
+        give_back(place)
         if options.progress:
             tqdm.write(f"memory: {plan}", file=sys.stderr)
         effects = run.state.new_zeros(n_queries, len(recipe.unit_names), dtype=torch.float64)
@@ -183,7 +187,8 @@ def metagradient(
                 key = hashlib.sha256(f"{recipe.hash()} {named} {part}".encode()).hexdigest()
                 file = None if work is None else work / f"cotangents-{key[:16]}.safetensors"
                 saved = None if file is None else Checkpoint(file, key, options.save_every)
-                reverse = Reverse(run, queries, part, effects[part], base[part], bar, saved)
+                large = plan.graphs > LARGE_GRAPH
+                reverse = Reverse(run, queries, part, effects[part], base[part], bar, saved, gives_back=large)
                 walk_back(run, kept, reverse.visit, reverse.resume())
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
@@ -229,8 +234,8 @@ def plan_reverse(
     state = run.state.nbytes
     if settings.states == "disk" and directory is None:
         raise ValueError("states on disk need a directory: give one in the RunOptions")
-    # Cotangents, b, the products, and two temporaries of clipping and of the optimizer.
-    fixed = (COPIES[run.kind] + 3) * vector
+    # Cotangents of the state, b, and two temporaries of clipping and of the optimizer, which are gone when products are made.
+    fixed = (COPIES[run.kind] + 2) * vector
     second = plan_pass(run, queries, limit - 3 * state - fixed, settings)
     per_query = fixed + second.each
     room = limit - second.graphs
@@ -295,20 +300,27 @@ def plan_pass(run: FlatRun, queries: int, limit: int, settings: ReverseSettings)
 
 
 def _measured(run: FlatRun, micro_batch: int | None, by_blocks: bool, own: int, kept: int) -> PassPlan:
-    """The bytes of the largest piece of the largest micro-batch, gone through for a few queries."""
+    """The bytes of the largest piece of the largest micro-batch, gone through for a few queries.
+
+    Where queries go through the same graph one by one, each has its products and nothing more.
+    """
     vectorised = not by_blocks and (kept * (micro_batch or own) // own <= SHARED or run.device.type != "cpu")
     run.go(micro_batch, by_blocks, None if vectorised else False)
     step, numbers = largest_part(run.recipe)
     pieces = [part for part in run.parts(step) if set(part.numbers) <= set(numbers)]
     part = max(pieces, key=lambda part: sum(text_length(run.recipe.examples[i]) for i in part.numbers))
-    peaks, counts = [], (3, 5) if vectorised else (2, 3)  # one alone would free the graph while it goes through it
+    counts = [3, 5] if vectorised else [2, 3] if by_blocks else [2]  # one alone would free the graph
+    peaks = list[int]()
     for n in counts:
+        cotangents = run.state.new_ones(n, run.state.shape[1])
         with refused(), LiveBytes() as live:
             _, back = run.second_pass(part, step)
-            back(run.state.new_ones(n, run.state.shape[1]))
+            back(cotangents)
             del back
         peaks.append(live.peak)
-    each = max(0, (peaks[1] - peaks[0]) // (counts[1] - counts[0]))
+    each = run.state[0].nbytes
+    if len(peaks) > 1:
+        each = max(0, (peaks[1] - peaks[0]) // (counts[1] - counts[0]))
     return PassPlan(micro_batch or own, by_blocks, vectorised, max(0, peaks[0] - counts[0] * each), each)
 
 
@@ -326,6 +338,7 @@ class Reverse:
     base: Tensor
     bar: Any
     saved: Checkpoint | None = None
+    gives_back: bool = False  # before each step, what the allocator has kept of the one before
     cotangents: list[Tensor] = field(default_factory=list)
     aside: Any = None  # the cotangents of running statistics [queries, statistics]
 
@@ -344,6 +357,8 @@ class Reverse:
 
     def visit(self, step: int) -> None:
         """Takes the cotangents from after a step to before it; at the end of the run it makes them."""
+        if self.gives_back:
+            give_back(self.run.device)
         if step == self.run.steps:
             self.base[:], gradients = self.run.query_gradients(self.queries, self.part, aside=True)
             size = sum(self.run.sizes)

@@ -74,7 +74,7 @@ def unit_vectors(recipe: Recipe, width: int = 1024, options: RunOptions | None =
     """
     options = options or RunOptions()
     place = find_device(options.device)
-    with passes(recipe, place):
+    with passes(place):
         run = FlatRun(recipe, place)
         sketch = sketch_of(sum(run.sizes), width).to(place, torch.float32)
         together, momentum = _together(run, options.memory), run.group.get("momentum", 0.0)
@@ -113,7 +113,7 @@ def query_gradients(
 ) -> np.ndarray:
     """Gradients of queries at given parameters, in the space of `unit_vectors` of the same width: float32 [queries, width]."""
     place = find_device(device)
-    with passes(recipe, place):
+    with passes(place):
         run = FlatRun(recipe, place)
         with torch.no_grad():
             for name, p in run.task.parameters().items():

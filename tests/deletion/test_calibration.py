@@ -154,7 +154,7 @@ def test_held_out_sets_that_are_fitted_later_do_not_narrow_intervals():
 
 def test_what_was_learned_from_held_out_sets_is_believed_by_overlap(monkeypatch):
     """An interval of a set that overlaps one of them stays between those of the fits without and with them."""
-    monkeypatch.setattr("leaveout.deletion.estimators.MISFITS", ())
+    monkeypatch.setattr("leaveout.deletion.estimators.CHOICES", ())
     data, kernel, x, y = problem(0, runs=30)
     first, second = x[0], np.roll(x[0], 1) * (1 - x[0])
     held_out = np.array([first, second, *x[1:9]])

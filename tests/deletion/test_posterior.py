@@ -12,7 +12,7 @@ from leaveout.deletion import directions
 from leaveout.deletion.estimators import EstimatorSettings, fit
 from leaveout.deletion.kernels import FewUnits, ManyUnits, similar_units
 from leaveout.deletion.measurements import JetBlock, Measurements, Retrainings
-from leaveout.deletion.posterior import Posterior, _gram, _Rows, _rows_of, expected_error
+from leaveout.deletion.posterior import NUGGET, Posterior, _covariance, _gram, _Rows, _rows_of, expected_error
 from leaveout.errors import UnsupportedError
 from leaveout.training.reverse.updates import UnitVectors, influence
 
@@ -191,6 +191,56 @@ def test_retrainings_that_mislead_are_believed_as_far_as_held_out_ones_say():
 
     calm = replace(data, retrainings=bent(near[12:]), heldout=bent(near[:12]))
     assert fit(calm, EstimatorSettings())[0].misfit[0] <= 1
+
+
+def classes(units=60, of=10):
+    """Random sets, and whole classes without which a query is lost: [sets, units], [classes, units]."""
+    return directions.random_sets(0, 90, units, 3), np.kron(np.eye(units // of), np.ones(of))
+
+
+def with_classes(x, whole, slope):
+    """Effects [sets, queries] of a sum over units, and of a class that is gone as a whole."""
+    gone = (x @ whole.T == whole.sum(1)).astype(float)
+    return x @ slope.T + 200 * gone[:, : len(slope)]
+
+
+def test_sets_that_follow_rules_of_their_own_do_not_mislead_about_others():
+    """A class that is gone takes a query with it; a random set of rows does nothing of the kind."""
+    x, whole = classes()
+    slope = np.random.default_rng(0).standard_normal((3, x.shape[1]))
+    taught, held = np.concatenate([x[:60], whole[:4]]), np.concatenate([x[60:74], whole[4:]])
+    data = Measurements(
+        np.zeros(3), np.ones(x.shape[1]), retrainings=Retrainings(taught, with_classes(taught, whole, slope)),
+        heldout=Retrainings(held, with_classes(held, whole, slope)),
+    )  # fmt: skip
+    found, _ = fit(data, EstimatorSettings())
+    asked = x[74:]
+    wrong = [np.abs(fitted.predict(asked)[0] - slope @ asked.T).mean() for fitted in (found, Posterior(data))]
+    assert found.misfit[60:63].min() > 10 * np.median(found.misfit[:60])
+    assert wrong[0] < 0.5 * wrong[1]
+    union = np.array([whole[0] + whole[1]])
+    assert np.allclose(found.predict(union)[0][:, 0], with_classes(union, whole, slope)[0], rtol=0.1, atol=10)
+    assert np.allclose(found.predict(whole)[0].T, with_classes(whole, whole, slope), rtol=0.01, atol=2)
+
+
+def test_a_misfit_is_a_bend_of_its_own_for_each_retrained_set():
+    """The same posterior by regression on one more number for each retrained set, times its power of the share."""
+    data, kernel, x, _ = problem(0, runs=8)
+    much, runs = np.linspace(0.5, 4, 8), data.retrainings
+
+    def shares(sets):
+        return np.array([[min(1, (a @ b) / (b @ b)) ** 8 for b in runs.x] for a in sets])
+
+    first = _covariance(kernel, _Rows(runs.x, 0), _Rows(runs.x, 0))
+    gram = first + shares(runs.x) @ np.diag(much) @ shares(runs.x).T
+    gram += np.eye(8) * (NUGGET + 1e-10 * np.trace(first) / 8)
+    cross = _covariance(kernel, _Rows(runs.x, 0), _Rows(x, 0)) + shares(runs.x) @ np.diag(much) @ shares(x).T
+    prior = kernel.diagonal(x) + np.square(shares(x)) @ much
+    found = Posterior(data, kernel, misfit=much)
+    mean, std = found.predict_unbent(x)
+    assert np.allclose(mean, runs.y.T @ np.linalg.solve(gram, cross), rtol=1e-6, atol=1e-8)
+    left = prior - (cross * np.linalg.solve(gram, cross)).sum(0)
+    assert np.allclose(std**2 / found.tau[:, None], left, rtol=1e-5, atol=1e-8)
 
 
 def test_what_is_left_out_is_foretold_by_all_others():

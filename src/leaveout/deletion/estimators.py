@@ -24,8 +24,9 @@ SINGULAR = 1e-9
 """Relative size below which a singular value of the least-squares system counts as zero."""
 
 
-MISFITS, LEAST_HELD = (1.0, 30.0, 1e3, 3e4), 4
-"""Of the posterior, beside none, of which held-out retrainings choose; and how many of them that takes."""
+MISFITS, BY_SIZE, LEAST_HELD = (1.0, 30.0, 1e3, 3e4), (1e-3, 0.03, 1.0, 30.0), 4
+"""Of the posterior, beside none, of which held-out retrainings choose: alike for all sets, or times the squared size of each
+one's effects; and how many held-out retrainings that takes."""
 
 
 class Fitted(Protocol):
@@ -402,8 +403,8 @@ def fit(data: Measurements, settings: EstimatorSettings) -> tuple[Fitted, Calibr
     data = replace(data, retrainings=data.retrainings.without(data.heldout))
     if not data.measured:
         return Posterior(data.with_heldout(), **settings.given()), Calibration()
-    before = _best_of(data, settings)
-    after = _learned(data, before, settings)
+    before, chosen = _best_of(data, settings)
+    after = _learned(data, chosen, settings)
     if not settings.calibrate:
         return after, Calibration()
     found = calibrate(data, before)
@@ -411,46 +412,71 @@ def fit(data: Measurements, settings: EstimatorSettings) -> tuple[Fitted, Calibr
     return after, replace(found, fitted=after, held=learned)  # the numbers stay those of the smaller, worse fit
 
 
-def _best_of(data: Measurements, settings: EstimatorSettings) -> Posterior:
+@dataclass(frozen=True)
+class _Misfit:
+    """What a kernel is taken not to know of retrainings: so much of each, or so much times the square of its effects' size.
+
+    Sets that change a query most follow rules of their own (a class that is gone), and would mislead about all others. A
+    size is a mean over queries, of each in units of its usual effect.
+    """
+
+    much: float = 0.0
+    by_size: bool = False
+
+    def of(self, runs: Retrainings, usual: Retrainings) -> np.ndarray:
+        """Of each retraining, beside the usual ones [retrainings]."""
+        if not self.by_size:
+            return np.full(len(runs), self.much)
+        scale = np.maximum(np.median(np.square(usual.y), 0), 1e-300)
+        middle = np.median((np.square(usual.y) / scale).mean(1))
+        return self.much * (np.square(runs.y) / scale).mean(1) / max(float(middle), 1e-300)
+
+
+CHOICES = (*(_Misfit(much) for much in MISFITS), *(_Misfit(much, by_size=True) for much in BY_SIZE))
+
+
+def _best_of(data: Measurements, settings: EstimatorSettings) -> tuple[Posterior, _Misfit]:
     """The posterior of the misfit that foretells the held-out retrainings best; none where others are no clearer."""
-    plain = Posterior(data, **settings.given())
-    if len(data.heldout) < LEAST_HELD or not len(data.retrainings):
-        return plain
-    return _clearest(data, plain, MISFITS, lambda tried: data.heldout.y.T - tried.predict(data.heldout.x)[0])
+    plain, runs = Posterior(data, **settings.given()), data.retrainings
+    if len(data.heldout) < LEAST_HELD or not len(runs):
+        return plain, _Misfit()
+    choices = [_Misfit(), *CHOICES]
+    misfits = [choice.of(runs, runs) for choice in choices]
+    best, place = _clearest(data, plain, misfits, lambda tried: data.heldout.y.T - tried.predict(data.heldout.x)[0])
+    return best, choices[place]
 
 
-def _learned(data: Measurements, before: Posterior, settings: EstimatorSettings) -> Posterior:
-    """The same with the held-out retrainings among those that are fitted, with a misfit of their own.
+def _learned(data: Measurements, chosen: _Misfit, settings: EstimatorSettings) -> Posterior:
+    """The same with the held-out retrainings among those that are fitted, if need be with a misfit of their own.
 
     It is that by which each of them is foretold best by all others.
     """
-    held = len(data.heldout)
-    first = float(before.misfit)  # one of all
-    own = [np.repeat([first, more], [len(data.retrainings), held]) for more in (first, *MISFITS)]
-    plain = Posterior(data.with_heldout(), misfit=own[0], **settings.given())
-    if held < LEAST_HELD or not len(data.retrainings):
-        return plain
-    return _clearest(data, plain, own[1:], lambda tried: tried.left_out(held))
+    runs, held = data.retrainings, data.heldout
+    enough = len(held) >= LEAST_HELD and len(runs) > 0
+    own = [choice.of(held, runs) for choice in ((chosen, *CHOICES) if enough else (chosen,))]
+    misfits = [np.concatenate([chosen.of(runs, runs), more]) for more in own]
+    plain = Posterior(data.with_heldout(), misfit=misfits[0], **settings.given())
+    return _clearest(data, plain, misfits, lambda tried: tried.left_out(len(held)))[0]
 
 
 def _clearest(
-    data: Measurements, plain: Posterior, misfits: Sequence[Any], errors: Callable[[Posterior], np.ndarray]
-) -> Posterior:
-    """Of the posteriors of these misfits the one with the least errors [queries, sets], or `plain` if none is clearly better.
+    data: Measurements, plain: Posterior, misfits: Sequence[np.ndarray], errors: Callable[[Posterior], np.ndarray]
+) -> tuple[Posterior, int]:
+    """Of the posteriors of these misfits the one with the least errors [queries, sets], and its place.
 
-    Sets count alike, large or small: by the logarithm of their squared errors over all queries, in units of each query's
-    own effects.
+    The first, which is `plain`, unless another is clearly better. Sets count alike, large or small: by the logarithm of their
+    squared errors over all queries, in units of each query's usual effect.
     """
-    size = np.maximum(np.square(data.heldout.y).mean(0)[:, None], 1e-300)
+    size = np.maximum(np.median(np.square(data.heldout.y), 0)[:, None], 1e-300)
 
     def wrong(fitted: Posterior) -> np.ndarray:
         return np.log(np.maximum((np.square(errors(fitted)) / size).mean(0), 1e-12))
 
-    before, best, least = wrong(plain), plain, 0.0
-    for misfit in misfits:
+    before, best, place, least = wrong(plain), plain, 0, 0.0
+    for number, misfit in enumerate(misfits[1:], 1):
         tried = plain.with_misfit(misfit)
         better = before - wrong(tried)
         clear = float(better.mean() - better.std(ddof=1) / len(better) ** 0.5)
         if clear > least:
-            best, least = tried, clear
-    return best
+            best, place, least = tried, number, clear
+    return best, place

@@ -31,6 +31,8 @@ retrainings tell of it (found on digits and names, see benchmarks/LOG.md)."""
 CONCENTRATED = 16.0
 """Relative error that is added for a set which removes all that helps a query, falling with the cube of that share
 (found on names, see docs/evidence/deletion.md)."""
+WHOLE = 8
+"""A set that contains this share of a retrained one bends as that did by this power of the share (found on digits and cnn)."""
 WITH_HALVES, MOST_SETS = 300, 1500
 """Deletion sets among which the most telling ones are looked for, with halves and without, at most."""
 LARGEST = 12_000
@@ -65,7 +67,8 @@ class Posterior:
 
     kernel: default `default_kernel`; degree: highest order of jets that is used, default all that the kernel knows.
     misfit: what the kernel does not know of a retraining, over the prior variance of one unit's first order, of all or of each
-    [retrainings]; the larger, the less is told from one set to others, while a set that was retrained itself is as it was.
+    [retrainings]; the larger, the less is told from one set to others, while a set that was retrained itself is as it was. What
+    the kernel does not know of a set, it does again where that set goes with others: a union has it of all its parts.
     The scores of the data are a prior mean beta * x . scores, with beta found from the data; an exact first order is
     the mean itself, and may be all that is known.
     Memory: 16 bytes times the square of the number of real measurements, at most LARGEST of them.
@@ -97,9 +100,7 @@ class Posterior:
         self._slope = np.zeros((len(data.base), data.units)) if slope is None else np.asarray(slope, np.float64)
         self._helps: np.ndarray | None
         self._noise = None if data.noise is None or not len(data.retrainings) else data.noise
-        rows = np.ascontiguousarray(data.retrainings.x, np.float64)
-        self._places = {row.tobytes(): count - len(rows) + i for i, row in enumerate(rows)}
-        self._retrained = slice(count - len(rows), count)
+        self._retrained = np.asarray(data.retrainings.x, np.float64)
         self._curved = replace(self.kernel, first=0.0) if isinstance(self.kernel, ManyUnits | FewUnits) else self.kernel
         self._settle(misfit)
 
@@ -110,9 +111,7 @@ class Posterior:
         return other
 
     def _settle(self, misfit: float | np.ndarray) -> None:
-        self.misfit, self._helps = misfit, None
-        self._misfit = np.zeros(self._count)
-        self._misfit[self._retrained] = misfit
+        self.misfit, self._helps = np.broadcast_to(np.asarray(misfit, np.float64), len(self._retrained)), None
         self._fit(NUGGET)
         if self._noise is not None and (self._noise > 0).any():
             scale = np.median(self._noise**2 / np.maximum(self.tau, 1e-300))
@@ -122,7 +121,10 @@ class Posterior:
 
     def _fit(self, nugget: float) -> None:
         matrix = self._gram.copy()
-        matrix[np.diag_indices_from(matrix)] += _own_error(self._rows, self._gram, nugget) + self._misfit
+        matrix[np.diag_indices_from(matrix)] += _own_error(self._rows, self._gram, nugget)
+        if self.misfit.any():
+            within = self._within(self._retrained)
+            matrix[-len(within) :, -len(within) :] += (within * self.misfit) @ within.T
         try:
             self._lower = np.linalg.cholesky(matrix)
         except np.linalg.LinAlgError:
@@ -161,16 +163,20 @@ class Posterior:
         sets = _Rows(x, 0)
         cross = np.concatenate([_covariance(self.kernel, rows, sets) for rows in self._rows])
         prior, known = self.kernel.diagonal(x), self._count if first is None else first
-        if self._misfit.any():  # which is a set's own: known where it was retrained, and nowhere else
-            for column, row in enumerate(np.ascontiguousarray(x, np.float64)):
-                if (place := self._places.get(row.tobytes(), self._count)) < known:
-                    cross[place, column] += self._misfit[place]
-                    prior[column] += self._misfit[place]
+        if self.misfit.any():
+            known_sets = self._within(x) * (np.arange(len(self.misfit)) < known - (self._count - len(self.misfit)))
+            cross[-len(self.misfit) :] += (self._within(self._retrained) * self.misfit) @ known_sets.T
+            prior = prior + np.square(known_sets) @ self.misfit
         mean = self.beta * (self._slope @ x.T) + self._dual.T @ cross
         # A factor of the first rows is the first rows of the factor.
         told = (_solved(self._lower, cross)[:known] ** 2).sum(0)
         left = np.clip(prior - told, 0, None)
         return mean, self.tau[:, None] * left[None], left
+
+    def _within(self, x: np.ndarray) -> np.ndarray:
+        """How far sets bend as each retrained one did [sets, retrainings]: 1 for those that contain it."""
+        lengths = np.maximum(np.square(self._retrained).sum(1), 1e-300)
+        return np.clip(x @ self._retrained.T / lengths, 0, 1) ** WHOLE
 
     def share(self, x: np.ndarray) -> np.ndarray:
         """Share of what helps each query that sets remove [queries, sets]; 0 for few units, whose kernel knows their sets."""

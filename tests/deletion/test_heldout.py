@@ -26,6 +26,16 @@ def vectors(found):
     return np.array([row for _, row in found.values()])
 
 
+def test_random_sets_have_all_sizes_in_turn_from_the_largest_on():
+    """Wherever they stand among other kinds."""
+    units = 60
+    features = np.random.default_rng(0).standard_normal((units, 4))
+    kinds = kinds_of(32, True, 0, False)
+    found = drawn(32, units, (1, 3, 6, 12), kinds=kinds, features=features, effects=features.T)
+    sizes = [int(row.sum()) for place, (kind, row) in sorted(found.items()) if kinds[place] == kind == "random"]
+    assert sizes == [12, 6, 3, 1] * (len(sizes) // 4) + [12, 6, 3, 1][: len(sizes) % 4] and len(sizes) >= 8
+
+
 def test_held_out_sets_differ_from_the_fitted_and_from_each_other():
     fitted = directions.mixture(30, 24)
     for sizes in ((), (2, 3)):

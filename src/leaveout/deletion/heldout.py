@@ -45,15 +45,16 @@ def kinds_of(n: int, features: bool, sources: int, effects: bool) -> list[str]:
 class HeldOut:
     """Draws different deletion vectors that are not among the fitted ones [any, units].
 
-    sizes     of random sets, in turn (default: log-uniform up to a third); features [units, k]: what says which units are
-              alike (default: their effects); sources [any, units]: whole sources
+    sizes     of random sets, in turn, the largest first (default: log-uniform up to a third); features [units, k]: what says
+              which units are alike (default: their effects); sources [any, units]: whole sources
     """
 
     def __init__(
         self, units: int, seed: int, sizes: tuple[int, ...], fitted: np.ndarray, features: np.ndarray | None,
         sources: np.ndarray,
     ) -> None:  # fmt: skip
-        self.units, self.seed, self.sizes, self.sources = units, seed, sizes, sources
+        self.units, self.seed, self.sources = units, seed, sources
+        self.sizes = sorted(sizes, reverse=True)
         self._taken = {row.tobytes() for row in np.asarray(fitted, np.float64)}
         self._alike = None if features is None else unit_length(features)
 
@@ -62,22 +63,24 @@ class HeldOut:
         `top`, and for `block` without features."""
         found: dict[int, Any] = {}
         for j in places:
+            turn = sum(kind == "random" for kind in kinds[:j])
             for kind in (kinds[j], "random", *(() if self.sizes else ("any size",))):
-                row = self._another(kind, j, effects)
+                row = self._another(kind, j, turn, effects)
                 if row is not None:
                     found[j] = ("random" if kind == "any size" else kind, row)
                     break
         return found
 
-    def _another(self, kind: str, j: int, effects: np.ndarray | None) -> np.ndarray | None:
+    def _another(self, kind: str, j: int, turn: int, effects: np.ndarray | None) -> np.ndarray | None:
         for attempt in range(DRAWS):
-            row = self._set(kind, np.random.default_rng([self.seed, 5, j, attempt]), j + attempt, effects)
+            rng = np.random.default_rng([self.seed, 5, j, attempt])
+            row = self._set(kind, rng, j + attempt, turn + attempt, effects)
             if row.tobytes() not in self._taken and not row.all():
                 self._taken.add(row.tobytes())
                 return row
         return None
 
-    def _set(self, kind: str, rng: np.random.Generator, j: int, effects: np.ndarray | None) -> np.ndarray:
+    def _set(self, kind: str, rng: np.random.Generator, j: int, turn: int, effects: np.ndarray | None) -> np.ndarray:
         units, row = self.units, np.zeros(self.units)
         if kind == "source":
             order = np.random.default_rng([self.seed, 6]).permutation(len(self.sources))
@@ -99,7 +102,8 @@ class HeldOut:
             best = np.argsort(-effects[rng.integers(len(effects))], kind="stable")
             row[best[: _size(rng, 1, TOP * units)]] = 1
         else:
-            wanted = {"single": (1,), "random": self.sizes, "any size": tuple(range(1, units))}[kind]
+            sizes = self.sizes[turn % len(self.sizes) :][:1] if self.sizes else ()
+            wanted = {"single": (1,), "random": sizes, "any size": tuple(range(1, units))}[kind]
             (row,) = random_sets(j, j + 1, units, self.seed, wanted, RANDOM)
         return row
 

@@ -62,6 +62,8 @@ Part = tuple[np.ndarray, str, str]
 """Deletion vectors [sets, units] to retrain, their design and their role."""
 OWN = ("examples", "bank", "work")
 """What the directory of a run holds."""
+LARGEST = 4
+"""One of so many new runs of held-out sets is of the largest ones."""
 ALONE = 8
 """New runs of one task: each goes by itself, and a kill loses no more than one of them, as finished ones have checkpoints."""
 WIDTH = 8192
@@ -267,10 +269,16 @@ class TrainingRun:
         return self.bank
 
     def _measure_noise(self, repeats: int, asked: Sequence[Query] | None, settings: MeasureSettings) -> None:
-        """New runs with all data, and of held-out sets of all kinds: they stand in the order of their kinds."""
+        """New runs with all data, and of held-out sets: of all kinds, in whose order they stand, and of the largest.
+
+        Without large ones it stays open what steps are worth that a run on fewer rows does not take.
+        """
         held = self.bank.vectors_of("heldout")
         wanted = min(len(held), (RUNS_A_REPEAT - 1) * repeats)
-        chosen = np.unique(np.linspace(0, len(held) - 1, wanted).round().astype(int))
+        largest = np.argsort(-held.sum(1), kind="stable")[: wanted // LARGEST]
+        others = np.setdiff1d(np.arange(len(held)), largest)
+        spread = np.linspace(0, len(others) - 1, wanted - len(largest)).round().astype(int)
+        chosen = np.unique(np.concatenate([largest, others[spread]]))
         self._new_runs(np.zeros((1, len(self.recipe.unit_names))), REPEAT, repeats, asked, settings)
         self._new_runs(held[chosen], "heldout", 1, asked, settings)
 

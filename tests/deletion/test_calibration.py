@@ -175,6 +175,26 @@ def test_what_was_learned_from_held_out_sets_is_believed_by_overlap(monkeypatch)
     assert (now >= bare * (1 - 1e-9)).all() and (now <= bare * np.maximum(1, ratio) * (1 + 1e-9)).all()
 
 
+def test_that_deviations_are_too_wide_is_half_believed(monkeypatch):
+    """Errors of large sets go with their effects; of single units nothing is known but the estimator's own deviation."""
+    rng, units = np.random.default_rng(0), 60
+    effects = np.abs(rng.standard_normal((6, units))) + 1
+    large = directions.random_sets(0, 40, units, 0, (12, 20))
+    fitted = Made(effects, 3.0)
+    y = (effects @ large.T * (1 + 0.3 * rng.standard_normal((6, 40)))).T
+    found = calibrate(held(large, y), fitted)
+    with monkeypatch.context() as patched:
+        patched.setattr("leaveout.deletion.calibration.NARROWER", 1.0)
+        bare = calibrate(held(large, y), fitted)
+    single = np.eye(units)
+    assert found.numbers[0] == bare.numbers[0] / 2 < -0.2 and found.numbers[1:] == bare.numbers[1:]
+    reaches = [covered(one, fitted, single, effects.T)[1] for one in (found, bare)]
+    assert (reaches[0] > 1.1 * reaches[1]).all()
+    assert covered(found, fitted, single, (effects * (1 + 0.6 * rng.standard_normal((6, units)))).T)[0].mean() > 0.9
+    again = (effects @ large.T * (1 + 0.3 * rng.standard_normal((6, 40)))).T
+    assert 0.9 < covered(found, fitted, large, again)[0].mean() < 0.995
+
+
 def test_sets_of_like_units_have_a_quantile_of_their_own_where_there_are_eight(monkeypatch):
     """Errors of blocks are ten times those of other sets."""
     rng, units = np.random.default_rng(0), 80
@@ -201,7 +221,7 @@ def test_a_set_that_was_measured_is_known(recipe, run):
     assert ((first.factor > 0) & np.isfinite(first.factor)).all()
     run.measure(without=others[:2], queries=QUERIES, settings=FAST)
     found = run.verify(QUERIES, others)
-    assert (found.std[:, :2] < 0.2 * first.std[:, :2]).all() and found.inside.mean() > 0.8
+    assert (found.std[:, :2] < 0.3 * first.std[:, :2]).all() and found.inside.mean() > 0.8
     asked = as_queries(QUERIES)
     held_out = run.bank.measurements(asked).heldout
     before = run.bank.fit(asked, EstimatorSettings())[1]

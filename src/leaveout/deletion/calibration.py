@@ -41,6 +41,8 @@ the same of the share of a query's help."""
 ALIKE, LEAST_GROUP = 2.0, 8
 """How much more than random sets of their size the units of a set have in common to be called alike, and how many held-out
 sets it takes, alike or not, for a quantile of their own."""
+NARROWER = 0.5
+"""Of log a, where it is below 0: few held-out sets are small, and what others say of the deviation alone is half believed."""
 TOGETHER = 256
 
 
@@ -153,7 +155,8 @@ def calibrate(data: Measurements, fitted: Any) -> Calibration:
     middle = (float(np.log(shape.size).mean()), float(np.log(shape.coherence).mean()))
     found = Calibration(kinds, MIDDLE, fitted=fitted, features=features, helps=helps, middle=middle)
     parts, error = _parts(found, held.x, mean, std), np.abs(held.y.T - mean)
-    numbers = _likeliest(error, parts)
+    a, *others = _likeliest(error, parts)
+    numbers = (max(a, NARROWER * a), *others)
     ratio = error / np.exp(_log_scale(numbers, *parts))
     share = float((helps @ np.abs(held.x).T).max()) if helps is not None else np.inf
     largest = (float(shape.size.max()), float(shape.coherence.max()), share)

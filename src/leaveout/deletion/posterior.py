@@ -8,6 +8,7 @@ Gram matrix of all measurements serves all queries; queries differ by their scal
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +38,8 @@ WITH_HALVES, MOST_SETS = 300, 1500
 """Deletion sets among which the most telling ones are looked for, with halves and without, at most."""
 LARGEST = 12_000
 """Measurements in one Gram matrix: 1.2 GB in float64."""
+BLOCK = 1024
+"""Rows of it that misfits are added to at a time."""
 
 
 def default_kernel(sizes: np.ndarray, features: np.ndarray | None, exact: bool = False, alone: bool = False) -> Kernel:
@@ -71,7 +74,7 @@ class Posterior:
     the kernel does not know of a set, it does again where that set goes with others: a union has it of all its parts.
     The scores of the data are a prior mean beta * x . scores, with beta found from the data; an exact first order is
     the mean itself, and may be all that is known.
-    Memory: 16 bytes times the square of the number of real measurements, at most LARGEST of them.
+    Memory: 24 bytes times the square of the number of real measurements, at most LARGEST of them.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Posterior:
 
     def with_misfit(self, misfit: float | np.ndarray) -> Posterior:
         """The same with another misfit."""
+        _ = self._bends  # which the other has, too
         other = copy.copy(self)
         other._settle(misfit)
         return other
@@ -123,8 +127,10 @@ class Posterior:
         matrix = self._gram.copy()
         matrix[np.diag_indices_from(matrix)] += _own_error(self._rows, self._gram, nugget)
         if self.misfit.any():
-            within = self._within(self._retrained)
-            matrix[-len(within) :, -len(within) :] += (within * self.misfit) @ within.T
+            bends, first = self._bends, self._count - len(self.misfit)
+            for start in range(0, len(bends), BLOCK):
+                rows = slice(first + start, min(first + start + BLOCK, self._count))
+                matrix[rows, first:] += (bends[start : start + BLOCK] * self.misfit) @ bends.T
         try:
             self._lower = np.linalg.cholesky(matrix)
         except np.linalg.LinAlgError:
@@ -164,14 +170,19 @@ class Posterior:
         cross = np.concatenate([_covariance(self.kernel, rows, sets) for rows in self._rows])
         prior, known = self.kernel.diagonal(x), self._count if first is None else first
         if self.misfit.any():
-            known_sets = self._within(x) * (np.arange(len(self.misfit)) < known - (self._count - len(self.misfit)))
-            cross[-len(self.misfit) :] += (self._within(self._retrained) * self.misfit) @ known_sets.T
-            prior = prior + np.square(known_sets) @ self.misfit
+            heard = self._within(x) * (np.arange(len(self.misfit)) < known - (self._count - len(self.misfit)))
+            cross[-len(self.misfit) :] += self._bends @ (heard * self.misfit).T
+            prior = prior + np.square(heard) @ self.misfit
         mean = self.beta * (self._slope @ x.T) + self._dual.T @ cross
         # A factor of the first rows is the first rows of the factor.
         told = (_solved(self._lower, cross)[:known] ** 2).sum(0)
         left = np.clip(prior - told, 0, None)
         return mean, self.tau[:, None] * left[None], left
+
+    @functools.cached_property
+    def _bends(self) -> np.ndarray:
+        """How far each retrained set bends as another did [retrainings, retrainings]."""
+        return self._within(self._retrained)
 
     def _within(self, x: np.ndarray) -> np.ndarray:
         """How far sets bend as each retrained one did [sets, retrainings]: 1 for those that contain it."""

@@ -153,25 +153,21 @@ def test_held_out_sets_that_are_fitted_later_do_not_narrow_intervals():
 
 
 def test_what_was_learned_from_held_out_sets_is_believed_by_overlap(monkeypatch):
-    """An interval of a set that overlaps one of them stays between those of the fits without and with them.
-
-    A union of two of them is believed as they are, one of another and of what is new is not.
-    """
+    """An interval of a set that overlaps one of them stays between those of the fits without and with them."""
     monkeypatch.setattr("leaveout.deletion.estimators.CHOICES", ())
     data, kernel, x, y = problem(0, runs=30)
     first, second = x[0], np.roll(x[0], 1) * (1 - x[0])
     held_out = np.array([first, second, *x[1:9]])
     known = replace(data, heldout=Retrainings(held_out, np.concatenate([y[:1], y[:1], y[1:9]])))
     fitted, found = fit(known, EstimatorSettings(kernel=kernel))
-    new = np.roll(x[0], 5) * (1 - first)
-    union = np.array([first + second, first, first + new, *x[9:12]])
+    union = np.array([first + second, first, *x[9:12]])
     before, after = Posterior(data, kernel), fitted
     ratio = before.predict_unbent(union)[1] / np.sqrt(before.tau[:, None])
     ratio /= after.predict_unbent(union)[1] / np.sqrt(after.tau[:, None])
     assert np.allclose(fitted.before_last(union, len(held_out)), ratio, rtol=1e-3)
     _, now = covered(found, fitted, union, np.zeros((len(union), len(y[0]))))
     _, bare = covered(replace(found, held=None), fitted, union, np.zeros((len(union), len(y[0]))))
-    assert np.allclose(now[:, :2], bare[:, :2]) and (now[:, 2] > 1.05 * bare[:, 2]).all()
+    assert (now[:, 0] > 1.1 * bare[:, 0]).all() and np.allclose(now[:, 1], bare[:, 1])
     assert (now >= bare * (1 - 1e-9)).all() and (now <= bare * np.maximum(1, ratio) * (1 + 1e-9)).all()
 
 

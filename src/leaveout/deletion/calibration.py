@@ -11,7 +11,8 @@ distribution; sets whose units are alike have one of their own, where there are 
 all of them err on a set together: sets are counted, never pairs.
 
 An estimator that learns from the held-out sets is then surer than the one that was tested. Of that it is believed what a set's
-overlap with one of those explains, or how much of the set is made up of whole ones, and of the rest half (in logarithms).
+overlap with one of those explains, and of the rest half (in logarithms): two whole sources that were measured do not make
+their union known, however near its effect comes to theirs in some runs.
 """
 
 from __future__ import annotations
@@ -72,12 +73,6 @@ class Shape:
         return cls(size, np.maximum(found, 1.0), found > ALIKE * usual)
 
 
-def _made_up(x: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """The share of each set [sets, units] that is made up of whole parts [parts, units]."""
-    whole = (x @ parts.T >= parts.sum(1)) & parts.any(1)
-    return ((whole @ parts > 0) & (x > 0)).sum(1) / np.maximum((x > 0).sum(1), 1)
-
-
 @dataclass(frozen=True)
 class Calibration:
     """What held-out retrainings say of the standard deviations of one estimator; nothing where there are none.
@@ -120,7 +115,7 @@ class Calibration:
         if before is None or self.held is None:
             return 1.0
         lengths = np.maximum((x**2).sum(1)[:, None] * (self.held**2).sum(1), 1e-300)
-        overlap = np.maximum(((x @ self.held.T) ** 2 / lengths).max(1), _made_up(x, self.held))
+        overlap = ((x @ self.held.T) ** 2 / lengths).max(1)
         surer = before(x, len(self.held)) * np.sqrt(np.clip(1 - overlap, 0, 1))
         return np.sqrt(np.maximum(1.0, surer))
 

@@ -38,6 +38,8 @@ SWEEPS = 5
 """Of weights and slopes in turn, until neither changes much."""
 ORDERS = 4.0
 """Orders that the expected spread of an effect counts for, where it was measured in a few."""
+KEPT = 0.25
+"""Of an effect at least, however unstable runs are: what is shrunk to nothing has no rank any more."""
 MOST = 9.0
 """A residual's square over its variance counts up to this: a strong set is no reason to widen all others."""
 
@@ -76,7 +78,7 @@ class Shift:
             variance = variance + each.var(0, ddof=1) / len(each)
         if self.anyway:
             size = np.median(np.square(effect) / np.maximum(own, 1e-300), 0) / MEDIAN
-            effect = effect * np.clip(1 - self.anyway / np.maximum(size, 1e-300), 0, 1)
+            effect = effect * np.clip(1 - self.anyway / np.maximum(size, 1e-300), KEPT, 1)
         return effect, np.sqrt(variance)
 
     def shortened(self, lost: np.ndarray, effect: np.ndarray, std: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ all of them err on a set together: sets are counted, never pairs.
 
 An estimator that learns from the held-out sets is then surer than the one that was tested. Of that it is believed what a set's
 overlap with one of those explains, and of the rest half (in logarithms): two whole sources that were measured do not make
-their union known, however near its effect comes to theirs in some runs.
+their union known.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ many queries, a micro-batch goes in pieces (benchmarks/LOG.md)."""
 
 
 LARGE_GRAPH = 2**28
-"""Bytes of a second pass above which each step gives memory back: far less time than the step, a fifth of the memory."""
+"""Bytes of a second pass above which each step gives memory back, which is far less time than the step takes."""
 
 SMALL, LARGE = (4.6, 0.06), (3.0, 1.5)
 """Plain trainings of reverse mode, and those of each query: of models whose queries share passes, and of others."""
